@@ -1,0 +1,68 @@
+"""equipoise: variational autoencoders that balance themselves.
+
+The noise variance of the Gaussian likelihood is learned, so that reconstruction and prior find their own balance,
+and samples come from a mixture fitted to the aggregate posterior. After Lin, Roberts, Trigoni and Clark (2019),
+*Balancing Reconstruction Quality and Regularisation in ELBO for VAEs*, arXiv 1909.03765.
+
+Names are resolved when they are first used, so that importing the package does not import torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from equipoise.aggregate import AggregatePosterior as AggregatePosterior
+    from equipoise.aggregate import GaussianMixture as GaussianMixture
+    from equipoise.aggregate import StandardNormal as StandardNormal
+    from equipoise.data import Data as Data
+    from equipoise.data import load as load_data
+    from equipoise.gaussian import Gaussian as Gaussian
+    from equipoise.mixture_fit import fit_mixture as fit_mixture
+    from equipoise.model import VAE as VAE
+    from equipoise.model import Scaling as Scaling
+    from equipoise.noise import DimensionNoise as DimensionNoise
+    from equipoise.noise import FixedNoise as FixedNoise
+    from equipoise.noise import GlobalNoise as GlobalNoise
+    from equipoise.noise import NoiseModel as NoiseModel
+    from equipoise.noise import PredictedNoise as PredictedNoise
+    from equipoise.objectives import DetachedVarianceElbo as DetachedVarianceElbo
+    from equipoise.objectives import Elbo as Elbo
+    from equipoise.objectives import importance_weighted_bound as importance_weighted_bound
+    from equipoise.stages import StageSchedule as StageSchedule
+    from equipoise.store import load_model as load_model
+    from equipoise.store import save_model as save_model
+    from equipoise.training.config import TrainConfig as TrainConfig
+    from equipoise.training.run import Run as Run
+    from equipoise.training.run import train as train
+
+_HOMES = {
+    "equipoise.aggregate": ("AggregatePosterior", "GaussianMixture", "StandardNormal"),
+    "equipoise.data": ("Data", "load_data"),
+    "equipoise.gaussian": ("Gaussian",),
+    "equipoise.mixture_fit": ("fit_mixture",),
+    "equipoise.model": ("VAE", "Scaling"),
+    "equipoise.noise": ("DimensionNoise", "FixedNoise", "GlobalNoise", "NoiseModel", "PredictedNoise"),
+    "equipoise.objectives": ("DetachedVarianceElbo", "Elbo", "importance_weighted_bound"),
+    "equipoise.stages": ("StageSchedule",),
+    "equipoise.store": ("load_model", "save_model"),
+    "equipoise.training.config": ("TrainConfig",),
+    "equipoise.training.run": ("Run", "train"),
+}
+_RENAMED = {"load_data": "load"}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(["__version__", *_MODULE_OF])  # noqa: PLE0605 (the names above, once)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (whatever the name stands for)
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'equipoise' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), _RENAMED.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,429 @@
+r"""Densities over the codes, eqs. (12) and (13): where new codes are drawn from.
+
+A decoder trained on codes of the aggregate posterior
+
+.. math:: q(z) = \frac1N \sum_n q(z|x_n) = \frac1N \sum_n N(z; \mu_n, \mathrm{diag}\,s_n^2)
+
+should be fed codes of that density, and not of the prior N(0, I) when the two differ. q(z) has as many
+components as there are examples; a Gaussian mixture with a few of them stands in for it. The three densities
+share one contract: ``log_prob(z)``, ``sample(n, generator)`` and the distance ``kl_to_prior``.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from equipoise.gaussian import LOG_2PI, Gaussian, standard_normal_log_prob
+
+# Codes (and posteriors) per block: a block of densities is 2048 x 2048 float64, 32 MiB.
+BLOCK = 2048
+
+
+class Estimate(NamedTuple):
+    """A Monte Carlo estimate.
+
+    Args:
+        value: the estimate.
+        standard_error: its standard deviation over repetitions, in the unit of ``value``.
+    """
+
+    value: float
+    standard_error: float
+
+    @classmethod
+    def of_mean(cls, draws: Float[Tensor, " draws"]) -> "Estimate":
+        """Estimate an expectation by the mean of independent draws.
+
+        Args:
+            draws: (n,), n at least 2.
+
+        Returns:
+            Mean and standard deviation / sqrt(n).
+        """
+        draws = draws.double()
+        return cls(draws.mean().item(), draws.std().item() / math.sqrt(len(draws)))
+
+
+class Moments(NamedTuple):
+    """First two moments of a density over the codes.
+
+    Args:
+        mean: (d,).
+        covariance: (d, d).
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+
+class LatentDistribution(nn.Module, ABC):
+    """A density over the codes: the contract that the prior, eq. (12) and eq. (13) share."""
+
+    @property
+    @abstractmethod
+    def latent_dim(self) -> int:
+        """Dimension d of the codes."""
+
+    @abstractmethod
+    def log_prob(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, " batch"]:
+        """Log-density of each code.
+
+        Args:
+            z: codes, (B, d).
+
+        Returns:
+            (B,), nats.
+        """
+
+    @abstractmethod
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "{n} latent"]:
+        """Draw independent codes.
+
+        Args:
+            n: number of codes.
+            generator: source of randomness, on the device of the density; the global one if None.
+
+        Returns:
+            (n, d).
+        """
+
+    @torch.no_grad()
+    def kl_to_prior(self, n_samples: int = 10_000, generator: torch.Generator | None = None) -> Estimate:
+        r"""Estimate the Kullback-Leibler divergence from this density to the prior by Monte Carlo.
+
+        .. math:: KL(q \| p) = E_{z \sim q} [\log q(z) - \log N(z; 0, I)]
+
+        Args:
+            n_samples: number of codes drawn, at least 2.
+            generator: source of randomness, on the device of the density; the global one if None.
+
+        Returns:
+            The estimate in nats, and its standard error.
+
+        Raises:
+            ValueError: if fewer than two samples are asked for.
+        """
+        if n_samples < 2:
+            raise ValueError(f"a standard error needs n_samples >= 2, got {n_samples}")
+        z = self.sample(n_samples, generator)
+        return Estimate.of_mean(self.log_prob(z) - standard_normal_log_prob(z))
+
+
+class StandardNormal(LatentDistribution):
+    """The prior p(z) = N(0, I).
+
+    Args:
+        latent_dim: dimension d of the codes, at least 1.
+
+    Raises:
+        ValueError: if ``latent_dim`` is less than 1.
+
+    Example:
+        >>> StandardNormal(2).log_prob(torch.zeros(1, 2))  # -log(2 pi)
+        tensor([-1.8379])
+    """
+
+    mean: Tensor
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        if latent_dim < 1:
+            raise ValueError(f"expected latent_dim >= 1, got {latent_dim}")
+        self.register_buffer("mean", torch.zeros(latent_dim), persistent=False)  # carries dtype and device
+
+    @property
+    def latent_dim(self) -> int:
+        """Dimension d of the codes."""
+        return len(self.mean)
+
+    def log_prob(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, " batch"]:
+        """Log-density of each code under N(0, I).
+
+        Args:
+            z: codes, (B, d).
+
+        Returns:
+            (B,), nats.
+        """
+        _check_codes(z, self.latent_dim)
+        return standard_normal_log_prob(z)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "{n} latent"]:
+        """Draw independent codes.
+
+        Args:
+            n: number of codes.
+            generator: source of randomness, on the device of the module; the global one if None.
+
+        Returns:
+            (n, d).
+        """
+        return self.mean.new_empty(n, self.latent_dim).normal_(generator=generator)
+
+
+class AggregatePosterior(LatentDistribution):
+    r"""The aggregate posterior itself, eq. (12), one component per example.
+
+    .. math:: q(z) = \frac1N \sum_n N(z; \mu_n, \mathrm{diag}\,s_n^2)
+
+    Exact, at the price of N densities per code; computed in blocks, so that no (B, N) tensor is ever held.
+
+    Args:
+        means: posterior means, (N, d).
+        log_vars: logarithms of the posterior variances, (N, d).
+
+    Raises:
+        ValueError: if the shapes differ, are empty or not two-dimensional, or if a value is not finite.
+
+    Example:
+        >>> posterior = AggregatePosterior(torch.tensor([[-1.0], [1.0]]), torch.zeros(2, 1))
+        >>> posterior.log_prob(torch.zeros(1, 1))  # log N(1; 0, 1): both components are equally far
+        tensor([-1.4189])
+    """
+
+    means: Tensor
+    log_vars: Tensor
+
+    def __init__(self, means: Tensor, log_vars: Tensor) -> None:
+        super().__init__()
+        if means.ndim != 2 or means.shape != log_vars.shape or means.numel() == 0:
+            raise ValueError(
+                "expected means and log_vars of one shape (N, d), neither zero, "
+                f"got {tuple(means.shape)} and {tuple(log_vars.shape)}"
+            )
+        _check_finite(means=means, log_vars=log_vars)
+        self.register_buffer("means", means.detach())
+        self.register_buffer("log_vars", log_vars.detach())
+
+    @property
+    def latent_dim(self) -> int:
+        """Dimension d of the codes."""
+        return self.means.shape[1]
+
+    def log_prob(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, " batch"]:
+        """Log-density of each code, eq. (12).
+
+        Args:
+            z: codes, (B, d).
+
+        Returns:
+            (B,), nats, computed in float64 and returned in the dtype of ``z``.
+        """
+        _check_codes(z, self.latent_dim)
+        # log N(z; mu_n, s_n^2) is linear in the features (1, z, z^2) of the code: a block of codes against a
+        # block of posteriors is one matrix product. Its terms cancel, hence centred codes and float64.
+        centre = self.means.double().mean(0)
+        log_probs = []
+        for codes in torch.split(z.double() - centre, BLOCK):
+            features = torch.cat([torch.ones_like(codes[:, :1]), codes, codes.square()], 1)
+            blocks = []
+            for first in range(0, len(self.means), BLOCK):
+                mu = self.means[first : first + BLOCK].double() - centre
+                log_var = self.log_vars[first : first + BLOCK].double()
+                precision = torch.exp(-log_var)
+                constant = -0.5 * (mu.square() * precision + log_var + LOG_2PI).sum(1, keepdim=True)
+                coefficients = torch.cat([constant, mu * precision, -0.5 * precision], 1)
+                blocks.append((features @ coefficients.mT).logsumexp(1))
+            log_probs.append(torch.stack(blocks).logsumexp(0))
+        return (torch.cat(log_probs) - math.log(len(self.means))).to(z.dtype)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "{n} latent"]:
+        """Draw independent codes: an example at random, then a sample of its posterior.
+
+        Args:
+            n: number of codes.
+            generator: source of randomness, on the device of the buffers; the global one if None.
+
+        Returns:
+            (n, d).
+        """
+        rows = torch.randint(len(self.means), (n,), generator=generator, device=self.means.device)
+        return Gaussian(self.means[rows], self.log_vars[rows]).sample(generator)
+
+    def moments(self) -> Moments:
+        r"""Mean and covariance of q(z), in closed form.
+
+        .. math:: E[z] = \bar\mu, \qquad \mathrm{Cov}[z] = \mathrm{Cov}[\mu_n] + \mathrm{diag}\,\overline{s^2}
+
+        Returns:
+            Mean (d,) and covariance (d, d), float64.
+        """
+        means = self.means.double()
+        covariance = torch.cov(means.mT, correction=0).reshape(self.latent_dim, self.latent_dim)
+        return Moments(means.mean(0), covariance + self.log_vars.double().exp().mean(0).diag())
+
+
+class GaussianMixture(LatentDistribution):
+    r"""A mixture of K Gaussians with full covariances, eq. (13).
+
+    .. math:: \hat q(z) = \sum_k \pi_k N(z; \mu_k, \Sigma_k)
+
+    The state is the three tensors, under their names: ``GaussianMixture(**mixture.state_dict())`` is a copy.
+
+    Args:
+        weights: pi, (K,), not negative, summing to one.
+        means: mu, (K, d).
+        covariances: Sigma, (K, d, d), symmetric and positive definite.
+
+    Raises:
+        ValueError: if the shapes do not fit together or a condition above does not hold.
+
+    Example:
+        >>> means = torch.tensor([[-1.0], [1.0]])
+        >>> mixture = GaussianMixture(torch.tensor([0.5, 0.5]), means, torch.ones(2, 1, 1))
+        >>> mixture.log_prob(torch.zeros(1, 1))
+        tensor([-1.4189])
+        >>> mixture.responsibilities(torch.zeros(1, 1))
+        tensor([[0.5000, 0.5000]])
+    """
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+    scale_trils: Tensor
+    whiteners: Tensor
+
+    def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
+        super().__init__()
+        K, d = means.shape if means.ndim == 2 else (0, 0)
+        if K * d == 0 or weights.shape != (K,) or covariances.shape != (K, d, d):
+            raise ValueError(
+                "expected weights (K,), means (K, d) and covariances (K, d, d), K and d not zero, "
+                f"got {tuple(weights.shape)}, {tuple(means.shape)} and {tuple(covariances.shape)}"
+            )
+        self.register_buffer("weights", weights.detach().clone())
+        self.register_buffer("means", means.detach().clone())
+        self.register_buffer("covariances", covariances.detach().clone())
+        self.register_buffer("scale_trils", torch.empty_like(covariances), persistent=False)
+        self.register_buffer("whiteners", torch.empty_like(covariances), persistent=False)
+        _factorise(self)
+        self.register_load_state_dict_post_hook(_factorise)  # type: ignore[no-untyped-call, unused-ignore]
+
+    @property
+    def n_components(self) -> int:
+        """Number of components K."""
+        return self.means.shape[0]
+
+    @property
+    def latent_dim(self) -> int:
+        """Dimension d of the codes."""
+        return self.means.shape[1]
+
+    def log_prob(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, " batch"]:
+        """Log-density of each code, eq. (13).
+
+        Args:
+            z: codes, (B, d).
+
+        Returns:
+            (B,), nats, in the dtype of the mixture.
+        """
+        return torch.cat([self._log_joint(codes).logsumexp(1) for codes in self._blocks(z)])
+
+    def responsibilities(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch components"]:
+        r"""Posterior probability of each component, :math:`\pi_k N(z; \mu_k, \Sigma_k) / \hat q(z)`.
+
+        Args:
+            z: codes, (B, d).
+
+        Returns:
+            (B, K), each row summing to one, in the dtype of the mixture.
+        """
+        return torch.cat([self._log_joint(codes).softmax(1) for codes in self._blocks(z)])
+
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, component: int | None = None
+    ) -> Float[Tensor, "{n} latent"]:
+        """Draw independent codes, of all components or of one.
+
+        Args:
+            n: number of codes, at least 1.
+            generator: source of randomness, on the device of the mixture; the global one if None.
+            component: draw from this component alone, counted from 0; None draws it by its weight.
+
+        Returns:
+            (n, d), in random order.
+
+        Raises:
+            ValueError: if there is no such component or ``n`` is less than 1.
+        """
+        if n < 1:
+            raise ValueError(f"expected n >= 1 codes to draw, got {n}")
+        if component is None:
+            components = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        elif 0 <= component < self.n_components:
+            components = torch.full((n,), component, device=self.means.device)
+        else:
+            raise ValueError(f"expected a component from 0 to {self.n_components - 1}, got {component}")
+        z = self.means.new_empty(n, self.latent_dim).normal_(generator=generator)
+        # One product per component drawn: gathering a factor for each of n codes would take n d^2 numbers.
+        for k in set(components.tolist()):
+            rows = components == k
+            z[rows] = self.means[k] + z[rows] @ self.scale_trils[k].mT
+        return z
+
+    def _blocks(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Split codes so that the (B, K, d) whitened residuals of a block stay within 32 MiB of float64."""
+        _check_codes(z, self.latent_dim)
+        return torch.split(z.to(self.means.dtype), max(1, BLOCK * BLOCK // self.means.numel()))
+
+    def _log_joint(self, z: Tensor) -> Tensor:
+        """Return log pi_k + log N(z; mu_k, Sigma_k), (B, K)."""
+        K, d = self.means.shape
+        centre = self.weights @ self.means  # codes far from the origin lose no digits
+        offsets = self.whiteners @ (self.means - centre).unsqueeze(2)  # (K, d, 1)
+        whitened = (z - centre) @ self.whiteners.reshape(K * d, d).mT - offsets.flatten()
+        squared_distance = whitened.reshape(-1, K, d).square().sum(2)
+        log_det = self.whiteners.diagonal(dim1=1, dim2=2).log().sum(1)
+        return self.weights.log() + log_det - 0.5 * (d * LOG_2PI + squared_distance)
+
+
+def _factorise(mixture: GaussianMixture, _incompatible_keys: Any = None) -> None:  # noqa: ANN401
+    """Check the state of a mixture and derive the Cholesky factors of its covariances and their inverses.
+
+    Runs at construction and after every ``load_state_dict``: the factors are never those of another mixture.
+
+    Args:
+        mixture: the mixture, its three tensors in place.
+        _incompatible_keys: given by torch when it loads a state; not used.
+
+    Raises:
+        ValueError: if a value is not finite, the weights are no distribution, or a covariance is not positive
+            definite.
+    """
+    weights, covariances = mixture.weights.double(), mixture.covariances.double()
+    _check_finite(weights=weights, means=mixture.means, covariances=covariances)
+    if (weights < 0).any() or abs(weights.sum().item() - 1) > 1e-4:
+        raise ValueError(
+            f"expected weights >= 0 that sum to one, got a sum of {weights.sum():.6g} and a minimum of "
+            f"{weights.min():.6g}; divide them by their sum"
+        )
+    if (covariances - covariances.mT).abs().max() > 1e-5 * covariances.abs().max():
+        raise ValueError("expected symmetric covariances; average each with its transpose")
+    scale_trils, info = torch.linalg.cholesky_ex(covariances)
+    if info.any():
+        raise ValueError(
+            f"the covariance of component(s) {info.nonzero().flatten().tolist()} is not positive definite: "
+            "fit with a larger floor or fewer components, or add a small multiple of the identity"
+        )
+    identity = torch.eye(mixture.latent_dim, dtype=scale_trils.dtype, device=scale_trils.device)
+    mixture.scale_trils.copy_(scale_trils)
+    mixture.whiteners.copy_(torch.linalg.solve_triangular(scale_trils, identity, upper=False))
+
+
+def _check_codes(z: Tensor, latent_dim: int) -> None:
+    if z.ndim != 2 or z.shape[1] != latent_dim:
+        raise ValueError(f"expected codes of shape (B, {latent_dim}), got {tuple(z.shape)}")
+
+
+def _check_finite(**tensors: Tensor) -> None:
+    for name, values in tensors.items():
+        if n_bad := int((~values.isfinite()).sum()):
+            raise ValueError(
+                f"{n_bad} of {values.numel()} values of {name} are not finite: the training that gave them "
+                "diverged; go back to its last good checkpoint"
+            )

@@ -1,0 +1,364 @@
+"""The command line: ``equipoise train``, ``sample``, ``reconstruct``. Parses, calls, prints; decides nothing.
+
+Only the options are imported at the top, so that ``equipoise --help`` does not wait for torch.
+"""
+
+import errno
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from equipoise.training.config import (
+    ConfigError,
+    TrainConfig,
+    make_config,
+    option_help,
+    read_recipe,
+    shipped_recipes,
+    type_name,
+)
+
+if TYPE_CHECKING:
+    from torch import Generator
+
+    from equipoise.data import Data
+    from equipoise.terminal import Terminal
+    from equipoise.training.run import Run
+
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Exits with 0 when all went well, 2 for wrong input, 1 for a failure on the way, 130 when interrupted.
+
+    Args:
+        arguments: without the program's name; those of the process if None.
+    """
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return
+    command = COMMANDS[options.command]
+    try:
+        command.run(options[options.command])
+    except KeyboardInterrupt:
+        _fail("interrupted; a run goes on from its last epoch with 'equipoise train --resume RUN'", INTERRUPTED)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        _fail(str(error), USAGE_ERROR)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}", FAILURE)
+    except ArithmeticError as error:
+        _fail(str(error), FAILURE)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"equipoise: {message}", file=sys.stderr)  # noqa: T201 (the terminal)
+    sys.exit(code)
+
+
+def make_parser() -> ArgumentParser:
+    """Make the parser of all commands.
+
+    Returns:
+        The parser.
+    """
+    parser = ArgumentParser(
+        prog="equipoise",
+        description="Variational autoencoders that balance themselves: the noise variance is learned, and samples "
+        "come from a mixture fitted to the aggregate posterior.",
+        epilog="'equipoise train' without anything else trains on 8x8 digits, offline, in about a minute.",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subcommands(required=False, dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        commands.add_subcommand(name, command.parser(), help=command.summary)
+    return parser
+
+
+def _version() -> str:
+    from equipoise import __version__
+
+    return f"equipoise {__version__}"
+
+
+class Command:
+    """A command: how it is parsed, and what it does.
+
+    Args:
+        summary: one line for ``equipoise --help``.
+        parser: makes its parser.
+        run: takes the parsed options.
+    """
+
+    def __init__(
+        self, summary: str, parser: Callable[[], ArgumentParser], run: Callable[[Namespace], None]
+    ) -> None:
+        self.summary = summary
+        self.parser = parser
+        self.run = run
+
+
+def _train_parser() -> ArgumentParser:
+    recipes = ", ".join(shipped_recipes())
+    parser = ArgumentParser(
+        description="Train a model, fit the mixture, and write a run folder.",
+        epilog="Options for --set and recipes (default in brackets):\n\n"
+        + "\n".join(_describe_option(field.name, field.default) for field in fields(TrainConfig)),
+    )
+    parser.add_argument(
+        "data",
+        nargs="?",
+        type=str,
+        help="digits (the default), mnist, fashion-mnist, celeba, a folder of images, an .npy or .npz file, or "
+        "hf:owner/name. A folder may hold sizes that differ if --set image_size=64 is given",
+    )
+    parser.add_argument("--recipe", type=str, help=f"YAML file of options, or one of {recipes}; a named set has its own")
+    parser.add_argument(
+        "--set", type=str, nargs="+", action="extend", metavar="KEY=VALUE", help="set options, over the recipe's"
+    )
+    parser.add_argument("--out", type=str, metavar="RUN", help="folder to write; runs/NAME if left out")
+    parser.add_argument("--resume", type=str, metavar="RUN", help="go on with a run that was cut off")
+    parser.add_argument("--data-dir", type=str, help="where to look for mnist, fashion-mnist and celeba first")
+    parser.add_argument("--download", action="store_true", help="fetch a named set that is not found (extra 'hub')")
+    parser.add_argument("--strict", action="store_true", help="refuse a folder with a file that cannot be read")
+    parser.add_argument("--quiet", action="store_true", help="plain lines instead of a progress bar")
+    return parser
+
+
+def _describe_option(name: str, default: object) -> str:
+    shown = {None: "none", True: "true", False: "false"}.get(default, default)  # type: ignore[call-overload]
+    return f"  {name}: {type_name(name)} [{shown}]\n      {option_help(name)}"
+
+
+def _sample_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Draw samples from a trained run: an image grid and an array.")
+    parser.add_argument("run", type=str, help="run folder")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=str,
+        choices=["mixture", "prior", "aggregate"],
+        default="mixture",
+        help="where codes come from: the mixture fitted to the aggregate posterior, the prior N(0, I), or the exact "
+        "aggregate posterior of the training data (noisy reconstructions)",
+    )
+    parser.add_argument("-n", type=int, default=64, help="number of samples")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same samples")
+    parser.add_argument("--noise", action="store_true", help="add the model's pixel noise; otherwise means are shown")
+    parser.add_argument("--data-dir", type=str, help="where to look for a named set first")
+    parser.add_argument("--out", type=str, metavar="FOLDER", help="folder to write; RUN/samples if left out")
+    return parser
+
+
+def _reconstruct_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Reconstruct data with a trained run: means, predicted std and errors.")
+    parser.add_argument("run", type=str, help="run folder")
+    parser.add_argument("data", nargs="?", type=str, help="as for train; the run's own test set if left out")
+    parser.add_argument("-n", type=int, help="reconstruct the first n examples only")
+    parser.add_argument("--data-dir", type=str, help="where to look for named sets first")
+    parser.add_argument("--out", type=str, metavar="FOLDER", help="folder to write; RUN/reconstructions if left out")
+    return parser
+
+
+def _train(options: Namespace) -> None:
+    from equipoise.training.run import Run, train
+
+    resumed = Run(options.resume).settings() if options.resume else None
+    if resumed:
+        _refuse_with_resume(options)
+        config = make_config(resumed["options"])
+        load_options = resumed["data"]["load"] | ({"data_dir": options.data_dir} if options.data_dir else {})
+    else:
+        config, source = _resolve(options)
+        load_options = {name: options[name] for name in ("data_dir", "download", "strict") if options[name]}
+        # Absolute, so that the run finds its data again from anywhere.
+        load_options["source"] = str(Path(source).resolve()) if Path(source).exists() else source
+    with _terminal(quiet=options.quiet) as terminal:
+        data = _load(load_options, config, terminal)
+        terminal.message(f"{data.name}: {_describe_data(data)}.")
+        for note in data.notes:
+            terminal.message(f"Note: {note}")
+        run = train(
+            data,
+            config,
+            options.resume or options.out,
+            resume=bool(options.resume),
+            sinks=[terminal],
+            data_options=load_options,
+            command=["equipoise", *sys.argv[1:]],
+            on_mixture=lambda step: terminal.progress(
+                f"mixture of {step.n_components}", step.iteration, None, f"{step.log_likelihood:.3f} nats per code"
+            ),
+        )
+        _finish(run, data, terminal)
+
+
+def _refuse_with_resume(options: Namespace) -> None:
+    given = [f"--{name}" for name in ("recipe", "set", "out") if options[name]]
+    if options.data:
+        given.append(options.data)
+    if given:
+        raise ConfigError([f"--resume goes on with the run's own data and options; leave out {', '.join(given)}"])
+
+
+def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
+    """Recipe, then --set over it; problems of all of them in one message."""
+    recipes = shipped_recipes()
+    name = options.recipe or options.data or "digits"
+    file = recipes.get(name, Path(name) if options.recipe else None)
+    values = read_recipe(file) if file else {}
+    source = options.data or values.get("data") or "digits"
+    values.pop("data", None)
+    malformed = [item for item in options.set or [] if "=" not in item]
+    pairs = (item.split("=", 1) for item in options.set or [] if "=" in item)
+    values |= {key.strip(): value for key, value in pairs}
+    try:
+        config = make_config(values)
+    except ConfigError as error:
+        raise ConfigError([*(f"--set needs KEY=VALUE, got {item!r}" for item in malformed), *error.problems]) from None
+    if malformed:
+        raise ConfigError([f"--set needs KEY=VALUE, got {item!r}" for item in malformed])
+    return config, source
+
+
+def _load(load_options: dict[str, Any], config: TrainConfig, terminal: "Terminal") -> "Data":
+    from equipoise.data import load
+
+    return load(
+        **load_options,
+        image_size=config.image_size,
+        channels=config.channels,
+        test_fraction=config.test_fraction,
+        validation_fraction=config.validation_fraction,
+        progress=lambda done, total: terminal.progress("decoding images", done, total, ""),
+    )
+
+
+def _describe_data(data: "Data") -> str:
+    kind = " x ".join(map(str, data.shape)) + (" images" if data.kind == "image" else " columns")
+    return (
+        f"{len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test examples, "
+        f"{kind}, from {data.source}"
+    )
+
+
+def _finish(run: "Run", data: "Data", terminal: "Terminal") -> None:
+    """What a person wants at the end: honest test figures, pictures, and where to look."""
+    from equipoise import plots
+    from equipoise.metrics.likelihood import likelihood_section
+    from equipoise.outputs import SHOWN_IMAGES, write_reconstructions, write_samples
+    from equipoise.store import write_json
+    from equipoise.terminal import format_table
+
+    model, mixture = run.model(), run.mixture()
+    section = likelihood_section(model, data.test, mixture, seed=run.config().seed)
+    write_json(run.evaluation_file, {"likelihood": section})
+    plots.save(plots.training_curves(run.history()), run.figures / "training.png")
+    write_samples(model, data, mixture.sample(64, _generator(0)), "mixture", run.figures)
+    write_reconstructions(model, data.test[:SHOWN_IMAGES], run.figures)
+    terminal.close()
+    rows = [
+        ("ELBO", section["elbo"], "nats"),
+        ("log-likelihood", section["log_likelihood"], "nats"),
+        ("KL", section["kl"], "nats"),
+        ("squared error per dimension", section["mse"], "squared model units"),
+        ("IWAE, K = 20, prior", section["iwae_20_first_500"], "nats"),
+        (f"IWAE, K = 20, mixture of {mixture.n_components}", section["iwae_20_first_500_mixture"], "nats"),
+    ]
+    floor = math.sqrt(section["noise_floor_var"])
+    terminal.message(format_table(f"Test set; smallest noise std {floor:.4g} in model units", rows))
+    terminal.message(
+        f"Run       {run.folder}\nFigures   {run.figures}: training.png, mixture.png, reconstructions.png\n"
+        f"Next      equipoise sample {run.folder}\n          equipoise reconstruct {run.folder}"
+    )
+
+
+def _sample(options: Namespace) -> None:
+    from equipoise.aggregate import AggregatePosterior, StandardNormal
+    from equipoise.outputs import write_samples
+    from equipoise.training.run import Run, encode_all
+
+    if options.n < 1:
+        raise ConfigError([f"-n must be at least 1, got {options.n}"])
+    run = Run(options.run)
+    model, generator = run.model(), _generator(options.seed)
+    with _terminal() as terminal:
+        data = _data_of(run, terminal, options.data_dir)
+        if options.source == "prior":
+            codes = StandardNormal(model.latent_dim).sample(options.n, generator)
+        elif options.source == "mixture":
+            codes = run.mixture().sample(options.n, generator)
+        else:
+            aggregate = AggregatePosterior(*encode_all(model, data.train, generator.device))
+            codes = aggregate.sample(options.n, generator)
+        folder = Path(options.out) if options.out else run.folder / "samples"
+        files = write_samples(model, data, codes, options.source, folder, generator if options.noise else None)
+        terminal.message("\n".join(map(str, files)))
+
+
+def _reconstruct(options: Namespace) -> None:
+    import numpy as np
+
+    from equipoise.outputs import write_reconstructions
+    from equipoise.training.run import Run
+
+    run = Run(options.run)
+    model = run.model()
+    with _terminal() as terminal:
+        if options.data is None:
+            examples = _data_of(run, terminal, options.data_dir).test[: options.n]
+        else:
+            data = _load({"source": options.data, "data_dir": options.data_dir}, run.config(), terminal)
+            if data.shape != model.shape:
+                raise ConfigError(
+                    [f"{options.data} has examples of shape {data.shape}, the model was trained on {model.shape}"]
+                )
+            examples = np.concatenate([part[:] for part in (data.test, data.validation, data.train)])[: options.n]
+        folder = Path(options.out) if options.out else run.folder / "reconstructions"
+        terminal.message("\n".join(map(str, write_reconstructions(model, examples, folder))))
+
+
+def _data_of(run: "Run", terminal: "Terminal", data_dir: str | None) -> "Data":
+    """The data a run was trained on."""
+    load_options = run.settings()["data"]["load"] | ({"data_dir": data_dir} if data_dir else {})
+    return _load(load_options, run.config(), terminal)
+
+
+def _generator(seed: int) -> "Generator":
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def _terminal(quiet: bool = False) -> Iterator["Terminal"]:
+    """A live terminal if there is one, otherwise plain lines."""
+    from equipoise.terminal import LiveTerminal, PlainTerminal
+
+    if quiet or not sys.stdout.isatty():
+        yield PlainTerminal()
+        return
+    terminal = LiveTerminal()
+    try:
+        with terminal.bars:
+            yield terminal
+    finally:
+        terminal.close()
+
+
+COMMANDS = {
+    "train": Command("train a model and fit the mixture", _train_parser, _train),
+    "sample": Command("draw samples from a run", _sample_parser, _sample),
+    "reconstruct": Command("reconstruct data with a run, with uncertainty", _reconstruct_parser, _reconstruct),
+}

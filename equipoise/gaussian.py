@@ -1,0 +1,110 @@
+r"""The diagonal Gaussian, eqs. (6)-(8) and (11): the only density that an equipoise VAE is made of.
+
+The encoder's posterior q(z|x) and the decoder's likelihood p(x|z) are both
+
+.. math:: N(x; \mu, \mathrm{diag}\,\sigma^2) = \prod_i (2\pi\sigma_i^2)^{-1/2} \exp\bigl(-(x_i-\mu_i)^2 / 2\sigma_i^2\bigr)
+
+so they share one record of two tensors, the mean and the logarithm of the variance.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def sum_dimensions(values: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
+    """Sum over every axis but the first: the one reduction from dimensions to examples.
+
+    Args:
+        values: one value per example and dimension, (B, *).
+
+    Returns:
+        One value per example, (B,).
+    """
+    return values.flatten(1).sum(1) if values.ndim > 1 else values
+
+
+class Gaussian(NamedTuple):
+    r"""A batch of Gaussians with diagonal covariance, as mean and log-variance.
+
+    A NamedTuple rather than a ``torch.distributions`` object: it passes ``torch.compile`` and
+    ``torch.export``, and its draws take a ``generator``.
+
+    Args:
+        mean: (B, \*), in the unit of the variable.
+        log_var: natural logarithm of the variance, of any shape that broadcasts to that of ``mean``;
+            a scalar is eq. (8), a full (B, \*) is eq. (11).
+
+    Example:
+        >>> standard = Gaussian(torch.zeros(1, 2), torch.zeros(()))
+        >>> standard.log_prob(torch.zeros(1, 2))  # -log(2 pi)
+        tensor([-1.8379])
+        >>> standard.kl()
+        tensor([0.])
+    """
+
+    mean: Tensor
+    log_var: Tensor
+
+    @property
+    def var(self) -> Tensor:
+        """Variance, in the squared unit of the variable, of the shape of ``mean``."""
+        return self.log_var.exp().expand_as(self.mean)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, in the unit of the variable, of the shape of ``mean``."""
+        return (0.5 * self.log_var).exp().expand_as(self.mean)
+
+    def log_prob(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
+        r"""Log-density of each example, eqs. (8) and (11).
+
+        .. math:: -\tfrac12 \sum_i \bigl[\log 2\pi\sigma_i^2 + (x_i-\mu_i)^2/\sigma_i^2\bigr]
+
+        Args:
+            x: (B, \*), the same shape as ``mean``.
+
+        Returns:
+            (B,), nats, summed over the dimensions, constants included.
+        """
+        scaled = (x - self.mean).square() * torch.exp(-self.log_var)
+        return -0.5 * sum_dimensions(scaled + self.log_var + LOG_2PI)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        r"""Draw one reparametrised sample per example, mean + std * epsilon.
+
+        Args:
+            generator: source of randomness, on the device of ``mean``; the global one if None.
+
+        Returns:
+            (B, \*), differentiable with respect to ``mean`` and ``log_var``.
+        """
+        epsilon = torch.empty_like(self.mean).normal_(generator=generator)
+        return self.mean + torch.exp(0.5 * self.log_var) * epsilon
+
+    def kl(self) -> Float[Tensor, " batch"]:
+        r"""Kullback-Leibler divergence to the standard normal prior, the last term of eq. (4).
+
+        .. math:: \tfrac12 \sum_j \bigl[\mu_j^2 + \sigma_j^2 - 1 - \log \sigma_j^2\bigr]
+
+        Returns:
+            (B,), nats, never negative.
+        """
+        return 0.5 * sum_dimensions(self.mean.square() + self.log_var.exp() - 1 - self.log_var)
+
+
+def standard_normal_log_prob(z: Float[Tensor, "batch latent"]) -> Float[Tensor, " batch"]:
+    """Log-density of codes under the prior p(z) = N(0, I).
+
+    Args:
+        z: codes, (B, d).
+
+    Returns:
+        (B,), nats.
+    """
+    return Gaussian(torch.zeros_like(z), z.new_zeros(())).log_prob(z)

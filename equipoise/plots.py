@@ -1,0 +1,217 @@
+"""Figures, one function each. Every function returns a matplotlib figure; :func:`save` writes it whole."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from equipoise.store import whole_file
+
+Images = NDArray[np.floating[Any] | np.integer[Any]]
+
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}
+UNCERTAINTY_MAP = "magma"
+"""Perceptually uniform and monotone in lightness: readable in grey and in colour blindness."""
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#7f7f7f"
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure whole.
+
+    Args:
+        figure: any figure of this module.
+        path: the file; its ending is the format.
+
+    Returns:
+        The file.
+    """
+    with whole_file(path) as temporary:
+        FigureCanvasAgg(figure)
+        figure.savefig(temporary, bbox_inches="tight")
+    return path
+
+
+def tile(images: Images, columns: int | None = None, gap: int = 1, fill: float = 1.0) -> Images:
+    """Lay images out in a grid.
+
+    Args:
+        images: (N, C, H, W) with C = 1 or 3.
+        columns: of the grid; about square if None.
+        gap: pixels between images.
+        fill: value of the gaps and of missing images.
+
+    Returns:
+        (H', W', C).
+    """
+    n, channels, height, width = images.shape
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    rows = math.ceil(n / columns)
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), fill, images.dtype)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        grid[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    return grid
+
+
+def samples(means: Images, stds: Images | None, title: str) -> Figure:
+    """Samples, and beside them where the model is unsure of them (the paper's figure 4).
+
+    Args:
+        means: (N, C, H, W) in [0, 1].
+        stds: predicted standard deviations of the same shape and unit; None shows the means alone.
+        title: what was sampled.
+
+    Returns:
+        The figure.
+    """
+    return _side_by_side([(title, means, None)] + ([("predicted std", stds, "std")] if stds is not None else []))
+
+
+def reconstructions(x: Images, means: Images, stds: Images) -> Figure:
+    """Inputs, their reconstructions, predicted std and actual error (the paper's figure 3).
+
+    Args:
+        x: (N, C, H, W) in [0, 1].
+        means: reconstructions.
+        stds: predicted standard deviations, in the same unit.
+
+    Returns:
+        The figure; both maps share one colour bar, so that a good std map looks like the error.
+    """
+    errors = np.abs(x - means)
+    top = max(float(np.quantile(channel_rms(errors), 0.995)), float(channel_rms(stds).max()))
+    return _side_by_side(
+        [("input", x, None), ("reconstruction", means, None), ("predicted std", stds, "std"), ("|error|", errors, "error")],
+        top=top,
+    )
+
+
+def channel_rms(maps: Images) -> Images:
+    """Root mean square over the channels: one map per image, colour or not.
+
+    Args:
+        maps: (N, C, H, W).
+
+    Returns:
+        (N, 1, H, W).
+    """
+    return np.sqrt(np.mean(np.square(maps.astype(np.float64)), axis=1, keepdims=True))
+
+
+def _side_by_side(panels: list[tuple[str, Images, str | None]], top: float | None = None) -> Figure:
+    """Grids next to each other; a panel with a unit is a map with a colour bar."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(panels), 3.6), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (title, images, unit) in zip(axes, panels, strict=True):
+            axis.set_title(title)
+            axis.set_axis_off()
+            if unit is None:
+                grid = tile(np.clip(images.astype(np.float64), 0, 1))
+                axis.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            else:
+                maps = channel_rms(images)
+                grid = tile(maps, fill=np.nan).squeeze()
+                shown = axis.imshow(
+                    grid, cmap=UNCERTAINTY_MAP, vmin=0, vmax=top or float(maps.max()), interpolation="nearest"
+                )
+                figure.colorbar(shown, ax=axis, shrink=0.75, label=f"{unit} (1 = full scale)")
+    return figure
+
+
+def training_curves(rows: list[dict[str, Any]]) -> Figure:
+    """ELBO, KL, squared error and the learned variance over the epochs, with the switch of stages.
+
+    Args:
+        rows: of ``metrics.jsonl``.
+
+    Returns:
+        The figure.
+    """
+    epochs = [row["epoch"] for row in rows]
+    switch = next((row["epoch"] for row in rows if row["stage"] == 2), None)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 5.2), layout="constrained")
+        panels = figure.subplots(2, 2)
+        for axis, (name, label) in zip(
+            panels.flat,
+            (("elbo", "ELBO, nats"), ("kl", "KL, nats"), ("mse", "squared error per dimension"), ("noise_var", "noise variance")),
+            strict=True,
+        ):
+            axis.plot(epochs, [row[f"train_{name}"] for row in rows], color=BLUE, label="train")
+            axis.plot(epochs, [row[f"validation_{name}"] for row in rows], color=ORANGE, ls="--", label="validation")
+            axis.set(xlabel="epoch", ylabel=label)
+            if name in ("mse", "noise_var"):
+                axis.set_yscale("log")
+            if name == "elbo":
+                settled = [row["validation_elbo"] for row in rows[max(1, len(rows) // 20) :]] or [0.0]
+                axis.set_ylim(bottom=min(settled))
+            if switch:
+                axis.axvline(switch - 0.5, color=GREY, lw=0.8, ls=":")
+        panels[0, 0].legend(frameon=False)
+        if switch:
+            panels[0, 1].annotate(
+                " stage 2", (switch - 0.5, 0.02), xycoords=("data", "axes fraction"), color=GREY
+            )
+    return figure
+
+
+def table_samples(real: Images, generated: Images, names: list[str]) -> Figure:
+    """Histograms of a table's first columns, data against samples.
+
+    Args:
+        real: (N, D), raw units.
+        generated: (M, D), raw units.
+        names: of the columns.
+
+    Returns:
+        The figure.
+    """
+    shown = min(9, real.shape[1])
+    columns = min(3, shown)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3 * columns, 2.2 * math.ceil(shown / columns)), layout="constrained")
+        axes = figure.subplots(math.ceil(shown / columns), columns, squeeze=False).flat
+        for i, axis in enumerate(axes):
+            if i >= shown:
+                axis.set_axis_off()
+                continue
+            bins = np.histogram_bin_edges(real[:, i], bins=40).tolist()
+            axis.hist(real[:, i], bins=bins, density=True, color=GREY, alpha=0.6, label="data")
+            axis.hist(generated[:, i], bins=bins, density=True, histtype="step", color=BLUE, label="samples")
+            axis.set(xlabel=names[i], yticks=[])
+        figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def table_reconstructions(x: Images, means: Images, stds: Images, names: list[str]) -> Figure:
+    """Reconstruction against data for a table's first columns, with the predicted std as error bars.
+
+    Args:
+        x: (N, D), raw units.
+        means: (N, D), raw units.
+        stds: (N, D), raw units.
+        names: of the columns.
+
+    Returns:
+        The figure.
+    """
+    shown = min(9, x.shape[1])
+    columns = min(3, shown)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3 * columns, 2.8 * math.ceil(shown / columns)), layout="constrained")
+        axes = figure.subplots(math.ceil(shown / columns), columns, squeeze=False).flat
+        for i, axis in enumerate(axes):
+            if i >= shown:
+                axis.set_axis_off()
+                continue
+            axis.errorbar(x[:, i], means[:, i], stds[:, i], fmt=".", ms=3, lw=0.5, color=BLUE, ecolor=GREY)
+            ends = [float(x[:, i].min()), float(x[:, i].max())]
+            axis.plot(ends, ends, color=ORANGE, lw=0.8)
+            axis.set(xlabel=f"{names[i]}, data", ylabel="reconstruction ± std")
+    return figure

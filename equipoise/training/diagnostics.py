@@ -1,0 +1,100 @@
+"""Warnings that save a day: what a trained model's figures say is wrong, and what to do about it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ACTIVE_UNIT_VAR = 0.01
+"""A latent unit is active if the variance of its posterior mean over the data exceeds this (Burda et al., 2016)."""
+
+
+class SplitFigures(NamedTuple):
+    """Averages over one split of the data.
+
+    Args:
+        n: examples.
+        elbo: nats per example.
+        log_likelihood: nats per example.
+        kl: nats per example.
+        mse: squared error per dimension, squared model units.
+        noise_var: mean variance of p(x|z), squared model units.
+        floor_share: share of variances that lie on the model's floor.
+        unit_var: variance over the data of each latent unit's posterior mean, (d,).
+    """
+
+    n: int
+    elbo: float
+    log_likelihood: float
+    kl: float
+    mse: float
+    noise_var: float
+    floor_share: float
+    unit_var: Tensor
+
+    @property
+    def active_units(self) -> int:
+        """Latent units that the model uses."""
+        return int((self.unit_var > ACTIVE_UNIT_VAR).sum())
+
+
+def warnings_for(figures: SplitFigures, data_var: float, floor_is_expected: bool) -> list[str]:
+    """What looks wrong with a model at the end of a stage.
+
+    Args:
+        figures: on the validation set.
+        data_var: mean over the dimensions of the data's variance, squared model units.
+        floor_is_expected: whether the floor was set by stage 1, so that pixels on it are by design.
+
+    Returns:
+        One sentence each.
+    """
+    found = []
+    if figures.mse >= 0.98 * data_var:
+        found.append(
+            f"Collapse: the reconstruction error {figures.mse:.4g} is no smaller than the data's variance "
+            f"{data_var:.4g}, so the model ignores its codes. If the noise variance is fixed, lower it; otherwise "
+            "train longer, or lower learning_rate."
+        )
+    if figures.active_units == 0:
+        found.append(
+            "All latent units are inactive: every input is encoded to the prior. Lower the noise variance or "
+            "learning_rate, or train longer."
+        )
+    if figures.floor_share > 0 and not floor_is_expected:
+        found.append(
+            f"The noise variance lies on its floor in {figures.floor_share:.0%} of the dimensions; the likelihood "
+            "there tells of the floor, not of the data. Constant dimensions are the usual reason."
+        )
+    return found
+
+
+_RANGES: dict[type[nn.Module], tuple[float, float]] = {
+    nn.Sigmoid: (0.0, 1.0),
+    nn.Hardsigmoid: (0.0, 1.0),
+    nn.Tanh: (-1.0, 1.0),
+    nn.Hardtanh: (-1.0, 1.0),
+    nn.ReLU: (0.0, torch.inf),
+    nn.Softplus: (0.0, torch.inf),
+}
+
+
+def range_warning(decoder: nn.Module, low: float, high: float) -> str | None:
+    """Tell whether the decoder's last layer can reach the data; ours are linear and always can.
+
+    Args:
+        decoder: any decoder.
+        low: smallest value of the data, model units.
+        high: largest value of the data, model units.
+
+    Returns:
+        A sentence, or None if the range is fine or unknown.
+    """
+    last = list(decoder.modules())[-1]
+    reach = _RANGES.get(type(last))
+    if reach is None or (reach[0] <= low and high <= reach[1]):
+        return None
+    return (
+        f"The decoder ends in {type(last).__name__}, which reaches [{reach[0]:g}, {reach[1]:g}], but the data cover "
+        f"[{low:g}, {high:g}]: what lies outside can never be reconstructed. Rescale the data or drop that layer."
+    )

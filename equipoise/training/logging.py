@@ -1,0 +1,119 @@
+"""Where a run's figures go: ``metrics.jsonl``, TensorBoard, a terminal. One protocol, a few lines each."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from equipoise.store import whole_file
+
+Row = dict[str, Any]
+"""One epoch: epoch, stage, seconds, examples_per_second, learning_rate, decision, and the figures of both splits as
+``train_elbo`` and ``validation_elbo``, likewise log_likelihood, kl, mse, noise_var."""
+
+
+class Sink(Protocol):
+    """Something that takes in what a run reports."""
+
+    def start(self, total_steps: int, done_steps: int) -> None:
+        """Training starts, or goes on after ``done_steps`` optimiser steps."""
+
+    def step(self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]) -> None:
+        """About once a second: position, and running averages by name."""
+
+    def epoch(self, row: Row) -> None:
+        """An epoch has ended."""
+
+    def message(self, text: str) -> None:
+        """Something a person should read, such as a switch of stages or a warning."""
+
+    def close(self) -> None:
+        """The run has ended, well or not."""
+
+
+class JsonlSink:
+    """Append one JSON row per epoch; on resume, rows past the checkpoint are dropped.
+
+    Args:
+        path: usually RUN/metrics.jsonl.
+        epochs_done: epochs that the checkpoint holds; 0 starts the file anew.
+    """
+
+    def __init__(self, path: Path, epochs_done: int = 0) -> None:
+        self.path = path
+        kept = [row for row in read_rows(path) if row["epoch"] <= epochs_done] if epochs_done else []
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def start(self, total_steps: int, done_steps: int) -> None:
+        """Do nothing: rows are per epoch."""
+
+    def step(self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]) -> None:
+        """Do nothing: rows are per epoch."""
+
+    def epoch(self, row: Row) -> None:
+        """Append the row."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def message(self, text: str) -> None:
+        """Do nothing: rows are per epoch."""
+
+    def close(self) -> None:
+        """Do nothing: the file is closed after each row."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read ``metrics.jsonl``; a last line cut off by a kill is left out.
+
+    Args:
+        path: the file.
+
+    Returns:
+        One dictionary per epoch; empty if there is no file.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class TensorBoardSink:
+    """TensorBoard events, one point per epoch.
+
+    Args:
+        folder: usually RUN/tensorboard.
+
+    Raises:
+        ImportError: if TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("tensorboard=true needs TensorBoard: pip install 'equipoise[track]'") from error
+        self.writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def start(self, total_steps: int, done_steps: int) -> None:
+        """Do nothing: points are per epoch."""
+
+    def step(self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]) -> None:
+        """Do nothing: points are per epoch."""
+
+    def epoch(self, row: Row) -> None:
+        """Write every number of the row."""
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(name, value, row["epoch"])  # type: ignore[no-untyped-call]
+
+    def message(self, text: str) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Flush."""
+        self.writer.close()  # type: ignore[no-untyped-call]

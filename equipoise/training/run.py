@@ -1,0 +1,370 @@
+"""The main job: data in, a run folder out. Trains, fits the mixture, and keeps everything needed to go on."""
+
+import datetime
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import equipoise
+from equipoise.aggregate import GaussianMixture
+from equipoise.data import Batches, Data, Subset
+from equipoise.gaussian import Gaussian
+from equipoise.mixture_fit import EMStep, MixtureFit, fit_mixture, fit_variational_mixture
+from equipoise.model import VAE, Scaling
+from equipoise.networks import Architecture, default_architecture
+from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, NoiseModel
+from equipoise.store import (
+    StoreError,
+    load_mixture,
+    load_model,
+    read_json,
+    save_mixture,
+    save_model,
+    write_json,
+)
+from equipoise.training.config import ConfigError, TrainConfig, make_config
+from equipoise.training.logging import JsonlSink, Row, Sink, TensorBoardSink, read_rows
+from equipoise.training.trainer import EVALUATION_BATCH, Trainer, examples, make_fabric
+
+VERSIONED = ("equipoise", "torch", "lightning-fabric", "numpy", "scikit-learn", "safetensors")
+
+
+class Run:
+    """A run folder, and what is in it.
+
+    Args:
+        folder: its path.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config_file = self.folder / "config.json"
+        self.model_file = self.folder / "model.safetensors"
+        self.mixture_file = self.folder / "aggregate.safetensors"
+        self.metrics_file = self.folder / "metrics.jsonl"
+        self.evaluation_file = self.folder / "evaluation.json"
+        self.checkpoints = self.folder / "checkpoints"
+        self.figures = self.folder / "figures"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything in ``config.json``: options, data, versions, command.
+
+        Returns:
+            JSON values.
+
+        Raises:
+            StoreError: if the folder is not a run.
+        """
+        if not self.config_file.is_file():
+            raise StoreError(f"{self.folder} is not a run: it has no config.json. Runs are made by 'equipoise train'.")
+        settings: dict[str, Any] = read_json(self.config_file)
+        return settings
+
+    def config(self) -> TrainConfig:
+        """Options the run was trained with.
+
+        Returns:
+            The configuration.
+        """
+        return make_config(self.settings()["options"])
+
+    def model(self, encoder: nn.Module | None = None, decoder: nn.Module | None = None) -> VAE:
+        """Load the trained model, in evaluation mode, on the CPU.
+
+        Args:
+            encoder: the user's own, if the model was trained with one.
+            decoder: likewise.
+
+        Returns:
+            The model.
+
+        Raises:
+            StoreError: if the run has not finished training.
+        """
+        self.settings()
+        if not self.model_file.is_file():
+            raise StoreError(
+                f"{self.folder} has no trained model yet; finish it with 'equipoise train --resume {self.folder}'."
+            )
+        return load_model(self.model_file, encoder, decoder)
+
+    def mixture(self) -> GaussianMixture:
+        """Load the mixture fitted to the aggregate posterior.
+
+        Returns:
+            The mixture, eq. (13).
+        """
+        return load_mixture(self.mixture_file)[0]
+
+    def history(self) -> list[Row]:
+        """Rows of ``metrics.jsonl``.
+
+        Returns:
+            One per epoch.
+        """
+        return read_rows(self.metrics_file)
+
+
+def train(
+    data: Data,
+    config: TrainConfig | None = None,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    sinks: Sequence[Sink] = (),
+    encoder: nn.Module | None = None,
+    decoder: nn.Module | None = None,
+    data_options: dict[str, Any] | None = None,
+    command: Sequence[str] | None = None,
+    on_mixture: Callable[[EMStep], None] | None = None,
+) -> Run:
+    r"""Train a model by Algorithm 1, fit a mixture to its aggregate posterior, and keep both in a run folder.
+
+    Args:
+        data: what :func:`equipoise.load_data` returned.
+        config: options; the defaults if None.
+        out: the run folder; ``runs/NAME``, or the next free name after it, if None.
+        resume: go on with the run in ``out``.
+        sinks: what takes in the figures, besides ``metrics.jsonl``.
+        encoder: own module from (B, \*) to (B, 2 d); give a decoder with it.
+        decoder: own module from (B, d) to (B, \*).
+        data_options: how the data were loaded, kept in ``config.json`` for a later resume.
+        command: command line, kept in ``config.json``.
+        on_mixture: told of each iteration of the mixture's fit.
+
+    Returns:
+        The run.
+
+    Raises:
+        StoreError: if the folder holds a run already, or there is nothing to resume.
+        ConfigError: if the configuration does not fit the data.
+
+    Example:
+        >>> import equipoise
+        >>> run = equipoise.train(equipoise.load_data("digits"))  # doctest: +SKIP
+        >>> run.model().noise.floor_var  # doctest: +SKIP
+    """
+    config = config or TrainConfig()
+    _check_fit(data, config)
+    run = Run(out) if out else Run(_free_folder(data.name))
+    if resume:
+        run.settings()
+    elif run.config_file.exists():
+        raise StoreError(f"{run.folder} holds a run already: resume it with --resume, or choose another --out.")
+    # Everything that can refuse the input has run: only now does a folder appear.
+    torch.manual_seed(config.seed)
+    model = make_model(data, config, encoder, decoder)
+    if not resume:
+        write_json(run.config_file, _settings(data, config, model, data_options, command))
+    epochs_done = len(run.history()) if resume else 0
+    all_sinks: list[Sink] = [JsonlSink(run.metrics_file, epochs_done), *sinks]
+    if config.tensorboard:
+        all_sinks.append(TensorBoardSink(run.folder / "tensorboard"))
+    trainer = Trainer(model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=make_fabric(config))
+    history = trainer.fit(resume=resume)
+    _rewrite_history(run, history)
+    model.eval()
+    fit = fit_aggregate(model, data, config, trainer.fabric.device, on_mixture)
+    model.cpu()
+    save_model(run.model_file, model)
+    save_mixture(run.mixture_file, fit.mixture, _describe_fit(fit, config))
+    return run
+
+
+def make_model(
+    data: Data, config: TrainConfig, encoder: nn.Module | None = None, decoder: nn.Module | None = None
+) -> VAE:
+    """Build the untrained model that suits the data.
+
+    Args:
+        data: its shape and units.
+        config: options of the networks and the noise.
+        encoder: the user's own; give a decoder with it.
+        decoder: likewise.
+
+    Returns:
+        The model, its networks fitted to the data's scale.
+
+    Raises:
+        ConfigError: if only one of encoder and decoder is given.
+    """
+    if (encoder is None) != (decoder is None):
+        raise ConfigError(["encoder and decoder go together: give both of your own, or neither"])
+    scaling = Scaling(torch.as_tensor(data.offset), torch.as_tensor(data.scale), data.quantum)
+    noise = make_noise(data, config)
+    shape, latent_dim = data.shape, config.latent_dim
+    if encoder is not None and decoder is not None:
+        return VAE(encoder, decoder, noise, shape=shape, latent_dim=latent_dim, scaling=scaling, width=config.width)
+    architecture: Architecture = (
+        default_architecture(shape) if config.architecture == "auto" else config.architecture
+    )
+    model = VAE.build(
+        shape, latent_dim, architecture=architecture, width=config.width, noise=noise, scaling=scaling
+    )
+    sample = scaling(examples(data.train, 10_000, torch.device("cpu")))
+    model.start_at_data(sample.mean(0), sample.std())
+    return model
+
+
+def make_noise(data: Data, config: TrainConfig) -> NoiseModel:
+    """Build the noise model of stage 1.
+
+    Args:
+        data: its shape, and the rounding of its values.
+        config: options ``noise``, ``noise_var`` and ``noise_update``.
+
+    Returns:
+        The noise model.
+    """
+    if config.noise == "fixed":
+        return FixedNoise(float(config.noise_var or 0.0))
+    if config.noise == "global":
+        return GlobalNoise(config.noise_update)
+    shape = (data.shape[0], *(1 for _ in data.shape[1:])) if config.noise == "channel" else data.shape
+    rounding = {"min_var": data.quantum**2 / 12} if data.quantum else {}
+    return DimensionNoise(shape, config.noise_update, **rounding)
+
+
+@torch.no_grad()
+def encode_all(model: VAE, array: Subset, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Posterior parameters of every example, in order.
+
+    Args:
+        model: on the device, in evaluation mode.
+        array: one split of the data.
+        device: where to encode.
+
+    Returns:
+        Means and log-variances, (N, d) each.
+    """
+    posteriors = [model.encode(model.scaling(raw)) for raw in Batches(array, EVALUATION_BATCH, device).epoch(0)]
+    return torch.cat([p.mean for p in posteriors]), torch.cat([p.log_var for p in posteriors])
+
+
+def fit_aggregate(
+    model: VAE,
+    data: Data,
+    config: TrainConfig,
+    device: torch.device,
+    on_iteration: Callable[[EMStep], None] | None = None,
+) -> MixtureFit:
+    """Fit a Gaussian mixture to the aggregate posterior of the training set, eq. (13).
+
+    Args:
+        model: trained, in evaluation mode, on the device.
+        data: the training set is encoded; the validation set judges 'auto'.
+        config: options ``n_components``, ``mixture_fit`` and ``mixture_from``.
+        device: where to compute.
+        on_iteration: told of each iteration of EM.
+
+    Returns:
+        The mixture and how it was found.
+    """
+    generator = torch.Generator(device).manual_seed(config.seed + 4)
+    means, log_vars = encode_all(model, data.train, device)
+    codes = Gaussian(means, log_vars).sample(generator)
+    if config.mixture_fit == "variational":
+        n_components = 32 if config.n_components == "auto" else config.n_components
+        return fit_variational_mixture(codes, n_components, generator=generator)
+    held_out = None
+    if config.n_components == "auto":
+        held_out = Gaussian(*encode_all(model, data.validation, device)).sample(generator)
+    exact = config.mixture_from == "moments"
+    return fit_mixture(
+        means if exact else codes,
+        config.n_components,
+        log_vars=log_vars if exact else None,
+        held_out=held_out,
+        generator=generator,
+        on_iteration=on_iteration,
+    )
+
+
+def _check_fit(data: Data, config: TrainConfig) -> None:
+    """Refuse a configuration that contradicts the data."""
+    problems = config.problems()
+    dimensions = int(np.prod(data.shape))
+    if config.latent_dim >= dimensions:
+        problems.append(
+            f"latent_dim={config.latent_dim} must be smaller than the data's {dimensions} dimensions, or there is "
+            "nothing to compress"
+        )
+    if isinstance(config.n_components, int) and config.n_components > len(data.train):
+        problems.append(f"n_components={config.n_components} exceeds the {len(data.train)} training examples")
+    if config.floor == "quantisation" and data.quantum is None:
+        problems.append("floor=quantisation needs digital data such as 8-bit images; give a multiple such as 1.0")
+    if config.noise == "channel" and len(data.shape) != 3:
+        problems.append("noise=channel needs images; for tables use noise=dimension")
+    if config.architecture in ("conv", "residual") and len(data.shape) != 3:
+        problems.append(f"architecture={config.architecture} needs images; for tables use architecture=mlp")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _free_folder(name: str) -> Path:
+    """runs/NAME, or runs/NAME-2, runs/NAME-3, ... where that is taken."""
+    base = Path("runs") / name.replace("/", "-")
+    taken, number = base, 2
+    while taken.exists():
+        taken = base.with_name(f"{base.name}-{number}")
+        number += 1
+    return taken
+
+
+def _settings(
+    data: Data,
+    config: TrainConfig,
+    model: VAE,
+    data_options: dict[str, Any] | None,
+    command: Sequence[str] | None,
+) -> dict[str, Any]:
+    return {
+        "command": list(command or []),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "data": {
+            "name": data.name,
+            "source": data.source,
+            "load": data_options or {},
+            "fingerprint": data.fingerprint,
+            "shape": list(data.shape),
+            "n_train": len(data.train),
+            "n_validation": len(data.validation),
+            "n_test": len(data.test),
+        },
+        "options": config.as_dict(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONED}},
+    }
+
+
+def _version(name: str) -> str:
+    return equipoise.__version__ if name == "equipoise" else version(name)
+
+
+def _rewrite_history(run: Run, history: list[Row]) -> None:
+    """A kill between a checkpoint and its row, or the reverse, leaves the two a row apart; the checkpoint is right."""
+    if read_rows(run.metrics_file) != history:
+        sink = JsonlSink(run.metrics_file)
+        for row in history:
+            sink.epoch(row)
+
+
+def _describe_fit(fit: MixtureFit, config: TrainConfig) -> dict[str, Any]:
+    return {
+        "fit": config.mixture_fit,
+        "from": config.mixture_from,
+        "n_components": fit.mixture.n_components,
+        "log_likelihood": fit.log_likelihoods[-1],
+        "iterations": fit.n_iterations,
+        "converged": fit.converged,
+        "components_floored": fit.n_floored,
+        "held_out": [
+            {"n_components": k, **log_likelihood._asdict()} for k, log_likelihood in fit.held_out.items()
+        ],
+    }

@@ -1,0 +1,473 @@
+"""The loop: the only one, and without a formula. It obeys the stage schedule and writes what happened.
+
+One optimiser step is: forward through the objective, backward, step, closed form. Nothing in it waits for the
+device: running sums stay there and are read about once a second, for the display, and when an epoch ends.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from equipoise.data import Batches, Data, Subset
+from equipoise.model import VAE
+from equipoise.noise import PredictedNoise, ResidualVariance
+from equipoise.objectives import DetachedVarianceElbo, Elbo, Objective, Terms
+from equipoise.stages import Decision, Stage, StageSchedule, floor_var
+from equipoise.store import StoreError, build_noise
+from equipoise.training.checkpoint import load_checkpoint, save_checkpoint
+from equipoise.training.config import TrainConfig
+from equipoise.training.diagnostics import SplitFigures, range_warning, warnings_for
+from equipoise.training.logging import Row, Sink
+
+DISPLAY_SECONDS = 1.0
+EVALUATION_BATCH = 1000
+
+
+class NotFiniteError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+class Position(NamedTuple):
+    """How far a run is.
+
+    Args:
+        epoch: epochs done since the start.
+        step: optimiser steps done since the start.
+        stage_step: optimiser steps done in this stage.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    stage_step: int = 0
+
+
+class RunningMeans:
+    """Sums over an epoch that stay on the device until they are read.
+
+    Args:
+        device: of the batches.
+    """
+
+    NAMES = ("elbo", "log_likelihood", "kl", "squared_error", "noise_var")
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.count = 0
+        self.log_var_range = torch.tensor([math.inf, -math.inf], device=device)
+        self.first_bad_step = torch.full((), -1, device=device)
+
+    @torch.no_grad()
+    def add(self, terms: Terms, step: int) -> None:
+        """Add a batch.
+
+        Args:
+            terms: its objective.
+            step: optimiser steps done, to name the one at which the loss stopped being finite.
+        """
+        noise_var = terms.log_var.exp().mean().expand_as(terms.kl)
+        values = (terms.elbo, terms.log_likelihood, terms.kl, terms.squared_error, noise_var)
+        self.sums += torch.stack(values).sum(1, dtype=torch.float64)
+        self.count += len(terms.kl)
+        low, high = torch.aminmax(terms.log_var)
+        self.log_var_range[0] = torch.fmin(self.log_var_range[0], low)
+        self.log_var_range[1] = torch.fmax(self.log_var_range[1], high)
+        is_first_bad = ~torch.isfinite(terms.loss.sum()) & (self.first_bad_step < 0)
+        self.first_bad_step.masked_fill_(is_first_bad, step)
+
+    def read(self, dimensions: int, stage: Stage) -> dict[str, float]:
+        """Averages so far; the only place that waits for the device.
+
+        Args:
+            dimensions: of one example, to turn the squared error into an error per dimension.
+            stage: for the error message.
+
+        Returns:
+            elbo, log_likelihood, kl in nats per example; mse, noise_var and noise_std in model units.
+
+        Raises:
+            NotFiniteError: if a loss was not finite.
+        """
+        if (bad := int(self.first_bad_step)) >= 0:
+            low, high = self.log_var_range.tolist()
+            raise NotFiniteError(
+                f"The loss stopped being finite in stage {stage:d} at step {bad}; until then the log-variance of the "
+                f"noise lay in [{low:.2f}, {high:.2f}]. The last checkpoint is good. Try a lower learning_rate, "
+                "clip_norm=1000, or, in stage 2, a higher floor."
+            )
+        means = dict(zip(self.NAMES, (self.sums / self.count).tolist(), strict=True))
+        means["mse"] = means.pop("squared_error") / dimensions
+        means["noise_std"] = math.sqrt(means["noise_var"])
+        return means
+
+
+class Trainer:
+    """Train a model by Algorithm 1.
+
+    Args:
+        model: the model; changed in place.
+        data: what to train on.
+        config: options.
+        folder: where checkpoints go; None keeps none.
+        sinks: what takes in the figures.
+        fabric: engine; made from the configuration if None.
+
+    Raises:
+        ValueError: if the data are too few or too small for the configuration.
+    """
+
+    def __init__(
+        self,
+        model: VAE,
+        data: Data,
+        config: TrainConfig,
+        *,
+        folder: Path | None = None,
+        sinks: Sequence[Sink] = (),
+        fabric: Fabric | None = None,
+    ) -> None:
+        self.model = model
+        self.data = data
+        self.config = config
+        self.folder = folder
+        self.sinks = sinks
+        self.fabric = fabric or make_fabric(config)
+        self.schedule = StageSchedule(
+            config.stage_1_epochs, config.stage_2_epochs, config.tolerance, config.patience
+        )
+        self.position = Position()
+        self.history: list[Row] = []
+        self.optimal_var: Tensor | None = None
+        device = self.fabric.device
+        model.to(device)
+        batch_size = min(config.batch_size, len(data.train))
+        self.train_batches = Batches(data.train, batch_size, device, seed=config.seed)
+        self.validation_batches = Batches(data.validation, EVALUATION_BATCH, device)
+        self.test_batches = Batches(data.test, EVALUATION_BATCH, device)
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch."""
+        return math.ceil(len(self.data.train) / self.train_batches.batch_size)
+
+    def fit(self, *, resume: bool = False) -> list[Row]:
+        """Train until the schedule has finished.
+
+        Args:
+            resume: go on from the newest checkpoint in the folder.
+
+        Returns:
+            One row per epoch, those before a resume included.
+
+        Raises:
+            StoreError: if there is nothing to resume from.
+        """
+        self._look_at_data()
+        restored = self._restore() if resume else None
+        try:
+            for sink in self.sinks:
+                sink.start(self._total_steps(), self.position.step)
+            if restored is None:
+                self._enter_stage()
+            while self.schedule.stage is not Stage.FINISHED:
+                self._epoch()
+        finally:
+            for sink in self.sinks:
+                sink.close()
+        return self.history
+
+    def evaluate(self, batches: Batches) -> SplitFigures:
+        """Average the model's figures over a split, always with the same noise.
+
+        Args:
+            batches: of the split, in order.
+
+        Returns:
+            The averages.
+        """
+        model = self._evaluated_model()
+        objective = Elbo(model).eval()
+        generator = torch.Generator(self.fabric.device).manual_seed(self.config.seed + 1)
+        means, posterior_means = RunningMeans(self.fabric.device), []
+        floor_share = torch.zeros((), device=self.fabric.device)
+        with torch.no_grad():
+            for raw in batches.epoch(0):
+                x = self._to_model_units(raw)
+                terms = objective(x, generator)
+                means.add(terms, self.position.step)
+                floor_share += model.noise.floor_share(terms.log_var) * len(x)
+                posterior_means.append(model.encode(x).mean)
+        objective.train()
+        figures = means.read(math.prod(model.shape), self.schedule.stage)
+        return SplitFigures(
+            n=means.count,
+            elbo=figures["elbo"],
+            log_likelihood=figures["log_likelihood"],
+            kl=figures["kl"],
+            mse=figures["mse"],
+            noise_var=figures["noise_var"],
+            floor_share=float(floor_share) / means.count,
+            unit_var=torch.cat(posterior_means).var(0).cpu(),
+        )
+
+    def _look_at_data(self) -> None:
+        """Note the data's variance, and compare their range with what the decoder can reach."""
+        sample = self.model.scaling(examples(self.data.train, 2000, self.fabric.device))
+        self.data_var = float(sample.var(0).mean())
+        warning = range_warning(self.model.decoder, float(sample.min()), float(sample.max()))
+        if warning:
+            self._message(f"Warning: {warning}")
+
+    def _to_model_units(self, raw: Tensor) -> Tensor:
+        x: Tensor = self.model.scaling(raw)
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    def _enter_stage(self, optimizer_state: dict[str, Any] | None = None) -> None:
+        """Make the objective, optimiser and learning-rate schedule of the stage."""
+        config, stage = self.config, self.schedule.stage
+        detached = stage is Stage.PREDICTED_VARIANCE and config.stage_2_gradients == "stop"
+        objective: Objective = DetachedVarianceElbo(self.model) if detached else Elbo(self.model)
+        peak = config.learning_rate if stage is Stage.SHARED_VARIANCE else config.stage_2_learning_rate
+        optimizer = torch.optim.AdamW(
+            objective.parameters(), lr=peak, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
+        )
+        total = self.schedule.epochs[stage] * self.steps_per_epoch
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, peak, total_steps=total, pct_start=max(config.warm_up, 1 / total), cycle_momentum=False
+        )
+        if len(self.model.shape) == 3:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.compile:
+            self.model.encoder.compile()
+            self.model.decoder.compile()
+        self.objective, self.optimizer = self.fabric.setup(objective, optimizer)
+        self.average = (
+            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+            if config.ema_decay
+            else None
+        )
+
+    def _epoch(self) -> None:
+        """Train for an epoch, validate, let the schedule decide, and write it all down."""
+        stage, started = self.schedule.stage, time.perf_counter()
+        means = self._train_epoch()
+        train = means.read(math.prod(self.model.shape), stage)
+        seconds = time.perf_counter() - started
+        figures = self.evaluate(self.validation_batches)
+        decision = self.schedule.observe(figures.noise_var, figures.elbo)
+        row: Row = {
+            "epoch": self.position.epoch,
+            "stage": int(stage),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(seconds, 3),
+            "examples_per_second": round(means.count / seconds, 1),
+            **{f"train_{name}": value for name, value in train.items()},
+            **{f"validation_{name}": getattr(figures, name) for name in _LOGGED},
+            "validation_noise_std": math.sqrt(figures.noise_var),
+            "validation_floor_share": figures.floor_share,
+            "active_units": figures.active_units,
+            "decision": decision.reason,
+        }
+        if decision.switched:
+            row |= self._end_stage(stage, decision, figures)
+            if self.schedule.stage is Stage.PREDICTED_VARIANCE:
+                self._hand_over()
+        self.history.append(row)
+        for sink in self.sinks:
+            sink.epoch(row)
+        self._save()
+
+    def _train_epoch(self) -> RunningMeans:
+        stage, model = self.schedule.stage, self.model
+        means = RunningMeans(self.fabric.device)
+        shown = time.monotonic()
+        for raw in self.train_batches.epoch(self.position.epoch):
+            terms: Terms = self.objective(self._to_model_units(raw), self.generator)
+            self.optimizer.zero_grad()
+            self.fabric.backward(terms.loss.mean())
+            if self.config.clip_norm:
+                self.fabric.clip_gradients(self.objective, self.optimizer, max_norm=self.config.clip_norm)
+            self.optimizer.step()
+            self.scheduler.step()
+            model.noise.update(terms.residual)
+            if self.average:
+                self.average.update_parameters(model)
+            means.add(terms, self.position.step)
+            epoch, step, stage_step = self.position
+            self.position = Position(epoch, step + 1, stage_step + 1)
+            if time.monotonic() - shown > DISPLAY_SECONDS:
+                self._show(means.read(math.prod(model.shape), stage))
+                shown = time.monotonic()
+        self.position = self.position._replace(epoch=self.position.epoch + 1)
+        return means
+
+    def _end_stage(self, ended: Stage, decision: Decision, figures: SplitFigures) -> dict[str, float]:
+        """Average weights, find the exact closed form or recalibrate, and say how good it is and what looks wrong."""
+        self._message(decision.reason[0].upper() + decision.reason[1:] + ".")
+        if self.average:
+            self.model.load_state_dict(self._evaluated_model().state_dict())
+            self.average = None
+        at_end: dict[str, float] = {}
+        if ended is Stage.SHARED_VARIANCE:
+            self.optimal_var = self._exact_optimal_var()
+            self.model.noise.set_var(self.optimal_var)
+            at_end["optimal_noise_var"] = var = float(self.optimal_var.mean())
+            self._message(
+                f"Optimal noise variance, eq. (10): {var:.4g} (std {math.sqrt(var):.4g}), an exact pass over "
+                f"{len(self.data.train):,} examples."
+            )
+        elif self.config.recalibrate != "none":
+            self._recalibrate()
+        test = self.evaluate(self.test_batches)
+        self._message(
+            f"Test set, {test.n:,} examples: ELBO {test.elbo:.1f} nats, KL {test.kl:.1f}, MSE {test.mse:.5f}."
+        )
+        for warning in warnings_for(figures, self.data_var, ended is Stage.PREDICTED_VARIANCE):
+            self._message(f"Warning: {warning}")
+        return at_end | {f"test_{name}": getattr(test, name) for name in _LOGGED}
+
+    def _hand_over(self) -> None:
+        """Algorithm 1's step from stage 1 to stage 2: a predicted variance, bounded below by the optimal one."""
+        reference = cast(Tensor, self.optimal_var).clamp_min(self.model.noise.floor_var.double())
+        self.model.predict_variance(
+            reference,
+            floor_var(self.config.floor, reference, self.model.scaling.quantum),
+            calibration_shape=self.model.shape if self.config.recalibrate == "dimension" else (),
+        )
+        self.position = self.position._replace(stage_step=0)
+        self._enter_stage()
+
+    def _exact_optimal_var(self) -> Tensor:
+        """Eq. (10) in one pass over the training set, with the networks standing still."""
+        generator = torch.Generator(self.fabric.device).manual_seed(self.config.seed + 2)
+        statistic = ResidualVariance(self.model.noise.statistic_shape).to(self.fabric.device)
+        for terms in self._terms(self.train_batches, generator):
+            statistic.update(terms.residual)
+        return statistic.var
+
+    def _recalibrate(self) -> None:
+        noise = cast(PredictedNoise, self.model.noise)
+        generator = torch.Generator(self.fabric.device).manual_seed(self.config.seed + 3)
+        statistic = ResidualVariance(tuple(noise.calibration.shape)).to(self.fabric.device)
+        for terms in self._terms(self.validation_batches, generator):
+            statistic.update(terms.residual * torch.exp(-0.5 * terms.log_var))
+        noise.recalibrate(statistic)
+        scale = float((0.5 * noise.calibration).exp().mean())
+        self._message(f"Recalibrated the predicted std on {len(self.data.validation):,} held-out examples: x {scale:.3f}.")
+
+    @torch.no_grad()
+    def _terms(self, batches: Batches, generator: torch.Generator) -> Iterator[Terms]:
+        objective = Elbo(self.model).eval()
+        for raw in batches.epoch(0):
+            yield objective(self._to_model_units(raw), generator)
+        objective.train()
+
+    def _evaluated_model(self) -> VAE:
+        return cast(VAE, self.average.module) if self.average else self.model
+
+    def _total_steps(self) -> int:
+        """Steps of the whole run if no stage ends early; shrinks when one has."""
+        ahead = [epochs for stage, epochs in self.schedule.epochs.items() if stage > self.schedule.stage]
+        here = self.schedule.epochs.get(self.schedule.stage, 0) * self.steps_per_epoch - self.position.stage_step
+        return self.position.step + here + sum(ahead) * self.steps_per_epoch
+
+    def _show(self, figures: dict[str, float]) -> None:
+        stage = self.schedule.stage
+        in_stage = self.position.stage_step // self.steps_per_epoch + 1
+        label = f"stage {stage:d} epoch {in_stage}/{self.schedule.epochs[stage]}"
+        for sink in self.sinks:
+            sink.step(self.position.step, self._total_steps(), label, figures)
+
+    def _message(self, text: str) -> None:
+        for sink in self.sinks:
+            sink.message(text)
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        finished = self.schedule.stage is Stage.FINISHED
+        state = {
+            "position": list(self.position),
+            "schedule": self.schedule.state_dict(),
+            "history": self.history,
+            "optimal_var": self.optimal_var,
+            "noise": self.model.noise.description(),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average and not finished else None,
+            "optimizer": None if finished else self.optimizer.state_dict(),
+            "scheduler": None if finished else self.scheduler.state_dict(),
+            "generator": self.generator.get_state(),
+            "config": self.config.as_dict(),
+            "fingerprint": self.data.fingerprint,
+        }
+        save_checkpoint(self.folder, self.position.step, state)
+
+    def _restore(self) -> Position:
+        """Stand where the newest whole checkpoint was taken."""
+        if self.folder is None:
+            raise StoreError("There is no folder to resume from.")
+        path, state, refused = load_checkpoint(self.folder)
+        for reason in refused:
+            self._message(f"Passed over a damaged checkpoint: {reason}")
+        if state["fingerprint"] != self.data.fingerprint:
+            raise StoreError(f"{path} was trained on other data (fingerprint {state['fingerprint'][:12]}...); give the same.")
+        changed = [name for name, value in self.config.as_dict().items() if state["config"].get(name) != value]
+        if changed:
+            raise StoreError(f"{path} was trained with other values of {', '.join(changed)}; resume with the same.")
+        self.position = Position(*state["position"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.history = state["history"]
+        self.optimal_var = state["optimal_var"]
+        self.model.noise = build_noise(state["noise"], self.model)
+        self.model.load_state_dict(state["model"])
+        self.model.to(self.fabric.device)
+        self.generator.set_state(state["generator"])
+        if self.schedule.stage is not Stage.FINISHED:
+            self._enter_stage()
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            if self.average:
+                self.average.load_state_dict(state["average"])
+        self._message(f"Resumed {path.name}, after {self.position.epoch} epochs.")
+        return self.position
+
+
+_LOGGED = ("elbo", "log_likelihood", "kl", "mse", "noise_var")
+
+
+def examples(array: Subset, n: int, device: torch.device) -> Tensor:
+    """Take a few examples, evenly spread over an array.
+
+    Args:
+        array: one split of the data.
+        n: how many, or all if there are fewer.
+        device: where to put them.
+
+    Returns:
+        Raw data, (n, \\*).
+    """
+    index = np.linspace(0, len(array) - 1, min(n, len(array))).astype(np.int64)
+    return torch.from_numpy(array[index]).to(device)
+
+
+def make_fabric(config: TrainConfig) -> Fabric:
+    """Make the engine.
+
+    Args:
+        config: options ``accelerator`` and ``precision``.
+
+    Returns:
+        Fabric on one device. Apple's MPS is not chosen by 'auto': it has no float64, which eq. (10) sums in.
+    """
+    accelerator = config.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    return Fabric(accelerator=accelerator, devices=1, precision=config.precision)
