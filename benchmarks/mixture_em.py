@@ -114,7 +114,7 @@ def peak_mebibytes():
 
 
 def fit_a_million():
-    """Fit 1,000,000 float32 codes of d = 16 with K = 32, k-means start included; run in a process of its own."""
+    """Fit 1,000,000 float32 codes of d = 16 with K = 32, start included; run in a process of its own."""
     import torch
 
     from equipoise.mixture_fit import fit_mixture

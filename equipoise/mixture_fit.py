@@ -461,7 +461,7 @@ def _statistics(
     spread = whitening.whiten[i] * whitening.whiten[j]  # variances of z to covariances of w
     zero = torch.zeros((), dtype=torch.float64, device=coefficients.device)
     total = SufficientStatistics(zero, zero, torch.zeros_like(coefficients, dtype=torch.float64))
-    # One buffer for the features, and steps in place: memory that is new to the process costs as much as arithmetic.
+    # One buffer for the features, and steps in place: memory new to the process costs as much as arithmetic.
     buffer = coefficients.new_empty(coefficients.shape[1], rows.chunk_size)
     for z, var in rows.chunks():
         quadratic = None if var is None else (spread @ var.mT).to(dtype)

@@ -4,7 +4,7 @@ Any module from (B, \*) to (B, 2d) serves as encoder and any from (B, d) to (B, 
 ours is needed. :meth:`VAE.build` makes a pair from ``networks.py``.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ LOG_VAR_RANGE = (-30.0, 20.0)
 """Log-variances of q(z|x) are kept where float32 can exponentiate them; no healthy unit comes near either end."""
 
 
+@runtime_checkable
 class CodeSource(Protocol):
     """Where codes to decode come from: the prior, a fitted mixture, the aggregate posterior."""
 

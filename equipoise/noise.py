@@ -329,7 +329,7 @@ class PredictedNoise(NoiseModel):
         return (log_var <= self.floor_log_var + self.calibration + 1e-5).float().mean()
 
     @torch.no_grad()
-    def recalibrate(self, standardised: ResidualVariance, shrinkage: float = 10.0) -> None:
+    def recalibrate(self, standardised: ResidualVariance, shrinkage: float = 1.0) -> None:
         r"""Rescale the predicted variance so that held-out standardised residuals have unit variance.
 
         The scale is eq. (10) once more, for residuals divided by their predicted standard deviation, hence

@@ -7,7 +7,7 @@ bound on log p(x) and not merely proportional to one. The loop alone averages ov
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from equipoise.gaussian import Gaussian, standard_normal_log_prob, sum_dimension
 from equipoise.noise import PredictedNoise
 
 
+@runtime_checkable
 class LatentVariableModel(Protocol):
     """What an objective needs of a model; :class:`equipoise.model.VAE` is one."""
 

@@ -117,10 +117,12 @@ def test_aggregate_posterior_of_one_mixture_component_per_example():
 
 def test_aggregate_posterior_far_away_and_narrow():
     """Codes around 1e4 with std 1e-2: the products of the exact density lose no digits that matter."""
-    means, log_vars = random_posteriors() near = AggregatePosterior(means, log_vars) far =
-    AggregatePosterior(1e4 + 1e-2 * means, log_vars + 2 * math.log(1e-2)) z = normal(20, 3)
-    torch.testing.assert_close(far.log_prob(1e4 + 1e-2 * z), near.log_prob(z) - 3 * math.log(1e-2), rtol=1e-7,
-    atol=0)
+    means, log_vars = random_posteriors()
+    near = AggregatePosterior(means, log_vars)
+    far = AggregatePosterior(1e4 + 1e-2 * means, log_vars + 2 * math.log(1e-2))
+    z = normal(20, 3)
+    expected = near.log_prob(z) - 3 * math.log(1e-2)
+    torch.testing.assert_close(far.log_prob(1e4 + 1e-2 * z), expected, rtol=1e-7, atol=0)
 
 
 def test_aggregate_posterior_of_float32_codes_is_computed_in_float64():
@@ -175,15 +177,17 @@ def test_mixture_equals_scikit_learn():
 
 
 def test_mixture_does_not_depend_on_the_blocks(monkeypatch):
-    mixture, z = random_mixture(), normal(30, 3) expected = mixture.log_prob(z), mixture.responsibilities(z)
-    monkeypatch.setattr(aggregate, "BLOCK", 8) torch.testing.assert_close((mixture.log_prob(z),
-    mixture.responsibilities(z)), expected, rtol=1e-13, atol=1e-13)
+    mixture, z = random_mixture(), normal(30, 3)
+    expected = mixture.log_prob(z), mixture.responsibilities(z)
+    monkeypatch.setattr(aggregate, "BLOCK", 8)
+    actual = mixture.log_prob(z), mixture.responsibilities(z)
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
 
 
 def test_mixture_far_away_and_narrow():
     near, far, z = random_mixture(), random_mixture(offset=1e4, scale=1e-2), normal(20, 3)
-    torch.testing.assert_close(far.log_prob(1e4 + 1e-2 * z), near.log_prob(z) - 3 * math.log(1e-2), rtol=1e-7,
-    atol=0)
+    expected = near.log_prob(z) - 3 * math.log(1e-2)
+    torch.testing.assert_close(far.log_prob(1e4 + 1e-2 * z), expected, rtol=1e-7, atol=0)
 
 
 def test_mixture_sample_moments():
@@ -228,12 +232,16 @@ def test_standard_error_is_that_of_repetitions():
 
 
 def test_mixture_state_round_trip():
-    mixture, z = random_mixture(), normal(20, 3) state = mixture.state_dict() assert set(state) == {"weights",
-    "means", "covariances"} other = GaussianMixture(torch.ones(5).double() / 5, torch.zeros(5, 3).double(),
-    torch.eye(3).double().repeat(5, 1, 1)) other.load_state_dict(state) for copy in (GaussianMixture(**state),
-    other, pickle.loads(pickle.dumps(mixture))):
+    mixture, z = random_mixture(), normal(20, 3)
+    state = mixture.state_dict()
+    assert set(state) == {"weights", "means", "covariances"}
+    loaded = GaussianMixture(torch.ones(5) / 5, torch.zeros(5, 3), torch.eye(3).repeat(5, 1, 1)).double()
+    loaded.load_state_dict(state)
+    for copy in (GaussianMixture(**state), loaded, pickle.loads(pickle.dumps(mixture))):
         assert torch.equal(copy.log_prob(z), mixture.log_prob(z))
         assert torch.equal(copy.sample(5, seeded()), mixture.sample(5, seeded()))
+    with pytest.raises(ValueError, match="sum of 10"):
+        loaded.load_state_dict(state | {"weights": torch.full((5,), 2.0)})
 
 
 def test_mixture_does_not_share_memory_with_its_arguments():
@@ -253,16 +261,21 @@ def test_mixture_in_float32():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": torch.ones(3) / 3}, r"got \(3,\), \(2, 2\) and \(2, 2, 2\)"), ({"means": torch.zeros(2)},
-        r"got \(2,\), \(2,\)"), ({"covariances": torch.ones(2, 2)}, r"covariances \(K, d, d\)"), ({"weights":
-        torch.ones(2)}, "sum of 2 and a minimum of 1; divide"), ({"weights": torch.tensor([1.5, -0.5])},
-        "minimum of -0.5"), ({"means": torch.full((2, 2), math.nan)}, "4 of 4 values of means are not
-        finite"), ({"covariances": torch.stack([torch.eye(2), torch.ones(2, 2)])}, r"component\(s\) \[1\] is
-        not positive definite"), ({"covariances": torch.tensor([[1.0, 0.5], [0.0, 1.0]]).repeat(2, 1, 1)},
-        "symmetric"),
+        ({"weights": torch.ones(3) / 3}, r"got \(3,\), \(2, 2\) and \(2, 2, 2\)"),
+        ({"means": torch.zeros(2)}, r"got \(2,\), \(2,\)"),
+        ({"covariances": torch.ones(2, 2)}, r"covariances \(K, d, d\)"),
+        ({"weights": torch.ones(2)}, "sum of 2 and a minimum of 1; divide"),
+        ({"weights": torch.tensor([1.5, -0.5])}, "minimum of -0.5"),
+        ({"means": torch.full((2, 2), math.nan)}, "4 of 4 values of means are not finite"),
+        ({"covariances": torch.stack([torch.eye(2), torch.ones(2, 2)])}, r"\[1\] is not positive definite"),
+        ({"covariances": torch.tensor([[1.0, 0.5], [0.0, 1.0]]).repeat(2, 1, 1)}, "symmetric"),
     ],
 )
 def test_mixture_refuses(change, message):
-    valid = {"weights": torch.ones(2) / 2, "means": torch.zeros(2, 2), "covariances": torch.eye(2).repeat(2,
-    1, 1)} with pytest.raises(ValueError, match=message):
+    valid = {
+        "weights": torch.ones(2) / 2,
+        "means": torch.zeros(2, 2),
+        "covariances": torch.eye(2).repeat(2, 1, 1),
+    }
+    with pytest.raises(ValueError, match=message):
         GaussianMixture(**(valid | change))

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from equipoise.store import whole_file
 
@@ -11,6 +11,7 @@ Row = dict[str, Any]
 ``train_elbo`` and ``validation_elbo``, likewise log_likelihood, kl, mse, noise_var."""
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Something that takes in what a run reports."""
 

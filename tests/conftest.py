@@ -1,0 +1,38 @@
+"""Fixtures shared by the tests: determinism, and data small enough that training takes a second."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from equipoise.data import load
+
+torch.set_num_threads(1)
+# No deadlines: shared machines are slow now and then. Derandomised: a run tells of the change, not of the dice.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load("digits")
+
+
+@pytest.fixture(scope="session")
+def table():
+    """A correlated table whose columns have very different units."""
+    rng = np.random.default_rng(0)
+    codes = rng.normal(size=(600, 2))
+    loadings = rng.normal(size=(2, 6))
+    units = np.array([1.0, 10.0, 100.0, 1e-3, 1.0, 5.0])
+    return (codes @ loadings + 0.3 * rng.normal(size=(600, 6))) * units + 7 * units

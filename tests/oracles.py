@@ -1,0 +1,72 @@
+"""Closed forms to test against: probabilistic principal component analysis, which a linear VAE becomes.
+
+Tipping and Bishop (1999), *Probabilistic principal component analysis*: x = W z + b + e, e ~ N(0, var I). At the
+maximum of the likelihood var is the mean of the discarded eigenvalues of the covariance.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.gaussian import Gaussian
+from equipoise.model import VAE
+from equipoise.noise import NoiseModel
+
+
+class Ppca(NamedTuple):
+    weight: Tensor  # (D, d)
+    bias: Tensor  # (D,)
+    var: Tensor  # ()
+
+    @classmethod
+    def fit(cls, x: Tensor, latent_dim: int) -> "Ppca":
+        bias = x.mean(0)
+        values, vectors = torch.linalg.eigh((x - bias).T @ (x - bias) / len(x))
+        values, vectors = values.flip(0), vectors.flip(1)
+        var = values[latent_dim:].mean()
+        return cls(vectors[:, :latent_dim] * (values[:latent_dim] - var).sqrt(), bias, var)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        covariance = self.weight @ self.weight.T + self.var * torch.eye(len(self.bias), dtype=x.dtype)
+        return torch.distributions.MultivariateNormal(self.bias, covariance).log_prob(x)
+
+
+class ExactEncoder(nn.Module):
+    """Posterior of PPCA. With the fitted weights W^T W is diagonal, so the posterior is a diagonal Gaussian."""
+
+    def __init__(self, ppca: Ppca) -> None:
+        super().__init__()
+        self.ppca = ppca
+        self.precision = (ppca.weight.T @ ppca.weight).diagonal() + ppca.var
+
+    def forward(self, x: Tensor) -> Gaussian:
+        mean = (x - self.ppca.bias) @ self.ppca.weight / self.precision
+        log_var = (self.ppca.var / self.precision).log().expand_as(mean)
+        return Gaussian(mean, log_var)
+
+
+class LinearDecoder(nn.Module):
+    def __init__(self, ppca: Ppca) -> None:
+        super().__init__()
+        self.ppca = ppca
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z @ self.ppca.weight.T + self.ppca.bias
+
+
+def ppca_vae(ppca: Ppca, noise: NoiseModel) -> VAE:
+    """The VAE that is exactly this PPCA."""
+    dimensions, latent_dim = ppca.weight.shape
+    encoder, decoder = ExactEncoder(ppca), LinearDecoder(ppca)
+    # A float64 parameter tells the model in which precision to check its shapes.
+    decoder.register_parameter("dtype", nn.Parameter(torch.zeros((), dtype=ppca.bias.dtype)))
+    return VAE(encoder, decoder, noise, shape=(dimensions,), latent_dim=latent_dim)
+
+
+def linear_gaussian_data(n: int = 2000, dimensions: int = 8, latent_dim: int = 3, noise_std: float = 0.3) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(dimensions, latent_dim, generator=generator, dtype=torch.float64)
+    z = torch.randn(n, latent_dim, generator=generator, dtype=torch.float64)
+    noise = torch.randn(n, dimensions, generator=generator, dtype=torch.float64)
+    return z @ weight.T + noise_std * noise + 2.0

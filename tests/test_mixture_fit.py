@@ -1,0 +1,446 @@
+"""EM against scikit-learn's from the same start, against closed forms, and its invariances."""
+
+import math
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture as ScikitLearnMixture
+
+from equipoise.aggregate import AggregatePosterior, GaussianMixture
+from equipoise.mixture_fit import FLOOR, fit_mixture, fit_variational_mixture
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def clusters(N=600, K=4, d=2, distance=8.0, seed=0):
+    """Return codes of K clusters of different shapes, on a circle in their first two dimensions."""
+    angles = torch.arange(K, dtype=torch.float64) * 2 * math.pi / K
+    centres = torch.zeros(K, d, dtype=torch.float64)
+    centres[:, 0], centres[:, 1] = distance * angles.cos(), distance * angles.sin()
+    shapes = torch.eye(d, dtype=torch.float64) + 0.3 * normal(K, d, d, seed=seed + 1)
+    labels = torch.arange(N) % K
+    return centres[labels] + (shapes[labels] @ normal(N, d, 1, seed=seed)).squeeze(2)
+
+
+def a_start(codes, K, seed=3):
+    """Return K random codes as means, and the covariance of all codes."""
+    means = codes[torch.randperm(len(codes), generator=seeded(seed))[:K]]
+    return GaussianMixture(torch.full((K,), 1 / K, dtype=codes.dtype), means, codes.mT.cov().repeat(K, 1, 1))
+
+
+def assert_same(mixture, other, **tolerance):
+    for name, value in mixture.state_dict().items():
+        torch.testing.assert_close(value, getattr(other, name), **tolerance)
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+@pytest.mark.parametrize("K", [1, 3])
+def test_equals_scikit_learn(d, K):
+    codes = clusters(d=max(d, 2), distance=2.0)[:, :d]
+    start = a_start(codes, K)
+    oracle = ScikitLearnMixture(
+        K,
+        reg_covar=0,
+        tol=0.0,
+        max_iter=12,
+        weights_init=start.weights.numpy(),
+        means_init=start.means.numpy(),
+        precisions_init=torch.linalg.inv(start.covariances).numpy(),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        oracle.fit(codes.numpy())
+    fit = fit_mixture(codes, K, start=start, tol=0.0, max_iter=12)
+    assert fit.n_iterations == 12
+    assert not fit.converged
+    assert fit.log_likelihoods == pytest.approx(oracle.lower_bounds_, rel=1e-11)
+    torch.testing.assert_close(fit.mixture.weights, torch.from_numpy(oracle.weights_), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(fit.mixture.means, torch.from_numpy(oracle.means_), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(
+        fit.mixture.covariances, torch.from_numpy(oracle.covariances_), rtol=1e-8, atol=1e-10
+    )
+
+
+def test_stops_where_scikit_learn_stops():
+    codes = clusters(distance=2.0)
+    start = a_start(codes, 3)
+    oracle = ScikitLearnMixture(
+        3,
+        reg_covar=0,
+        tol=1e-5,
+        max_iter=1000,
+        weights_init=start.weights.numpy(),
+        means_init=start.means.numpy(),
+        precisions_init=torch.linalg.inv(start.covariances).numpy(),
+    ).fit(codes.numpy())
+    fit = fit_mixture(codes, 3, start=start, tol=1e-5, max_iter=1000)
+    assert fit.converged
+    assert oracle.converged_
+    assert fit.n_iterations == len(fit.log_likelihoods) == oracle.n_iter_
+
+
+def test_reported_likelihood_is_that_of_the_mixture():
+    codes = clusters()
+    start = a_start(codes, 3)
+    fit = fit_mixture(codes, 3, start=start, max_iter=1)
+    assert fit.log_likelihoods[0] == pytest.approx(start.log_prob(codes).mean().item(), rel=1e-12)
+    again = fit_mixture(codes, 3, start=fit.mixture, max_iter=1)
+    assert again.log_likelihoods[0] == pytest.approx(fit.mixture.log_prob(codes).mean().item(), rel=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), d=st.integers(1, 4), K=st.integers(1, 6), posteriors=st.booleans())
+def test_likelihood_never_decreases(seed, d, K, posteriors):
+    codes = normal(60, d, seed=seed) ** 3
+    log_vars = normal(60, d, seed=seed + 1) if posteriors else None
+    fit = fit_mixture(codes, K, log_vars=log_vars, start=a_start(codes, K, seed), tol=0.0, max_iter=30)
+    steps = torch.tensor(fit.log_likelihoods).diff()
+    assert (steps >= -1e-9).all()
+
+
+@pytest.mark.parametrize("log_vars", [None, normal(600, 2, seed=7)])
+def test_chunks_do_not_matter(log_vars):
+    codes = clusters()
+    expected = fit_mixture(codes, 3, log_vars=log_vars, start=a_start(codes, 3), max_iter=9)
+    for chunk_size in (1, 7, 599, 10**6):
+        fit = fit_mixture(
+            codes, 3, log_vars=log_vars, start=a_start(codes, 3), max_iter=9, chunk_size=chunk_size
+        )
+        assert_same(fit.mixture, expected.mixture, rtol=1e-9, atol=1e-10)
+        assert fit.log_likelihoods == pytest.approx(expected.log_likelihoods, rel=1e-11)
+
+
+def test_processes_do_not_matter():
+    """Two processes (threads here) with a third and two thirds of the codes find the mixture of all."""
+    codes = clusters()
+    start = a_start(codes, 3)
+    parts, barrier, shared = (codes[:200], codes[200:]), Barrier(2), {}
+
+    def fit_part(rank):
+        def all_reduce(values):
+            shared[rank] = values
+            barrier.wait()
+            total = shared[0] + shared[1]
+            barrier.wait()
+            return total
+
+        return fit_mixture(parts[rank], 3, start=start, max_iter=9, all_reduce=all_reduce)
+
+    with ThreadPoolExecutor(2) as pool:
+        fits = list(pool.map(fit_part, range(2)))
+    expected = fit_mixture(codes, 3, start=start, max_iter=9)
+    for fit in fits:
+        assert_same(fit.mixture, expected.mixture, rtol=1e-9, atol=1e-10)
+        assert fit.log_likelihoods == pytest.approx(expected.log_likelihoods, rel=1e-11)
+
+
+@pytest.mark.parametrize("K", [1, 4])
+def test_affine_equivariance(K):
+    """The fit of A z + b is the fit of z, mapped: k-means start, floor and all."""
+    codes, matrix, shift = clusters(d=3), normal(3, 3, seed=5), normal(3, seed=6)
+    fit = fit_mixture(codes, K, generator=seeded())
+    mapped = fit_mixture(codes @ matrix.mT + shift, K, generator=seeded())
+    order = mapped.mixture.responsibilities(fit.mixture.means @ matrix.mT + shift).argmax(1)
+    assert sorted(order.tolist()) == list(range(K))
+    expected = GaussianMixture(
+        fit.mixture.weights,
+        fit.mixture.means @ matrix.mT + shift,
+        matrix @ fit.mixture.covariances @ matrix.mT,
+    )
+    actual = GaussianMixture(*(getattr(mapped.mixture, name)[order] for name in expected.state_dict()))
+    assert_same(actual, expected, rtol=1e-6, atol=1e-8)
+    log_det = matrix.logdet().real if matrix.det() > 0 else (-matrix.det()).log()
+    assert mapped.log_likelihoods[-1] == pytest.approx(fit.log_likelihoods[-1] - log_det.item(), abs=1e-8)
+
+
+def test_far_away_and_narrow():
+    """Codes around 1e4 with std 1e-2 have the fit of the codes around 0 with std 1."""
+    codes = clusters()
+    near = fit_mixture(codes, 4, generator=seeded())
+    far = fit_mixture(1e4 + 1e-2 * codes, 4, generator=seeded())
+    torch.testing.assert_close((far.mixture.means - 1e4) / 1e-2, near.mixture.means, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(far.mixture.covariances / 1e-4, near.mixture.covariances, rtol=1e-6, atol=1e-6)
+
+
+def test_one_component_has_the_moments_of_the_codes():
+    codes = clusters(d=3)
+    mixture = fit_mixture(codes, 1).mixture
+    assert mixture.weights.tolist() == [1]
+    torch.testing.assert_close(mixture.means[0], codes.mean(0))
+    torch.testing.assert_close(mixture.covariances[0], codes.mT.cov(correction=0))
+
+
+def test_one_component_has_the_moments_of_the_aggregate_posterior():
+    means, log_vars = clusters(d=3), normal(600, 3, seed=9)
+    fit = fit_mixture(means, 1, log_vars=log_vars)
+    moments = AggregatePosterior(means, log_vars).moments()
+    torch.testing.assert_close(fit.mixture.means[0], moments.mean)
+    torch.testing.assert_close(fit.mixture.covariances[0], moments.covariance)
+    # The bound is E_q[log q^] then, which depends on the moments alone: a Gaussian's entropy, negated.
+    entropy = 0.5 * (3 * math.log(2 * math.pi * math.e) + moments.covariance.logdet().item())
+    assert fit.log_likelihoods[-1] == pytest.approx(-entropy, rel=1e-10)
+
+
+def test_posteriors_are_the_limit_of_many_samples():
+    """With K = 1 always; with more where draws of a posterior stay within one component."""
+    means = clusters(distance=20.0)
+    log_vars = normal(600, 2, seed=9) - 2
+    start = fit_mixture(means, 4, generator=seeded()).mixture
+    exact = fit_mixture(means, 4, log_vars=log_vars, start=start)
+    draws = torch.cat([means + (0.5 * log_vars).exp() * normal(600, 2, seed=seed) for seed in range(400)])
+    sampled = fit_mixture(draws, 4, start=start)
+    assert_same(exact.mixture, sampled.mixture, rtol=0.01, atol=0.01)
+    assert exact.log_likelihoods[-1] == pytest.approx(sampled.log_likelihoods[-1], abs=0.01)
+
+
+def test_bound_of_posteriors():
+    """The reported value is the documented bound, and it is below E_q[log q^]."""
+    means, log_vars = clusters(distance=2.0), normal(600, 2, seed=9)
+    start = a_start(means, 3)
+    fit = fit_mixture(means, 3, log_vars=log_vars, start=start, max_iter=1)
+    precisions = torch.linalg.inv(start.covariances)
+    log_joint = start.responsibilities(means).log() + start.log_prob(means)[:, None]
+    expected = log_joint - 0.5 * log_vars.exp() @ precisions.diagonal(dim1=1, dim2=2).mT
+    bound = expected.logsumexp(1).mean().item()
+    assert fit.log_likelihoods[0] == pytest.approx(bound, rel=1e-11)
+    draws = means + (0.5 * log_vars).exp() * normal(100, 600, 2, seed=10)
+    assert bound < start.log_prob(draws.reshape(-1, 2)).mean().item()
+
+
+def test_vanishing_variances_are_plain_codes():
+    codes = clusters()
+    plain = fit_mixture(codes, 3, start=a_start(codes, 3))
+    narrow = fit_mixture(codes, 3, start=a_start(codes, 3), log_vars=torch.full_like(codes, -60.0))
+    assert_same(plain.mixture, narrow.mixture)
+
+
+def test_finds_planted_clusters():
+    codes = clusters(N=4000)
+    fit = fit_mixture(codes, 4, generator=seeded())
+    assert fit.converged
+    assert fit.n_floored == 0
+    torch.testing.assert_close(fit.mixture.weights, torch.full((4,), 0.25).double(), atol=0.01, rtol=0)
+    assert fit.mixture.means.norm(dim=1).tolist() == pytest.approx([8] * 4, abs=0.2)
+
+
+def test_generator_decides():
+    codes = clusters(distance=1.0)
+    assert_same(
+        fit_mixture(codes, 4, generator=seeded()).mixture,
+        fit_mixture(codes, 4, generator=seeded()).mixture,
+        rtol=0.0,
+        atol=0.0,
+    )
+    one, other = (fit_mixture(codes, 4, generator=seeded(seed), max_iter=1) for seed in (1, 2))
+    assert not torch.equal(one.mixture.means, other.mixture.means)
+
+
+@pytest.mark.parametrize("K", [1, 4, 8])
+@pytest.mark.parametrize("posteriors", [False, True])
+def test_auto_finds_the_planted_number(K, posteriors):
+    codes = clusters(N=3000, K=K, distance=15.0)
+    log_vars = torch.full_like(codes, -5.0) if posteriors else None
+    fit = fit_mixture(codes, "auto", log_vars=log_vars, generator=seeded())
+    assert fit.mixture.n_components == K
+    assert list(fit.held_out) == [2**i for i in range(K.bit_length() + 1)]
+    assert max(score.value for score in fit.held_out.values()) < fit.held_out[K].value + 0.1
+
+
+def test_auto_with_given_held_out_codes():
+    codes, held_out = clusters(N=2000, distance=15.0), clusters(N=1000, distance=15.0, seed=20)
+    fit = fit_mixture(codes, "auto", held_out=held_out, generator=seeded())
+    log_prob = fit.mixture.log_prob(held_out)
+    assert fit.mixture.n_components == 4
+    assert fit.held_out[4].value == pytest.approx(log_prob.mean().item())
+    assert fit.held_out[4].standard_error == pytest.approx(log_prob.std().item() / 1000**0.5)
+
+
+def test_auto_does_not_fit_what_it_holds_out():
+    """The history of K = 1 is the likelihood of nine tenths of the codes."""
+    codes = clusters()
+    seen = []
+    fit_mixture(codes, "auto", generator=seeded(), on_iteration=seen.append)
+    of_all = fit_mixture(codes, 1, generator=seeded())
+    first = [step for step in seen if step.n_components == 1]
+    assert first[-1].log_likelihood != pytest.approx(of_all.log_likelihoods[-1], abs=1e-6)
+    assert {step.n_components for step in seen} >= {1, 2, 4}
+
+
+def test_auto_is_limited_by_the_number_of_codes():
+    fit = fit_mixture(normal(30, 2), "auto", generator=seeded())
+    assert max(fit.held_out) <= 4
+
+
+def test_held_out_score_of_a_given_number():
+    codes, held_out = clusters(), clusters(seed=20)
+    fit = fit_mixture(codes, 3, held_out=held_out, generator=seeded())
+    assert list(fit.held_out) == [3]
+    assert fit_mixture(codes, 3, generator=seeded()).held_out == {}
+
+
+def test_empty_component_is_revived():
+    codes = clusters(distance=15.0)
+    good = fit_mixture(codes, 4, generator=seeded())
+    means = good.mixture.means.clone()
+    means[0] = 1e4
+    lost = GaussianMixture(good.mixture.weights, means, good.mixture.covariances)
+    fit = fit_mixture(codes, 4, start=lost, tol=1e-6)
+    assert fit.log_likelihoods[-1] == pytest.approx(good.log_likelihoods[-1], abs=0.01)
+    assert fit.mixture.weights.tolist() == pytest.approx([0.25] * 4, abs=0.01)
+
+
+@pytest.mark.filterwarnings("error")
+def test_fewer_distinct_codes_than_components():
+    codes = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat(20, 1)
+    fit = fit_mixture(codes, 5, generator=seeded())
+    assert fit.n_floored > 0
+    assert fit.mixture.log_prob(codes).isfinite().all()
+
+
+def test_floor_is_relative_and_clips_only_what_is_below():
+    """Two clusters, one of them a point: its variance is the floor, that of the other is untouched."""
+    codes = torch.cat([torch.zeros(50, 1), 10 + normal(50, 1)])
+    fit = fit_mixture(codes, 2, floor=1e-4, generator=seeded())
+    narrow, wide = fit.mixture.covariances.flatten().sort().values.tolist()
+    assert fit.n_floored == 1
+    assert narrow == pytest.approx(1e-4 * codes.var(correction=0).item(), rel=1e-6)
+    assert wide == pytest.approx(codes[50:].var(correction=0).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("column", [torch.zeros(600, 1), 3.0 + torch.zeros(600, 1)])
+def test_unit_without_variance(column):
+    """Means of an unused unit are constant: the fit goes on, with next to no variance there."""
+    codes = torch.cat([clusters(), column, clusters()[:, :1]], 1)  # and one unit is the copy of another
+    fit = fit_mixture(codes, 4, generator=seeded())
+    without = fit_mixture(codes[:, :2], 4, generator=seeded())
+    assert fit.n_floored == 4
+    assert sorted(fit.mixture.weights.tolist()) == pytest.approx(
+        sorted(without.mixture.weights.tolist()), abs=0.01
+    )
+    assert fit.mixture.covariances[:, 2, 2].max() < FLOOR * codes.var(0).max()
+
+
+def test_float32_products():
+    codes = clusters()
+    double = fit_mixture(codes, 3, start=a_start(codes, 3), max_iter=9)
+    single = fit_mixture(codes, 3, start=a_start(codes, 3), max_iter=9, dtype=torch.float32)
+    assert single.mixture.means.dtype == torch.float64
+    assert single.log_likelihoods == pytest.approx(double.log_likelihoods, abs=1e-5)
+
+
+def test_reads_what_gives_slices(tmp_path):
+    codes = clusters().float()
+    np.save(tmp_path / "codes.npy", codes.numpy())
+    expected = fit_mixture(codes, 3, generator=seeded())
+    for same in (
+        np.load(tmp_path / "codes.npy", mmap_mode="r"),
+        codes.numpy(),
+        codes.clone().requires_grad_(),
+    ):
+        assert_same(fit_mixture(same, 3, generator=seeded()).mixture, expected.mixture, rtol=0.0, atol=0)
+
+
+def test_leaves_codes_and_start_alone():
+    codes = clusters()
+    start = a_start(codes, 3)
+    codes_before, state_before = (
+        codes.clone(),
+        {name: value.clone() for name, value in start.state_dict().items()},
+    )
+    fit_mixture(codes, 3, start=start)
+    assert torch.equal(codes, codes_before)
+    assert all(torch.equal(value, state_before[name]) for name, value in start.state_dict().items())
+
+
+def test_progress():
+    seen = []
+    fit = fit_mixture(clusters(), 3, generator=seeded(), on_iteration=seen.append)
+    assert [step.iteration for step in seen] == list(range(1, fit.n_iterations + 1))
+    assert tuple(step.log_likelihood for step in seen) == fit.log_likelihoods
+    assert {step.n_components for step in seen} == {3}
+
+
+def test_variational_mixture_leaves_components_unused():
+    codes = clusters(N=4000, distance=15.0)
+    fit = fit_variational_mixture(codes, 10, max_iter=500, generator=seeded())
+    assert fit.converged
+    assert (fit.mixture.weights > 0.02).sum() == 4
+    assert fit.log_likelihoods == (pytest.approx(fit.mixture.log_prob(codes).mean().item()),)
+    assert fit.log_likelihoods[0] == pytest.approx(
+        fit_mixture(codes, 4, generator=seeded()).log_likelihoods[-1], abs=0.1
+    )
+    assert_same(
+        fit.mixture,
+        fit_variational_mixture(codes, 10, max_iter=500, generator=seeded()).mixture,
+        rtol=0.0,
+        atol=0.0,
+    )
+    assert not fit_variational_mixture(codes, 10, max_iter=1, generator=seeded()).converged
+
+
+def spoiled(value):
+    codes = clusters()
+    codes[3, 1] = codes[5, 0] = value
+    return codes
+
+
+@pytest.mark.parametrize("fit", [fit_mixture, fit_variational_mixture])
+@pytest.mark.parametrize(
+    ("codes", "n_components", "message"),
+    [
+        (clusters()[:3], 4, "at least one code per component, got 3 codes for 4"),
+        (spoiled(math.nan), 2, "2 of 600 codes are not finite: the training that gave them diverged"),
+        (spoiled(-math.inf), 2, "2 of 600 codes are not finite"),
+        (torch.zeros(5), 2, r"expected codes of shape \(N, d\), neither zero, got \(5,\)"),
+        (torch.zeros(5, 2, 2), 2, r"got \(5, 2, 2\); flatten"),
+        (torch.zeros(5, 0), 2, r"neither zero, got \(5, 0\)"),
+        (torch.zeros(0, 5), 2, r"neither zero, got \(0, 5\)"),
+        (clusters(), 0, "n_components is at least 1, got 0"),
+        (torch.ones(5, 2), 2, "all codes are the same.*collapse"),
+    ],
+)
+def test_refuses_codes(fit, codes, n_components, message):
+    with pytest.raises(ValueError, match=message):
+        fit(codes, n_components)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_iter": 0}, "max_iter is at least 1, got 0"),
+        ({"tol": -1.0}, "tol is not negative, got -1"),
+        ({"tol": math.nan}, "tol is not negative, got nan"),
+        ({"floor": 1.0}, "floor is a fraction"),
+        ({"floor": 1.0, "max_iter": 0}, "floor is a fraction.*; max_iter is at least 1"),
+        ({"chunk_size": 0}, "chunk_size >= 1, got 0"),
+        ({"log_vars": torch.zeros(600, 1)}, r"log_vars of the codes' shape \(600, 2\), got \(600, 1\)"),
+        ({"log_vars": torch.full((600, 2), math.nan)}, "600 of 600 codes are not finite"),
+        ({"log_vars": torch.full((600, 2), 1e4)}, "600 of 600 codes are not finite"),
+        ({"held_out": torch.zeros(5, 3)}, "held_out codes of dimension 2, got 3"),
+        ({"start": a_start(clusters(), 3)}, "start has 3 components, but n_components is 2"),
+        ({"start": a_start(clusters(d=3), 2)}, "start of dimension 2, got 3"),
+        ({"all_reduce": lambda values: values}, "all_reduce needs a start"),
+        ({"n_components": "auto", "start": a_start(clusters(), 3)}, "n_components is auto"),
+    ],
+)
+def test_refuses_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit_mixture(clusters(), **({"n_components": 2} | options))
+
+
+def test_auto_refuses_too_few_codes():
+    with pytest.raises(ValueError, match="needs 20 codes"):
+        fit_mixture(clusters(N=12), "auto")

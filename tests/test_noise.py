@@ -1,0 +1,204 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from equipoise.gaussian import Gaussian
+from equipoise.noise import (
+    DimensionNoise,
+    FixedNoise,
+    GlobalNoise,
+    PredictedNoise,
+    ResidualVariance,
+    lower_bound,
+)
+
+Z = torch.zeros(4, 2)
+
+
+def residuals(n=32, shape=(3,), seed=0):
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Constant(nn.Module):
+    """A variance network that answers the same for every code."""
+
+    def __init__(self, value, shape=(3,)):
+        super().__init__()
+        self.value = nn.Parameter(torch.as_tensor(value).expand(shape).clone())
+
+    def forward(self, z):
+        return self.value.expand(len(z), *self.value.shape)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 1000))
+def test_residual_variance_does_not_depend_on_the_batches(sizes, seed):
+    everything = residuals(sum(sizes), (2, 3), seed)
+    for shape in ((), (2, 1), (2, 3)):
+        statistic = ResidualVariance(shape)
+        for batch in everything.split(sizes):
+            statistic.update(batch)
+        dims = [0] + [i + 1 for i in range(2) if shape == () or shape[i] == 1]
+        oracle = everything.double().square().mean(dims).reshape(shape)
+        torch.testing.assert_close(statistic.var, oracle, rtol=1e-6, atol=0)
+
+
+def test_residual_variance_sums_in_float64():
+    """In float32 the sum would stop growing at 2^24 summands of one."""
+    statistic = ResidualVariance()
+    statistic.sum.fill_(2.0**24)
+    statistic.count.fill_(2.0**24)
+    for _ in range(3):
+        statistic.update(torch.ones(1, 1))
+    assert statistic.sum == 2**24 + 3
+
+
+@given(st.floats(1e-3, 10.0))
+def test_the_elbo_is_stationary_at_the_closed_form(std):
+    """Eq. (10): d/d(sigma^2) of the Gaussian likelihood vanishes at the mean squared residual."""
+    x = residuals().double() * std
+    statistic = ResidualVariance()
+    statistic.update(x)
+    log_var = statistic.var.log().requires_grad_()
+    total = Gaussian(torch.zeros_like(x), log_var).log_prob(x).sum()
+    (gradient,) = torch.autograd.grad(total, log_var)
+    assert abs(float(gradient)) < 1e-9 * x.numel()
+
+
+def test_global_noise_takes_the_first_batch_at_once():
+    noise = GlobalNoise()
+    batch = 0.2 * residuals()
+    noise.update(batch)
+    torch.testing.assert_close(noise(Z).exp(), batch.square().mean())
+
+
+def test_global_noise_forgets_old_batches():
+    noise = GlobalNoise(memory=10)
+    for _ in range(20):
+        noise.update(torch.ones(4, 3))
+    for _ in range(100):
+        noise.update(torch.full((4, 3), 0.1))
+    torch.testing.assert_close(noise(Z).exp(), torch.tensor(0.01), rtol=0.01, atol=0)
+
+
+def test_global_noise_by_gradient_finds_the_closed_form():
+    batch = 0.3 * residuals(256)
+    noise = GlobalNoise("gradient")
+    noise.update(torch.ones(1, 3))  # start far away
+    optimiser = torch.optim.Adam(noise.parameters(), lr=0.05)
+    for _ in range(400):
+        loss = -Gaussian(torch.zeros_like(batch), noise(Z)).log_prob(batch).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        noise.update(batch)  # only the first batch counts
+    torch.testing.assert_close(noise(Z).exp().detach(), batch.square().mean(), rtol=1e-3, atol=0)
+
+
+def test_dimension_noise_is_global_noise_per_dimension():
+    std = torch.tensor([0.1, 1.0, 3.0])
+    batch = residuals(1000) * std
+    noise = DimensionNoise((3,))
+    noise.update(batch)
+    torch.testing.assert_close(noise(Z).exp(), batch.square().mean(0))
+
+
+def test_channel_noise_averages_over_pixels():
+    batch = residuals(50, (2, 4, 4)) * torch.tensor([0.1, 2.0]).view(2, 1, 1)
+    noise = DimensionNoise((2, 1, 1))
+    noise.update(batch)
+    torch.testing.assert_close(noise(Z).exp(), batch.square().mean((0, 2, 3)).view(2, 1, 1))
+
+
+def test_a_constant_dimension_rests_on_the_floor_and_is_reported():
+    batch = residuals()
+    batch[:, 0] = 0.0
+    noise = DimensionNoise((3,), min_var=1e-4)
+    noise.update(batch)
+    assert noise(Z).exp()[0] == pytest.approx(1e-4)
+    assert noise.floor_share(noise(Z)) == pytest.approx(1 / 3)
+    assert noise.floor_var == pytest.approx(1e-4)
+
+
+@given(st.floats(-5, 5), st.floats(1e-3, 1.0))
+def test_predicted_noise_with_a_constant_network_is_global_noise(correction, var):
+    var = torch.tensor(var)
+    predicted = PredictedNoise(Constant(correction), var, var * 1e-4)
+    torch.testing.assert_close(
+        predicted(Z), (var.log() + max(correction, math.log(1e-4))).expand(4, 3), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_floor_is_exact_and_its_share_is_reported():
+    correction = torch.tensor([-1.0, 0.0, 1.0])
+    noise = PredictedNoise(Constant(correction), torch.tensor(0.01), torch.tensor(0.01))
+    torch.testing.assert_close(noise(Z)[0].exp(), 0.01 * torch.tensor([1.0, 1.0, math.e]))
+    assert noise.floor_share(noise(Z)) == pytest.approx(2 / 3)
+    assert noise.floor_var == pytest.approx(0.01)
+
+
+def test_a_variance_below_its_floor_can_leave_it():
+    """Large residuals must raise a prediction that starts under the floor; a clamp would leave it there."""
+    noise = PredictedNoise(Constant(-1.0), torch.tensor(0.01), torch.tensor(0.01))
+    optimiser = torch.optim.Adam(noise.parameters(), lr=0.1)
+    x = torch.full((4, 3), 0.5)
+    for _ in range(300):
+        loss = -Gaussian(torch.zeros_like(x), noise(Z)).log_prob(x).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    torch.testing.assert_close(noise(Z).exp(), torch.full((4, 3), 0.25), rtol=0.02, atol=0)
+
+
+def test_lower_bound_gradients_away_from_the_bound():
+    values = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: lower_bound(v, v.new_tensor(0.0)), (values,))
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_recalibration_gives_unit_standardised_residuals(shape):
+    true_std = torch.tensor([0.1, 0.4, 2.0])
+    x = residuals(20_000) * true_std
+    noise = PredictedNoise(Constant(0.0), torch.tensor(0.05), torch.tensor(0.05), calibration_shape=shape)
+    statistic = ResidualVariance(shape)
+    statistic.update(x / noise(Z)[0].exp().sqrt())
+    noise.recalibrate(statistic)
+    standardised = x / noise(Z)[0].exp().sqrt()
+    torch.testing.assert_close(standardised.square().mean(), torch.tensor(1.0), rtol=1e-2, atol=0)
+    if shape:
+        torch.testing.assert_close(noise(Z)[0].exp().sqrt(), true_std, rtol=0.02, atol=0)
+
+
+def test_recalibration_of_a_constant_pixel_stays_finite():
+    x = residuals()
+    x[:, 0] = 0.0
+    noise = PredictedNoise(Constant(0.0), torch.tensor(1.0), torch.tensor(1.0), calibration_shape=(3,))
+    statistic = ResidualVariance((3,))
+    statistic.update(x)
+    noise.recalibrate(statistic)
+    assert torch.isfinite(noise(Z)).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FixedNoise(0.0), "positive"),
+        (lambda: FixedNoise(math.inf), "finite"),
+        (lambda: GlobalNoise("newton"), "closed-form"),
+        (lambda: GlobalNoise(min_var=0.0), "min_var"),
+        (lambda: DimensionNoise((3,), memory=0), "memory"),
+        (lambda: PredictedNoise(Constant(0.0), torch.tensor(-1.0), torch.tensor(1.0)), "reference_var"),
+        (lambda: PredictedNoise(Constant(0.0), torch.tensor(1.0), torch.tensor(math.nan)), "floor_var"),
+        (
+            lambda: PredictedNoise(Constant(0.0), torch.tensor(1.0), torch.tensor(1.0)).recalibrate(ResidualVariance()),
+            "held-out",
+        ),
+    ],
+)
+def test_wrong_arguments_say_what_is_wrong(make, message):
+    # beartype is on in the test run and would catch a wrong type first; these are wrong values.
+    with pytest.raises((ValueError, TypeError), match=message if message != "closed-form" else None):
+        make()

@@ -1,0 +1,193 @@
+
+import pytest
+import torch
+
+from equipoise.gaussian import Gaussian
+from equipoise.model import VAE
+from equipoise.noise import FixedNoise, GlobalNoise, PredictedNoise, ResidualVariance
+from equipoise.objectives import DetachedVarianceElbo, Elbo, importance_weighted_bound
+from tests.oracles import Ppca, linear_gaussian_data, ppca_vae
+
+
+def exact_model(noise=None):
+    x = linear_gaussian_data()
+    ppca = Ppca.fit(x, 3)
+    return x, ppca, ppca_vae(ppca, noise or FixedNoise(float(ppca.var)))
+
+
+def stage_2_model():
+    vae = VAE.build((1, 8, 8), latent_dim=3, width=4)
+    vae.noise.update(torch.full((2, 1, 8, 8), 0.2))
+    var = vae.noise(torch.zeros(1, 3)).exp()
+    vae.predict_variance(var, 0.1 * var)
+    return vae
+
+
+def test_elbo_with_the_exact_posterior_is_the_log_likelihood(generator):
+    """log p(x) = log p(x|z) + log p(z) - log q(z|x) for every z, so its mean over z is the ELBO without slack."""
+    x, ppca, vae = exact_model()
+    elbo = torch.stack([Elbo(vae)(x, generator).elbo for _ in range(200)]).mean(0)
+    torch.testing.assert_close(elbo.mean(), ppca.log_prob(x).mean(), rtol=2e-3, atol=0)
+
+
+def test_closed_form_noise_is_that_of_probabilistic_pca(generator):
+    """Eq. (10) with the expectation over z has PPCA's variance as its fixed point; the posterior mean does not."""
+    x, ppca, vae = exact_model()
+    sampled, plugged_in = ResidualVariance(), ResidualVariance()
+    for _ in range(100):
+        sampled.update(Elbo(vae)(x, generator).residual)
+    plugged_in.update(x - vae.reconstruct(x).mean)
+    torch.testing.assert_close(sampled.var, ppca.var, rtol=5e-3, atol=0)
+    assert plugged_in.var < 0.8 * ppca.var
+
+
+def test_importance_weighted_bound_is_exact_with_the_exact_posterior(generator):
+    """All importance weights equal p(x), so the bound is log p(x) for any K, in float64 to rounding."""
+    x, ppca, vae = exact_model()
+    vae.noise.log_var = ppca.var.log()
+    for k in (1, 7):
+        bound = importance_weighted_bound(vae, x[:50], k, generator)
+        torch.testing.assert_close(bound, ppca.log_prob(x[:50]), rtol=1e-9, atol=1e-9)
+
+
+def test_importance_weighted_bound_with_one_sample_is_the_elbo():
+    vae = VAE.build((6,), latent_dim=2, width=2, noise=FixedNoise(0.1)).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    bound = torch.stack([importance_weighted_bound(vae, x, 1, generator) for _ in range(4000)]).mean(0)
+    with torch.no_grad():
+        elbo = torch.stack([Elbo(vae)(x, generator).elbo for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(bound, elbo, rtol=5e-3, atol=5e-2)
+
+
+def test_importance_weighted_bound_grows_with_the_number_of_samples(generator):
+    vae = VAE.build((6,), latent_dim=2, width=2, noise=FixedNoise(0.05)).double()
+    x = torch.randn(200, 6, dtype=torch.float64)
+    bounds = [float(importance_weighted_bound(vae, x, k, generator).mean()) for k in (1, 10, 100)]
+    assert bounds[0] < bounds[1] < bounds[2]
+
+
+def test_importance_weighted_bound_draws_exactly_as_many_samples_as_asked():
+    """Chunks of 3 for K = 7 examples: every row that reaches the decoder is counted."""
+    vae = VAE.build((6,), latent_dim=2, width=2)
+    rows = []
+    vae.decoder.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    importance_weighted_bound(vae, torch.zeros(2, 6), 7, max_rows=6)
+    assert rows == [6, 6, 2]
+
+
+def test_importance_weighted_bound_is_stable_for_thousands_of_samples(generator):
+    """A tiny noise variance makes log-weights of -1e5; a sum of exponentials would be zero."""
+    vae = VAE.build((6,), latent_dim=2, width=2, noise=FixedNoise(1e-5))
+    bound = importance_weighted_bound(vae, torch.randn(2, 6), 5000, generator)
+    assert torch.isfinite(bound).all()
+    assert (bound < -1000).all()
+
+
+def test_importance_weighted_bound_takes_another_prior(generator):
+    x, ppca, vae = exact_model()
+    shifted = importance_weighted_bound(
+        vae, x[:20], 3, generator, log_prior=lambda z: -10 + Gaussian(torch.zeros_like(z), z.new_zeros(())).log_prob(z)
+    )
+    vae.noise.log_var = ppca.var.log()
+    torch.testing.assert_close(shifted, ppca.log_prob(x[:20]) - 10, rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="at least 1"):
+        importance_weighted_bound(vae, x, 0)
+
+
+def test_terms_are_per_example_and_add_up(generator):
+    vae = VAE.build((1, 8, 8), latent_dim=3, width=4)
+    x = torch.rand(5, 1, 8, 8)
+    terms = Elbo(vae)(x, generator)
+    assert terms.loss.shape == terms.log_likelihood.shape == terms.kl.shape == (5,)
+    torch.testing.assert_close(terms.loss, -terms.elbo)
+    torch.testing.assert_close(terms.squared_error, terms.residual.square().flatten(1).sum(1))
+    assert not terms.residual.requires_grad
+
+
+def test_gradients_of_the_elbo():
+    vae = VAE.build((4,), latent_dim=2, width=1, noise=GlobalNoise("gradient")).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    parameters = tuple(vae.parameters())
+
+    def loss(*_parameters):
+        return Elbo(vae)(x, torch.Generator().manual_seed(0)).loss
+
+    assert torch.autograd.gradcheck(loss, parameters)
+
+
+def test_stage_2_starts_where_stage_1_ended():
+    vae = VAE.build((1, 8, 8), latent_dim=3, width=4)
+    x = torch.rand(5, 1, 8, 8)
+    vae.noise.update(torch.full((2, 1, 8, 8), 0.2))
+    before = Elbo(vae)(x, torch.Generator().manual_seed(0)).elbo
+    var = vae.noise(torch.zeros(1, 3)).exp()
+    vae.predict_variance(var, var)
+    after = Elbo(vae)(x, torch.Generator().manual_seed(0)).elbo
+    torch.testing.assert_close(before, after)
+
+
+def test_detached_variance_leaves_the_networks_gradients_as_in_stage_1():
+    vae = stage_2_model()
+    torch.nn.init.normal_(vae.noise.network.output.weight, std=0.5)
+    x = torch.rand(5, 1, 8, 8)
+    shared = [*vae.encoder.parameters(), *vae.decoder.parameters()]
+
+    def gradients(objective):
+        loss = objective(x, torch.Generator().manual_seed(0)).loss.sum()
+        return torch.autograd.grad(loss, shared)
+
+    detached = gradients(DetachedVarianceElbo(vae))
+    joint = gradients(Elbo(vae))
+    predicted = vae.noise
+    vae.noise = FixedNoise(float(predicted.reference_log_var.exp()))
+    stage_1 = gradients(Elbo(vae))
+    for mine, theirs in zip(detached, stage_1, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(joint, stage_1, strict=True))
+
+
+def test_detached_variance_trains_the_variance_as_the_joint_objective_does():
+    vae = stage_2_model()
+    x = torch.rand(5, 1, 8, 8)
+    gradients = []
+    for objective in (DetachedVarianceElbo(vae), Elbo(vae)):
+        terms = objective(x, torch.Generator().manual_seed(0))
+        gradients.append(torch.autograd.grad(terms.loss.sum(), list(vae.noise.parameters())))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_detached_variance_reports_the_elbo_of_the_whole_model():
+    vae = stage_2_model()
+    x = torch.rand(5, 1, 8, 8)
+    elbos = [o(x, torch.Generator().manual_seed(0)).elbo for o in (DetachedVarianceElbo(vae), Elbo(vae))]
+    torch.testing.assert_close(*elbos)
+
+
+def test_detached_variance_needs_a_predicted_variance():
+    with pytest.raises(ValueError, match="PredictedNoise"):
+        DetachedVarianceElbo(VAE.build((4,), latent_dim=2))
+
+
+def test_a_planted_noise_map_is_recovered():
+    """x = noise of known std per pixel that depends on the code: the variance head must find that std."""
+    generator = torch.Generator().manual_seed(0)
+    n = 4000
+    side = torch.randint(0, 2, (n, 1), generator=generator).float()
+    true_std = torch.where(side > 0, torch.tensor([0.05, 0.4]), torch.tensor([0.4, 0.05]))
+    x = true_std * torch.randn(n, 2, generator=generator)
+    network = torch.nn.Linear(1, 2)
+    torch.nn.init.zeros_(network.weight)
+    torch.nn.init.zeros_(network.bias)
+    var = x.square().mean()
+    noise = PredictedNoise(network, var, var * 1e-3)
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.05)
+    for _ in range(500):
+        loss = -Gaussian(torch.zeros_like(x), noise(side)).log_prob(x).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    found = (0.5 * noise(torch.tensor([[0.0], [1.0]]))).exp()
+    torch.testing.assert_close(found, torch.tensor([[0.4, 0.05], [0.05, 0.4]]), rtol=0.05, atol=0)
+    assert torch.isfinite(loss)
