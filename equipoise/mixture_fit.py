@@ -193,8 +193,10 @@ def fit_mixture(
     _check_options(n_components, start, floor, tol, max_iter, all_reduce)
     rows = _Rows.of(codes, log_vars, chunk_size)
     test_codes = None if held_out is None else _Rows.of(held_out, None, chunk_size).draw(generator)
-    if test_codes is not None and test_codes.shape[1] != rows.dim:
-        raise ValueError(f"expected held_out codes of dimension {rows.dim}, got {test_codes.shape[1]}")
+    if test_codes is not None and (test_codes.shape[1] != rows.dim or len(test_codes) < 2):
+        raise ValueError(f"expected held_out codes (M, {rows.dim}), M > 1, got {tuple(test_codes.shape)}")
+    if test_codes is not None and not test_codes.isfinite().all():
+        raise ValueError("held_out codes are not all finite: encode with the last good checkpoint")
     if start is not None and start.latent_dim != rows.dim:
         raise ValueError(f"expected a start of dimension {rows.dim}, got {start.latent_dim}")
     if n_components == "auto" and test_codes is None:
@@ -367,7 +369,9 @@ class _Components(NamedTuple):
     def coefficients(self) -> Tensor:
         """Return theta of the module's docstring, (K, 1 + d + d (d + 1) / 2)."""
         d = self.means.shape[1]
-        scale_trils = torch.linalg.cholesky(self.covariances)
+        scale_trils, info = torch.linalg.cholesky_ex(self.covariances)
+        if info.any():
+            raise ValueError("a covariance is singular to working precision: choose a larger floor")
         precisions = torch.cholesky_inverse(scale_trils)
         linear = (precisions @ self.means.unsqueeze(2)).squeeze(2)
         log_det = 2 * scale_trils.diagonal(dim1=1, dim2=2).log().sum(1)
@@ -425,6 +429,7 @@ def _whiten(rows: _Rows, all_reduce: Callable[[Tensor], Tensor] | None) -> _Whit
         scatter += centred.mT @ centred if var is None else centred.mT @ centred + var.sum(0).diag()
     covariance = reduce(scatter) / count
     std = covariance.diagonal().sqrt()
+    std = torch.where(std > 1e-12 * centre.abs(), std, 0.0)  # below it is the rounding error of the mean
     if not std.max() > 0:
         raise ValueError("all codes are the same: the encoder ignores its input (posterior collapse)")
     # Directions without variance (a unit that is not used, or a copy of another) get a scale all the same.
@@ -530,7 +535,7 @@ def _k_means(rows: _Rows, whitening: _Whitening, K: int, generator: torch.Genera
     means = torch.as_tensor(model.cluster_centers_, device=w.device)
     within = w - means[labels]
     covariance = within.mT @ within / len(w)
-    return _Components(labels.bincount(minlength=K) / len(w), means, covariance.expand(K, -1, -1))
+    return _Components(labels.bincount(minlength=K).to(w) / len(w), means, covariance.expand(K, -1, -1))
 
 
 def _seed(generator: torch.Generator | None) -> int:
@@ -543,12 +548,10 @@ def _symmetric(matrices: Tensor) -> Tensor:
 
 
 def _to_float64(values: Any) -> Tensor:  # noqa: ANN401 - a tensor, or what NumPy can convert
-    # The copy is for memory-mapped arrays, which may be read-only: torch would warn of them.
-    return (
-        values.detach().double()
-        if isinstance(values, Tensor)
-        else torch.from_numpy(np.array(values, np.float64))
-    )
+    if isinstance(values, Tensor):
+        return values.detach().double()
+    # np.array copies, as torch warns of arrays that are read-only, such as memory-mapped ones.
+    return torch.from_numpy(np.array(values, np.float64))
 
 
 def _check_options(

@@ -45,7 +45,7 @@ class StageSchedule:
     epochs is skipped.
 
     Args:
-        stage_1_epochs: epoch limit of stage 1, at least 1.
+        stage_1_epochs: epoch limit of stage 1; 0 for a model that is trained already.
         stage_2_epochs: epoch limit of stage 2; 0 trains stage 1 only.
         tolerance: relative change below which a figure counts as settled; 0 never ends a stage early.
         patience: epochs in a row that must be settled.
@@ -64,15 +64,18 @@ class StageSchedule:
     def __init__(
         self, stage_1_epochs: int, stage_2_epochs: int, tolerance: float = 1e-3, patience: int = 3
     ) -> None:
-        if stage_1_epochs < 1 or stage_2_epochs < 0 or tolerance < 0 or patience < 1:
+        if min(stage_1_epochs, stage_2_epochs) < 0 or stage_1_epochs + stage_2_epochs < 1:
             raise ValueError(
-                "StageSchedule needs stage_1_epochs >= 1, stage_2_epochs >= 0, tolerance >= 0, patience >= 1, got "
-                f"{stage_1_epochs}, {stage_2_epochs}, {tolerance}, {patience}."
+                f"StageSchedule needs at least one epoch in one stage, got {stage_1_epochs} and {stage_2_epochs}."
+            )
+        if tolerance < 0 or patience < 1:
+            raise ValueError(
+                f"StageSchedule needs tolerance >= 0 and patience >= 1, got {tolerance} and {patience}."
             )
         self.epochs = {Stage.SHARED_VARIANCE: stage_1_epochs, Stage.PREDICTED_VARIANCE: stage_2_epochs}
         self.tolerance = tolerance
         self.patience = patience
-        self.stage = Stage.SHARED_VARIANCE
+        self.stage = Stage.SHARED_VARIANCE if stage_1_epochs else Stage.PREDICTED_VARIANCE
         self.epochs_done = 0
         self.settled = 0
         self.previous: tuple[float, float] | None = None

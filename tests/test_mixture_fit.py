@@ -302,7 +302,15 @@ def test_empty_component_is_revived():
     assert fit.mixture.weights.tolist() == pytest.approx([0.25] * 4, abs=0.01)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_points_without_a_floor(scale):
+    """Components on single points: the rounding error is a floor of its own."""
+    codes = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, scale]]).repeat(20, 1)
+    fit = fit_mixture(codes, 3, floor=0.0, generator=seeded())
+    assert fit.n_floored == 3
+    assert fit.mixture.log_prob(codes).isfinite().all()
+
+
 def test_fewer_distinct_codes_than_components():
     codes = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat(20, 1)
     fit = fit_mixture(codes, 5, generator=seeded())
@@ -320,7 +328,7 @@ def test_floor_is_relative_and_clips_only_what_is_below():
     assert wide == pytest.approx(codes[50:].var(correction=0).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("column", [torch.zeros(600, 1), 3.0 + torch.zeros(600, 1)])
+@pytest.mark.parametrize("column", [torch.zeros(600, 1), torch.full((600, 1), 3.1)])
 def test_unit_without_variance(column):
     """Means of an unused unit are constant: the fit goes on, with next to no variance there."""
     codes = torch.cat([clusters(), column, clusters()[:, :1]], 1)  # and one unit is the copy of another
@@ -409,7 +417,7 @@ def spoiled(value):
         (torch.zeros(5, 0), 2, r"neither zero, got \(5, 0\)"),
         (torch.zeros(0, 5), 2, r"neither zero, got \(0, 5\)"),
         (clusters(), 0, "n_components is at least 1, got 0"),
-        (torch.ones(5, 2), 2, "all codes are the same.*collapse"),
+        (torch.full((7, 2), 0.1), 2, "all codes are the same.*collapse"),
     ],
 )
 def test_refuses_codes(fit, codes, n_components, message):
@@ -429,7 +437,9 @@ def test_refuses_codes(fit, codes, n_components, message):
         ({"log_vars": torch.zeros(600, 1)}, r"log_vars of the codes' shape \(600, 2\), got \(600, 1\)"),
         ({"log_vars": torch.full((600, 2), math.nan)}, "600 of 600 codes are not finite"),
         ({"log_vars": torch.full((600, 2), 1e4)}, "600 of 600 codes are not finite"),
-        ({"held_out": torch.zeros(5, 3)}, "held_out codes of dimension 2, got 3"),
+        ({"held_out": torch.zeros(5, 3)}, r"held_out codes \(M, 2\), M > 1, got \(5, 3\)"),
+        ({"held_out": torch.zeros(1, 2)}, r"held_out codes \(M, 2\), M > 1, got \(1, 2\)"),
+        ({"held_out": spoiled(math.nan)}, "held_out codes are not all finite"),
         ({"start": a_start(clusters(), 3)}, "start has 3 components, but n_components is 2"),
         ({"start": a_start(clusters(d=3), 2)}, "start of dimension 2, got 3"),
         ({"all_reduce": lambda values: values}, "all_reduce needs a start"),

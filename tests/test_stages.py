@@ -65,6 +65,12 @@ def test_a_restored_schedule_decides_the_same(figures, cut):
         assert one.observe(*pair) == other.observe(*pair)
 
 
+def test_a_trained_model_skips_stage_1():
+    schedule = StageSchedule(stage_1_epochs=0, stage_2_epochs=1)
+    assert schedule.stage is Stage.PREDICTED_VARIANCE
+    assert schedule.observe(0.01, 800.0).stage is Stage.FINISHED
+
+
 @given(st.integers(1, 8), st.integers(0, 8))
 def test_without_tolerance_every_epoch_is_run(first, second):
     schedule = StageSchedule(first, second, tolerance=0.0)
@@ -93,7 +99,7 @@ def test_continuous_data_have_no_quantisation():
         floor_var("quantisation", torch.tensor(0.01), None)
 
 
-@pytest.mark.parametrize("arguments", [(0, 1), (1, -1), (1, 1, -0.1), (1, 1, 0.1, 0)])
+@pytest.mark.parametrize("arguments", [(0, 0), (1, -1), (-1, 1), (1, 1, -0.1), (1, 1, 0.1, 0)])
 def test_wrong_schedules(arguments):
     with pytest.raises(ValueError, match="StageSchedule needs"):
         StageSchedule(*arguments)

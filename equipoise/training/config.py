@@ -44,7 +44,7 @@ class TrainConfig:
     """After stage 2, rescale the predicted std on the validation set: one scale, or one per dimension."""
 
     stage_1_epochs: int = 10
-    """Epoch limit of stage 1, one learned variance."""
+    """Epoch limit of stage 1, one learned variance. From Python, 0 adds stage 2 to a model trained before."""
     stage_2_epochs: int = 5
     """Epoch limit of stage 2, a variance per pixel and input; 0 leaves it out."""
     tolerance: float = 1e-3
@@ -120,6 +120,8 @@ class TrainConfig:
             for name in ("test_fraction", "validation_fraction")
             if not 0 < getattr(self, name) < 1
         ]
+        if self.stage_1_epochs == 0 and self.stage_2_epochs == 0:
+            found.append("stage_1_epochs and stage_2_epochs cannot both be 0")
         if self.noise == "fixed" and self.noise_var is None:
             found.append("noise=fixed needs noise_var (0.5 is the usual VAE, 1 the paper's beta-VAE)")
         if self.noise != "fixed" and self.noise_var is not None:
@@ -142,7 +144,7 @@ class TrainConfig:
 _AT_LEAST: dict[str, float] = {
     "latent_dim": 1,
     "width": 1,
-    "stage_1_epochs": 1,
+    "stage_1_epochs": 0,
     "stage_2_epochs": 0,
     "tolerance": 0,
     "patience": 1,

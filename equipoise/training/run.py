@@ -290,6 +290,8 @@ def _check_fit(data: Data, config: TrainConfig) -> None:
     """Refuse a configuration that contradicts the data."""
     problems = config.problems()
     dimensions = int(np.prod(data.shape))
+    if config.stage_1_epochs == 0:
+        problems.append("stage_1_epochs=0 is for models trained before: give one to Trainer in Python")
     if config.latent_dim >= dimensions:
         problems.append(
             f"latent_dim={config.latent_dim} must be smaller than the data's {dimensions} dimensions, or there is "

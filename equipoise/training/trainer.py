@@ -175,7 +175,10 @@ class Trainer:
         try:
             for sink in self.sinks:
                 sink.start(self._total_steps(), self.position.step)
-            if restored is None:
+            if restored is None and self.schedule.stage is Stage.PREDICTED_VARIANCE:
+                self.optimal_var = self._exact_optimal_var()
+                self._hand_over()
+            elif restored is None:
                 self._enter_stage()
             while self.schedule.stage is not Stage.FINISHED:
                 self._epoch()

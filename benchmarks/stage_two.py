@@ -1,0 +1,95 @@
+"""Which stage 2 should be the default? From one stage 1, train each variant and compare on the test set.
+
+    python benchmarks/stage_two.py mnist --data-dir DATA
+
+The rule: the test error stays within 2 % of stage 1, and of those the best held-out likelihood wins.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from provenance import provenance
+
+from equipoise.data import load
+from equipoise.metrics.likelihood import IWAE_BATCH, IWAE_EXAMPLES, iwae, likelihood
+from equipoise.data import Batches, Subset
+from equipoise.training.config import TrainConfig, make_config, read_recipe, shipped_recipes
+from equipoise.training.run import make_model
+from equipoise.training.trainer import Trainer
+
+VARIANTS = {
+    "stop, floor 1": {"stage_2_gradients": "stop", "floor": 1.0},
+    "joint, floor 1": {"stage_2_gradients": "joint", "floor": 1.0},
+    "stop, floor 0.001": {"stage_2_gradients": "stop", "floor": 1e-3},
+    "joint, floor 0.001": {"stage_2_gradients": "joint", "floor": 1e-3},
+}
+
+
+def figures(model, data, seed=0):
+    """Test ELBO, KL, MSE, IWAE-20 on the first 500, and coverage at one std."""
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    whole = likelihood(model, Batches(data.test, 1000).epoch(), generator)
+    first = Subset(data.test.base, data.test.indices[:IWAE_EXAMPLES], data.test.dtype)
+    bound = iwae(model, Batches(first, IWAE_BATCH).epoch(), 20, generator)
+    inside = count = 0
+    with torch.no_grad():
+        for raw in Batches(data.test, 1000).epoch():
+            x = model.scaling(raw)
+            seen = model.reconstruct(x)
+            inside += int(((x - seen.mean).abs() <= seen.std).sum())
+            count += x.numel()
+    return {
+        "elbo": whole.elbo._asdict(),
+        "kl": whole.kl._asdict(),
+        "mse": whole.mse._asdict(),
+        "iwae_20_first_500": bound._asdict(),
+        "coverage_1": inside / count,
+        "noise_floor_var": whole.floor_var,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", choices=["mnist", "fashion-mnist", "digits"])
+    parser.add_argument("--data-dir")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    recipe = read_recipe(shipped_recipes()[options.data])
+    recipe.pop("data")
+    config: TrainConfig = make_config(recipe | {"seed": options.seed})
+    data = load(options.data, data_dir=options.data_dir)
+
+    torch.manual_seed(config.seed)
+    model = make_model(data, config)
+    Trainer(model, data, replace(config, stage_2_epochs=0)).fit()
+    rows = {"stage 1": figures(model, data)}
+    print(f"{'stage 1':22}", describe(rows["stage 1"]), flush=True)
+    for name, change in VARIANTS.items():
+        started = time.perf_counter()
+        variant = copy.deepcopy(model).train()
+        Trainer(variant, data, replace(config, stage_1_epochs=0, **change)).fit()
+        rows[name] = figures(variant, data) | {"seconds": round(time.perf_counter() - started, 1)}
+        print(f"{name:22}", describe(rows[name]), flush=True)
+    out = options.out or Path(f"results/stage-two-{options.data}.json")
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(provenance(data=data, options=config.as_dict()) | {"rows": rows}, indent=2) + "\n")
+
+
+def describe(row):
+    return (
+        f"ELBO {row['elbo']['mean']:7.1f}  KL {row['kl']['mean']:5.1f}  MSE {row['mse']['mean']:.5f}  "
+        f"IWAE-20 {row['iwae_20_first_500']['mean']:7.1f}  within 1 std {row['coverage_1']:.3f}  "
+        f"floor std {math.sqrt(row['noise_floor_var']):.4f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

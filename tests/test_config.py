@@ -1,0 +1,106 @@
+from dataclasses import fields
+
+import pytest
+
+from equipoise.training.config import (
+    ConfigError,
+    TrainConfig,
+    make_config,
+    option_help,
+    read_recipe,
+    shipped_recipes,
+    type_name,
+)
+
+
+def test_the_defaults_have_no_problems():
+    assert TrainConfig().problems() == []
+    assert make_config({}) == TrainConfig()
+
+
+def test_text_becomes_values():
+    config = make_config(
+        {"latent_dim": "8", "learning_rate": "1e-4", "floor": "quantisation", "n_components": "auto", "image_size": "null"}
+    )
+    assert (config.latent_dim, config.learning_rate, config.floor) == (8, 1e-4, "quantisation")
+    assert (config.n_components, config.image_size) == ("auto", None)
+    assert make_config({"floor": "0.5"}).floor == 0.5
+    assert make_config({"n_components": "32"}).n_components == 32
+
+
+def test_all_problems_come_in_one_message():
+    with pytest.raises(ConfigError) as caught:
+        make_config(
+            {
+                "latentdim": 3,
+                "width": "wide",
+                "floor": "low",
+                "learning_rate": 0,
+                "noise": "fixed",
+                "recalibrate": "scale",
+                "stage_2_epochs": 0,
+            }
+        )
+    text = str(caught.value)
+    for part in (
+        "unknown option latentdim; did you mean latent_dim?",
+        "width must be a whole number, got 'wide'",
+        "floor must be a number or 'quantisation', got 'low'",
+        "learning_rate must be above 0",
+        "noise=fixed needs noise_var",
+        "recalibrate=scale",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"latent_dim": 0}, "latent_dim must be at least 1"),
+        ({"stage_1_epochs": 0, "stage_2_epochs": 0}, "cannot both be 0"),
+        ({"noise_var": 0.5}, "needs noise=fixed"),
+        ({"noise": "fixed", "noise_var": 0.5}, "set stage_2_epochs=0"),
+        ({"noise": "fixed", "noise_var": -1, "stage_2_epochs": 0}, "noise_var must be above 0"),
+        ({"warm_up": 1.0}, "warm_up"),
+        ({"floor": 0}, "floor must be above 0"),
+        ({"validation_fraction": 1.0}, "validation_fraction"),
+        ({"n_components": 0}, "n_components must be at least 1"),
+        ({"architecture": "transformer"}, "'auto' or 'mlp' or 'conv' or 'residual'"),
+        ({"compile": "perhaps"}, "true or false"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
+    ],
+)
+def test_contradictions(values, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(values)
+
+
+def test_every_option_has_help_and_a_type():
+    for field in fields(TrainConfig):
+        assert len(option_help(field.name)) > 10
+        assert type_name(field.name)
+
+
+def test_options_survive_json():
+    import json
+
+    config = make_config({"floor": "quantisation", "n_components": 12})
+    assert make_config(json.loads(json.dumps(config.as_dict()))) == config
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "fashion-mnist", "celeba"])
+def test_recipes_fit_the_options(name):
+    values = read_recipe(shipped_recipes()[name])
+    assert values.pop("data") == name
+    make_config(values)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("- 1\n", "must be a mapping"), ("a: [", "not valid YAML"), (None, "there is no recipe")]
+)
+def test_wrong_recipes(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(path)

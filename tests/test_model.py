@@ -1,0 +1,104 @@
+import pytest
+import torch
+from torch import nn
+
+from equipoise.aggregate import StandardNormal
+from equipoise.gaussian import Gaussian
+from equipoise.model import VAE, Scaling
+from equipoise.noise import GlobalNoise, PredictedNoise
+
+
+class TupleEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 2)
+
+    def forward(self, x):
+        mean = self.linear(x)
+        return Gaussian(mean, torch.zeros_like(mean))
+
+
+def own(encoder, decoder, **kwargs):
+    return VAE(encoder, decoder, GlobalNoise(), **({"shape": (6,), "latent_dim": 2} | kwargs))
+
+
+def test_plain_modules_serve_as_networks():
+    for encoder in (nn.Linear(6, 4), TupleEncoder()):
+        vae = own(encoder, nn.Linear(2, 6))
+        seen = vae.reconstruct(torch.randn(3, 6))
+        assert seen.mean.shape == seen.std.shape == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "message"),
+    [
+        (nn.Linear(6, 5), nn.Linear(2, 6), r"encoder must map \(2, 6\) to \(2, 4\).*got \[\(2, 5\)\]"),
+        (nn.Linear(6, 4), nn.Linear(2, 7), r"decoder must map \(2, 2\) to \(2, 6\), got \(2, 7\)"),
+    ],
+)
+def test_networks_that_do_not_fit_are_named_with_their_shapes(encoder, decoder, message):
+    with pytest.raises(ValueError, match=message):
+        own(encoder, decoder)
+
+
+def test_checking_shapes_leaves_batch_statistics_alone():
+    encoder = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4))
+    own(encoder, nn.Linear(2, 6))
+    assert encoder[0].num_batches_tracked == 0
+    assert encoder.training
+
+
+def test_extreme_log_variances_of_the_posterior_stay_finite():
+    encoder = nn.Linear(6, 4)
+    nn.init.constant_(encoder.bias, 1e6)
+    posterior = own(encoder, nn.Linear(2, 6)).encode(torch.zeros(1, 6))
+    assert torch.isfinite(posterior.std).all()
+    assert torch.isfinite(posterior.kl()).all()
+
+
+def test_generate_is_determined_by_the_generator():
+    vae = VAE.build((1, 8, 8), latent_dim=2, width=4)
+    prior = StandardNormal(2)
+    draws = [vae.generate(3, prior, torch.Generator().manual_seed(1)).mean for _ in range(2)]
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "conv", "residual"])
+def test_predicting_the_variance_does_not_move_the_likelihood(architecture):
+    vae = VAE.build((1, 8, 8), latent_dim=2, width=4, architecture=architecture)
+    vae.noise.update(torch.full((2, 1, 8, 8), 0.1))
+    z = torch.randn(5, 2)
+    before = vae.decode(z)
+    var = before.log_var.exp()
+    vae.predict_variance(var, 0.5 * var)
+    after = vae.decode(z)
+    assert isinstance(vae.noise, PredictedNoise)
+    torch.testing.assert_close(after.mean, before.mean)
+    torch.testing.assert_close(after.log_var, before.log_var.expand_as(after.log_var))
+
+
+def test_an_own_decoder_gets_a_variance_network_too():
+    vae = own(nn.Linear(6, 4), nn.Sequential(nn.Linear(2, 6), nn.Sigmoid()))
+    vae.predict_variance(torch.tensor(0.1), torch.tensor(0.1))
+    assert vae.decode(torch.randn(3, 2)).log_var.shape == (3, 6)
+
+
+def test_scaling_round_trip():
+    offset, scale = torch.tensor([5.0, -2.0]), torch.tensor([10.0, 0.1])
+    raw = torch.randn(7, 2) * scale + offset
+    scaling = Scaling(offset, scale)
+    torch.testing.assert_close(scaling.restore(scaling(raw)), raw)
+    torch.testing.assert_close(scaling.restore_std(torch.ones(1, 2))[0], scale)
+
+
+def test_digital_data_come_back_rounded_and_within_their_levels():
+    scaling = Scaling(torch.tensor(0.0), torch.tensor(16.0), quantum=1 / 16)
+    x = torch.tensor([[-0.2, 0.04, 0.5, 1.3]])
+    assert scaling.restore_levels(x).tolist() == [[0, 1, 8, 16]]
+    assert scaling.restore_levels(x).dtype == torch.uint8
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_scaling_needs_a_positive_scale(scale):
+    with pytest.raises(ValueError, match="positive, finite scale"):
+        Scaling(torch.tensor(0.0), torch.tensor(scale))
