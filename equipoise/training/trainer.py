@@ -300,10 +300,11 @@ class Trainer:
                 self.fabric.clip_gradients(self.objective, self.optimizer, max_norm=self.config.clip_norm)
             self.optimizer.step()
             self.scheduler.step()
+            # Before the closed form moves on: the terms refer to the variance they were computed with.
+            means.add(terms, self.position.step)
             model.noise.update(terms.residual)
             if self.average:
                 self.average.update_parameters(model)
-            means.add(terms, self.position.step)
             epoch, step, stage_step = self.position
             self.position = Position(epoch, step + 1, stage_step + 1)
             if time.monotonic() - shown > DISPLAY_SECONDS:

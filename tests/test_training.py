@@ -1,0 +1,480 @@
+"""The loop, the stages it obeys, and what a kill leaves behind."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from equipoise.data import load
+from equipoise.model import VAE
+from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, PredictedNoise
+from equipoise.store import StoreError
+from equipoise.training import run as run_module
+from equipoise.training.checkpoint import load_checkpoint
+from equipoise.training.config import ConfigError, TrainConfig
+from equipoise.training.diagnostics import SplitFigures, range_warning, warnings_for
+from equipoise.training.logging import JsonlSink, read_rows
+from equipoise.training.run import Run, make_model, train
+from equipoise.training.trainer import NotFiniteError, Trainer
+from tests.oracles import Ppca, linear_gaussian_data
+
+QUICK = TrainConfig(
+    latent_dim=4,
+    width=4,
+    batch_size=128,
+    stage_1_epochs=3,
+    stage_2_epochs=2,
+    n_components=2,
+    tolerance=0.0,
+    accelerator="cpu",
+)
+
+
+class Recorder:
+    """A sink that keeps what it is told, and may interrupt the run as a kill would."""
+
+    def __init__(self, stop_after=None):
+        self.rows, self.messages, self.stop_after = [], [], stop_after
+
+    def start(self, total_steps, done_steps):
+        self.total_steps = total_steps
+
+    def step(self, done_steps, total_steps, label, figures):
+        pass
+
+    def epoch(self, row):
+        self.rows.append(row)
+        if self.stop_after is not None and row["epoch"] > self.stop_after:
+            raise KeyboardInterrupt
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def close(self):
+        pass
+
+
+def fit(data, config, **kwargs):
+    torch.manual_seed(config.seed)
+    model = make_model(data, config)
+    trainer = Trainer(model, data, config, **kwargs)
+    trainer.fit()
+    return model.eval(), trainer
+
+
+def test_both_stages_run_and_are_recorded(digits):
+    recorder = Recorder()
+    model, trainer = fit(digits, QUICK, sinks=[recorder])
+    assert isinstance(model.noise, PredictedNoise)
+    assert [row["stage"] for row in recorder.rows] == [1, 1, 1, 2, 2]
+    assert recorder.total_steps == 5 * math.ceil(len(digits.train) / 128)
+    assert recorder.rows[2]["optimal_noise_var"] == pytest.approx(float(trainer.optimal_var))
+    assert {"test_elbo", "test_mse"} <= recorder.rows[2].keys() & recorder.rows[4].keys()
+    for row in recorder.rows:
+        assert row["train_elbo"] == pytest.approx(row["train_log_likelihood"] - row["train_kl"])
+    # The paper's floor: no predicted variance lies below the optimum of stage 1.
+    log_var = model.noise(torch.randn(100, 4))
+    assert log_var.exp().min() >= 0.999 * float(trainer.optimal_var)
+
+
+def test_training_improves_the_bound_and_the_floor_is_the_exact_closed_form(digits):
+    config = replace(QUICK, stage_1_epochs=15, stage_2_epochs=0, width=8)
+    model, trainer = fit(digits, config)
+    history = trainer.history
+    assert history[-1]["validation_elbo"] > history[0]["validation_elbo"] + 20
+    # Recompute eq. (10) independently, in NumPy float64, over several draws of z.
+    raw = torch.from_numpy(digits.train[:])
+    x = model.scaling(raw)
+    errors = []
+    with torch.no_grad():
+        for seed in range(5):
+            z = model.encode(x).sample(torch.Generator().manual_seed(seed))
+            errors.append(np.square((x - model.decode_mean(z)).numpy().astype(np.float64)).mean())
+    assert float(trainer.optimal_var) == pytest.approx(np.mean(errors), rel=0.02)
+    assert model.noise(torch.zeros(1, 4)).exp().item() == pytest.approx(float(trainer.optimal_var), rel=1e-5)
+
+
+def test_same_seed_same_model(digits):
+    models = [fit(digits, QUICK)[0] for _ in range(2)]
+    for name, tensor in models[0].state_dict().items():
+        assert torch.equal(tensor, models[1].state_dict()[name]), name
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3, 4])
+@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "stage_2_gradients": "joint"}], ids=["plain", "average"])
+def test_a_killed_run_resumes_bit_for_bit(digits, tmp_path, killed_after, extra):
+    """Kills fall within stage 1, at the switch, and within stage 2."""
+    config = replace(QUICK, **extra)
+    whole, _ = fit(digits, config)
+    torch.manual_seed(0)
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(
+            make_model(digits, config), digits, config, folder=folder, sinks=[Recorder(stop_after=killed_after)]
+        ).fit()
+    torch.manual_seed(123)  # the resumed process need not have the same weights to start with
+    resumed = make_model(digits, config)
+    trainer = Trainer(resumed, digits, config, folder=folder)
+    trainer.fit(resume=True)
+    assert [row["epoch"] for row in trainer.history] == [1, 2, 3, 4, 5]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_resuming_with_other_data_or_options_is_refused(digits, tmp_path):
+    folder = tmp_path / "checkpoints"
+    fit(digits, QUICK, folder=folder)
+    other = replace(QUICK, batch_size=64, learning_rate=1e-4)
+    with pytest.raises(StoreError, match="batch_size, learning_rate"):
+        Trainer(make_model(digits, other), digits, other, folder=folder).fit(resume=True)
+    shuffled = load(digits.train[:][::-1].copy())
+    with pytest.raises(StoreError, match="other data"):
+        Trainer(make_model(shuffled, QUICK), shuffled, QUICK, folder=folder).fit(resume=True)
+    with pytest.raises(StoreError, match="no folder"):
+        Trainer(make_model(digits, QUICK), digits, QUICK).fit(resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(digits, tmp_path):
+    config = replace(QUICK, stage_2_epochs=0)
+    model = make_model(digits, config)
+
+    class Poison(Recorder):
+        def epoch(self, row):
+            if row["epoch"] == 1:
+                with torch.no_grad():
+                    model.decoder.output.bias.fill_(math.nan)
+
+    trainer = Trainer(model, digits, config, folder=tmp_path, sinks=[Poison()])
+    steps = trainer.steps_per_epoch
+    with pytest.raises(NotFiniteError, match=rf"stage 1 at step {steps};.*log-variance.*\[-?\d"):
+        trainer.fit()
+    state = load_checkpoint(tmp_path).state
+    assert state["position"][0] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"noise": "fixed", "noise_var": 0.5}, FixedNoise),
+        ({"noise": "global", "noise_update": "gradient"}, GlobalNoise),
+        ({"noise": "dimension"}, DimensionNoise),
+        ({"noise": "channel"}, DimensionNoise),
+    ],
+)
+def test_every_noise_model_trains(digits, options, kind):
+    model, trainer = fit(digits, replace(QUICK, stage_2_epochs=0, **options))
+    assert isinstance(model.noise, kind)
+    assert math.isfinite(trainer.history[-1]["validation_elbo"])
+    if options["noise"] == "fixed":
+        assert trainer.history[-1]["validation_noise_var"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"noise": "dimension", "recalibrate": "dimension"},
+        {"floor": "quantisation", "recalibrate": "scale"},
+        {"stage_2_gradients": "joint", "floor": 0.01},
+        {"precision": "bf16-mixed"},
+        {"clip_norm": 100.0, "weight_decay": 1e-3},
+        {"architecture": "residual"},
+        {"architecture": "mlp"},
+    ],
+    ids=str,
+)
+def test_options_of_the_loop(digits, options):
+    model, trainer = fit(digits, replace(QUICK, **options))
+    assert math.isfinite(trainer.history[-1]["validation_elbo"])
+    assert torch.isfinite(model.reconstruct(torch.rand(2, 1, 8, 8)).std).all()
+
+
+def test_recalibration_makes_held_out_residuals_standard(digits):
+    config = replace(QUICK, stage_1_epochs=6, stage_2_epochs=4, recalibrate="scale")
+    model, _ = fit(digits, config)
+    x = model.scaling(torch.from_numpy(digits.validation[:]))
+    with torch.no_grad():
+        ratios = []
+        for seed in range(20):
+            likelihood = model.decode(model.encode(x).sample(torch.Generator().manual_seed(seed)))
+            ratios.append(((x - likelihood.mean) / likelihood.std).square().mean())
+    assert torch.stack(ratios).mean() == pytest.approx(1.0, rel=0.05)
+
+
+def test_a_trained_model_takes_stage_2_only(digits):
+    model, _ = fit(digits, replace(QUICK, stage_2_epochs=0))
+    mean_before = model.reconstruct(torch.rand(1, 1, 8, 8)).mean
+    config = replace(QUICK, stage_1_epochs=0, stage_2_epochs=1)
+    trainer = Trainer(model.train(), digits, config)
+    trainer.fit()
+    assert isinstance(model.noise, PredictedNoise)
+    assert [row["stage"] for row in trainer.history] == [2]
+    assert mean_before.shape == (1, 1, 8, 8)
+
+
+def test_a_linear_vae_finds_the_noise_variance_of_probabilistic_pca():
+    x = linear_gaussian_data(n=4000).float()
+    data = load(x)
+    config = TrainConfig(
+        latent_dim=3, batch_size=128, learning_rate=0.02, stage_1_epochs=25, stage_2_epochs=0, tolerance=0.0
+    )
+    torch.manual_seed(0)
+    model = make_model(data, config, encoder=_LinearEncoder(8, 3), decoder=nn.Linear(3, 8))
+    trainer = Trainer(model, data, config)
+    trainer.fit()
+    scaled = model.scaling(torch.from_numpy(data.train[:])).double()
+    ppca = Ppca.fit(scaled, 3)
+    assert float(trainer.optimal_var) == pytest.approx(float(ppca.var), rel=0.02)
+    held_out = model.scaling(torch.from_numpy(data.test[:])).double()
+    assert trainer.history[-1]["test_elbo"] == pytest.approx(float(ppca.log_prob(held_out).mean()), abs=0.05)
+
+
+class _LinearEncoder(nn.Module):
+    """Mean linear in x, one variance per unit: the family that holds PPCA's posterior."""
+
+    def __init__(self, dimensions, latent_dim):
+        super().__init__()
+        self.mean = nn.Linear(dimensions, latent_dim)
+        self.log_var = nn.Parameter(torch.zeros(latent_dim))
+
+    def forward(self, x):
+        mean = self.mean(x)
+        return torch.cat([mean, self.log_var.expand_as(mean)], 1)
+
+
+# The run folder
+
+
+def test_the_run_folder_is_complete_and_its_parts_agree(digits, tmp_path):
+    run = train(digits, QUICK, tmp_path / "run", data_options={"source": "digits"}, command=["test"])
+    settings = json.loads(run.config_file.read_text())
+    assert settings["options"] == QUICK.as_dict()
+    assert settings["data"]["fingerprint"] == digits.fingerprint
+    assert settings["versions"]["torch"] == torch.__version__
+    assert run.config() == QUICK
+    assert run.mixture().n_components == 2
+    assert run.mixture().latent_dim == run.model().latent_dim
+    rows = run.history()
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    for split in ("train", "validation"):
+        for name in ("elbo", "log_likelihood", "kl", "mse", "noise_var"):
+            assert f"{split}_{name}" in rows[0]
+    assert {"examples_per_second", "stage", "decision"} <= rows[0].keys()
+
+
+def test_a_taken_folder_is_not_overwritten(digits, tmp_path, monkeypatch):
+    train(digits, QUICK, tmp_path / "run")
+    with pytest.raises(StoreError, match="holds a run already"):
+        train(digits, QUICK, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert train(digits, QUICK).folder == Path("runs/digits")
+    assert train(digits, QUICK).folder == Path("runs/digits-2")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"n_components": "auto"}, {"mixture_from": "moments"}, {"mixture_fit": "variational", "n_components": 3}],
+    ids=str,
+)
+def test_every_fit_of_the_mixture(digits, tmp_path, options):
+    run = train(digits, replace(QUICK, **options), tmp_path / "run")
+    codes = run.mixture().sample(100, torch.Generator().manual_seed(0))
+    assert torch.isfinite(codes).all()
+
+
+def test_a_table_keeps_its_units(table, tmp_path):
+    data = load(table)
+    run = train(data, replace(QUICK, latent_dim=2, width=8, stage_1_epochs=40), tmp_path / "run")
+    model = run.model()
+    raw = torch.from_numpy(data.test[:])
+    with torch.no_grad():
+        back = model.scaling.restore(model.reconstruct(model.scaling(raw)).mean)
+    explained = 1 - (raw - back).square().mean(0) / raw.var(0)
+    assert (explained > 0.5).all(), explained
+    assert model.architecture == "mlp"
+
+
+def test_own_networks_train_and_load(table, tmp_path):
+    def networks():
+        return nn.Linear(6, 4), nn.Linear(2, 6)
+
+    data = load(table)
+    encoder, decoder = networks()
+    config = replace(QUICK, latent_dim=2)
+    run = train(data, config, tmp_path / "run", encoder=encoder, decoder=decoder)
+    assert run.model(*networks()).latent_dim == 2
+    with pytest.raises(ConfigError, match="go together"):
+        train(data, config, tmp_path / "other", encoder=encoder)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latent_dim": 64}, "latent_dim=64 must be smaller than the data's 64 dimensions"),
+        ({"n_components": 5000}, "exceeds the 1455 training examples"),
+        ({"stage_1_epochs": 0}, "trained before"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_data_leaves_no_folder(digits, tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        train(digits, replace(QUICK, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_for_images_are_refused_for_tables(table, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        train(
+            load(table),
+            replace(QUICK, latent_dim=2, floor="quantisation", noise="channel", architecture="conv"),
+            tmp_path / "run",
+        )
+    assert len(caught.value.problems) == 3
+
+
+def test_a_full_disk_stops_the_run_with_its_last_checkpoint(digits, tmp_path, monkeypatch):
+    import errno
+
+    from equipoise.training import trainer as trainer_module
+
+    real, calls = trainer_module.save_checkpoint, []
+
+    def full(folder, steps_done, state):
+        calls.append(steps_done)
+        if len(calls) == 3:
+            monkeypatch.setattr("os.fsync", lambda _fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        return real(folder, steps_done, state)
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint", full)
+    with pytest.raises(StoreError, match="No space left"):
+        train(digits, QUICK, tmp_path / "run")
+    monkeypatch.undo()
+    run = train(digits, QUICK, tmp_path / "run", resume=True)
+    assert len(run.history()) == 5
+
+
+def test_the_history_follows_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for epoch in (1, 2, 3):
+        sink.epoch({"epoch": epoch})
+    with path.open("a") as file:
+        file.write('{"epoch": 4, "tr')  # a kill in the middle of a line
+    assert [row["epoch"] for row in read_rows(path)] == [1, 2, 3]
+    JsonlSink(path, epochs_done=2)
+    assert [row["epoch"] for row in read_rows(path)] == [1, 2]
+
+
+def test_tensorboard_events(digits, tmp_path):
+    pytest.importorskip("tensorboard")
+    run = train(digits, replace(QUICK, tensorboard=True), tmp_path / "run")
+    assert list((run.folder / "tensorboard").glob("events*"))
+
+
+KILLED = """
+import sys
+from equipoise.data import load
+from equipoise.training.config import make_config
+from equipoise.training.run import train
+options = dict(latent_dim=4, width=4, stage_1_epochs=8, stage_2_epochs=4, n_components=2, tolerance=0.0)
+train(load("digits"), make_config(options), sys.argv[1], resume=sys.argv[2] == "resume")
+"""
+
+
+def test_a_process_killed_at_any_moment_resumes_to_the_same_model(tmp_path):
+    def start(folder, mode):
+        return subprocess.Popen([sys.executable, "-c", KILLED, str(folder), mode], stderr=subprocess.PIPE, text=True)
+
+    assert start(tmp_path / "whole", "new").wait() == 0
+    killed, mode = Run(tmp_path / "killed"), "new"
+    for rows in (2, 9):  # once in each stage
+        process = start(killed.folder, mode)
+        while len(list(killed.checkpoints.glob("step-*"))) == 0 or len(killed.history()) < rows:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+        mode = "resume"
+    final = start(killed.folder, "resume")
+    assert final.wait() == 0, final.stderr.read()
+    whole = Run(tmp_path / "whole").model().state_dict()
+    for name, tensor in killed.model().state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+# Warnings that save a day
+
+
+def figures(**changes):
+    values = {
+        "n": 10,
+        "elbo": 1.0,
+        "log_likelihood": 2.0,
+        "kl": 1.0,
+        "mse": 0.01,
+        "noise_var": 0.01,
+        "floor_share": 0.0,
+        "unit_var": torch.ones(4),
+    }
+    return SplitFigures(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "message"),
+    [
+        ({"mse": 0.1}, False, "Collapse"),
+        ({"unit_var": torch.zeros(4)}, False, "inactive"),
+        ({"floor_share": 0.25}, False, "floor in 25%"),
+    ],
+)
+def test_warnings(changes, expected, message):
+    (warning,) = warnings_for(figures(**changes), data_var=0.1, floor_is_expected=expected)
+    assert message in warning
+
+
+def test_a_healthy_model_has_no_warnings():
+    assert warnings_for(figures(), data_var=0.1, floor_is_expected=False) == []
+    assert warnings_for(figures(floor_share=0.5), data_var=0.1, floor_is_expected=True) == []
+
+
+def test_a_collapsing_run_is_told_of(digits):
+    """A huge fixed variance makes the prior win: codes are ignored."""
+    recorder = Recorder()
+    fit(digits, replace(QUICK, noise="fixed", noise_var=1e4, stage_2_epochs=0), sinks=[recorder])
+    assert any("Collapse" in message for message in recorder.messages)
+    assert any("inactive" in message for message in recorder.messages)
+
+
+@pytest.mark.parametrize(
+    ("last", "low", "high", "warned"),
+    [
+        (nn.Sigmoid(), 0.0, 1.0, False),
+        (nn.Sigmoid(), -0.5, 1.0, True),
+        (nn.Tanh(), -1.0, 2.0, True),
+        (nn.Softplus(), 0.0, 300.0, False),
+        (nn.Linear(2, 2), -1e3, 1e3, False),
+    ],
+)
+def test_what_the_decoder_cannot_reach_is_told(last, low, high, warned):
+    warning = range_warning(nn.Sequential(nn.Linear(2, 2), last), low, high)
+    assert (warning is not None) == warned
+
+
+def test_the_public_names_resolve():
+    import equipoise
+
+    for name in equipoise.__all__:
+        assert getattr(equipoise, name) is not None
+    assert equipoise.VAE is VAE
+    assert run_module.train is equipoise.train
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = equipoise.nonsense
