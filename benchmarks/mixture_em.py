@@ -128,9 +128,7 @@ def fit_a_million():
 
 def main():
     """Run the benchmark, print a table and write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-mixture-em.json"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory-only", action="store_true", help="what the subprocess runs")
@@ -139,9 +137,7 @@ def main():
         fit_a_million()
         return
 
-    child = subprocess.run(
-        [sys.executable, __file__, "--memory-only"], check=True, capture_output=True, text=True
-    )
+    child = subprocess.run([sys.executable, __file__, "--memory-only"], check=True, capture_output=True, text=True)
     memory = json.loads(child.stdout)
 
     import numpy as np

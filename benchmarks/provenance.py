@@ -1,6 +1,7 @@
 """What stands beside every figure: command, data, seed, versions, machine and date."""
 
 import datetime
+import itertools
 import os
 import platform
 import shlex
@@ -34,4 +35,5 @@ def provenance(data=None, options=None):
 
 def _without_paths(arguments):
     """Where the data lie on this machine is nobody's concern."""
-    return ["DATA" if before == "--data-dir" else argument for before, argument in zip(["", *arguments], arguments)]
+    pairs = itertools.pairwise(["", *arguments])
+    return ["DATA" if before == "--data-dir" else argument for before, argument in pairs]

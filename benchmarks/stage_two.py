@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from provenance import provenance
 
-from equipoise.data import load
+from equipoise.data import Batches, Subset, load
 from equipoise.metrics.likelihood import IWAE_BATCH, IWAE_EXAMPLES, iwae, likelihood
-from equipoise.data import Batches, Subset
 from equipoise.training.config import TrainConfig, make_config, read_recipe, shipped_recipes
 from equipoise.training.run import make_model
 from equipoise.training.trainer import Trainer
@@ -56,6 +55,7 @@ def figures(model, data, seed=0):
 
 
 def main():
+    """Train and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", choices=["mnist", "fashion-mnist", "digits"])
     parser.add_argument("--data-dir")
@@ -84,6 +84,7 @@ def main():
 
 
 def describe(row):
+    """One line of the table."""
     return (
         f"ELBO {row['elbo']['mean']:7.1f}  KL {row['kl']['mean']:5.1f}  MSE {row['mse']['mean']:.5f}  "
         f"IWAE-20 {row['iwae_20_first_500']['mean']:7.1f}  within 1 std {row['coverage_1']:.3f}  "

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from equipoise.aggregate import GaussianMixture as GaussianMixture
     from equipoise.aggregate import StandardNormal as StandardNormal
     from equipoise.data import Data as Data
-    from equipoise.data import load as load_data
+    from equipoise.data import load as load_data  # noqa: F401 (re-exported under a clearer name)
     from equipoise.gaussian import Gaussian as Gaussian
     from equipoise.mixture_fit import fit_mixture as fit_mixture
     from equipoise.model import VAE as VAE
@@ -53,7 +53,7 @@ _HOMES = {
 _RENAMED = {"load_data": "load"}
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted(["__version__", *_MODULE_OF])  # noqa: PLE0605 (the names above, once)
+__all__ = sorted(["__version__", *_MODULE_OF])
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (whatever the name stands for)

@@ -101,9 +101,7 @@ class Command:
         run: takes the parsed options.
     """
 
-    def __init__(
-        self, summary: str, parser: Callable[[], ArgumentParser], run: Callable[[Namespace], None]
-    ) -> None:
+    def __init__(self, summary: str, parser: Callable[[], ArgumentParser], run: Callable[[Namespace], None]) -> None:
         self.summary = summary
         self.parser = parser
         self.run = run
@@ -123,9 +121,16 @@ def _train_parser() -> ArgumentParser:
         help="digits (the default), mnist, fashion-mnist, celeba, a folder of images, an .npy or .npz file, or "
         "hf:owner/name. A folder may hold sizes that differ if --set image_size=64 is given",
     )
-    parser.add_argument("--recipe", type=str, help=f"YAML file of options, or one of {recipes}; a named set has its own")
     parser.add_argument(
-        "--set", type=str, nargs="+", action="extend", metavar="KEY=VALUE", help="set options, over the recipe's"
+        "--recipe", type=str, help=f"YAML file of options, or one of {recipes}; a named set has its own"
+    )
+    parser.add_argument(
+        "--set",
+        type=str,
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        help="set options, over the recipe's",
     )
     parser.add_argument("--out", type=str, metavar="RUN", help="folder to write; runs/NAME if left out")
     parser.add_argument("--resume", type=str, metavar="RUN", help="go on with a run that was cut off")
@@ -198,7 +203,10 @@ def _train(options: Namespace) -> None:
             data_options=load_options,
             command=["equipoise", *sys.argv[1:]],
             on_mixture=lambda step: terminal.progress(
-                f"mixture of {step.n_components}", step.iteration, None, f"{step.log_likelihood:.3f} nats per code"
+                f"mixture of {step.n_components}",
+                step.iteration,
+                None,
+                f"{step.log_likelihood:.3f} nats per code",
             ),
         )
         _finish(run, data, terminal)

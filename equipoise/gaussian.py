@@ -2,7 +2,8 @@ r"""The diagonal Gaussian, eqs. (6)-(8) and (11): the only density that an equip
 
 The encoder's posterior q(z|x) and the decoder's likelihood p(x|z) are both
 
-.. math:: N(x; \mu, \mathrm{diag}\,\sigma^2) = \prod_i (2\pi\sigma_i^2)^{-1/2} \exp\bigl(-(x_i-\mu_i)^2 / 2\sigma_i^2\bigr)
+.. math:: N(x; \mu, \mathrm{diag}\,\sigma^2)
+    = \prod_i (2\pi\sigma_i^2)^{-1/2} \exp\bigl(-(x_i-\mu_i)^2 / 2\sigma_i^2\bigr)
 
 so they share one record of two tensors, the mean and the logarithm of the variance.
 """

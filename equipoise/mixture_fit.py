@@ -219,9 +219,7 @@ def fit_mixture(
             statistics = _statistics(rows, whitening, components, dtype)
             if all_reduce is not None:
                 statistics = SufficientStatistics(*map(all_reduce, statistics))
-            log_likelihoods.append(
-                (statistics.log_likelihood / statistics.n_codes).item() + whitening.log_det
-            )
+            log_likelihoods.append((statistics.log_likelihood / statistics.n_codes).item() + whitening.log_det)
             components, n_floored = _clip(_maximise(statistics), floor)
             if on_iteration is not None:
                 on_iteration(EMStep(K, len(log_likelihoods), log_likelihoods[-1]))
@@ -317,9 +315,7 @@ class _Rows:
     def of(cls, codes: Codes, log_vars: Codes | None, chunk_size: int | None) -> "_Rows":
         shape = tuple(codes.shape)
         if len(shape) != 2 or 0 in shape:
-            raise ValueError(
-                f"expected codes of shape (N, d), neither zero, got {shape}; flatten each to a vector"
-            )
+            raise ValueError(f"expected codes of shape (N, d), neither zero, got {shape}; flatten each to a vector")
         if log_vars is not None and tuple(log_vars.shape) != shape:
             raise ValueError(f"expected log_vars of the codes' shape {shape}, got {tuple(log_vars.shape)}")
         if chunk_size is None:
@@ -346,9 +342,7 @@ class _Rows:
 
     def draw(self, generator: torch.Generator | None) -> Tensor:
         """Return the codes in one tensor; of posteriors, one sample of each."""
-        return torch.cat(
-            [z if var is None else Gaussian(z, var.log()).sample(generator) for z, var in self.chunks()]
-        )
+        return torch.cat([z if var is None else Gaussian(z, var.log()).sample(generator) for z, var in self.chunks()])
 
     def split(self, n: int, generator: torch.Generator | None) -> tuple["_Rows", "_Rows"]:
         """Split into n random rows and the others."""
@@ -478,9 +472,7 @@ def _statistics(
         normaliser = responsibilities.sum(0)
         responsibilities.div_(normaliser)
         log_likelihood = (highest + normaliser.log()).double().sum()
-        total = total.plus(
-            SufficientStatistics(log_likelihood, zero + len(z), (responsibilities @ phi.mT).double())
-        )
+        total = total.plus(SufficientStatistics(log_likelihood, zero + len(z), (responsibilities @ phi.mT).double()))
     return total
 
 
@@ -576,9 +568,7 @@ def _check_options(
     if max_iter < 1:
         problems.append(f"max_iter is at least 1, got {max_iter}")
     if all_reduce is not None and start is None:
-        problems.append(
-            "all_reduce needs a start, the same in all processes: fit a subset of the codes in one first"
-        )
+        problems.append("all_reduce needs a start, the same in all processes: fit a subset of the codes in one first")
     if problems:
         raise ValueError("; ".join(problems))
 

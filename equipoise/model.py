@@ -58,10 +58,10 @@ class Scaling(nn.Module):
         self.quantum = quantum
 
     def forward(self, raw: Tensor) -> Tensor:
-        """Take raw data, of any dtype, to model units.
+        r"""Take raw data, of any dtype, to model units.
 
         Args:
-            raw: (B, \\*).
+            raw: (B, \*).
 
         Returns:
             Float32 tensor of the same shape.
@@ -69,10 +69,10 @@ class Scaling(nn.Module):
         return (raw.to(self.scale.dtype) - self.offset) / self.scale
 
     def restore(self, x: Tensor) -> Tensor:
-        """Take means or samples in model units back to raw units.
+        r"""Take means or samples in model units back to raw units.
 
         Args:
-            x: (B, \\*), model units.
+            x: (B, \*), model units.
 
         Returns:
             The same shape, raw units; not rounded.
@@ -80,10 +80,10 @@ class Scaling(nn.Module):
         return x * self.scale + self.offset
 
     def restore_levels(self, x: Tensor) -> Tensor:
-        """Take means or samples back to raw units as the data would be: digital data rounded and within range.
+        r"""Take means or samples back to raw units as the data would be: digital data rounded and within range.
 
         Args:
-            x: (B, \\*), model units.
+            x: (B, \*), model units.
 
         Returns:
             The same shape, raw units; uint8 if the data are digital.
@@ -94,10 +94,10 @@ class Scaling(nn.Module):
         return raw.round().clamp(min=self.offset, max=self.offset + self.scale).to(torch.uint8)
 
     def restore_std(self, std: Tensor) -> Tensor:
-        """Take standard deviations or errors, which have no offset, back to raw units.
+        r"""Take standard deviations or errors, which have no offset, back to raw units.
 
         Args:
-            std: (B, \\*), model units.
+            std: (B, \*), model units.
 
         Returns:
             The same shape, raw units.
@@ -232,9 +232,7 @@ class VAE(nn.Module):
         """
         return self.decode(self.encode(x).mean)
 
-    def generate(
-        self, n: int, source: CodeSource, generator: torch.Generator | None = None
-    ) -> Gaussian:
+    def generate(self, n: int, source: CodeSource, generator: torch.Generator | None = None) -> Gaussian:
         r"""Decode codes drawn from a source.
 
         Args:
@@ -331,8 +329,8 @@ class VAE(nn.Module):
                 got, expected = [tuple(parameters.shape)], [(2, 2 * self.latent_dim)]
             if got != expected:
                 raise ValueError(
-                    f"The encoder must map {tuple(x.shape)} to {expected[0]} (mean and log-variance of {self.latent_dim} "
-                    f"latent units) or to a Gaussian of two {(2, self.latent_dim)}, got {got}."
+                    f"The encoder must map {tuple(x.shape)} to {expected[0]} (mean and log-variance of "
+                    f"{self.latent_dim} latent units) or to a Gaussian of two {(2, self.latent_dim)}, got {got}."
                 )
             mean = self.decoder(torch.zeros(2, self.latent_dim, dtype=x.dtype, device=x.device))
             if tuple(mean.shape) != tuple(x.shape):

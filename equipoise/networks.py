@@ -10,8 +10,9 @@ number, and images do reach 0 and 1, where a sigmoid needs infinite inputs and r
 first posterior is close to the prior, the KL starts near zero and training begins from balance.
 """
 
+import itertools
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -99,7 +100,7 @@ def start_at_data(encoder: nn.Module, decoder: nn.Module, mean: Tensor, std: Ten
     encoder.standardise.std.copy_(std)
     decoder.output.weight.mul_(0.1)
     per_output = mean.mean(dim=(1, 2)) if isinstance(decoder, ConvDecoder) else mean.flatten()
-    decoder.output.bias.copy_(per_output)
+    cast(Tensor, decoder.output.bias).copy_(per_output)
 
 
 class Standardise(nn.Module):
@@ -138,7 +139,8 @@ class MLPEncoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch parameters"]:
         """Map data to the parameters of q(z|x)."""
-        return self.output(self.hidden(self.standardise(x)))
+        parameters: Tensor = self.output(self.hidden(self.standardise(x)))
+        return parameters
 
 
 class MLPDecoder(nn.Module):
@@ -154,14 +156,13 @@ class MLPDecoder(nn.Module):
         super().__init__()
         units = 8 * width
         self.shape = shape
-        self.hidden = nn.Sequential(
-            nn.Linear(latent_dim, units), nn.GELU(), nn.Linear(units, units), nn.GELU()
-        )
+        self.hidden = nn.Sequential(nn.Linear(latent_dim, units), nn.GELU(), nn.Linear(units, units), nn.GELU())
         self.output = nn.Linear(units, math.prod(shape))
 
     def forward(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch *event"]:
         """Map codes to means."""
-        return self.output(self.hidden(z)).unflatten(1, self.shape)
+        mean: Tensor = self.output(self.hidden(z))
+        return mean.unflatten(1, self.shape)
 
 
 class ConvEncoder(nn.Module):
@@ -178,7 +179,7 @@ class ConvEncoder(nn.Module):
         super().__init__()
         sizes, channels = _pyramid(shape, width)
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(channels, channels[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(channels):
             layers += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.GELU()]
             if residual:
                 layers.append(ResidualBlock(outputs))
@@ -189,11 +190,10 @@ class ConvEncoder(nn.Module):
         )
         self.output = _posterior_layer(units, latent_dim)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch parameters"]:
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch parameters"]:
         """Map images to the parameters of q(z|x)."""
-        return self.output(self.hidden(self.standardise(x)))
+        parameters: Tensor = self.output(self.hidden(self.standardise(x)))
+        return parameters
 
 
 class ConvDecoder(nn.Module):
@@ -222,17 +222,17 @@ class ConvDecoder(nn.Module):
             if residual:
                 layers.append(ResidualBlock(channels[level]))
             # Halving an odd size loses a row; the output padding brings it back.
-            odd = tuple(big - 2 * small for big, small in zip(sizes[level - 1], sizes[level], strict=True))
-            up = nn.ConvTranspose2d(
-                channels[level], channels[level - 1], 4, stride=2, padding=1, output_padding=odd
-            )
+            (big_height, big_width), (height, breadth) = sizes[level - 1], sizes[level]
+            odd = (big_height - 2 * height, big_width - 2 * breadth)
+            up = nn.ConvTranspose2d(channels[level], channels[level - 1], 4, stride=2, padding=1, output_padding=odd)
             layers += [up, nn.GELU()] if level > 1 else [up]
         self.output = up
         self.hidden = nn.Sequential(*layers[:-1])
 
     def forward(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch channels height width"]:
         """Map codes to mean images."""
-        return self.output(self.hidden(z))
+        mean: Tensor = self.output(self.hidden(z))
+        return mean
 
 
 class ResidualBlock(nn.Module):
@@ -252,11 +252,10 @@ class ResidualBlock(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1),
         )
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
         """Add the residual."""
-        return x + self.body(x)
+        change: Tensor = self.body(x)
+        return x + change
 
 
 def _pyramid(shape: Shape, width: int) -> tuple[list[tuple[int, int]], list[int]]:

@@ -147,9 +147,11 @@ class FixedNoise(NoiseModel):
         self.register_buffer("log_var", torch.tensor(math.log(var)))
 
     def forward(self, z: Float[Tensor, "batch latent"]) -> Tensor:
+        """Logarithm of the given variance, ()."""
         return self.log_var
 
     def description(self) -> dict[str, Any]:
+        """The variance."""
         return {"kind": "FixedNoise", "var": self.log_var.exp().item()}
 
 
@@ -179,14 +181,14 @@ class _SharedNoise(NoiseModel):
         return self.log_var
 
     def update(self, residual: Tensor) -> None:
-        """Alternate, as Algorithm 1 does: after a step on the networks, sigma^2 becomes the closed form (10).
+        r"""Alternate, as Algorithm 1 does: after a step on the networks, sigma^2 becomes the closed form (10).
 
         Within an epoch the sum over all N examples is a running one over about the last ``memory`` batches,
         because older residuals belong to older networks. Under ``update="gradient"`` only the very first
         batch counts: it puts the parameter at the optimum from which gradients then move it.
 
         Args:
-            residual: x - m(z) with z sampled from q(z|x), (B, \\*).
+            residual: x - m(z) with z sampled from q(z|x), (B, \*).
         """
         if self.update_rule == "closed-form":
             self.running.update(residual, keep=1 - 1 / self.memory)
@@ -240,9 +242,7 @@ class GlobalNoise(_SharedNoise):
         tensor(0.0100)
     """
 
-    def __init__(
-        self, update: NoiseUpdate = "closed-form", *, min_var: float = MIN_VAR, memory: int = 100
-    ) -> None:
+    def __init__(self, update: NoiseUpdate = "closed-form", *, min_var: float = MIN_VAR, memory: int = 100) -> None:
         super().__init__((), update, min_var, memory)
 
 
@@ -250,7 +250,8 @@ class DimensionNoise(_SharedNoise):
     r"""One learned variance per dimension, shared by all inputs: eq. (10) with the sum over i taken away.
 
     Args:
-        shape: broadcasts to one example's: (C, H, W) for one variance per pixel, (C, 1, 1) per channel, (D,) per column.
+        shape: broadcasts to one example's: (C, H, W) for one variance per pixel, (C, 1, 1) per channel, (D,) per
+            column.
         update: "closed-form" or "gradient".
         min_var: smallest variance, in the squared unit of the data. A dimension that is constant in the data would
             otherwise drive its variance to zero and the likelihood to infinity.
@@ -271,6 +272,7 @@ class DimensionNoise(_SharedNoise):
         super().__init__(shape, update, min_var, memory)
 
     def description(self) -> dict[str, Any]:
+        """The options and the shape."""
         return super().description() | {"shape": list(self.log_var.shape)}
 
 
@@ -315,6 +317,7 @@ class PredictedNoise(NoiseModel):
         self.register_buffer("calibration", torch.zeros(calibration_shape, device=reference_var.device))
 
     def forward(self, z: Float[Tensor, "batch latent"]) -> Tensor:
+        r"""Log-variance of eq. (11), bounded and calibrated, (B, \*)."""
         correction = self.network(z)
         log_var = self.reference_log_var + correction.to(
             torch.promote_types(correction.dtype, self.reference_log_var.dtype)
@@ -323,9 +326,11 @@ class PredictedNoise(NoiseModel):
 
     @property
     def floor_var(self) -> Tensor:
+        """The lowest of the floors, after calibration."""
         return (self.floor_log_var + self.calibration).min().exp()
 
     def floor_share(self, log_var: Tensor) -> Tensor:
+        """Share of the log-variances on their floor."""
         return (log_var <= self.floor_log_var + self.calibration + 1e-5).float().mean()
 
     @torch.no_grad()
@@ -352,6 +357,7 @@ class PredictedNoise(NoiseModel):
         self.calibration = (self.calibration + scale.log()).to(self.calibration.dtype)
 
     def description(self) -> dict[str, Any]:
+        """The shapes; the network is the decoder's kind."""
         return {
             "kind": "PredictedNoise",
             "reference_shape": list(self.reference_log_var.shape),

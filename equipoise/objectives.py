@@ -7,7 +7,7 @@ bound on log p(x) and not merely proportional to one. The loop alone averages ov
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,9 @@ from equipoise.noise import PredictedNoise
 class LatentVariableModel(Protocol):
     """What an objective needs of a model; :class:`equipoise.model.VAE` is one."""
 
-    noise: nn.Module
+    @property
+    def noise(self) -> nn.Module:
+        """Noise model: codes to log-variances."""
 
     def encode(self, x: Tensor) -> Gaussian:
         """Approximate posterior q(z|x)."""
@@ -97,11 +99,16 @@ class Elbo(Objective):
     """
 
     def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
+        """Evaluate the bound with one sample of z per example."""
         posterior = self.model.encode(x)
         likelihood = self.model.decode(posterior.sample(generator))
         log_likelihood, kl = likelihood.log_prob(x), posterior.kl()
         return Terms(
-            kl - log_likelihood, log_likelihood, kl, (x - likelihood.mean).detach(), likelihood.log_var.detach()
+            kl - log_likelihood,
+            log_likelihood,
+            kl,
+            (x - likelihood.mean).detach(),
+            likelihood.log_var.detach(),
         )
 
 
@@ -130,7 +137,8 @@ class DetachedVarianceElbo(Objective):
             )
 
     def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
-        noise = self.model.noise
+        """Evaluate both parts with the same sample of z."""
+        noise = cast(PredictedNoise, self.model.noise)
         posterior = self.model.encode(x)
         z = posterior.sample(generator)
         mean = self.model.decode_mean(z)

@@ -38,7 +38,7 @@ def write_samples(
         NAME.npy (rounded to the levels of digital data), NAME-std.npy and NAME.png.
     """
     codes = codes.to(model.scaling.scale.dtype)  # mixtures draw in float64
-    parts = [model.decode(chunk) for chunk in codes.split(DECODED_AT_ONCE)]
+    parts = [model.decode(chunk) for chunk in torch.split(codes, DECODED_AT_ONCE)]
     x = torch.cat([part.sample(noise) if noise is not None else part.mean for part in parts])
     std = torch.cat([part.std for part in parts])
     raw = model.scaling.restore_levels(x).numpy()
@@ -67,7 +67,7 @@ def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[P
         reconstructions.npz with ``data``, ``mean``, ``std`` and ``error`` in raw units, and reconstructions.png.
     """
     means, stds = [], []
-    for chunk in torch.from_numpy(raw).split(DECODED_AT_ONCE):
+    for chunk in torch.split(torch.from_numpy(raw), DECODED_AT_ONCE):
         likelihood = model.reconstruct(model.scaling(chunk))
         means.append(likelihood.mean)
         stds.append(likelihood.std)
@@ -86,9 +86,8 @@ def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[P
         figure = plots.reconstructions(x[shown].numpy(), mean[shown].numpy(), std[shown].numpy())
     else:
         shown = slice(0, SHOWN_ROWS)
-        figure = plots.table_reconstructions(
-            *(arrays[name][shown] for name in ("data", "mean", "std")), _column_names(model.shape)
-        )
+        columns = [arrays[name][shown] for name in ("data", "mean", "std")]
+        figure = plots.table_reconstructions(columns[0], columns[1], columns[2], _column_names(model.shape))
     return [path, plots.save(figure, picture)]
 
 

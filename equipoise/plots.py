@@ -14,7 +14,7 @@ from equipoise.store import whole_file
 
 Images = NDArray[np.floating[Any] | np.integer[Any]]
 
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}
+STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}
 UNCERTAINTY_MAP = "magma"
 """Perceptually uniform and monotone in lightness: readable in grey and in colour blindness."""
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#7f7f7f"
@@ -86,7 +86,12 @@ def reconstructions(x: Images, means: Images, stds: Images) -> Figure:
     errors = np.abs(x - means)
     top = max(float(np.quantile(channel_rms(errors), 0.995)), float(channel_rms(stds).max()))
     return _side_by_side(
-        [("input", x, None), ("reconstruction", means, None), ("predicted std", stds, "std"), ("|error|", errors, "error")],
+        [
+            ("input", x, None),
+            ("reconstruction", means, None),
+            ("predicted std", stds, "std"),
+            ("|error|", errors, "error"),
+        ],
         top=top,
     )
 
@@ -100,7 +105,8 @@ def channel_rms(maps: Images) -> Images:
     Returns:
         (N, 1, H, W).
     """
-    return np.sqrt(np.mean(np.square(maps.astype(np.float64)), axis=1, keepdims=True))
+    rms: Images = np.sqrt(np.mean(np.square(maps.astype(np.float64)), axis=1, keepdims=True))
+    return rms
 
 
 def _side_by_side(panels: list[tuple[str, Images, str | None]], top: float | None = None) -> Figure:
@@ -140,7 +146,12 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
         panels = figure.subplots(2, 2)
         for axis, (name, label) in zip(
             panels.flat,
-            (("elbo", "ELBO, nats"), ("kl", "KL, nats"), ("mse", "squared error per dimension"), ("noise_var", "noise variance")),
+            (
+                ("elbo", "ELBO, nats"),
+                ("kl", "KL, nats"),
+                ("mse", "squared error per dimension"),
+                ("noise_var", "noise variance"),
+            ),
             strict=True,
         ):
             axis.plot(epochs, [row[f"train_{name}"] for row in rows], color=BLUE, label="train")
@@ -155,9 +166,7 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
                 axis.axvline(switch - 0.5, color=GREY, lw=0.8, ls=":")
         panels[0, 0].legend(frameon=False)
         if switch:
-            panels[0, 1].annotate(
-                " stage 2", (switch - 0.5, 0.02), xycoords=("data", "axes fraction"), color=GREY
-            )
+            panels[0, 1].annotate(" stage 2", (switch - 0.5, 0.02), xycoords=("data", "axes fraction"), color=GREY)
     return figure
 
 

@@ -149,7 +149,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -170,9 +170,7 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
     for name in expected.keys() & tensors.keys():
         want, got = expected[name], tensors[name]
         if want.shape != got.shape or want.dtype != got.dtype:
-            problems.append(
-                f"{name}: expected {tuple(want.shape)} {want.dtype}, found {tuple(got.shape)} {got.dtype}"
-            )
+            problems.append(f"{name}: expected {tuple(want.shape)} {want.dtype}, found {tuple(got.shape)} {got.dtype}")
     if problems:
         raise StoreError(f"{what} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
     module.load_state_dict(tensors)
@@ -243,7 +241,9 @@ def build_model(
         encoder = build_encoder(architecture, shape, latent_dim, width)
         decoder = build_decoder(architecture, shape, latent_dim, width)
     scaling = Scaling(
-        torch.zeros(description["offset_shape"]), torch.ones(description["scale_shape"]), description["quantum"]
+        torch.zeros(description["offset_shape"]),
+        torch.ones(description["scale_shape"]),
+        description["quantum"],
     )
     model = VAE(
         encoder,  # type: ignore[arg-type]

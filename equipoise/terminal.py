@@ -26,7 +26,7 @@ class PlainTerminal:
 
     def message(self, text: str) -> None:
         """Print a line."""
-        print(text, file=self.stream, flush=True)  # noqa: T201 (the terminal)
+        print(text, file=self.stream, flush=True)
 
     def progress(self, label: str, done: int, total: int | None, text: str) -> None:
         """Print nothing: positions are for live bars."""

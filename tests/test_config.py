@@ -20,7 +20,13 @@ def test_the_defaults_have_no_problems():
 
 def test_text_becomes_values():
     config = make_config(
-        {"latent_dim": "8", "learning_rate": "1e-4", "floor": "quantisation", "n_components": "auto", "image_size": "null"}
+        {
+            "latent_dim": "8",
+            "learning_rate": "1e-4",
+            "floor": "quantisation",
+            "n_components": "auto",
+            "image_size": "null",
+        }
     )
     assert (config.latent_dim, config.learning_rate, config.floor) == (8, 1e-4, "quantisation")
     assert (config.n_components, config.image_size) == ("auto", None)
@@ -96,7 +102,8 @@ def test_recipes_fit_the_options(name):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("- 1\n", "must be a mapping"), ("a: [", "not valid YAML"), (None, "there is no recipe")]
+    ("content", "message"),
+    [("- 1\n", "must be a mapping"), ("a: [", "not valid YAML"), (None, "there is no recipe")],
 )
 def test_wrong_recipes(tmp_path, content, message):
     path = tmp_path / "recipe.yaml"

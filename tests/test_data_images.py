@@ -145,9 +145,7 @@ def test_shrinking_antialiases(tmp_path):
     checks = np.indices((256, 256)).sum(0) % 2 * 255
     fill(tmp_path / "checks", [np.roll(checks, n // 128, 0).astype(np.uint8) + (n % 2) for n in range(10)])
     image = np.uint8(checks)
-    folder = fill(
-        tmp_path / "fine", [np.clip(image.astype(int) + n, 0, 255).astype(np.uint8) for n in range(10)]
-    )
+    folder = fill(tmp_path / "fine", [np.clip(image.astype(int) + n, 0, 255).astype(np.uint8) for n in range(10)])
     pixels = everything(load(folder, image_size=32))
     assert pixels.min() > 120
     assert pixels.max() < 140
@@ -206,9 +204,7 @@ def test_unreadable_files_are_skipped_and_named(folder):
         assert len(everything(data)) == 19
         assert np.array_equal(everything(data)[1], COLOUR[3].transpose(2, 0, 1))
         (note,) = data.notes
-        assert note.startswith(
-            "unreadable files skipped: 5 (002.png: not an image, 004.png: not an image, 005.png: "
-        )
+        assert note.startswith("unreadable files skipped: 5 (002.png: not an image, 004.png: not an image, 005.png: ")
         with pytest.raises(ValueError, match=r"002\.png"):
             load(folder, strict=True)
 

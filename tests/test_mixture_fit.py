@@ -69,9 +69,7 @@ def test_equals_scikit_learn(d, K):
     assert fit.log_likelihoods == pytest.approx(oracle.lower_bounds_, rel=1e-11)
     torch.testing.assert_close(fit.mixture.weights, torch.from_numpy(oracle.weights_), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(fit.mixture.means, torch.from_numpy(oracle.means_), rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(
-        fit.mixture.covariances, torch.from_numpy(oracle.covariances_), rtol=1e-8, atol=1e-10
-    )
+    torch.testing.assert_close(fit.mixture.covariances, torch.from_numpy(oracle.covariances_), rtol=1e-8, atol=1e-10)
 
 
 def test_stops_where_scikit_learn_stops():
@@ -116,9 +114,7 @@ def test_chunks_do_not_matter(log_vars):
     codes = clusters()
     expected = fit_mixture(codes, 3, log_vars=log_vars, start=a_start(codes, 3), max_iter=9)
     for chunk_size in (1, 7, 599, 10**6):
-        fit = fit_mixture(
-            codes, 3, log_vars=log_vars, start=a_start(codes, 3), max_iter=9, chunk_size=chunk_size
-        )
+        fit = fit_mixture(codes, 3, log_vars=log_vars, start=a_start(codes, 3), max_iter=9, chunk_size=chunk_size)
         assert_same(fit.mixture, expected.mixture, rtol=1e-9, atol=1e-10)
         assert fit.log_likelihoods == pytest.approx(expected.log_likelihoods, rel=1e-11)
 
@@ -335,9 +331,7 @@ def test_unit_without_variance(column):
     fit = fit_mixture(codes, 4, generator=seeded())
     without = fit_mixture(codes[:, :2], 4, generator=seeded())
     assert fit.n_floored == 4
-    assert sorted(fit.mixture.weights.tolist()) == pytest.approx(
-        sorted(without.mixture.weights.tolist()), abs=0.01
-    )
+    assert sorted(fit.mixture.weights.tolist()) == pytest.approx(sorted(without.mixture.weights.tolist()), abs=0.01)
     assert fit.mixture.covariances[:, 2, 2].max() < FLOOR * codes.var(0).max()
 
 

@@ -31,7 +31,10 @@ def test_every_image_size_goes_in_and_comes_out(architecture, channels, height, 
 def test_untrained_networks_start_in_balance(architecture):
     """Decoder at the data's mean, posterior near the prior: the first residual variance is about the data's."""
     x = 0.2 + 0.3 * torch.rand(500, 3, 12, 12)
-    encoder, decoder = build_encoder(architecture, (3, 12, 12), 4, 8), build_decoder(architecture, (3, 12, 12), 4, 8)
+    encoder, decoder = (
+        build_encoder(architecture, (3, 12, 12), 4, 8),
+        build_decoder(architecture, (3, 12, 12), 4, 8),
+    )
     start_at_data(encoder, decoder, x.mean(0), x.std())
     with torch.no_grad():
         mean, log_var = encoder(x).chunk(2, 1)
@@ -43,7 +46,10 @@ def test_untrained_networks_start_in_balance(architecture):
 
 @pytest.mark.parametrize("architecture", ["mlp", "conv", "residual"])
 def test_gradients_reach_every_parameter(architecture):
-    encoder, decoder = build_encoder(architecture, (1, 9, 9), 2, 4), build_decoder(architecture, (1, 9, 9), 2, 4)
+    encoder, decoder = (
+        build_encoder(architecture, (1, 9, 9), 2, 4),
+        build_decoder(architecture, (1, 9, 9), 2, 4),
+    )
     decoder(encoder(torch.randn(3, 1, 9, 9))[:, :2]).square().sum().backward()
     used = [p for p in (*encoder.parameters(), *decoder.parameters()) if p.grad is not None and p.grad.abs().sum() > 0]
     # The log-variance half of the encoder's output is not used here, but shares its layer.
@@ -79,5 +85,5 @@ def test_wrong_shapes_say_what_to_do(arguments, message):
 
 def test_only_our_networks_are_started_at_the_data():
     linear = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="networks.py"):
+    with pytest.raises(ValueError, match="start_at_data knows"):
         start_at_data(linear, linear, torch.zeros(2), torch.ones(()))

@@ -1,4 +1,3 @@
-
 import pytest
 import torch
 
@@ -87,7 +86,11 @@ def test_importance_weighted_bound_is_stable_for_thousands_of_samples(generator)
 def test_importance_weighted_bound_takes_another_prior(generator):
     x, ppca, vae = exact_model()
     shifted = importance_weighted_bound(
-        vae, x[:20], 3, generator, log_prior=lambda z: -10 + Gaussian(torch.zeros_like(z), z.new_zeros(())).log_prob(z)
+        vae,
+        x[:20],
+        3,
+        generator,
+        log_prior=lambda z: -10 + Gaussian(torch.zeros_like(z), z.new_zeros(())).log_prob(z),
     )
     vae.noise.log_var = ppca.var.log()
     torch.testing.assert_close(shifted, ppca.log_prob(x[:20]) - 10, rtol=1e-4, atol=1e-3)

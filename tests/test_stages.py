@@ -20,7 +20,9 @@ def test_a_settled_stage_ends_early_and_says_why():
     assert "converged at epoch 4" in decisions[-1].reason
 
 
-@pytest.mark.parametrize("moving", [[(0.01, 800.0 + 50 * i) for i in range(6)], [(0.01 + 0.01 * i, 800.0) for i in range(6)]])
+@pytest.mark.parametrize(
+    "moving", [[(0.01, 800.0 + 50 * i) for i in range(6)], [(0.01 + 0.01 * i, 800.0) for i in range(6)]]
+)
 def test_both_figures_must_settle(moving):
     schedule = StageSchedule(stage_1_epochs=50, stage_2_epochs=5, patience=2)
     assert not any(d.switched for d in run(schedule, moving))

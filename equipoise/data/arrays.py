@@ -106,9 +106,7 @@ def prepare(found: Found, test_fraction: float, validation_fraction: float) -> D
     if any(list(view.shape[1:]) != shape or view.dtype != views[0].dtype for view in views):
         each = ", ".join(f"{view.shape[1:]} {view.dtype}" for view in views)
         raise ValueError(f"{found.source}: the parts differ in the shape or dtype of an example: {each}")
-    summaries = [
-        part.summary or summarise(view, found.source) for part, view in zip(parts, views, strict=True)
-    ]
+    summaries = [part.summary or summarise(view, found.source) for part, view in zip(parts, views, strict=True)]
     constant = summaries[0].constant
     if len(constant) == np.prod(shape):
         raise ValueError(f"{found.source}: all training examples are the same; there is nothing to learn")
@@ -162,9 +160,7 @@ def examples(values: Array, source: str) -> Array:
         ValueError: if the axes or the dtype cannot be understood.
     """
     if values.dtype.kind not in "buif":
-        raise ValueError(
-            f"{source}: values of dtype {values.dtype}; expected real numbers (uint8, float32, ...)"
-        )
+        raise ValueError(f"{source}: values of dtype {values.dtype}; expected real numbers (uint8, float32, ...)")
     if values.ndim == 3:
         values = values[:, None]
     elif values.ndim == 4:

@@ -78,9 +78,7 @@ class Batches:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if not 0 <= rank < world_size:
-            raise ValueError(
-                f"rank must be in 0..{world_size - 1} for a world_size of {world_size}, not {rank}"
-            )
+            raise ValueError(f"rank must be in 0..{world_size - 1} for a world_size of {world_size}, not {rank}")
         self.examples = examples if isinstance(examples, Subset) else Subset.whole(examples)
         self.batch_size = batch_size
         self.device = torch.device(device)

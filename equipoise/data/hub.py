@@ -29,9 +29,7 @@ def hub_set(address: str, reader: ImageReader, name: str | None = None) -> Found
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            f"hf:{address} needs the Hugging Face library: pip install 'equipoise[hub]'"
-        ) from error
+        raise ImportError(f"hf:{address} needs the Hugging Face library: pip install 'equipoise[hub]'") from error
 
     try:
         if address.endswith(".parquet"):

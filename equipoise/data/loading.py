@@ -83,9 +83,7 @@ def load(
         found = _load_path(Path(source).expanduser(), reader)
     data = prepare(found, test_fraction, validation_fraction)
     wanted = (channels and (1 if channels == "grey" else 3), image_size, image_size)
-    if any(wanted) and (
-        data.kind == "table" or any(w and w != s for w, s in zip(wanted, data.shape, strict=True))
-    ):
+    if any(wanted) and (data.kind == "table" or any(w and w != s for w, s in zip(wanted, data.shape, strict=True))):
         raise ValueError(
             f"{data.source}: examples of shape {data.shape}; image_size={image_size} and channels={channels} "
             "convert image files only: convert the array yourself, or leave them out"
@@ -110,9 +108,9 @@ def _load_path(path: Path, reader: ImageReader) -> Found:
         return Found(path.absolute().name, source, reader.read(list_images(path).encoded()))
     if not path.exists():
         siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(
-            source.lower().replace("_", "-"), NAMES
-        ) + difflib.get_close_matches(source, siblings)
+        close = difflib.get_close_matches(source.lower().replace("_", "-"), NAMES) + difflib.get_close_matches(
+            source, siblings
+        )
         hint = f"; did you mean {' or '.join(close)}?" if close else "."
         raise ValueError(f"{source!r} is neither a known data set nor a path{hint} Expected {POSSIBLE}")
     if path.suffix not in {".npy", ".npz"}:
@@ -128,9 +126,7 @@ def _load_path(path: Path, reader: ImageReader) -> Found:
             arrays = {key: content[key] for key in _npz_keys(content.files, source)}
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
-    train, validation, test = (
-        next((Part(arrays[key]) for key in keys if key in arrays), None) for keys in NPZ_KEYS
-    )
+    train, validation, test = (next((Part(arrays[key]) for key in keys if key in arrays), None) for keys in NPZ_KEYS)
     return Found(path.stem, source, train or Part(next(iter(arrays.values()))), validation, test)
 
 

@@ -60,9 +60,7 @@ def idx_set(name: str, data_dir: Path | None) -> Found:
     advice = f"put {' and '.join(IDX_FILES)} (plain or .gz) in one of these"
     if name == "fashion-mnist":
         advice += ", or install the Debian package dataset-fashion-mnist"
-    raise FileNotFoundError(
-        _not_found(name, searched, f"{advice}, or fetch it with --download (download=True)")
-    )
+    raise FileNotFoundError(_not_found(name, searched, f"{advice}, or fetch it with --download (download=True)"))
 
 
 def celeba(data_dir: Path | None, reader: ImageReader) -> Found:

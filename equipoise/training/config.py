@@ -39,7 +39,8 @@ class TrainConfig:
     """Smallest variance in stage 2: a multiple of stage 1's optimum (1.0 is the paper's), or 'quantisation', the
     variance of rounding to grey levels."""
     stage_2_gradients: Literal["stop", "joint"] = "stop"
-    """Stage 2: 'stop' keeps the predicted variance from bending the mean, 'joint' trains all on eq. (11) (the paper's)."""
+    """Stage 2: 'stop' keeps the predicted variance from bending the mean; 'joint' trains all on eq. (11), as the
+    paper does."""
     recalibrate: Literal["none", "scale", "dimension"] = "none"
     """After stage 2, rescale the predicted std on the validation set: one scale, or one per dimension."""
 
@@ -265,7 +266,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ConfigError: if there is no such file, or it is not a mapping.
     """
     if not path.is_file():
-        raise ConfigError([f"there is no recipe {path}; those that come with equipoise are {', '.join(shipped_recipes())}"])
+        raise ConfigError(
+            [f"there is no recipe {path}; those that come with equipoise are {', '.join(shipped_recipes())}"]
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

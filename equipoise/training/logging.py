@@ -98,7 +98,7 @@ class TensorBoardSink:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("tensorboard=true needs TensorBoard: pip install 'equipoise[track]'") from error
-        self.writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(folder))
 
     def start(self, total_steps: int, done_steps: int) -> None:
         """Do nothing: points are per epoch."""
@@ -110,11 +110,11 @@ class TensorBoardSink:
         """Write every number of the row."""
         for name, value in row.items():
             if isinstance(value, int | float):
-                self.writer.add_scalar(name, value, row["epoch"])  # type: ignore[no-untyped-call]
+                self.writer.add_scalar(name, value, row["epoch"])
 
     def message(self, text: str) -> None:
         """Do nothing."""
 
     def close(self) -> None:
         """Flush."""
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()

@@ -126,6 +126,8 @@ def train(
 ) -> Run:
     r"""Train a model by Algorithm 1, fit a mixture to its aggregate posterior, and keep both in a run folder.
 
+    A configuration that does not fit the data is a ``ConfigError``, and then no folder is made.
+
     Args:
         data: what :func:`equipoise.load_data` returned.
         config: options; the defaults if None.
@@ -143,7 +145,6 @@ def train(
 
     Raises:
         StoreError: if the folder holds a run already, or there is nothing to resume.
-        ConfigError: if the configuration does not fit the data.
 
     Example:
         >>> import equipoise
@@ -201,12 +202,8 @@ def make_model(
     shape, latent_dim = data.shape, config.latent_dim
     if encoder is not None and decoder is not None:
         return VAE(encoder, decoder, noise, shape=shape, latent_dim=latent_dim, scaling=scaling, width=config.width)
-    architecture: Architecture = (
-        default_architecture(shape) if config.architecture == "auto" else config.architecture
-    )
-    model = VAE.build(
-        shape, latent_dim, architecture=architecture, width=config.width, noise=noise, scaling=scaling
-    )
+    architecture: Architecture = default_architecture(shape) if config.architecture == "auto" else config.architecture
+    model = VAE.build(shape, latent_dim, architecture=architecture, width=config.width, noise=noise, scaling=scaling)
     sample = scaling(examples(data.train, 10_000, torch.device("cpu")))
     model.start_at_data(sample.mean(0), sample.std())
     return model
@@ -227,8 +224,9 @@ def make_noise(data: Data, config: TrainConfig) -> NoiseModel:
     if config.noise == "global":
         return GlobalNoise(config.noise_update)
     shape = (data.shape[0], *(1 for _ in data.shape[1:])) if config.noise == "channel" else data.shape
-    rounding = {"min_var": data.quantum**2 / 12} if data.quantum else {}
-    return DimensionNoise(shape, config.noise_update, **rounding)
+    if data.quantum is None:
+        return DimensionNoise(shape, config.noise_update)
+    return DimensionNoise(shape, config.noise_update, min_var=data.quantum**2 / 12)
 
 
 @torch.no_grad()
@@ -366,7 +364,5 @@ def _describe_fit(fit: MixtureFit, config: TrainConfig) -> dict[str, Any]:
         "iterations": fit.n_iterations,
         "converged": fit.converged,
         "components_floored": fit.n_floored,
-        "held_out": [
-            {"n_components": k, **log_likelihood._asdict()} for k, log_likelihood in fit.held_out.items()
-        ],
+        "held_out": [{"n_components": k, **log_likelihood._asdict()} for k, log_likelihood in fit.held_out.items()],
     }

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from equipoise.data import Batches, Data, Subset
@@ -139,9 +140,7 @@ class Trainer:
         self.folder = folder
         self.sinks = sinks
         self.fabric = fabric or make_fabric(config)
-        self.schedule = StageSchedule(
-            config.stage_1_epochs, config.stage_2_epochs, config.tolerance, config.patience
-        )
+        self.schedule = StageSchedule(config.stage_1_epochs, config.stage_2_epochs, config.tolerance, config.patience)
         self.position = Position()
         self.history: list[Row] = []
         self.optimal_var: Tensor | None = None
@@ -243,8 +242,14 @@ class Trainer:
             objective.parameters(), lr=peak, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
         )
         total = self.schedule.epochs[stage] * self.steps_per_epoch
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, peak, total_steps=total, pct_start=max(config.warm_up, 1 / total), cycle_momentum=False
+        warm_up = max(1, round(config.warm_up * total))
+        self.scheduler = SequentialLR(
+            optimizer,
+            [
+                LinearLR(optimizer, start_factor=1 / (warm_up + 1), total_iters=warm_up),
+                CosineAnnealingLR(optimizer, T_max=max(1, total - warm_up)),
+            ],
+            milestones=[warm_up],
         )
         if len(self.model.shape) == 3:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -253,9 +258,7 @@ class Trainer:
             self.model.decoder.compile()
         self.objective, self.optimizer = self.fabric.setup(objective, optimizer)
         self.average = (
-            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-            if config.ema_decay
-            else None
+            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))  # type: ignore[no-untyped-call] if config.ema_decay else None
         )
 
     def _epoch(self) -> None:
@@ -365,7 +368,9 @@ class Trainer:
             statistic.update(terms.residual * torch.exp(-0.5 * terms.log_var))
         noise.recalibrate(statistic)
         scale = float((0.5 * noise.calibration).exp().mean())
-        self._message(f"Recalibrated the predicted std on {len(self.data.validation):,} held-out examples: x {scale:.3f}.")
+        self._message(
+            f"Recalibrated the predicted std on {len(self.data.validation):,} held-out examples: x {scale:.3f}."
+        )
 
     @torch.no_grad()
     def _terms(self, batches: Batches, generator: torch.Generator) -> Iterator[Terms]:
@@ -422,7 +427,9 @@ class Trainer:
         for reason in refused:
             self._message(f"Passed over a damaged checkpoint: {reason}")
         if state["fingerprint"] != self.data.fingerprint:
-            raise StoreError(f"{path} was trained on other data (fingerprint {state['fingerprint'][:12]}...); give the same.")
+            raise StoreError(
+                f"{path} was trained on other data (fingerprint {state['fingerprint'][:12]}...); give the same."
+            )
         changed = [name for name, value in self.config.as_dict().items() if state["config"].get(name) != value]
         if changed:
             raise StoreError(f"{path} was trained with other values of {', '.join(changed)}; resume with the same.")
@@ -448,7 +455,7 @@ _LOGGED = ("elbo", "log_likelihood", "kl", "mse", "noise_var")
 
 
 def examples(array: Subset, n: int, device: torch.device) -> Tensor:
-    """Take a few examples, evenly spread over an array.
+    r"""Take a few examples, evenly spread over an array.
 
     Args:
         array: one split of the data.
@@ -456,7 +463,7 @@ def examples(array: Subset, n: int, device: torch.device) -> Tensor:
         device: where to put them.
 
     Returns:
-        Raw data, (n, \\*).
+        Raw data, (n, \*).
     """
     index = np.linspace(0, len(array) - 1, min(n, len(array))).astype(np.int64)
     return torch.from_numpy(array[index]).to(device)
