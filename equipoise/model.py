@@ -4,14 +4,14 @@ Any module from (B, \*) to (B, 2d) serves as encoder and any from (B, d) to (B, 
 ours is needed. :meth:`VAE.build` makes a pair from ``networks.py``.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.gaussian import Gaussian
-from equipoise.networks import Architecture, build_decoder, build_encoder, default_architecture, start_at_data
+from equipoise.networks import Architecture, Decoder, build_decoder, build_encoder, default_architecture, start_at_data
 from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise
 
 LOG_VAR_RANGE = (-30.0, 20.0)
@@ -273,10 +273,10 @@ class VAE(nn.Module):
         if self.architecture is not None:
             network.load_state_dict(self.decoder.state_dict())
         nn.init.zeros_(network.output.weight)
-        nn.init.zeros_(network.output.bias)
+        nn.init.zeros_(cast(Tensor, network.output.bias))
         return network
 
-    def blank_variance_network(self) -> Any:  # noqa: ANN401 (a decoder of networks.py)
+    def blank_variance_network(self) -> Decoder:
         """Untrained variance network of the shape that :meth:`predict_variance` makes.
 
         Returns:

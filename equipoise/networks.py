@@ -48,7 +48,7 @@ def build_encoder(architecture: Architecture, shape: Shape, latent_dim: int, wid
     return ConvEncoder(shape, latent_dim, width, residual=architecture == "residual")
 
 
-def build_decoder(architecture: Architecture, shape: Shape, latent_dim: int, width: int) -> "MLPDecoder | ConvDecoder":
+def build_decoder(architecture: Architecture, shape: Shape, latent_dim: int, width: int) -> "Decoder":
     r"""Make the decoder half of a pair; also the shape of a variance network, which maps codes to log-variances.
 
     Args:
@@ -162,7 +162,7 @@ class MLPDecoder(nn.Module):
     def forward(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch *event"]:
         """Map codes to means."""
         mean: Tensor = self.output(self.hidden(z))
-        return mean.unflatten(1, self.shape)
+        return mean.view(-1, *self.shape)
 
 
 class ConvEncoder(nn.Module):
@@ -256,6 +256,9 @@ class ResidualBlock(nn.Module):
         """Add the residual."""
         change: Tensor = self.body(x)
         return x + change
+
+
+Decoder = MLPDecoder | ConvDecoder
 
 
 def _pyramid(shape: Shape, width: int) -> tuple[list[tuple[int, int]], list[int]]:

@@ -144,6 +144,7 @@ class Trainer:
         self.position = Position()
         self.history: list[Row] = []
         self.optimal_var: Tensor | None = None
+        self.average: AveragedModel | None = None
         device = self.fabric.device
         model.to(device)
         batch_size = min(config.batch_size, len(data.train))
@@ -257,9 +258,10 @@ class Trainer:
             self.model.encoder.compile()
             self.model.decoder.compile()
         self.objective, self.optimizer = self.fabric.setup(objective, optimizer)
-        self.average = (
-            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))  # type: ignore[no-untyped-call] if config.ema_decay else None
-        )
+        self.average = None
+        if config.ema_decay:
+            decayed = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(self.model, multi_avg_fn=decayed)
 
     def _epoch(self) -> None:
         """Train for an epoch, validate, let the schedule decide, and write it all down."""

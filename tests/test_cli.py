@@ -1,0 +1,307 @@
+"""The command line as a user meets it: real processes, for what they print, write, refuse and return."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from equipoise.cli import main
+from equipoise.training.run import Run
+
+QUICK = ["--set", "latent_dim=2", "width=4", "stage_1_epochs=2", "stage_2_epochs=1", "n_components=3", "batch_size=128"]
+
+
+def run(*arguments, cwd=None, env=None):
+    """Run the installed command."""
+    return subprocess.run(
+        [sys.executable, "-m", "equipoise", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
+
+
+def refused(*arguments, capsys):
+    """Run in this process, which is faster, and return what was printed for an exit code of 2."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert exit_.value.code == 2, printed
+    return printed.err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    done = run("train", "--out", folder, *QUICK)
+    assert done.returncode == 0, done.stderr
+    return Run(folder), done.stdout
+
+
+def test_the_main_job_tells_what_it_does_and_where_to_look(trained):
+    folder, printed = trained
+    for part in ("1,455 training", "Stage 1", "Optimal noise variance", "IWAE, K = 20", str(folder.folder), "equipoise sample"):
+        assert part in printed
+    for file in (folder.config_file, folder.model_file, folder.mixture_file, folder.metrics_file, folder.evaluation_file):
+        assert file.is_file()
+    for name in ("training.png", "mixture.png", "reconstructions.png"):
+        with Image.open(folder.figures / name) as image:
+            assert np.asarray(image.convert("L")).std() > 10
+    assert not [path for path in folder.folder.rglob(".*")]  # no temporary left
+
+
+def test_the_test_figures_are_in_the_evaluation(trained):
+    section = json.loads(trained[0].evaluation_file.read_text())["likelihood"]
+    assert section["elbo"]["n"] == 180
+    assert section["elbo"]["mean"] == pytest.approx(section["log_likelihood"]["mean"] - section["kl"]["mean"], abs=1e-3)
+    assert section["iwae_20_first_500"]["mean"] > section["elbo"]["mean"]
+    assert section["noise_floor_var"] > 0
+    # Both evaluate the same model on the same data; only the noise differs.
+    last = trained[0].history()[-1]
+    assert section["elbo"]["mean"] == pytest.approx(last["test_elbo"], abs=4 * section["elbo"]["standard_error"])
+
+
+@pytest.mark.parametrize("source", ["mixture", "prior", "aggregate"])
+def test_samples(trained, tmp_path, source):
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        main(["sample", str(trained[0].folder), "--from", source, "-n", "7", "--seed", "3", "--out", str(folder)])
+    samples = np.load(tmp_path / "a" / f"{source}.npy")
+    assert samples.shape == (7, 1, 8, 8)
+    assert samples.dtype == np.uint8
+    assert samples.max() <= 16
+    assert np.array_equal(samples, np.load(tmp_path / "b" / f"{source}.npy"))
+    assert (np.load(tmp_path / "a" / f"{source}-std.npy") > 0).all()
+    assert (tmp_path / "a" / f"{source}.png").is_file()
+
+
+def test_pixel_noise_is_added_on_demand(trained, tmp_path):
+    for name, flag in (("means", []), ("noisy", ["--noise"])):
+        main(["sample", str(trained[0].folder), "-n", "50", "--out", str(tmp_path / name), *flag])
+    means, noisy = (np.load(tmp_path / name / "mixture.npy").astype(float) for name in ("means", "noisy"))
+    std = np.load(tmp_path / "means" / "mixture-std.npy")
+    inside = (means > 4) & (means < 12)  # away from the ends, where values are clamped
+    assert np.std((noisy - means)[inside]) == pytest.approx(std[inside].mean(), rel=0.2)
+
+
+def test_reconstructions(trained, tmp_path):
+    main(["reconstruct", str(trained[0].folder), "--out", str(tmp_path)])
+    with np.load(tmp_path / "reconstructions.npz") as arrays:
+        assert arrays["data"].shape == arrays["mean"].shape == arrays["std"].shape == (180, 1, 8, 8)
+        np.testing.assert_allclose(arrays["error"], arrays["data"] - arrays["mean"], atol=1e-4)
+    assert (tmp_path / "reconstructions.png").is_file()
+
+
+def test_reconstructing_other_data(trained, tmp_path, capsys):
+    np.save(tmp_path / "digits.npy", np.random.default_rng(0).integers(0, 17, (20, 8, 8)).astype(np.uint8))
+    main(["reconstruct", str(trained[0].folder), str(tmp_path / "digits.npy"), "-n", "5", "--out", str(tmp_path)])
+    with np.load(tmp_path / "reconstructions.npz") as arrays:
+        assert len(arrays["data"]) == 5
+    np.save(tmp_path / "other.npy", np.random.default_rng(0).integers(0, 255, (20, 9, 9)).astype(np.uint8))
+    printed = refused("reconstruct", trained[0].folder, tmp_path / "other.npy", capsys=capsys)
+    assert "(1, 9, 9), the model was trained on (1, 8, 8)" in printed
+
+
+def test_a_table_from_end_to_end(table, tmp_path):
+    np.save(tmp_path / "codes.npy", table)
+    main(["train", str(tmp_path / "codes.npy"), "--out", str(tmp_path / "run"), *QUICK, "stage_1_epochs=30"])
+    main(["sample", str(tmp_path / "run"), "-n", "2000"])
+    samples = np.load(tmp_path / "run" / "samples" / "mixture.npy")
+    assert samples.dtype == np.float32
+    assert samples.shape == (2000, 6)
+    # In the units of the table, which differ by a factor of 100,000.
+    np.testing.assert_allclose(samples.mean(0), table.mean(0), atol=0.5 * table.std(0).max(), rtol=0.5)
+    main(["reconstruct", str(tmp_path / "run")])
+    with np.load(tmp_path / "run" / "reconstructions" / "reconstructions.npz") as arrays:
+        assert (arrays["error"].std(0) < arrays["data"].std(0)).all()
+
+
+def test_a_folder_of_images_from_end_to_end(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 255, (16, 12, 3)).astype(np.uint8)).save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"not an image")
+    done = run("train", folder, "--out", tmp_path / "run", *QUICK, env={"EQUIPOISE_CACHE": str(tmp_path / "cache")})
+    assert done.returncode == 0, done.stderr
+    assert "broken.png" in done.stdout
+    assert Run(tmp_path / "run").model().shape == (3, 16, 12)
+    strict = run("train", folder, "--strict", env={"EQUIPOISE_CACHE": str(tmp_path / "cache")}, cwd=tmp_path)
+    assert strict.returncode == 2
+    assert "broken.png" in strict.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resume_goes_on_with_the_runs_own_data_and_options(trained, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(trained[0].folder, copy)
+    (copy / "model.safetensors").unlink()
+    main(["train", "--resume", str(copy)])
+    assert (copy / "model.safetensors").is_file()
+    assert len(Run(copy).history()) == 3
+    printed = refused("train", "mnist", "--resume", copy, "--set", "width=3", capsys=capsys)
+    assert "leave out --set, mnist" in printed
+    assert "not a run" in refused("train", "--resume", tmp_path / "nowhere", capsys=capsys)
+
+
+def test_an_unfinished_run_says_how_to_finish_it(trained, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(trained[0].folder, tmp_path / "copy")
+    (tmp_path / "copy" / "model.safetensors").unlink()
+    assert "equipoise train --resume" in refused("sample", tmp_path / "copy", capsys=capsys)
+
+
+# Bad input: a clear error each, and no run folder
+
+
+def array(tmp_path, values):
+    np.save(tmp_path / "data.npy", values)
+    return tmp_path / "data.npy"
+
+
+def images(tmp_path, *sizes):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i, size in enumerate(sizes):
+        Image.fromarray(rng.integers(0, 255, size).astype(np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def with_nan():
+    x = np.random.default_rng(0).normal(size=(50, 4))
+    x[3, 2] = np.nan
+    return x
+
+
+BAD = {
+    "empty folder": (lambda p: images(p), "no image"),
+    "one image": (lambda p: images(p, (9, 9)), "1"),
+    "images of different sizes": (lambda p: images(p, *[(9, 9)] * 12, (12, 9)), "image_size"),
+    "not a number": (lambda p: array(p, with_nan()), "NaN"),
+    "constant images": (lambda p: array(p, np.full((50, 9, 9), 7, np.uint8)), "same|constant"),
+    "text": (lambda p: array(p, np.array([["a", "b"]] * 50)), "dtype|type"),
+    "complex numbers": (lambda p: array(p, np.ones((50, 4), complex)), "dtype|type"),
+    "more latent units than columns": (lambda p: array(p, np.random.default_rng(0).normal(size=(50, 2))), "latent_dim=2"),
+    "five axes": (lambda p: array(p, np.zeros((20, 2, 3, 9, 9))), "axes|dimensions|shape"),
+    "no such file": (lambda p: p / "nowhere.npy", "neither"),
+    "a misspelt name": (lambda p: "mnst", "mnist"),
+    "a text file": (lambda p: _text(p), "type"),
+}
+
+
+def _text(path):
+    (path / "data.txt").write_text("1 2 3")
+    return path / "data.txt"
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_with_a_reason_and_leaves_nothing(case, tmp_path, monkeypatch, capsys):
+    make, message = BAD[case]
+    source = make(tmp_path)
+    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    printed = refused("train", source, *QUICK, capsys=capsys)
+    assert printed.startswith("equipoise: ")
+    assert any(part in printed for part in message.split("|")), printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_named_set_that_is_nowhere_says_what_to_put_where(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("EQUIPOISE_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    printed = refused("train", "celeba", "--data-dir", tmp_path, capsys=capsys)
+    assert "img_align_celeba" in printed
+    assert not (tmp_path / "runs").exists()
+
+
+def test_problems_of_recipe_and_options_come_together(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("width: wide\nlearning_rates: 1\n")
+    printed = refused("train", "--recipe", tmp_path / "r.yaml", "--set", "floor=-1", "nonsense", capsys=capsys)
+    for part in ("width must be", "unknown option learning_rates; did you mean learning_rate", "floor must", "'nonsense'"):
+        assert part in printed
+
+
+def test_wrong_arguments_exit_with_2(capsys):
+    assert "nonsense" in refused("nonsense", capsys=capsys)
+    assert "-n must be at least 1" in refused("sample", ".", "-n", "0", capsys=capsys)
+    assert "not a run" in refused("sample", Path(__file__).parent, capsys=capsys)
+
+
+def test_a_full_disk_is_reported_in_one_line(tmp_path, capsys, monkeypatch):
+    import errno
+
+    def no_space(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    assert "No space left" in refused("train", "--out", tmp_path / "run", *QUICK, capsys=capsys)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_help_teaches_every_option():
+    from dataclasses import fields
+
+    from equipoise.training.config import TrainConfig
+
+    assert "train" in run("--help").stdout
+    shown = run("train", "--help").stdout
+    for field in fields(TrainConfig):
+        assert f"{field.name}:" in shown
+
+
+def test_neither_help_nor_import_loads_torch():
+    code = (
+        "import sys, equipoise, equipoise.cli\n"
+        "equipoise.cli.make_parser().format_help()\n"
+        "print([m for m in ('torch', 'sklearn', 'matplotlib', 'lightning_fabric') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_live_terminal_shows_the_bar_with_time_left_and_figures():
+    """Through a pseudo-terminal, as a person would see it."""
+    import pty
+
+    master, slave = pty.openpty()
+    done = subprocess.Popen(
+        [sys.executable, "-m", "equipoise", "train", "--out", "live", *QUICK, "stage_1_epochs=60"],
+        stdout=slave,
+        stderr=slave,
+        cwd=os.environ.get("PYTEST_TMP", None) or _temporary(),
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "160"},
+    )
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(master, 65536)
+        except OSError:
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(master)
+    assert done.wait() == 0
+    text = shown.decode(errors="replace")
+    for part in ("training", "ELBO", "KL", "MSE", "noise std", "%", "mixture of", "Optimal noise variance"):
+        assert part in text
+
+
+def _temporary():
+    import tempfile
+
+    return tempfile.mkdtemp()
