@@ -2,17 +2,18 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
+from jaxtyping import Num
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from equipoise.store import whole_file
 
-Images = NDArray[np.floating[Any] | np.integer[Any]]
+Images: TypeAlias = Num[np.ndarray, "n channels height width"]
+Table: TypeAlias = Num[np.ndarray, "n columns"]
 
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}
 UNCERTAINTY_MAP = "magma"
@@ -36,7 +37,9 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def tile(images: Images, columns: int | None = None, gap: int = 1, fill: float = 1.0) -> Images:
+def tile(
+    images: Images, columns: int | None = None, gap: int = 1, fill: float = 1.0
+) -> Num[np.ndarray, "grid_height grid_width channels"]:
     """Lay images out in a grid.
 
     Args:
@@ -96,7 +99,7 @@ def reconstructions(x: Images, means: Images, stds: Images) -> Figure:
     )
 
 
-def channel_rms(maps: Images) -> Images:
+def channel_rms(maps: Images) -> Num[np.ndarray, "n 1 height width"]:
     """Root mean square over the channels: one map per image, colour or not.
 
     Args:
@@ -170,7 +173,7 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def table_samples(real: Images, generated: Images, names: list[str]) -> Figure:
+def table_samples(real: Table, generated: Num[np.ndarray, "m columns"], names: list[str]) -> Figure:
     """Histograms of a table's first columns, data against samples.
 
     Args:
@@ -198,7 +201,7 @@ def table_samples(real: Images, generated: Images, names: list[str]) -> Figure:
     return figure
 
 
-def table_reconstructions(x: Images, means: Images, stds: Images, names: list[str]) -> Figure:
+def table_reconstructions(x: Table, means: Table, stds: Table, names: list[str]) -> Figure:
     """Reconstruction against data for a table's first columns, with the predicted std as error bars.
 
     Args:

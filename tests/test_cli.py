@@ -47,14 +47,27 @@ def trained(tmp_path_factory):
 
 def test_the_main_job_tells_what_it_does_and_where_to_look(trained):
     folder, printed = trained
-    for part in ("1,455 training", "Stage 1", "Optimal noise variance", "IWAE, K = 20", str(folder.folder), "equipoise sample"):
+    for part in (
+        "1,455 training",
+        "Stage 1",
+        "Optimal noise variance",
+        "IWAE, K = 20",
+        str(folder.folder),
+        "equipoise sample",
+    ):
         assert part in printed
-    for file in (folder.config_file, folder.model_file, folder.mixture_file, folder.metrics_file, folder.evaluation_file):
+    for file in (
+        folder.config_file,
+        folder.model_file,
+        folder.mixture_file,
+        folder.metrics_file,
+        folder.evaluation_file,
+    ):
         assert file.is_file()
     for name in ("training.png", "mixture.png", "reconstructions.png"):
         with Image.open(folder.figures / name) as image:
             assert np.asarray(image.convert("L")).std() > 10
-    assert not [path for path in folder.folder.rglob(".*")]  # no temporary left
+    assert not list(folder.folder.rglob(".*"))  # no temporary left
 
 
 def test_the_test_figures_are_in_the_evaluation(trained):
@@ -192,7 +205,10 @@ BAD = {
     "constant images": (lambda p: array(p, np.full((50, 9, 9), 7, np.uint8)), "same|constant"),
     "text": (lambda p: array(p, np.array([["a", "b"]] * 50)), "dtype|type"),
     "complex numbers": (lambda p: array(p, np.ones((50, 4), complex)), "dtype|type"),
-    "more latent units than columns": (lambda p: array(p, np.random.default_rng(0).normal(size=(50, 2))), "latent_dim=2"),
+    "more latent units than columns": (
+        lambda p: array(p, np.random.default_rng(0).normal(size=(50, 2))),
+        "latent_dim=2",
+    ),
     "five axes": (lambda p: array(p, np.zeros((20, 2, 3, 9, 9))), "axes|dimensions|shape"),
     "no such file": (lambda p: p / "nowhere.npy", "neither"),
     "a misspelt name": (lambda p: "mnst", "mnist"),
@@ -230,7 +246,12 @@ def test_a_named_set_that_is_nowhere_says_what_to_put_where(tmp_path, monkeypatc
 def test_problems_of_recipe_and_options_come_together(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text("width: wide\nlearning_rates: 1\n")
     printed = refused("train", "--recipe", tmp_path / "r.yaml", "--set", "floor=-1", "nonsense", capsys=capsys)
-    for part in ("width must be", "unknown option learning_rates; did you mean learning_rate", "floor must", "'nonsense'"):
+    for part in (
+        "width must be",
+        "unknown option learning_rates; did you mean learning_rate",
+        "floor must",
+        "'nonsense'",
+    ):
         assert part in printed
 
 
@@ -272,16 +293,16 @@ def test_neither_help_nor_import_loads_torch():
     assert done.stdout.strip() == "[]"
 
 
-def test_a_live_terminal_shows_the_bar_with_time_left_and_figures():
+def test_a_live_terminal_shows_the_bar_with_time_left_and_figures(tmp_path):
     """Through a pseudo-terminal, as a person would see it."""
     import pty
 
     master, slave = pty.openpty()
     done = subprocess.Popen(
-        [sys.executable, "-m", "equipoise", "train", "--out", "live", *QUICK, "stage_1_epochs=60"],
+        [sys.executable, "-m", "equipoise", "train", "--out", "live", *QUICK, "stage_1_epochs=4"],
         stdout=slave,
         stderr=slave,
-        cwd=os.environ.get("PYTEST_TMP", None) or _temporary(),
+        cwd=tmp_path,
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "160"},
     )
     os.close(slave)
@@ -299,9 +320,3 @@ def test_a_live_terminal_shows_the_bar_with_time_left_and_figures():
     text = shown.decode(errors="replace")
     for part in ("training", "ELBO", "KL", "MSE", "noise std", "%", "mixture of", "Optimal noise variance"):
         assert part in text
-
-
-def _temporary():
-    import tempfile
-
-    return tempfile.mkdtemp()

@@ -268,6 +268,7 @@ class Trainer:
         stage, started = self.schedule.stage, time.perf_counter()
         means = self._train_epoch()
         train = means.read(math.prod(self.model.shape), stage)
+        self._show(train)
         seconds = time.perf_counter() - started
         figures = self.evaluate(self.validation_batches)
         decision = self.schedule.observe(figures.noise_var, figures.elbo)
@@ -392,7 +393,7 @@ class Trainer:
 
     def _show(self, figures: dict[str, float]) -> None:
         stage = self.schedule.stage
-        in_stage = self.position.stage_step // self.steps_per_epoch + 1
+        in_stage = max(1, math.ceil(self.position.stage_step / self.steps_per_epoch))
         label = f"stage {stage:d} epoch {in_stage}/{self.schedule.epochs[stage]}"
         for sink in self.sinks:
             sink.step(self.position.step, self._total_steps(), label, figures)

@@ -1,0 +1,39 @@
+# `just` alone lists the recipes; install it with `pip install rust-just`.
+
+_default:
+    @just --list
+
+# Install for development
+install:
+    pip install -c constraints.txt -e ".[dev]"
+
+# Format what can be formatted
+format:
+    ruff format .
+    ruff check --fix .
+
+# Everything that reads the code without running it
+lint:
+    ruff format --check .
+    ruff check .
+    mypy
+    lint-imports
+    pydoclint equipoise
+
+# The tests, a few minutes
+test *arguments:
+    pytest -n auto {{arguments}}
+
+# The tests that take minutes each
+slow:
+    pytest -n 0 -m slow
+
+# What CI runs
+check: lint test
+
+# The benchmarks whose JSON lies in results/
+bench data_dir:
+    python benchmarks/mixture_em.py
+    python benchmarks/training_loop.py --data-dir {{data_dir}}
+    python benchmarks/stage_two.py mnist --data-dir {{data_dir}}
+    python benchmarks/stage_two.py fashion-mnist --data-dir {{data_dir}}
