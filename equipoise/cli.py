@@ -6,14 +6,15 @@ Only the options are imported at the top, so that ``equipoise --help`` does not 
 import errno
 import math
 import sys
+import textwrap
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jsonargparse import ArgumentParser, Namespace
-
+from equipoise import __version__
 from equipoise.training.config import (
     ConfigError,
     TrainConfig,
@@ -47,9 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command is None:
         parser.print_help()
         return
-    command = COMMANDS[options.command]
     try:
-        command.run(options[options.command])
+        COMMANDS[options.command].run(options)
     except KeyboardInterrupt:
         _fail("interrupted; a run goes on from its last epoch with 'equipoise train --resume RUN'", INTERRUPTED)
     except (ValueError, FileNotFoundError, ImportError) as error:
@@ -79,101 +79,93 @@ def make_parser() -> ArgumentParser:
         "come from a mixture fitted to the aggregate posterior.",
         epilog="'equipoise train' without anything else trains on 8x8 digits, offline, in about a minute.",
     )
-    parser.add_argument("--version", action="version", version=_version())
-    commands = parser.add_subcommands(required=False, dest="command", metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"equipoise {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():
-        commands.add_subcommand(name, command.parser(), help=command.summary)
+        command.add_arguments(
+            commands.add_parser(
+                name,
+                help=command.summary,
+                description=command.summary[0].upper() + command.summary[1:] + ".",
+                formatter_class=RawDescriptionHelpFormatter,
+            )
+        )
     return parser
 
 
-def _version() -> str:
-    from equipoise import __version__
-
-    return f"equipoise {__version__}"
-
-
-class Command:
-    """A command: how it is parsed, and what it does.
+class Command(NamedTuple):
+    """A command.
 
     Args:
-        summary: one line for ``equipoise --help``.
-        parser: makes its parser.
-        run: takes the parsed options.
+        summary: one line for ``--help``.
+        add_arguments: describes its arguments to a parser.
+        run: takes what was parsed.
     """
 
-    def __init__(self, summary: str, parser: Callable[[], ArgumentParser], run: Callable[[Namespace], None]) -> None:
-        self.summary = summary
-        self.parser = parser
-        self.run = run
+    summary: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], None]
 
 
-def _train_parser() -> ArgumentParser:
-    recipes = ", ".join(shipped_recipes())
-    parser = ArgumentParser(
-        description="Train a model, fit the mixture, and write a run folder.",
-        epilog="Options for --set and recipes (default in brackets):\n\n"
-        + "\n".join(_describe_option(field.name, field.default) for field in fields(TrainConfig)),
+def _train_arguments(parser: ArgumentParser) -> None:
+    parser.epilog = "\n".join(
+        ["options for --set and recipes, with their defaults:"]
+        + [_describe_option(field.name, field.default) for field in fields(TrainConfig)]
     )
     parser.add_argument(
         "data",
         nargs="?",
-        type=str,
         help="digits (the default), mnist, fashion-mnist, celeba, a folder of images, an .npy or .npz file, or "
-        "hf:owner/name. A folder may hold sizes that differ if --set image_size=64 is given",
+        "hf:owner/name. A folder whose images differ in size needs --set image_size=64, or another size",
     )
     parser.add_argument(
-        "--recipe", type=str, help=f"YAML file of options, or one of {recipes}; a named set has its own"
+        "--recipe",
+        help=f"YAML file of options, or one of {', '.join(shipped_recipes())}; these sets take their own by themselves",
     )
     parser.add_argument(
-        "--set",
-        type=str,
-        nargs="+",
-        action="extend",
-        metavar="KEY=VALUE",
-        help="set options, over the recipe's",
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="options, over those of the recipe"
     )
-    parser.add_argument("--out", type=str, metavar="RUN", help="folder to write; runs/NAME if left out")
-    parser.add_argument("--resume", type=str, metavar="RUN", help="go on with a run that was cut off")
-    parser.add_argument("--data-dir", type=str, help="where to look for mnist, fashion-mnist and celeba first")
+    parser.add_argument("--out", metavar="RUN", help="folder to write; runs/NAME if left out")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was cut off")
+    _add_data_dir(parser)
     parser.add_argument("--download", action="store_true", help="fetch a named set that is not found (extra 'hub')")
     parser.add_argument("--strict", action="store_true", help="refuse a folder with a file that cannot be read")
     parser.add_argument("--quiet", action="store_true", help="plain lines instead of a progress bar")
-    return parser
 
 
 def _describe_option(name: str, default: object) -> str:
-    shown = {None: "none", True: "true", False: "false"}.get(default, default)  # type: ignore[call-overload]
-    return f"  {name}: {type_name(name)} [{shown}]\n      {option_help(name)}"
+    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+    text = textwrap.fill(option_help(name), 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return f"  {name}={shown}  ({type_name(name)})\n{text}"
 
 
-def _sample_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Draw samples from a trained run: an image grid and an array.")
-    parser.add_argument("run", type=str, help="run folder")
+def _sample_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument(
         "--from",
         dest="source",
-        type=str,
         choices=["mixture", "prior", "aggregate"],
         default="mixture",
-        help="where codes come from: the mixture fitted to the aggregate posterior, the prior N(0, I), or the exact "
-        "aggregate posterior of the training data (noisy reconstructions)",
+        help="where codes come from: the mixture fitted to the aggregate posterior (the default), the prior N(0, I), "
+        "or the exact aggregate posterior of the training data (noisy reconstructions)",
     )
-    parser.add_argument("-n", type=int, default=64, help="number of samples")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same samples")
-    parser.add_argument("--noise", action="store_true", help="add the model's pixel noise; otherwise means are shown")
-    parser.add_argument("--data-dir", type=str, help="where to look for a named set first")
-    parser.add_argument("--out", type=str, metavar="FOLDER", help="folder to write; RUN/samples if left out")
-    return parser
+    parser.add_argument("-n", type=int, default=64, help="number of samples (64)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same samples (0)")
+    parser.add_argument("--noise", action="store_true", help="add the model's pixel noise; otherwise means are written")
+    _add_data_dir(parser)
+    parser.add_argument("--out", metavar="FOLDER", help="folder to write; RUN/samples if left out")
 
 
-def _reconstruct_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Reconstruct data with a trained run: means, predicted std and errors.")
-    parser.add_argument("run", type=str, help="run folder")
-    parser.add_argument("data", nargs="?", type=str, help="as for train; the run's own test set if left out")
+def _reconstruct_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("data", nargs="?", help="as for train; the run's own test set if left out")
     parser.add_argument("-n", type=int, help="reconstruct the first n examples only")
-    parser.add_argument("--data-dir", type=str, help="where to look for named sets first")
-    parser.add_argument("--out", type=str, metavar="FOLDER", help="folder to write; RUN/reconstructions if left out")
-    return parser
+    _add_data_dir(parser)
+    parser.add_argument("--out", metavar="FOLDER", help="folder to write; RUN/reconstructions if left out")
+
+
+def _add_data_dir(parser: ArgumentParser) -> None:
+    parser.add_argument("--data-dir", help="where to look for mnist, fashion-mnist and celeba first")
 
 
 def _train(options: Namespace) -> None:
@@ -186,7 +178,7 @@ def _train(options: Namespace) -> None:
         load_options = resumed["data"]["load"] | ({"data_dir": options.data_dir} if options.data_dir else {})
     else:
         config, source = _resolve(options)
-        load_options = {name: options[name] for name in ("data_dir", "download", "strict") if options[name]}
+        load_options = {name: value for name in ("data_dir", "download", "strict") if (value := getattr(options, name))}
         # Absolute, so that the run finds its data again from anywhere.
         load_options["source"] = str(Path(source).resolve()) if Path(source).exists() else source
     with _terminal(quiet=options.quiet) as terminal:
@@ -213,7 +205,7 @@ def _train(options: Namespace) -> None:
 
 
 def _refuse_with_resume(options: Namespace) -> None:
-    given = [f"--{name}" for name in ("recipe", "set", "out") if options[name]]
+    given = [f"--{name}" for name in ("recipe", "set", "out") if getattr(options, name)]
     if options.data:
         given.append(options.data)
     if given:
@@ -228,8 +220,8 @@ def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
     values = read_recipe(file) if file else {}
     source = options.data or values.get("data") or "digits"
     values.pop("data", None)
-    malformed = [item for item in options.set or [] if "=" not in item]
-    pairs = (item.split("=", 1) for item in options.set or [] if "=" in item)
+    malformed = [item for item in options.set if "=" not in item]
+    pairs = (item.split("=", 1) for item in options.set if "=" in item)
     values |= {key.strip(): value for key, value in pairs}
     try:
         config = make_config(values)
@@ -284,8 +276,9 @@ def _finish(run: "Run", data: "Data", terminal: "Terminal") -> None:
         ("IWAE, K = 20, prior", section["iwae_20_first_500"], "nats"),
         (f"IWAE, K = 20, mixture of {mixture.n_components}", section["iwae_20_first_500_mixture"], "nats"),
     ]
-    floor = math.sqrt(section["noise_floor_var"])
-    terminal.message(format_table(f"Test set; smallest noise std {floor:.4g} in model units", rows))
+    std, floor = math.sqrt(section["noise_var"]["mean"]), math.sqrt(section["noise_floor_var"])
+    title = f"Test set; noise std {std:.4g}, floor {floor:.4g}, in model units"
+    terminal.message(format_table(title, rows))
     terminal.message(
         f"Run       {run.folder}\nFigures   {run.figures}: training.png, mixture.png, reconstructions.png\n"
         f"Next      equipoise sample {run.folder}\n          equipoise reconstruct {run.folder}"
@@ -366,7 +359,7 @@ def _terminal(quiet: bool = False) -> Iterator["Terminal"]:
 
 
 COMMANDS = {
-    "train": Command("train a model and fit the mixture", _train_parser, _train),
-    "sample": Command("draw samples from a run", _sample_parser, _sample),
-    "reconstruct": Command("reconstruct data with a run, with uncertainty", _reconstruct_parser, _reconstruct),
+    "train": Command("train a model and fit the mixture", _train_arguments, _train),
+    "sample": Command("draw samples from a run", _sample_arguments, _sample),
+    "reconstruct": Command("reconstruct data with a run, with uncertainty", _reconstruct_arguments, _reconstruct),
 }

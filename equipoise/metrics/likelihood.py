@@ -42,6 +42,7 @@ class Likelihood(NamedTuple):
         log_likelihood: expected log p(x|z), nats per example.
         kl: nats per example.
         mse: squared error per dimension with z sampled, squared model units.
+        noise_var: variance of p(x|z), mean over the dimensions, squared model units.
         floor_var: smallest variance that the noise model can produce; a raw likelihood means little without it.
     """
 
@@ -49,6 +50,7 @@ class Likelihood(NamedTuple):
     log_likelihood: Average
     kl: Average
     mse: Average
+    noise_var: Average
     floor_var: float
 
 
@@ -82,11 +84,13 @@ def likelihood(model: VAE, batches: Iterable[Tensor], generator: torch.Generator
     kl = torch.cat([term.kl for term in terms])
     log_likelihood = torch.cat([term.log_likelihood for term in terms])
     squared_error = torch.cat([term.squared_error for term in terms])
+    noise_var = torch.cat([term.log_var.exp().expand_as(term.residual).flatten(1).mean(1) for term in terms])
     return Likelihood(
         elbo=average(log_likelihood.double() - kl.double()),
         log_likelihood=average(log_likelihood),
         kl=average(kl),
         mse=average(squared_error / math.prod(model.shape)),
+        noise_var=average(noise_var),
         floor_var=float(model.noise.floor_var),
     )
 
@@ -127,7 +131,8 @@ def likelihood_section(model: VAE, test: Subset, mixture: GaussianMixture, seed:
         seed: of the samples of z.
 
     Returns:
-        JSON values: averages with standard error and N, nats; ``mse`` and ``noise_floor_var`` in squared model units.
+        JSON values: averages with standard error and N, in nats; ``mse``, ``noise_var`` and ``noise_floor_var`` in
+        squared model units.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed + 5)
@@ -145,6 +150,7 @@ def likelihood_section(model: VAE, test: Subset, mixture: GaussianMixture, seed:
         "log_likelihood": whole.log_likelihood,
         "kl": whole.kl,
         "mse": whole.mse,
+        "noise_var": whole.noise_var,
         **bounds,
     }
     figures: dict[str, Any] = {name: figure._asdict() for name, figure in averages.items()}

@@ -1,0 +1,49 @@
+"""Run `equipoise train` as a user would, and keep its figures.
+
+python benchmarks/main_job.py mnist --data-dir DATA --run RUN --out results/main-job-mnist.json
+    (with --set latent_dim=2 for the plane of the paper's Table 1)
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from provenance import provenance
+
+from equipoise.training.run import Run
+
+
+def main():
+    """Run it and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--run", type=Path, required=True, help="run folder to write")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    command = [sys.executable, "-m", "equipoise", "train", options.data, "--out", str(options.run)]
+    command += ["--data-dir", options.data_dir] if options.data_dir else []
+    command += ["--set", *options.set] if options.set else []
+    started = time.perf_counter()
+    subprocess.run(command, check=True)
+    seconds = time.perf_counter() - started
+    run = Run(options.run)
+    ends = [row for row in run.history() if "test_elbo" in row]
+    settings = run.settings()
+    found = provenance() | {
+        "data": {key: settings["data"][key] for key in ("name", "fingerprint", "n_train", "n_validation", "n_test")},
+        "options": settings["options"],
+        "seconds": round(seconds, 1),
+        "n_components": run.mixture().n_components,
+        "stages": [{key: value for key, value in row.items() if not key.startswith("train_")} for row in ends],
+        "evaluation": json.loads(run.evaluation_file.read_text()),
+    }
+    options.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
