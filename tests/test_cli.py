@@ -280,7 +280,7 @@ def test_help_teaches_every_option():
     assert "train" in run("--help").stdout
     shown = run("train", "--help").stdout
     for field in fields(TrainConfig):
-        assert f"{field.name}:" in shown
+        assert f"  {field.name}=" in shown
 
 
 def test_neither_help_nor_import_loads_torch():
