@@ -87,7 +87,7 @@ class Turns:
         self.seconds = {1: [], 2: []}
         self.ours = {1: [], 2: []}
 
-    def start(self, total_steps, done_steps):
+    def start(self, total_steps, done_steps, history):
         """Nothing."""
 
     def step(self, done_steps, total_steps, label, figures):

@@ -31,7 +31,7 @@ class PlainTerminal:
     def progress(self, label: str, done: int, total: int | None, text: str) -> None:
         """Print nothing: positions are for live bars."""
 
-    def start(self, total_steps: int, done_steps: int) -> None:
+    def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
         """Print nothing."""
 
     def step(self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]) -> None:
@@ -82,7 +82,7 @@ class LiveTerminal:
             self.tasks[job] = self.bars.add_task(label, total=total, text=text)
         self.bars.update(self.tasks[job], description=label, completed=done, total=total, text=text)
 
-    def start(self, total_steps: int, done_steps: int) -> None:
+    def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
         """Show the bar of the training."""
         self.progress("training", done_steps, total_steps, "")
 

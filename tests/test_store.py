@@ -209,8 +209,7 @@ def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_
     (tmp_path / "step-000000002.safetensors").write_bytes(b"")
     with pytest.raises(StoreError, match="Every checkpoint is damaged"):
         load_checkpoint(tmp_path)
-    with pytest.raises(StoreError, match="no checkpoint"):
-        load_checkpoint(tmp_path / "elsewhere")
+    assert load_checkpoint(tmp_path / "elsewhere") is None
 
 
 def test_a_pickle_is_never_run(tmp_path):

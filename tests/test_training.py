@@ -46,7 +46,7 @@ class Recorder:
     def __init__(self, stop_after=None):
         self.rows, self.messages, self.stop_after = [], [], stop_after
 
-    def start(self, total_steps, done_steps):
+    def start(self, total_steps, done_steps, history):
         self.total_steps = total_steps
 
     def step(self, done_steps, total_steps, label, figures):
@@ -133,6 +133,34 @@ def test_a_killed_run_resumes_bit_for_bit(digits, tmp_path, killed_after, extra)
     assert [row["epoch"] for row in trainer.history] == [1, 2, 3, 4, 5]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_resuming_restores_the_random_states_of_own_networks(table, tmp_path):
+    """Dropout draws from the global generator, and the variance network of stage 2 is drawn from it too."""
+    data, config = load(table), replace(QUICK, latent_dim=2)
+
+    def model():
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.2), nn.Linear(16, 4))
+        return make_model(data, config, encoder, nn.Linear(2, 6))
+
+    whole = model()
+    Trainer(whole, data, config).fit()
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(model(), data, config, folder=tmp_path, sinks=[Recorder(stop_after=2)]).fit()
+    resumed = model()
+    torch.rand(7)
+    Trainer(resumed, data, config, folder=tmp_path).fit(resume=True)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_a_run_stopped_within_its_first_epoch_starts_anew(digits, tmp_path):
+    torch.manual_seed(0)
+    recorder = Recorder()
+    trainer = Trainer(make_model(digits, QUICK), digits, QUICK, folder=tmp_path, sinks=[recorder])
+    assert len(trainer.fit(resume=True)) == 5
+    assert "starting anew" in recorder.messages[0]
 
 
 def test_resuming_with_other_data_or_options_is_refused(digits, tmp_path):
@@ -374,12 +402,13 @@ def test_a_full_disk_stops_the_run_with_its_last_checkpoint(digits, tmp_path, mo
 def test_the_history_follows_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
+    sink.start(30, 0, [])
     for epoch in (1, 2, 3):
         sink.epoch({"epoch": epoch})
     with path.open("a") as file:
         file.write('{"epoch": 4, "tr')  # a kill in the middle of a line
     assert [row["epoch"] for row in read_rows(path)] == [1, 2, 3]
-    JsonlSink(path, epochs_done=2)
+    JsonlSink(path).start(30, 20, [{"epoch": 1}, {"epoch": 2}])
     assert [row["epoch"] for row in read_rows(path)] == [1, 2]
 
 

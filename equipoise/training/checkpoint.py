@@ -49,17 +49,17 @@ def save_checkpoint(folder: Path, steps_done: int, state: dict[str, Any]) -> Pat
     return path
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
+def load_checkpoint(folder: Path) -> Checkpoint | None:
     """Read the newest checkpoint that is whole.
 
     Args:
         folder: usually RUN/checkpoints.
 
     Returns:
-        The checkpoint; tensors are on the CPU.
+        The checkpoint, its tensors on the CPU; None if there is none yet.
 
     Raises:
-        StoreError: if there is none, or all are damaged.
+        StoreError: if all are damaged.
     """
     refused: list[str] = []
     for path in reversed(_files(folder)):
@@ -71,7 +71,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(path, _unflatten(tree, tensors), refused)
     if refused:
         raise StoreError("Every checkpoint is damaged; train anew into another folder.\n  " + "\n  ".join(refused))
-    raise StoreError(f"There is no checkpoint in {folder}: the run was stopped before its first epoch ended.")
+    return None
 
 
 def _files(folder: Path) -> list[Path]:

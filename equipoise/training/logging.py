@@ -15,8 +15,8 @@ Row = dict[str, Any]
 class Sink(Protocol):
     """Something that takes in what a run reports."""
 
-    def start(self, total_steps: int, done_steps: int) -> None:
-        """Training starts, or goes on after ``done_steps`` optimiser steps."""
+    def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
+        """Training starts, or goes on after ``done_steps`` optimiser steps and the epochs of ``history``."""
 
     def step(self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]) -> None:
         """About once a second: position, and running averages by name."""
@@ -32,21 +32,19 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Append one JSON row per epoch; on resume, rows past the checkpoint are dropped.
+    """One JSON row per epoch.
 
     Args:
         path: usually RUN/metrics.jsonl.
-        epochs_done: epochs that the checkpoint holds; 0 starts the file anew.
     """
 
-    def __init__(self, path: Path, epochs_done: int = 0) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        kept = [row for row in read_rows(path) if row["epoch"] <= epochs_done] if epochs_done else []
-        with whole_file(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
-    def start(self, total_steps: int, done_steps: int) -> None:
-        """Do nothing: rows are per epoch."""
+    def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
+        """Begin with the rows of the checkpoint: a kill may have left the file a row apart from it."""
+        with whole_file(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
 
     def step(self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]) -> None:
         """Do nothing: rows are per epoch."""
@@ -100,7 +98,7 @@ class TensorBoardSink:
             raise ImportError("tensorboard=true needs TensorBoard: pip install 'equipoise[track]'") from error
         self.writer = SummaryWriter(str(folder))
 
-    def start(self, total_steps: int, done_steps: int) -> None:
+    def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
         """Do nothing: points are per epoch."""
 
     def step(self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]) -> None:

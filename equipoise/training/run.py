@@ -163,13 +163,11 @@ def train(
     model = make_model(data, config, encoder, decoder)
     if not resume:
         write_json(run.config_file, _settings(data, config, model, data_options, command))
-    epochs_done = len(run.history()) if resume else 0
-    all_sinks: list[Sink] = [JsonlSink(run.metrics_file, epochs_done), *sinks]
+    all_sinks: list[Sink] = [JsonlSink(run.metrics_file), *sinks]
     if config.tensorboard:
         all_sinks.append(TensorBoardSink(run.folder / "tensorboard"))
     trainer = Trainer(model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=make_fabric(config))
-    history = trainer.fit(resume=resume)
-    _rewrite_history(run, history)
+    trainer.fit(resume=resume)
     model.eval()
     fit = fit_aggregate(model, data, config, trainer.fabric.device, on_mixture)
     model.cpu()
@@ -345,14 +343,6 @@ def _settings(
 
 def _version(name: str) -> str:
     return equipoise.__version__ if name == "equipoise" else version(name)
-
-
-def _rewrite_history(run: Run, history: list[Row]) -> None:
-    """A kill between a checkpoint and its row, or the reverse, leaves the two a row apart; the checkpoint is right."""
-    if read_rows(run.metrics_file) != history:
-        sink = JsonlSink(run.metrics_file)
-        for row in history:
-            sink.epoch(row)
 
 
 def _describe_fit(fit: MixtureFit, config: TrainConfig) -> dict[str, Any]:

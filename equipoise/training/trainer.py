@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -162,23 +162,23 @@ class Trainer:
         """Train until the schedule has finished.
 
         Args:
-            resume: go on from the newest checkpoint in the folder.
+            resume: go on from the newest whole checkpoint in the folder; from the start if there is none yet.
 
         Returns:
             One row per epoch, those before a resume included.
 
         Raises:
-            StoreError: if there is nothing to resume from.
+            StoreError: if all checkpoints are damaged, or were made with other data or options.
         """
         self._look_at_data()
-        restored = self._restore() if resume else None
+        is_restored = resume and self._restore()
         try:
             for sink in self.sinks:
-                sink.start(self._total_steps(), self.position.step)
-            if restored is None and self.schedule.stage is Stage.PREDICTED_VARIANCE:
+                sink.start(self._total_steps(), self.position.step, self.history)
+            if not is_restored and self.schedule.stage is Stage.PREDICTED_VARIANCE:
                 self.optimal_var = self._exact_optimal_var()
                 self._hand_over()
-            elif restored is None:
+            elif not is_restored:
                 self._enter_stage()
             while self.schedule.stage is not Stage.FINISHED:
                 self._epoch()
@@ -233,7 +233,7 @@ class Trainer:
         x: Tensor = self.model.scaling(raw)
         return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
-    def _enter_stage(self, optimizer_state: dict[str, Any] | None = None) -> None:
+    def _enter_stage(self) -> None:
         """Make the objective, optimiser and learning-rate schedule of the stage."""
         config, stage = self.config, self.schedule.stage
         detached = stage is Stage.PREDICTED_VARIANCE and config.stage_2_gradients == "stop"
@@ -337,8 +337,9 @@ class Trainer:
         elif self.config.recalibrate != "none":
             self._recalibrate()
         test = self.evaluate(self.test_batches)
+        on_floor = f", {test.floor_share:.0%} of the variances on their floor" if test.floor_share else ""
         self._message(
-            f"Test set, {test.n:,} examples: ELBO {test.elbo:.1f} nats, KL {test.kl:.1f}, MSE {test.mse:.5f}."
+            f"Test set, {test.n:,} examples: ELBO {test.elbo:.1f} nats, KL {test.kl:.1f}, MSE {test.mse:.5f}{on_floor}."
         )
         for warning in warnings_for(figures, self.data_var, ended is Stage.PREDICTED_VARIANCE):
             self._message(f"Warning: {warning}")
@@ -417,16 +418,23 @@ class Trainer:
             "optimizer": None if finished else self.optimizer.state_dict(),
             "scheduler": None if finished else self.scheduler.state_dict(),
             "generator": self.generator.get_state(),
+            # The global ones serve a user's own networks, such as dropout.
+            "global_generator": torch.get_rng_state(),
+            "cuda_generators": torch.cuda.get_rng_state_all() if self.fabric.device.type == "cuda" else [],
             "config": self.config.as_dict(),
             "fingerprint": self.data.fingerprint,
         }
         save_checkpoint(self.folder, self.position.step, state)
 
-    def _restore(self) -> Position:
-        """Stand where the newest whole checkpoint was taken."""
+    def _restore(self) -> bool:
+        """Stand where the newest whole checkpoint was taken, if there is one."""
         if self.folder is None:
             raise StoreError("There is no folder to resume from.")
-        path, state, refused = load_checkpoint(self.folder)
+        checkpoint = load_checkpoint(self.folder)
+        if checkpoint is None:
+            self._message("No epoch had ended when the run was stopped: starting anew.")
+            return False
+        path, state, refused = checkpoint
         for reason in refused:
             self._message(f"Passed over a damaged checkpoint: {reason}")
         if state["fingerprint"] != self.data.fingerprint:
@@ -450,8 +458,11 @@ class Trainer:
             self.scheduler.load_state_dict(state["scheduler"])
             if self.average:
                 self.average.load_state_dict(state["average"])
+        torch.set_rng_state(state["global_generator"])
+        if state["cuda_generators"]:
+            torch.cuda.set_rng_state_all(state["cuda_generators"])
         self._message(f"Resumed {path.name}, after {self.position.epoch} epochs.")
-        return self.position
+        return True
 
 
 _LOGGED = ("elbo", "log_likelihood", "kl", "mse", "noise_var")
