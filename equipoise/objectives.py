@@ -44,6 +44,7 @@ class Terms(NamedTuple):
         kl: KL(q(z|x), p(z)), (B,), nats.
         residual: x - m(z), without gradient, (B, \*), from which eq. (10) is accumulated.
         log_var: log-variance of p(x|z), without gradient; broadcasts to (B, \*).
+        posterior: q(z|x), (B, d).
     """
 
     loss: Tensor
@@ -51,6 +52,7 @@ class Terms(NamedTuple):
     kl: Tensor
     residual: Tensor
     log_var: Tensor
+    posterior: Gaussian
 
     @property
     def elbo(self) -> Tensor:
@@ -104,11 +106,12 @@ class Elbo(Objective):
         likelihood = self.model.decode(posterior.sample(generator))
         log_likelihood, kl = likelihood.log_prob(x), posterior.kl()
         return Terms(
-            kl - log_likelihood,
-            log_likelihood,
-            kl,
-            (x - likelihood.mean).detach(),
-            likelihood.log_var.detach(),
+            loss=kl - log_likelihood,
+            log_likelihood=log_likelihood,
+            kl=kl,
+            residual=(x - likelihood.mean).detach(),
+            log_var=likelihood.log_var.detach(),
+            posterior=posterior,
         )
 
 
@@ -146,8 +149,14 @@ class DetachedVarianceElbo(Objective):
         log_var = noise(z.detach())
         log_likelihood = Gaussian(mean.detach(), log_var).log_prob(x)
         kl = posterior.kl()
-        loss = kl - at_global_variance - log_likelihood
-        return Terms(loss, log_likelihood.detach(), kl, (x - mean).detach(), log_var.detach())
+        return Terms(
+            loss=kl - at_global_variance - log_likelihood,
+            log_likelihood=log_likelihood.detach(),
+            kl=kl,
+            residual=(x - mean).detach(),
+            log_var=log_var.detach(),
+            posterior=posterior,
+        )
 
 
 @torch.no_grad()

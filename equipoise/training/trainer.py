@@ -207,7 +207,7 @@ class Trainer:
                 terms = objective(x, generator)
                 means.add(terms, self.position.step)
                 floor_share += model.noise.floor_share(terms.log_var) * len(x)
-                posterior_means.append(model.encode(x).mean)
+                posterior_means.append(terms.posterior.mean)
         objective.train()
         figures = means.read(math.prod(model.shape), self.schedule.stage)
         return SplitFigures(
