@@ -72,7 +72,7 @@ def samples(means: Images, stds: Images | None, title: str) -> Figure:
     Returns:
         The figure.
     """
-    return _side_by_side([(title, means, None)] + ([("predicted std", stds, "std")] if stds is not None else []))
+    return _side_by_side({title: means}, {} if stds is None else {"predicted std": stds})
 
 
 def reconstructions(x: Images, means: Images, stds: Images) -> Figure:
@@ -86,17 +86,7 @@ def reconstructions(x: Images, means: Images, stds: Images) -> Figure:
     Returns:
         The figure; both maps share one colour bar, so that a good std map looks like the error.
     """
-    errors = np.abs(x - means)
-    top = max(float(np.quantile(channel_rms(errors), 0.995)), float(channel_rms(stds).max()))
-    return _side_by_side(
-        [
-            ("input", x, None),
-            ("reconstruction", means, None),
-            ("predicted std", stds, "std"),
-            ("|error|", errors, "error"),
-        ],
-        top=top,
-    )
+    return _side_by_side({"input": x, "reconstruction": means}, {"predicted std": stds, "|error|": np.abs(x - means)})
 
 
 def channel_rms(maps: Images) -> Num[np.ndarray, "n 1 height width"]:
@@ -112,24 +102,27 @@ def channel_rms(maps: Images) -> Num[np.ndarray, "n 1 height width"]:
     return rms
 
 
-def _side_by_side(panels: list[tuple[str, Images, str | None]], top: float | None = None) -> Figure:
-    """Grids next to each other; a panel with a unit is a map with a colour bar."""
+def _side_by_side(images: dict[str, Images], maps: dict[str, Images]) -> Figure:
+    """Grids of images, then grids of maps that share one scale and one colour bar, so that they can be compared."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.4 * len(panels), 3.6), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axis, (title, images, unit) in zip(axes, panels, strict=True):
+        panels = len(images) + len(maps)
+        figure = Figure(figsize=(3.3 * panels + 0.6, 3.6), layout="constrained")
+        axes = dict(zip([*images, *maps], figure.subplots(1, panels, squeeze=False)[0], strict=True))
+        for title, axis in axes.items():
             axis.set_title(title)
             axis.set_axis_off()
-            if unit is None:
-                grid = tile(np.clip(images.astype(np.float64), 0, 1))
-                axis.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            else:
-                maps = channel_rms(images)
-                grid = tile(maps, fill=np.nan).squeeze()
-                shown = axis.imshow(
-                    grid, cmap=UNCERTAINTY_MAP, vmin=0, vmax=top or float(maps.max()), interpolation="nearest"
-                )
-                figure.colorbar(shown, ax=axis, shrink=0.75, label=f"{unit} (1 = full scale)")
+        for title, values in images.items():
+            grid = tile(np.clip(values.astype(np.float64), 0, 1))
+            axes[title].imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        rms = {title: channel_rms(values) for title, values in maps.items()}
+        # The few largest values would leave the rest in the dark.
+        top = max((float(np.quantile(values, 0.999)) for values in rms.values()), default=1.0)
+        for title, values in rms.items():
+            grid = tile(values, fill=np.nan).squeeze()
+            shown = axes[title].imshow(grid, cmap=UNCERTAINTY_MAP, vmin=0, vmax=top, interpolation="nearest")
+        if rms:
+            label = "std" if len(rms) == 1 else "std and error"
+            figure.colorbar(shown, ax=[axes[title] for title in rms], shrink=0.8, label=f"{label} (1 = full scale)")
     return figure
 
 

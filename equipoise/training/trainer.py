@@ -285,13 +285,17 @@ class Trainer:
             "active_units": figures.active_units,
             "decision": decision.reason,
         }
+        said: list[str] = []
         if decision.switched:
-            row |= self._end_stage(stage, decision, figures)
+            at_end, said = self._end_stage(stage, decision, figures)
+            row |= at_end
             if self.schedule.stage is Stage.PREDICTED_VARIANCE:
                 self._hand_over()
         self.history.append(row)
         for sink in self.sinks:
             sink.epoch(row)
+        for text in said:
+            self._message(text)
         self._save()
 
     def _train_epoch(self) -> RunningMeans:
@@ -319,9 +323,9 @@ class Trainer:
         self.position = self.position._replace(epoch=self.position.epoch + 1)
         return means
 
-    def _end_stage(self, ended: Stage, decision: Decision, figures: SplitFigures) -> dict[str, float]:
-        """Average weights, find the exact closed form or recalibrate, and say how good it is and what looks wrong."""
-        self._message(decision.reason[0].upper() + decision.reason[1:] + ".")
+    def _end_stage(self, ended: Stage, decision: Decision, figures: SplitFigures) -> tuple[dict[str, float], list[str]]:
+        """Average weights, find the exact closed form or recalibrate; return test figures and what to tell."""
+        said = [decision.reason[0].upper() + decision.reason[1:] + "."]
         if self.average:
             self.model.load_state_dict(self._evaluated_model().state_dict())
             self.average = None
@@ -330,20 +334,20 @@ class Trainer:
             self.optimal_var = self._exact_optimal_var()
             self.model.noise.set_var(self.optimal_var)
             at_end["optimal_noise_var"] = var = float(self.optimal_var.mean())
-            self._message(
+            said.append(
                 f"Optimal noise variance, eq. (10): {var:.4g} (std {math.sqrt(var):.4g}), an exact pass over "
                 f"{len(self.data.train):,} examples."
             )
         elif self.config.recalibrate != "none":
-            self._recalibrate()
+            said.append(self._recalibrate())
         test = self.evaluate(self.test_batches)
         on_floor = f", {test.floor_share:.0%} of the variances on their floor" if test.floor_share else ""
-        self._message(
+        said.append(
             f"Test set, {test.n:,} examples: ELBO {test.elbo:.1f} nats, KL {test.kl:.1f}, MSE {test.mse:.5f}{on_floor}."
         )
-        for warning in warnings_for(figures, self.data_var, ended is Stage.PREDICTED_VARIANCE):
-            self._message(f"Warning: {warning}")
-        return at_end | {f"test_{name}": getattr(test, name) for name in _LOGGED}
+        is_floor_expected = ended is Stage.PREDICTED_VARIANCE
+        said += [f"Warning: {warning}" for warning in warnings_for(figures, self.data_var, is_floor_expected)]
+        return at_end | {f"test_{name}": getattr(test, name) for name in _LOGGED}, said
 
     def _hand_over(self) -> None:
         """Algorithm 1's step from stage 1 to stage 2: a predicted variance, bounded below by the optimal one."""
@@ -364,7 +368,7 @@ class Trainer:
             statistic.update(terms.residual)
         return statistic.var
 
-    def _recalibrate(self) -> None:
+    def _recalibrate(self) -> str:
         noise = cast(PredictedNoise, self.model.noise)
         generator = torch.Generator(self.fabric.device).manual_seed(self.config.seed + 3)
         statistic = ResidualVariance(tuple(noise.calibration.shape)).to(self.fabric.device)
@@ -372,9 +376,7 @@ class Trainer:
             statistic.update(terms.residual * torch.exp(-0.5 * terms.log_var))
         noise.recalibrate(statistic)
         scale = float((0.5 * noise.calibration).exp().mean())
-        self._message(
-            f"Recalibrated the predicted std on {len(self.data.validation):,} held-out examples: x {scale:.3f}."
-        )
+        return f"Recalibrated the predicted std on {len(self.data.validation):,} held-out examples: x {scale:.3f}."
 
     @torch.no_grad()
     def _terms(self, batches: Batches, generator: torch.Generator) -> Iterator[Terms]:
