@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from equipoise.gaussian import Gaussian
 from equipoise.networks import Architecture, Decoder, build_decoder, build_encoder, default_architecture, start_at_data
-from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise
+from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise, lower_bound
 
-LOG_VAR_RANGE = (-30.0, 20.0)
-"""Log-variances of q(z|x) are kept where float32 can exponentiate them; no healthy unit comes near either end."""
+LOG_VAR_RANGE = (-20.0, 5.0)
+"""Bounds on the log-variance of q(z|x); no healthy unit comes near either end. An encoder thrown beyond them by one bad
+step keeps the gradient that brings it back."""
 
 
 @runtime_checkable
@@ -197,7 +198,9 @@ class VAE(nn.Module):
         """
         parameters = self.encoder(x)
         mean, log_var = parameters if isinstance(parameters, tuple) else parameters.chunk(2, dim=1)
-        return Gaussian(at_least_float32(mean), at_least_float32(log_var).clamp(*LOG_VAR_RANGE))
+        log_var = at_least_float32(log_var)
+        low, high = (log_var.new_tensor(bound) for bound in LOG_VAR_RANGE)
+        return Gaussian(at_least_float32(mean), -lower_bound(-lower_bound(log_var, low), -high))
 
     def decode_mean(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch *event"]:
         r"""Mean m(z) of p(x|z).

@@ -116,7 +116,7 @@ def _side_by_side(images: dict[str, Images], maps: dict[str, Images]) -> Figure:
             axes[title].imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         rms = {title: channel_rms(values) for title, values in maps.items()}
         # The few largest values would leave the rest in the dark.
-        top = max((float(np.quantile(values, 0.999)) for values in rms.values()), default=1.0)
+        top = max((float(np.quantile(values, 0.995)) for values in rms.values()), default=1.0)
         for title, values in rms.items():
             grid = tile(values, fill=np.nan).squeeze()
             shown = axes[title].imshow(grid, cmap=UNCERTAINTY_MAP, vmin=0, vmax=top, interpolation="nearest")

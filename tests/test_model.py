@@ -56,6 +56,20 @@ def test_extreme_log_variances_of_the_posterior_stay_finite():
     assert torch.isfinite(posterior.kl()).all()
 
 
+def test_an_encoder_beyond_the_bounds_finds_its_way_back():
+    """A clamp would have no gradient there, and the unit would be lost for the rest of the run."""
+    encoder = nn.Linear(6, 4)
+    nn.init.constant_(encoder.bias, 50.0)
+    vae = own(encoder, nn.Linear(2, 6))
+    optimiser = torch.optim.Adam(encoder.parameters(), lr=0.5)
+    for _ in range(200):
+        loss = vae.encode(torch.zeros(1, 6)).kl().sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert vae.encode(torch.zeros(1, 6)).kl().item() < 0.01
+
+
 def test_generate_is_determined_by_the_generator():
     vae = VAE.build((1, 8, 8), latent_dim=2, width=4)
     prior = StandardNormal(2)

@@ -218,7 +218,7 @@ def test_every_noise_model_trains(digits, options, kind):
         {"floor": "quantisation", "recalibrate": "scale"},
         {"stage_2_gradients": "joint", "floor": 0.01},
         {"precision": "bf16-mixed"},
-        {"clip_norm": 100.0, "weight_decay": 1e-3},
+        {"clip": 0.5, "weight_decay": 1e-3},
         {"architecture": "residual"},
         {"architecture": "mlp"},
     ],

@@ -55,7 +55,7 @@ class TrainConfig:
 
     batch_size: int = 256
     """Examples per step."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 2e-3
     """Peak of the learning rate of stage 1: linear warm-up, cosine decay."""
     stage_2_learning_rate: float = 1e-3
     """The same for stage 2."""
@@ -63,8 +63,8 @@ class TrainConfig:
     """Share of a stage's steps over which the learning rate warms up."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
-    clip_norm: float = 0.0
-    """Largest norm of the gradient, in nats; 0 never clips."""
+    clip: float = 3.0
+    """Largest norm of the gradient, as a multiple of its average over the last 100 steps; 0 never clips."""
     ema_decay: float = 0.0
     """Decay per step of an exponential moving average of the weights, used in place of them at the end; 0 has none."""
 
@@ -82,7 +82,7 @@ class TrainConfig:
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Device: 'auto' takes a CUDA GPU where there is one."""
     compile: bool = False
-    """Compile the networks with torch.compile; pays off on long runs."""
+    """Compile the networks with torch.compile: a minute at the start, which only long runs can win back."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder (needs the 'track' extra)."""
 
@@ -151,7 +151,7 @@ _AT_LEAST: dict[str, float] = {
     "patience": 1,
     "batch_size": 1,
     "weight_decay": 0,
-    "clip_norm": 0,
+    "clip": 0,
     "n_components": 1,
     "seed": 0,
     "image_size": 8,

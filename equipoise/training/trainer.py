@@ -24,6 +24,7 @@ from equipoise.objectives import DetachedVarianceElbo, Elbo, Objective, Terms
 from equipoise.stages import Decision, Stage, StageSchedule, floor_var
 from equipoise.store import StoreError, build_noise
 from equipoise.training.checkpoint import load_checkpoint, save_checkpoint
+from equipoise.training.clipping import RelativeClipping
 from equipoise.training.config import TrainConfig
 from equipoise.training.diagnostics import SplitFigures, range_warning, warnings_for
 from equipoise.training.logging import Row, Sink
@@ -101,7 +102,7 @@ class RunningMeans:
             raise NotFiniteError(
                 f"The loss stopped being finite in stage {stage:d} at step {bad}; until then the log-variance of the "
                 f"noise lay in [{low:.2f}, {high:.2f}]. The last checkpoint is good. Try a lower learning_rate, "
-                "clip_norm=1000, or, in stage 2, a higher floor."
+                "a lower clip, or, in stage 2, a higher floor."
             )
         means = dict(zip(self.NAMES, (self.sums / self.count).tolist(), strict=True))
         means["mse"] = means.pop("squared_error") / dimensions
@@ -258,6 +259,7 @@ class Trainer:
             self.model.encoder.compile()
             self.model.decoder.compile()
         self.objective, self.optimizer = self.fabric.setup(objective, optimizer)
+        self.clipping = RelativeClipping(config.clip).to(self.fabric.device)
         self.average = None
         if config.ema_decay:
             decayed = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
@@ -306,8 +308,8 @@ class Trainer:
             terms: Terms = self.objective(self._to_model_units(raw), self.generator)
             self.optimizer.zero_grad()
             self.fabric.backward(terms.loss.mean())
-            if self.config.clip_norm:
-                self.fabric.clip_gradients(self.objective, self.optimizer, max_norm=self.config.clip_norm)
+            if self.config.clip:
+                self.clipping.clip(self.objective.parameters())
             self.optimizer.step()
             self.scheduler.step()
             # Before the closed form moves on: the terms refer to the variance they were computed with.
@@ -419,6 +421,7 @@ class Trainer:
             "average": self.average.state_dict() if self.average and not finished else None,
             "optimizer": None if finished else self.optimizer.state_dict(),
             "scheduler": None if finished else self.scheduler.state_dict(),
+            "clipping": None if finished else self.clipping.state_dict(),
             "generator": self.generator.get_state(),
             # The global ones serve a user's own networks, such as dropout.
             "global_generator": torch.get_rng_state(),
@@ -458,6 +461,7 @@ class Trainer:
             self._enter_stage()
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
+            self.clipping.load_state_dict(state["clipping"])
             if self.average:
                 self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["global_generator"])
