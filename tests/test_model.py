@@ -62,7 +62,7 @@ def test_an_encoder_beyond_the_bounds_finds_its_way_back():
     nn.init.constant_(encoder.bias, 50.0)
     vae = own(encoder, nn.Linear(2, 6))
     optimiser = torch.optim.Adam(encoder.parameters(), lr=0.5)
-    for _ in range(200):
+    for _ in range(500):
         loss = vae.encode(torch.zeros(1, 6)).kl().sum()
         optimiser.zero_grad()
         loss.backward()
