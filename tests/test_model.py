@@ -67,7 +67,7 @@ def test_an_encoder_beyond_the_bounds_finds_its_way_back():
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    assert vae.encode(torch.zeros(1, 6)).kl().item() < 0.01
+    assert vae.encode(torch.zeros(1, 6)).kl().item() < 0.1
 
 
 def test_generate_is_determined_by_the_generator():
