@@ -1,12 +1,14 @@
 """Figures, one function each. Every function returns a matplotlib figure; :func:`save` writes it whole."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Num
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -177,20 +179,15 @@ def table_samples(real: Table, generated: Num[np.ndarray, "m columns"], names: l
     Returns:
         The figure.
     """
-    shown = min(9, real.shape[1])
-    columns = min(3, shown)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3 * columns, 2.2 * math.ceil(shown / columns)), layout="constrained")
-        axes = figure.subplots(math.ceil(shown / columns), columns, squeeze=False).flat
-        for i, axis in enumerate(axes):
-            if i >= shown:
-                axis.set_axis_off()
-                continue
-            bins = np.histogram_bin_edges(real[:, i], bins=40).tolist()
-            axis.hist(real[:, i], bins=bins, density=True, color=GREY, alpha=0.6, label="data")
-            axis.hist(generated[:, i], bins=bins, density=True, histtype="step", color=BLUE, label="samples")
-            axis.set(xlabel=names[i], yticks=[])
-        figure.axes[0].legend(frameon=False)
+
+    def draw(axis: Axes, i: int) -> None:
+        bins = np.histogram_bin_edges(real[:, i], bins=40).tolist()
+        axis.hist(real[:, i], bins=bins, density=True, color=GREY, alpha=0.6, label="data")
+        axis.hist(generated[:, i], bins=bins, density=True, histtype="step", color=BLUE, label="samples")
+        axis.set(xlabel=names[i], yticks=[])
+
+    figure = _per_column(draw, real.shape[1])
+    figure.axes[0].legend(frameon=False)
     return figure
 
 
@@ -206,17 +203,22 @@ def table_reconstructions(x: Table, means: Table, stds: Table, names: list[str])
     Returns:
         The figure.
     """
-    shown = min(9, x.shape[1])
-    columns = min(3, shown)
+
+    def draw(axis: Axes, i: int) -> None:
+        axis.errorbar(x[:, i], means[:, i], stds[:, i], fmt=".", ms=3, lw=0.5, color=BLUE, ecolor=GREY)
+        ends = [float(x[:, i].min()), float(x[:, i].max())]
+        axis.plot(ends, ends, color=ORANGE, lw=0.8)
+        axis.set(xlabel=f"{names[i]}, data", ylabel="reconstruction ± std")
+
+    return _per_column(draw, x.shape[1])
+
+
+def _per_column(draw: Callable[[Axes, int], None], columns: int, most: int = 9) -> Figure:
+    """A small plot for each of a table's first columns, three in a row."""
+    shown, across = min(most, columns), min(3, columns)
+    rows = math.ceil(shown / across)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3 * columns, 2.8 * math.ceil(shown / columns)), layout="constrained")
-        axes = figure.subplots(math.ceil(shown / columns), columns, squeeze=False).flat
-        for i, axis in enumerate(axes):
-            if i >= shown:
-                axis.set_axis_off()
-                continue
-            axis.errorbar(x[:, i], means[:, i], stds[:, i], fmt=".", ms=3, lw=0.5, color=BLUE, ecolor=GREY)
-            ends = [float(x[:, i].min()), float(x[:, i].max())]
-            axis.plot(ends, ends, color=ORANGE, lw=0.8)
-            axis.set(xlabel=f"{names[i]}, data", ylabel="reconstruction ± std")
+        figure = Figure(figsize=(3 * across, 2.5 * rows), layout="constrained")
+        for i in range(shown):
+            draw(figure.add_subplot(rows, across, i + 1), i)
     return figure
