@@ -26,8 +26,6 @@ from equipoise.training.config import (
 )
 
 if TYPE_CHECKING:
-    from torch import Generator
-
     from equipoise.data import Data
     from equipoise.terminal import Terminal
     from equipoise.training.run import Run
@@ -52,14 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         COMMANDS[options.command].run(options)
     except KeyboardInterrupt:
         _fail("interrupted; a run goes on from its last epoch with 'equipoise train --resume RUN'", INTERRUPTED)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        _fail(str(error), USAGE_ERROR)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}", FAILURE)
     except ArithmeticError as error:
         _fail(str(error), FAILURE)
+    except (ValueError, ImportError) as error:
+        _fail(str(error), USAGE_ERROR)
+    except OSError as error:
+        message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror or str(error)
+        _fail(message, FAILURE if error.errno in (errno.ENOSPC, errno.EDQUOT) else USAGE_ERROR)
 
 
 def _fail(message: str, code: int) -> None:
@@ -169,18 +166,22 @@ def _add_data_dir(parser: ArgumentParser) -> None:
 
 
 def _train(options: Namespace) -> None:
+    from equipoise.data import NAMES
     from equipoise.training.run import Run, train
 
-    resumed = Run(options.resume).settings() if options.resume else None
-    if resumed:
+    run_to_resume = Run(options.resume) if options.resume else None
+    if run_to_resume:
         _refuse_with_resume(options)
-        config = make_config(resumed["options"])
-        load_options = resumed["data"]["load"] | ({"data_dir": options.data_dir} if options.data_dir else {})
+        config = run_to_resume.config()
+        load_options = _load_options_of(run_to_resume, options.data_dir)
     else:
         config, source = _resolve(options)
         load_options = {name: value for name in ("data_dir", "download", "strict") if (value := getattr(options, name))}
         # Absolute, so that the run finds its data again from anywhere.
-        load_options["source"] = str(Path(source).resolve()) if Path(source).exists() else source
+        is_path = source not in NAMES and Path(source).exists()
+        load_options["source"] = str(Path(source).resolve()) if is_path else source
+        if options.data_dir:
+            load_options["data_dir"] = str(Path(options.data_dir).expanduser().resolve())
     with _terminal(quiet=options.quiet) as terminal:
         data = _load(load_options, config, terminal)
         terminal.message(f"{data.name}: {_describe_data(data)}.")
@@ -220,15 +221,17 @@ def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
     values = read_recipe(file) if file else {}
     source = options.data or values.get("data") or "digits"
     values.pop("data", None)
-    malformed = [item for item in options.set if "=" not in item]
+    malformed = [
+        f"--set needs KEY=VALUE, got {item!r}; the data go before --set" for item in options.set if "=" not in item
+    ]
     pairs = (item.split("=", 1) for item in options.set if "=" in item)
     values |= {key.strip(): value for key, value in pairs}
     try:
         config = make_config(values)
     except ConfigError as error:
-        raise ConfigError([*(f"--set needs KEY=VALUE, got {item!r}" for item in malformed), *error.problems]) from None
+        raise ConfigError([*malformed, *error.problems]) from None
     if malformed:
-        raise ConfigError([f"--set needs KEY=VALUE, got {item!r}" for item in malformed])
+        raise ConfigError(malformed)
     return config, source
 
 
@@ -241,8 +244,12 @@ def _load(load_options: dict[str, Any], config: TrainConfig, terminal: "Terminal
         channels=config.channels,
         test_fraction=config.test_fraction,
         validation_fraction=config.validation_fraction,
-        progress=lambda done, total: terminal.progress("decoding images", done, total, ""),
+        progress=_decoding_bar(terminal),
     )
+
+
+def _decoding_bar(terminal: "Terminal") -> Callable[[int, int], None]:
+    return lambda done, total: terminal.progress("decoding images", done, total, "")
 
 
 def _describe_data(data: "Data") -> str:
@@ -255,30 +262,22 @@ def _describe_data(data: "Data") -> str:
 
 def _finish(run: "Run", data: "Data", terminal: "Terminal") -> None:
     """What a person wants at the end: honest test figures, pictures, and where to look."""
-    from equipoise import plots
-    from equipoise.metrics.likelihood import likelihood_section
-    from equipoise.outputs import SHOWN_IMAGES, write_reconstructions, write_samples
-    from equipoise.store import write_json
+    from equipoise.outputs import write_evaluation
     from equipoise.terminal import format_table
 
-    model, mixture = run.model(), run.mixture()
-    section = likelihood_section(model, data.test, mixture, seed=run.config().seed)
-    write_json(run.evaluation_file, {"likelihood": section})
-    plots.save(plots.training_curves(run.history()), run.figures / "training.png")
-    write_samples(model, data, mixture.sample(64, _generator(0)), "mixture", run.figures)
-    write_reconstructions(model, data.test[:SHOWN_IMAGES], run.figures)
+    section = write_evaluation(run, data)
     terminal.close()
+    count = run.mixture().n_components
     rows = [
         ("ELBO", section["elbo"], "nats"),
         ("log-likelihood", section["log_likelihood"], "nats"),
         ("KL", section["kl"], "nats"),
         ("squared error per dimension", section["mse"], "squared model units"),
         ("IWAE, K = 20, prior", section["iwae_20_first_500"], "nats"),
-        (f"IWAE, K = 20, mixture of {mixture.n_components}", section["iwae_20_first_500_mixture"], "nats"),
+        (f"IWAE, K = 20, mixture of {count}", section["iwae_20_first_500_mixture"], "nats"),
     ]
     std, floor = math.sqrt(section["noise_var"]["mean"]), math.sqrt(section["noise_floor_var"])
-    title = f"Test set; noise std {std:.4g}, floor {floor:.4g}, in model units"
-    terminal.message(format_table(title, rows))
+    terminal.message(format_table(f"Test set; noise std {std:.4g}, floor {floor:.4g}, in model units", rows))
     terminal.message(
         f"Run       {run.folder}\nFigures   {run.figures}: training.png, mixture.png, reconstructions.png\n"
         f"Next      equipoise sample {run.folder}\n          equipoise reconstruct {run.folder}"
@@ -286,31 +285,29 @@ def _finish(run: "Run", data: "Data", terminal: "Terminal") -> None:
 
 
 def _sample(options: Namespace) -> None:
-    from equipoise.aggregate import AggregatePosterior, StandardNormal
-    from equipoise.outputs import write_samples
-    from equipoise.training.run import Run, encode_all
+    from equipoise.aggregate import StandardNormal
+    from equipoise.outputs import torch_generator, write_samples
+    from equipoise.training.run import Run, sample_aggregate
 
     if options.n < 1:
         raise ConfigError([f"-n must be at least 1, got {options.n}"])
     run = Run(options.run)
-    model, generator = run.model(), _generator(options.seed)
+    model, generator = run.model(), torch_generator(options.seed)
     with _terminal() as terminal:
-        data = _data_of(run, terminal, options.data_dir)
         if options.source == "prior":
             codes = StandardNormal(model.latent_dim).sample(options.n, generator)
         elif options.source == "mixture":
             codes = run.mixture().sample(options.n, generator)
         else:
-            aggregate = AggregatePosterior(*encode_all(model, data.train, generator.device))
-            codes = aggregate.sample(options.n, generator)
+            data = _data_of(run, terminal, options.data_dir)
+            codes = sample_aggregate(model, data.train, options.n, generator)
         folder = Path(options.out) if options.out else run.folder / "samples"
-        files = write_samples(model, data, codes, options.source, folder, generator if options.noise else None)
+        files = write_samples(model, codes, options.source, folder, generator, noise=options.noise)
         terminal.message("\n".join(map(str, files)))
 
 
 def _reconstruct(options: Namespace) -> None:
-    import numpy as np
-
+    from equipoise.data import load_examples
     from equipoise.outputs import write_reconstructions
     from equipoise.training.run import Run
 
@@ -318,28 +315,30 @@ def _reconstruct(options: Namespace) -> None:
     model = run.model()
     with _terminal() as terminal:
         if options.data is None:
-            examples = _data_of(run, terminal, options.data_dir).test[: options.n]
+            examples = _data_of(run, terminal, options.data_dir).test
         else:
-            data = _load({"source": options.data, "data_dir": options.data_dir}, run.config(), terminal)
-            if data.shape != model.shape:
-                raise ConfigError(
-                    [f"{options.data} has examples of shape {data.shape}, the model was trained on {model.shape}"]
-                )
-            examples = np.concatenate([part[:] for part in (data.test, data.validation, data.train)])[: options.n]
+            examples = load_examples(
+                options.data, model.shape, data_dir=options.data_dir, progress=_decoding_bar(terminal)
+            )
         folder = Path(options.out) if options.out else run.folder / "reconstructions"
-        terminal.message("\n".join(map(str, write_reconstructions(model, examples, folder))))
+        terminal.message("\n".join(map(str, write_reconstructions(model, examples[: options.n], folder))))
 
 
 def _data_of(run: "Run", terminal: "Terminal", data_dir: str | None) -> "Data":
-    """The data a run was trained on."""
-    load_options = run.settings()["data"]["load"] | ({"data_dir": data_dir} if data_dir else {})
-    return _load(load_options, run.config(), terminal)
+    """The data a run was trained on, as its config.json says, and no other."""
+    load_options = _load_options_of(run, data_dir)
+    data = _load(load_options, run.config(), terminal)
+    run.check_data(data)
+    return data
 
 
-def _generator(seed: int) -> "Generator":
-    import torch
-
-    return torch.Generator().manual_seed(seed)
+def _load_options_of(run: "Run", data_dir: str | None) -> dict[str, Any]:
+    load_options: dict[str, Any] = run.settings()["data"]["load"]
+    if "source" not in load_options:
+        raise ConfigError(
+            [f"{run.folder} was trained from Python, on {run.settings()['data']['source']}: go on with it there"]
+        )
+    return load_options | ({"data_dir": data_dir} if data_dir else {})
 
 
 @contextmanager

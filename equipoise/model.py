@@ -87,12 +87,34 @@ class Scaling(nn.Module):
             x: (B, \*), model units.
 
         Returns:
-            The same shape, raw units; uint8 if the data are digital.
+            The same shape, raw units; whole numbers if the data are digital, uint8 where that holds them.
         """
         raw = self.restore(x)
         if self.quantum is None:
             return raw
-        return raw.round().clamp(min=self.offset, max=self.offset + self.scale).to(torch.uint8)
+        low, high = self.offset, self.offset + self.scale
+        fits = bool(low.min() >= 0 and high.max() <= 255)
+        return raw.round().clamp(min=low, max=high).to(torch.uint8 if fits else torch.int32)
+
+    def check(self, raw: Tensor) -> None:
+        r"""Refuse data that cannot be in this model's units: floats for grey levels, or levels for floats.
+
+        Args:
+            raw: (B, \*).
+
+        Raises:
+            ValueError: with what was expected and what came.
+        """
+        low, high = float(self.offset.min()), float((self.offset + self.scale).max())
+        if self.quantum is not None and (raw.is_floating_point() or raw.max() > high or raw.min() < low):
+            raise ValueError(
+                f"The model was trained on whole numbers from {low:g} to {high:g}; these are {raw.dtype} from "
+                f"{float(raw.min()):g} to {float(raw.max()):g}. Bring them to the same levels."
+            )
+        if self.quantum is None and not raw.is_floating_point():
+            raise ValueError(
+                f"The model was trained on real numbers; these are {raw.dtype}, in another unit. Convert them first."
+            )
 
     def restore_std(self, std: Tensor) -> Tensor:
         r"""Take standard deviations or errors, which have no offset, back to raw units.
@@ -252,7 +274,6 @@ class VAE(nn.Module):
         self,
         reference_var: Tensor,
         floor_var: Tensor,
-        network: nn.Module | None = None,
         calibration_shape: tuple[int, ...] = (),
     ) -> None:
         r"""Enter stage 2: replace the noise model by one that predicts a variance per pixel and input, eq. (11).
@@ -263,13 +284,10 @@ class VAE(nn.Module):
         Args:
             reference_var: sigma_*^2 of stage 1, in squared model units.
             floor_var: smallest variance allowed, in squared model units.
-            network: own module from (B, d) to (B, \*), which should start at zero; None makes one.
             calibration_shape: () or one example's shape, see :class:`PredictedNoise`.
         """
-        if network is None:
-            network = self._variance_network()
         device = next(self.parameters()).device
-        self.noise = PredictedNoise(network, reference_var, floor_var, calibration_shape).to(device)
+        self.noise = PredictedNoise(self._variance_network(), reference_var, floor_var, calibration_shape).to(device)
 
     def _variance_network(self) -> nn.Module:
         network = self.blank_variance_network()

@@ -1,6 +1,5 @@
 """What a model makes, as files: an array in the user's own units for programs, a picture for people."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +10,88 @@ from torch import Tensor
 
 from equipoise import plots
 from equipoise.data import Data
+from equipoise.metrics.likelihood import likelihood_section
 from equipoise.model import VAE
 from equipoise.noise import PredictedNoise
-from equipoise.store import whole_file
+from equipoise.store import whole_file, write_json
+from equipoise.training.run import Run
 
 SHOWN_IMAGES = 25
+SHOWN_IMAGES_WITHOUT_STD = 100
 SHOWN_ROWS = 300
+SHOWN_TRAINING_ROWS = 5000
 DECODED_AT_ONCE = 1000
+
+
+def write_evaluation(run: Run, data: Data) -> dict[str, Any]:
+    """Write ``evaluation.json`` and the figures of a finished run.
+
+    Args:
+        run: finished training.
+        data: what it was trained on.
+
+    Returns:
+        The section ``likelihood``.
+    """
+    model, mixture, seed = run.model(), run.mixture(), run.config().seed
+    section = likelihood_section(model, data.test, mixture, seed)
+    write_json(run.evaluation_file, {"likelihood": section})
+    plots.save(plots.training_curves(run.history()), run.figures / "training.png")
+    codes = mixture.sample(SHOWN_IMAGES if data.kind == "image" else SHOWN_TRAINING_ROWS, torch_generator(seed))
+    real = data.train[:SHOWN_TRAINING_ROWS] if data.kind == "table" else None
+    write_samples(model, codes, "mixture", run.figures, torch_generator(seed), real=real, arrays=False)
+    write_reconstructions(model, data.test[:SHOWN_IMAGES], run.figures)
+    return section
 
 
 @torch.no_grad()
 def write_samples(
-    model: VAE, data: Data, codes: Tensor, name: str, folder: Path, noise: torch.Generator | None = None
+    model: VAE,
+    codes: Tensor,
+    name: str,
+    folder: Path,
+    generator: torch.Generator,
+    *,
+    noise: bool = False,
+    real: NDArray[Any] | None = None,
+    arrays: bool = True,
 ) -> list[Path]:
     """Decode codes and write what comes out.
 
     Args:
         model: in evaluation mode, on the CPU.
-        data: what the model was trained on, for comparison.
         codes: (n, d).
         name: of the files, such as "mixture".
         folder: where to write.
-        noise: source of pixel noise to add; None writes the means.
+        generator: source of pixel noise.
+        noise: add the model's noise; otherwise means are written.
+        real: rows of the table that the model was trained on, to compare with.
+        arrays: write the arrays too, not only the picture.
 
     Returns:
-        NAME.npy (rounded to the levels of digital data), NAME-std.npy and NAME.png.
+        NAME.png, NAME.npy (rounded to the levels of digital data) and NAME-std.npy.
     """
     codes = codes.to(model.scaling.scale.dtype)  # mixtures draw in float64
     parts = [model.decode(chunk) for chunk in torch.split(codes, DECODED_AT_ONCE)]
-    x = torch.cat([part.sample(noise) if noise is not None else part.mean for part in parts])
-    std = torch.cat([part.std for part in parts])
-    raw = model.scaling.restore_levels(x).numpy()
-    files = [folder / f"{name}.npy", folder / f"{name}-std.npy", folder / f"{name}.png"]
-    _save_array(files[0], raw)
-    _save_array(files[1], model.scaling.restore_std(std).numpy())
-    if data.kind == "image":
-        stds = std[:SHOWN_IMAGES].numpy() if isinstance(model.noise, PredictedNoise) else None
-        figure = plots.samples(x[: SHOWN_IMAGES if stds is not None else 100].numpy(), stds, f"samples, {name}")
+    means, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
+    noisy = means + std * torch.empty_like(means).normal_(generator=generator)
+    x = noisy if noise else means
+    if len(model.shape) == 3:
+        has_map = isinstance(model.noise, PredictedNoise)
+        shown = slice(0, SHOWN_IMAGES if has_map else SHOWN_IMAGES_WITHOUT_STD)
+        stds = std[shown].numpy() if has_map else None
+        figure = plots.samples(x[shown].numpy(), stds, f"samples, {name}")
     else:
-        figure = plots.table_samples(data.train[:5000], raw, _column_names(data.shape))
-    plots.save(figure, files[2])
+        # With noise in any case: means alone spread less than data do.
+        generated = model.scaling.restore(noisy).numpy()
+        figure = plots.table_samples(generated, real, _column_names(model))
+    files = [plots.save(figure, folder / f"{name}.png")]
+    if arrays:
+        contents = {name: model.scaling.restore_levels(x), f"{name}-std": model.scaling.restore_std(std)}
+        for file, tensor in contents.items():
+            files.append(folder / f"{file}.npy")
+            with whole_file(files[-1]) as temporary:
+                np.save(temporary, tensor.numpy())
     return files
 
 
@@ -66,35 +107,42 @@ def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[P
     Returns:
         reconstructions.npz with ``data``, ``mean``, ``std`` and ``error`` in raw units, and reconstructions.png.
     """
-    means, stds = [], []
-    for chunk in torch.split(torch.from_numpy(raw), DECODED_AT_ONCE):
-        likelihood = model.reconstruct(model.scaling(chunk))
-        means.append(likelihood.mean)
-        stds.append(likelihood.std)
-    x, mean, std = model.scaling(torch.from_numpy(raw)), torch.cat(means), torch.cat(stds)
-    arrays = {
-        "data": raw,
-        "mean": model.scaling.restore(mean).numpy(),
-        "std": model.scaling.restore_std(std).numpy(),
-        "error": model.scaling.restore_std(x - mean).numpy(),
-    }
+    scaling = model.scaling
+    scaling.check(torch.from_numpy(raw))
+    restored = {name: np.empty(raw.shape, np.float32) for name in ("mean", "std", "error")}
+    for start in range(0, len(raw), DECODED_AT_ONCE):
+        rows = slice(start, start + DECODED_AT_ONCE)
+        x = scaling(torch.from_numpy(raw[rows]))
+        seen = model.reconstruct(x)
+        restored["mean"][rows] = scaling.restore(seen.mean).numpy()
+        restored["std"][rows] = scaling.restore_std(seen.std).numpy()
+        restored["error"][rows] = scaling.restore_std(x - seen.mean).numpy()
     path, picture = folder / "reconstructions.npz", folder / "reconstructions.png"
     with whole_file(path) as temporary:
-        np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type] # NumPy types **kwds as its flag
+        np.savez_compressed(temporary, data=raw, **restored)  # type: ignore[arg-type] # typed as NumPy's own flag
     if len(model.shape) == 3:
-        shown = slice(0, SHOWN_IMAGES)
-        figure = plots.reconstructions(x[shown].numpy(), mean[shown].numpy(), std[shown].numpy())
+        x = scaling(torch.from_numpy(raw[:SHOWN_IMAGES]))
+        seen = model.reconstruct(x)
+        figure = plots.reconstructions(x.numpy(), seen.mean.numpy(), seen.std.numpy())
     else:
         shown = slice(0, SHOWN_ROWS)
-        columns = [arrays[name][shown] for name in ("data", "mean", "std")]
-        figure = plots.table_reconstructions(columns[0], columns[1], columns[2], _column_names(model.shape))
+        figure = plots.table_reconstructions(
+            raw[shown], restored["mean"][shown], restored["std"][shown], _column_names(model)
+        )
     return [path, plots.save(figure, picture)]
 
 
-def _save_array(path: Path, array: NDArray[Any]) -> None:
-    with whole_file(path) as temporary:
-        np.save(temporary, array)
+def torch_generator(seed: int) -> torch.Generator:
+    """Make a source of randomness on the CPU.
+
+    Args:
+        seed: same seed, same draws.
+
+    Returns:
+        The generator.
+    """
+    return torch.Generator().manual_seed(seed)
 
 
-def _column_names(shape: Sequence[int]) -> list[str]:
-    return [f"column {i}" for i in range(shape[0])]
+def _column_names(model: VAE) -> list[str]:
+    return [f"column {i}" for i in range(model.shape[0])]

@@ -20,6 +20,8 @@ Table: TypeAlias = Num[np.ndarray, "n columns"]
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}
 UNCERTAINTY_MAP = "magma"
 """Perceptually uniform and monotone in lightness: readable in grey and in colour blindness."""
+SETTLED_FROM = 10
+"""Epochs from which training curves are drawn without markers, and without their first plunge."""
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#7f7f7f"
 
 
@@ -138,6 +140,7 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
         The figure.
     """
     epochs = [row["epoch"] for row in rows]
+    marker = "." if len(rows) < SETTLED_FROM else ""
     switch = next((row["epoch"] for row in rows if row["stage"] == 2), None)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 5.2), layout="constrained")
@@ -152,14 +155,21 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
             ),
             strict=True,
         ):
-            axis.plot(epochs, [row[f"train_{name}"] for row in rows], color=BLUE, label="train")
-            axis.plot(epochs, [row[f"validation_{name}"] for row in rows], color=ORANGE, ls="--", label="validation")
+            axis.plot(epochs, [row[f"train_{name}"] for row in rows], color=BLUE, marker=marker, label="train")
+            axis.plot(
+                epochs,
+                [row[f"validation_{name}"] for row in rows],
+                color=ORANGE,
+                ls="--",
+                marker=marker,
+                label="validation",
+            )
             axis.set(xlabel="epoch", ylabel=label)
             if name in ("mse", "noise_var"):
                 axis.set_yscale("log")
-            if name == "elbo":
-                settled = [row["validation_elbo"] for row in rows[max(1, len(rows) // 20) :]] or [0.0]
-                axis.set_ylim(bottom=min(settled))
+            if name == "elbo" and len(rows) >= SETTLED_FROM:
+                # The first epochs' plunge would flatten all that follows.
+                axis.set_ylim(bottom=min(row["validation_elbo"] for row in rows[len(rows) // 10 :]))
             if switch:
                 axis.axvline(switch - 0.5, color=GREY, lw=0.8, ls=":")
         panels[0, 0].legend(frameon=False)
@@ -168,12 +178,12 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def table_samples(real: Table, generated: Num[np.ndarray, "m columns"], names: list[str]) -> Figure:
-    """Histograms of a table's first columns, data against samples.
+def table_samples(generated: Table, real: Num[np.ndarray, "m columns"] | None, names: list[str]) -> Figure:
+    """Histograms of a table's first columns, samples against data.
 
     Args:
-        real: (N, D), raw units.
-        generated: (M, D), raw units.
+        generated: (N, D), raw units.
+        real: (M, D), raw units; None shows the samples alone.
         names: of the columns.
 
     Returns:
@@ -181,12 +191,13 @@ def table_samples(real: Table, generated: Num[np.ndarray, "m columns"], names: l
     """
 
     def draw(axis: Axes, i: int) -> None:
-        bins = np.histogram_bin_edges(real[:, i], bins=40).tolist()
-        axis.hist(real[:, i], bins=bins, density=True, color=GREY, alpha=0.6, label="data")
+        bins = np.histogram_bin_edges(generated[:, i] if real is None else real[:, i], bins=40).tolist()
+        if real is not None:
+            axis.hist(real[:, i], bins=bins, density=True, color=GREY, alpha=0.6, label="data")
         axis.hist(generated[:, i], bins=bins, density=True, histtype="step", color=BLUE, label="samples")
         axis.set(xlabel=names[i], yticks=[])
 
-    figure = _per_column(draw, real.shape[1])
+    figure = _per_column(draw, generated.shape[1])
     figure.axes[0].legend(frameon=False)
     return figure
 

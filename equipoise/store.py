@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from equipoise.model import VAE, Scaling
 from equipoise.networks import build_decoder, build_encoder
 from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, NoiseModel, PredictedNoise
 
-FORMAT_VERSION = 1
+FORMAT = "equipoise-1"
 
 
 class StoreError(ValueError):
@@ -44,26 +44,33 @@ def whole_file(path: Path) -> Iterator[Path]:
         The temporary path to write to, with the same ending.
 
     Raises:
-        StoreError: if the disk is full.
+        OSError: if the disk is full or may not be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(
-                f"No space left to write {path}; what was there before is untouched. Free some space and go on."
-            ) from error
+            message = f"no space left to write {path}; what was there before is untouched, so free some and go on"
+            raise OSError(error.errno, message) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable, where the system lets folders be opened."""
+    with contextlib.suppress(PermissionError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 (any JSON value)
@@ -98,17 +105,19 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 (any JSON value)
         raise StoreError(f"{path} is not valid JSON ({error}).") from error
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], description: Any) -> None:  # noqa: ANN401 (any JSON value)
+def write_tensors(path: Path, kind: str, tensors: dict[str, Tensor], description: Any) -> None:  # noqa: ANN401 (JSON)
     """Write tensors and a JSON description into one safetensors file, whole, with a checksum of the tensors.
 
     Args:
         path: the file.
+        kind: what it holds, such as "model"; asked for when it is read.
         tensors: by name; stored contiguous, on the CPU.
         description: any JSON value.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
-        "format": f"equipoise-{FORMAT_VERSION}",
+        "format": FORMAT,
+        "kind": kind,
         "description": json.dumps(description, allow_nan=False),
         "sha256": _checksum(plain),
     }
@@ -117,11 +126,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], description: Any) -> N
         temporary.write_bytes(data)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
     """Read what :func:`write_tensors` wrote.
 
     Args:
         path: the file.
+        kind: what it should hold.
 
     Returns:
         Tensors by name, on the CPU, and the description.
@@ -137,8 +147,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise StoreError(f"{path} is damaged or not a safetensors file ({error}).") from error
-    if not metadata.get("format", "").startswith("equipoise-"):
+    found = metadata.get("format", "")
+    if not found.startswith("equipoise-"):
         raise StoreError(f"{path} was not written by equipoise: its metadata has no equipoise format.")
+    if found != FORMAT:
+        raise StoreError(f"{path} has the format {found}, this version of equipoise reads {FORMAT}; update equipoise.")
+    if metadata.get("kind") != kind:
+        raise StoreError(f"{path} holds a {metadata.get('kind')}, not a {kind}.")
     if metadata.get("sha256") != _checksum(tensors):
         raise StoreError(f"{path} was altered after it was written: its checksum differs.")
     return tensors, json.loads(metadata["description"])
@@ -183,7 +198,7 @@ def save_model(path: Path, model: VAE) -> None:
         path: file to write, usually RUN/model.safetensors.
         model: any :class:`VAE`, with our networks or the user's own.
     """
-    write_tensors(path, model.state_dict(), model.description())
+    write_tensors(path, "model", model.state_dict(), model.description())
 
 
 def load_model(path: Path, encoder: nn.Module | None = None, decoder: nn.Module | None = None) -> VAE:
@@ -201,7 +216,7 @@ def load_model(path: Path, encoder: nn.Module | None = None, decoder: nn.Module 
         StoreError: if the file is damaged or does not fit, or the model has networks of the user's own that
             were not given.
     """
-    tensors, description = read_tensors(path)
+    tensors, description = read_tensors(path, "model")
     model = build_model(description, encoder, decoder, what=str(path))
     fill(model, tensors, str(path))
     return model.eval()
@@ -298,7 +313,7 @@ def save_mixture(path: Path, mixture: GaussianMixture, description: dict[str, An
         description: how it was fitted, JSON values.
     """
     tensors = {name: getattr(mixture, name) for name in ("weights", "means", "covariances")}
-    write_tensors(path, tensors, description)
+    write_tensors(path, "mixture", tensors, description)
 
 
 def load_mixture(path: Path) -> tuple[GaussianMixture, dict[str, Any]]:
@@ -310,5 +325,5 @@ def load_mixture(path: Path) -> tuple[GaussianMixture, dict[str, Any]]:
     Returns:
         The mixture and how it was fitted.
     """
-    tensors, description = read_tensors(path)
+    tensors, description = read_tensors(path, "mixture")
     return GaussianMixture(**tensors), description

@@ -39,7 +39,8 @@ class PlainTerminal:
 
     def epoch(self, row: Row) -> None:
         """Print the epoch's figures."""
-        if time.monotonic() - self.last < SECONDS_BETWEEN_LINES:
+        is_last_of_stage = "test_elbo" in row
+        if time.monotonic() - self.last < SECONDS_BETWEEN_LINES and not is_last_of_stage:
             return
         self.last = time.monotonic()
         figures = {name: row[f"validation_{name}"] for name in FIGURES}

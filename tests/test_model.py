@@ -112,6 +112,24 @@ def test_digital_data_come_back_rounded_and_within_their_levels():
     assert scaling.restore_levels(x).dtype == torch.uint8
 
 
+def test_levels_that_a_byte_cannot_hold_are_not_wrapped():
+    scaling = Scaling(torch.tensor(-1000.0), torch.tensor(3000.0), quantum=1 / 3000)
+    assert scaling.restore_levels(torch.tensor([[-0.1, 0.0, 0.5, 1.0]])).tolist() == [[-1000, -1000, 500, 2000]]
+
+
+@pytest.mark.parametrize(
+    ("quantum", "raw", "message"),
+    [
+        (1 / 16, torch.tensor([[0.0, 0.5]]), "whole numbers from 0 to 16; these are torch.float32"),
+        (1 / 16, torch.tensor([[0, 200]], dtype=torch.uint8), "from 0 to 200"),
+        (None, torch.tensor([[0, 200]], dtype=torch.uint8), "real numbers"),
+    ],
+)
+def test_data_in_another_unit_are_refused(quantum, raw, message):
+    with pytest.raises(ValueError, match=message):
+        Scaling(torch.tensor(0.0), torch.tensor(16.0), quantum).check(raw)
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_scaling_needs_a_positive_scale(scale):
     with pytest.raises(ValueError, match="positive, finite scale"):

@@ -62,6 +62,10 @@ def rows(epochs, switch):
 def test_training_curves_mark_the_switch(epochs):
     figure = plots.training_curves(rows(epochs, switch=8))
     assert [axis.get_xlabel() for axis in figure.axes] == ["epoch"] * 4
+    for axis in figure.axes:
+        bottom, top = axis.get_ylim()
+        assert bottom < top
+        assert bottom <= rows(epochs, switch=8)[-1]["train_elbo"] <= top
     marks = [line.get_xdata()[0] for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and epochs > 2]
     assert marks == ([7.5] if epochs == 12 else [])
 
@@ -70,7 +74,7 @@ def test_tables():
     rng = np.random.default_rng(0)
     real, other = rng.normal(size=(50, 11)), rng.normal(size=(30, 11))
     names = [f"column {i}" for i in range(11)]
-    figure = plots.table_samples(real, other, names)
+    figure = plots.table_samples(other, real, names)
     assert [axis.get_xlabel() for axis in figure.axes] == names[:9]
     figure = plots.table_reconstructions(real[:, :2], real[:, :2], np.abs(real[:, :2]), names[:2])
     assert figure.axes[0].get_xlabel() == "column 0, data"

@@ -25,7 +25,7 @@ from equipoise.training.config import ConfigError, TrainConfig
 from equipoise.training.diagnostics import SplitFigures, range_warning, warnings_for
 from equipoise.training.logging import JsonlSink, read_rows
 from equipoise.training.run import Run, make_model, train
-from equipoise.training.trainer import NotFiniteError, Trainer
+from equipoise.training.trainer import NotFiniteError, Trainer, parameter_groups
 from tests.oracles import Ppca, linear_gaussian_data
 
 QUICK = TrainConfig(
@@ -218,7 +218,7 @@ def test_every_noise_model_trains(digits, options, kind):
         {"floor": "quantisation", "recalibrate": "scale"},
         {"stage_2_gradients": "joint", "floor": 0.01},
         {"precision": "bf16-mixed"},
-        {"clip": 0.5, "weight_decay": 1e-3},
+        {"clip": 2.0, "weight_decay": 1e-3},
         {"architecture": "residual"},
         {"architecture": "mlp"},
     ],
@@ -243,14 +243,15 @@ def test_recalibration_makes_held_out_residuals_standard(digits):
 
 
 def test_a_trained_model_takes_stage_2_only(digits):
-    model, _ = fit(digits, replace(QUICK, stage_2_epochs=0))
-    mean_before = model.reconstruct(torch.rand(1, 1, 8, 8)).mean
+    model, first = fit(digits, replace(QUICK, stage_2_epochs=0))
+    before = first.evaluate(first.validation_batches)
     config = replace(QUICK, stage_1_epochs=0, stage_2_epochs=1)
     trainer = Trainer(model.train(), digits, config)
     trainer.fit()
     assert isinstance(model.noise, PredictedNoise)
     assert [row["stage"] for row in trainer.history] == [2]
-    assert mean_before.shape == (1, 1, 8, 8)
+    assert float(trainer.optimal_var) == pytest.approx(float(first.optimal_var), rel=0.05)
+    assert trainer.history[0]["validation_elbo"] > before.elbo
 
 
 def test_a_linear_vae_finds_the_noise_variance_of_probabilistic_pca():
@@ -357,6 +358,7 @@ def test_own_networks_train_and_load(table, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"noise": "gloabl"}, "noise must be 'global' or 'channel'"),
         ({"latent_dim": 64}, "latent_dim=64 must be smaller than the data's 64 dimensions"),
         ({"n_components": 5000}, "exceeds the 1455 training examples"),
         ({"stage_1_epochs": 0}, "trained before"),
@@ -366,6 +368,69 @@ def test_a_configuration_that_does_not_fit_the_data_leaves_no_folder(digits, tmp
     with pytest.raises(ConfigError, match=message):
         train(digits, replace(QUICK, **change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_other_data_than_the_runs_own_are_refused(digits, tmp_path):
+    run = train(digits, QUICK, tmp_path / "run")
+    shuffled = load(digits.train[:][::-1].copy())
+    with pytest.raises(StoreError, match="Give the same data"):
+        train(shuffled, QUICK, run.folder, resume=True)
+
+
+def test_own_networks_may_rely_on_the_usual_memory_layout(tmp_path):
+    """Channels-last would break a view of a colour image."""
+
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3 * 8 * 8, 4)
+
+        def forward(self, x):
+            return self.linear(x.view(len(x), -1))
+
+    data = load(np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3)).astype(np.uint8))
+    decoder = nn.Sequential(nn.Linear(2, 3 * 8 * 8), nn.Unflatten(1, (3, 8, 8)))
+    config = replace(QUICK, latent_dim=2)
+    run = train(data, config, tmp_path / "run", encoder=Viewing(), decoder=decoder)
+    assert len(run.history()) == 5
+
+
+def test_too_few_examples_are_refused_before_training(tmp_path):
+    with pytest.raises(ConfigError, match="too few examples: 9 for training, 1 for validation"):
+        train(load(np.random.default_rng(0).normal(size=(12, 4))), QUICK, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_small_data_set_trains_with_every_default(tmp_path):
+    rng = np.random.default_rng(0)
+    data = load(rng.integers(0, 256, (30, 8, 8)).astype(np.uint8))
+    config = TrainConfig(stage_1_epochs=2, stage_2_epochs=1, width=4)
+    assert train(data, config, tmp_path / "run").mixture().n_components >= 1
+    config = replace(config, mixture_fit="variational")
+    assert train(data, config, tmp_path / "variational").mixture().n_components <= 30
+
+
+def test_components_on_their_floor_are_told_of(tmp_path):
+    data = load(np.random.default_rng(0).integers(0, 256, (30, 8, 8)).astype(np.uint8))
+    recorder = Recorder()
+    train(data, replace(QUICK, n_components=20), tmp_path / "run", sinks=[recorder])
+    assert any("shrunk to their floor" in message for message in recorder.messages)
+
+
+def test_weight_decay_pulls_at_weights_only(digits):
+    model = make_model(digits, replace(QUICK, noise_update="gradient"))
+    groups = parameter_groups(model, 1e-3, 0.3)
+    assert {p.ndim >= 2 for p in groups[0]["params"]} == {True}
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.0]
+    assert [id(p) for p in groups[2]["params"]] == [id(model.noise.log_var)]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_a_variance_learned_by_gradient_follows_the_closed_form(digits):
+    config = replace(QUICK, stage_1_epochs=30, stage_2_epochs=0, width=8, weight_decay=0.3, noise_update="gradient")
+    _, trainer = fit(digits, config)
+    in_force = trainer.history[-1]["train_noise_var"]
+    assert in_force == pytest.approx(trainer.history[-1]["train_mse"], rel=0.25)
 
 
 def test_options_for_images_are_refused_for_tables(table, tmp_path):
@@ -392,7 +457,7 @@ def test_a_full_disk_stops_the_run_with_its_last_checkpoint(digits, tmp_path, mo
         return real(folder, steps_done, state)
 
     monkeypatch.setattr(trainer_module, "save_checkpoint", full)
-    with pytest.raises(StoreError, match="No space left"):
+    with pytest.raises(OSError, match="no space left"):
         train(digits, QUICK, tmp_path / "run")
     monkeypatch.undo()
     run = train(digits, QUICK, tmp_path / "run", resume=True)

@@ -7,12 +7,13 @@ device. ``Batches`` and ``epoch_order`` are resolved on first use: they need tor
 from typing import TYPE_CHECKING
 
 from equipoise.data.dataset import Data, Split, Subset, split
-from equipoise.data.loading import load
+from equipoise.data.loading import load, load_examples
+from equipoise.data.named import NAMES
 
 if TYPE_CHECKING:
     from equipoise.data.batches import Batches, epoch_order
 
-__all__ = ["Batches", "Data", "Split", "Subset", "epoch_order", "load", "split"]
+__all__ = ["NAMES", "Batches", "Data", "Split", "Subset", "epoch_order", "load", "load_examples", "split"]
 
 
 def __getattr__(name: str) -> object:

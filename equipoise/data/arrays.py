@@ -80,13 +80,14 @@ class Unit(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def prepare(found: Found, test_fraction: float, validation_fraction: float) -> Data:
+def prepare(found: Found, test_fraction: float, validation_fraction: float, *, for_training: bool = True) -> Data:
     """Check the arrays of a source, choose their unit, and split off what the source does not.
 
     Args:
         found: the arrays.
         test_fraction: share for the test where the source has no test part.
         validation_fraction: share of the training part for validation where the source has none.
+        for_training: whether to refuse what cannot be learned from: too few examples, or all the same.
 
     Returns:
         The checked data.
@@ -98,7 +99,7 @@ def prepare(found: Found, test_fraction: float, validation_fraction: float) -> D
     notes = [note for part in parts for note in part.notes]
     views = [examples(part.values, found.source) for part in parts]
     count, *shape = views[0].shape
-    if count < MIN_EXAMPLES:
+    if for_training and count < MIN_EXAMPLES:
         raise ValueError(
             f"{found.source}: too few training examples: {count} of at least {MIN_EXAMPLES}"
             + "".join(f"; {note}" for note in notes)
@@ -108,7 +109,7 @@ def prepare(found: Found, test_fraction: float, validation_fraction: float) -> D
         raise ValueError(f"{found.source}: the parts differ in the shape or dtype of an example: {each}")
     summaries = [part.summary or summarise(view, found.source) for part, view in zip(parts, views, strict=True)]
     constant = summaries[0].constant
-    if len(constant) == np.prod(shape):
+    if for_training and len(constant) == np.prod(shape):
         raise ValueError(f"{found.source}: all training examples are the same; there is nothing to learn")
 
     pieces = split(

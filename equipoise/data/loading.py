@@ -10,7 +10,7 @@ import numpy as np
 
 from equipoise.data.arrays import Found, Part, prepare
 from equipoise.data.cache import default_cache_dir
-from equipoise.data.dataset import Array, Channels, Data
+from equipoise.data.dataset import Array, Channels, Data, Subset
 from equipoise.data.encoded import ImageReader, Progress, list_images
 from equipoise.data.hub import MIRRORS, hub_set
 from equipoise.data.named import NAMES, celeba, digits, idx_set
@@ -70,17 +70,8 @@ def load(
     """
     if channels not in {None, "grey", "rgb"}:
         raise ValueError(f"channels must be 'grey', 'rgb' or None, not {channels!r}")
-    folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
-    reader = ImageReader(image_size, channels, strict=strict, cache_dir=folder, progress=progress)
-    root = None if data_dir is None else Path(data_dir).expanduser()
-    if not isinstance(source, str | Path):
-        found = Found("array", f"an object of type {type(source).__name__}", Part(_as_array(source)))
-    elif source in NAMES:
-        found = _load_named(str(source), root, reader, download)
-    elif str(source).startswith("hf:"):
-        found = hub_set(str(source).removeprefix("hf:"), reader)
-    else:
-        found = _load_path(Path(source).expanduser(), reader)
+    reader = _reader(image_size, channels, strict, cache_dir, progress)
+    found = _find(source, data_dir, reader, download)
     data = prepare(found, test_fraction, validation_fraction)
     wanted = (channels and (1 if channels == "grey" else 3), image_size, image_size)
     if any(wanted) and (data.kind == "table" or any(w and w != s for w, s in zip(wanted, data.shape, strict=True))):
@@ -89,6 +80,65 @@ def load(
             "convert image files only: convert the array yourself, or leave them out"
         )
     return data
+
+
+def load_examples(
+    source: object,
+    shape: tuple[int, ...],
+    *,
+    data_dir: str | Path | None = None,
+    strict: bool = False,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Subset:
+    """Find examples to apply a trained model to: all of them, in the order of the source.
+
+    Nothing is split off and any number will do. Image files are cropped, resized and converted to the model's shape.
+
+    Args:
+        source: as for :func:`load`.
+        shape: of the model's examples, (C, H, W) or (D,).
+        data_dir: where to look first for a named set.
+        strict: whether an unreadable image is an error; else it is skipped.
+        cache_dir: where decoded images are kept.
+        progress: called with (done, total) while images are decoded.
+
+    Returns:
+        The test part where the source has one of its own, otherwise all examples.
+
+    Raises:
+        ValueError: if the examples are of another shape, or cannot be read.
+    """
+    is_files = isinstance(source, str | Path) and (str(source).startswith("hf:") or Path(source).expanduser().is_dir())
+    is_square = len(shape) == 3 and shape[1] == shape[2]
+    channels: Channels | None = ("grey" if shape[0] == 1 else "rgb") if is_files and len(shape) == 3 else None
+    reader = _reader(shape[1] if is_files and is_square else None, channels, strict, cache_dir, progress)
+    data = prepare(_find(source, data_dir, reader, download=False), 0.0, 0.0, for_training=False)
+    if data.shape != shape:
+        raise ValueError(f"{data.source} has examples of shape {data.shape}, the model was trained on {shape}")
+    return data.test if len(data.test) else data.train
+
+
+def _reader(
+    image_size: int | None,
+    channels: Channels | None,
+    strict: bool,
+    cache_dir: str | Path | None,
+    progress: Progress | None,
+) -> ImageReader:
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    return ImageReader(image_size, channels, strict=strict, cache_dir=folder, progress=progress)
+
+
+def _find(source: object, data_dir: str | Path | None, reader: ImageReader, download: bool) -> Found:
+    root = None if data_dir is None else Path(data_dir).expanduser()
+    if not isinstance(source, str | Path):
+        return Found("array", f"an object of type {type(source).__name__}", Part(_as_array(source)))
+    if source in NAMES:
+        return _load_named(str(source), root, reader, download)
+    if str(source).startswith("hf:"):
+        return hub_set(str(source).removeprefix("hf:"), reader)
+    return _load_path(Path(source).expanduser(), reader)
 
 
 def _load_named(name: str, data_dir: Path | None, reader: ImageReader, download: bool) -> Found:

@@ -80,11 +80,13 @@ def likelihood(model: VAE, batches: Iterable[Tensor], generator: torch.Generator
         Averages over all examples.
     """
     objective = Elbo(model)
-    terms = [objective(model.scaling(raw), generator) for raw in batches]
-    kl = torch.cat([term.kl for term in terms])
-    log_likelihood = torch.cat([term.log_likelihood for term in terms])
-    squared_error = torch.cat([term.squared_error for term in terms])
-    noise_var = torch.cat([term.log_var.exp().expand_as(term.residual).flatten(1).mean(1) for term in terms])
+    rows = []
+    for raw in batches:
+        terms = objective(model.scaling(raw), generator)
+        # One number per example: the residuals of a large set would fill the memory.
+        noise_var = terms.log_var.exp().expand_as(terms.residual).flatten(1).mean(1)
+        rows.append(torch.stack([terms.kl, terms.log_likelihood, terms.squared_error, noise_var]))
+    kl, log_likelihood, squared_error, noise_var = torch.cat(rows, 1)
     return Likelihood(
         elbo=average(log_likelihood.double() - kl.double()),
         log_likelihood=average(log_likelihood),

@@ -43,7 +43,7 @@ def save_checkpoint(folder: Path, steps_done: int, state: dict[str, Any]) -> Pat
     tensors: dict[str, Tensor] = {}
     tree = _flatten(state, "", tensors)
     path = folder / f"step-{steps_done:09d}.safetensors"
-    write_tensors(path, tensors, tree)
+    write_tensors(path, "checkpoint", tensors, tree)
     for old in _files(folder)[:-KEPT]:
         old.unlink(missing_ok=True)
     return path
@@ -64,7 +64,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     refused: list[str] = []
     for path in reversed(_files(folder)):
         try:
-            tensors, tree = read_tensors(path)
+            tensors, tree = read_tensors(path, "checkpoint")
         except StoreError as error:
             refused.append(str(error))
             continue

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args, get_origin
 
 import yaml
 
@@ -21,8 +21,9 @@ import yaml
 class TrainConfig:
     """Options of a training run."""
 
-    latent_dim: int = 16
-    """Number of latent units d. Units that the data do not need switch themselves off."""
+    latent_dim: int | Literal["auto"] = "auto"
+    """Number of latent units d; 'auto' is 16, or half the data's dimensions if there are fewer than 32. Units that the
+    data do not need switch themselves off."""
     architecture: Literal["auto", "mlp", "conv", "residual"] = "auto"
     """Networks: 'auto' takes 'conv' for images and 'mlp' for tables; 'residual' is slower and stronger."""
     width: int = 32
@@ -102,6 +103,11 @@ class TrainConfig:
             One sentence each, with what to do; empty if all is well.
         """
         found = [
+            f"{name} must be {type_name(name)}, got {value!r}"
+            for name in TrainConfig.__annotations__
+            if isinstance(value := getattr(self, name), str) and value not in _literals(name)
+        ]
+        found += [
             f"{name} must be at least {least}, got {getattr(self, name)}"
             for name, least in _AT_LEAST.items()
             if (value := getattr(self, name)) is not None and not isinstance(value, str) and value < least
@@ -123,6 +129,8 @@ class TrainConfig:
         ]
         if self.stage_1_epochs == 0 and self.stage_2_epochs == 0:
             found.append("stage_1_epochs and stage_2_epochs cannot both be 0")
+        if 0 < self.clip <= 1:
+            found.append(f"clip={self.clip:g} would shrink every gradient: give a multiple above 1, or 0")
         if self.noise == "fixed" and self.noise_var is None:
             found.append("noise=fixed needs noise_var (0.5 is the usual VAE, 1 the paper's beta-VAE)")
         if self.noise != "fixed" and self.noise_var is not None:
@@ -163,7 +171,8 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = list(problems)
-        super().__init__("The configuration has problems:\n  - " + "\n  - ".join(self.problems))
+        one = len(self.problems) == 1
+        super().__init__(self.problems[0] if one else "several problems:\n  - " + "\n  - ".join(self.problems))
 
 
 def make_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -228,6 +237,12 @@ def type_name(option: str) -> str:
         return [text for inner in nested for text in describe(inner)]
 
     return " or ".join(describe(annotation))
+
+
+def _literals(option: str) -> set[object]:
+    """Strings that an option may be."""
+    parts = [TrainConfig.__annotations__[option]]
+    return {value for part in (*parts, *get_args(parts[0])) if get_origin(part) is Literal for value in get_args(part)}
 
 
 @functools.cache

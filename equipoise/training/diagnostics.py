@@ -56,6 +56,11 @@ def warnings_for(figures: SplitFigures, data_var: float, floor_is_expected: bool
             f"{data_var:.4g}, so the model ignores its codes. If the noise variance is fixed, lower it; otherwise "
             "train longer, or lower learning_rate."
         )
+    if figures.noise_var >= 0.98 * data_var:
+        found.append(
+            f"The noise variance {figures.noise_var:.4g} is at or above the data's variance {data_var:.4g}: little "
+            "makes the model use its codes. If it is fixed, lower it, or let it be learned with noise=global."
+        )
     if figures.active_units == 0:
         found.append(
             "All latent units are inactive: every input is encoded to the prior. Lower the noise variance or "

@@ -1,6 +1,8 @@
 """The main job: data in, a run folder out. Trains, fits the mixture, and keeps everything needed to go on."""
 
 import datetime
+import importlib.util
+import math
 import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -31,6 +33,9 @@ from equipoise.store import (
 from equipoise.training.config import ConfigError, TrainConfig, make_config
 from equipoise.training.logging import JsonlSink, Row, Sink, TensorBoardSink, read_rows
 from equipoise.training.trainer import EVALUATION_BATCH, Trainer, examples, make_fabric
+
+MIN_TRAIN = 20
+"""Fewer training examples than this do not make a mixture, let alone a model."""
 
 VERSIONED = ("equipoise", "torch", "lightning-fabric", "numpy", "scikit-learn", "safetensors")
 
@@ -70,9 +75,10 @@ class Run:
         """Options the run was trained with.
 
         Returns:
-            The configuration.
+            The configuration; options that this version no longer knows are left out.
         """
-        return make_config(self.settings()["options"])
+        known = TrainConfig.__annotations__
+        return make_config({name: value for name, value in self.settings()["options"].items() if name in known})
 
     def model(self, encoder: nn.Module | None = None, decoder: nn.Module | None = None) -> VAE:
         """Load the trained model, in evaluation mode, on the CPU.
@@ -93,6 +99,22 @@ class Run:
                 f"{self.folder} has no trained model yet; finish it with 'equipoise train --resume {self.folder}'."
             )
         return load_model(self.model_file, encoder, decoder)
+
+    def check_data(self, data: Data) -> None:
+        """Refuse other data than the run was trained on.
+
+        Args:
+            data: what is to be used.
+
+        Raises:
+            StoreError: if its fingerprint differs.
+        """
+        trained_on = self.settings()["data"]
+        if data.fingerprint != trained_on["fingerprint"]:
+            raise StoreError(
+                f"{self.folder} was trained on {trained_on['name']!r} with the fingerprint "
+                f"{trained_on['fingerprint'][:12]}; {data.source} has {data.fingerprint[:12]}. Give the same data."
+            )
 
     def mixture(self) -> GaussianMixture:
         """Load the mixture fitted to the aggregate posterior.
@@ -153,9 +175,10 @@ def train(
     """
     config = config or TrainConfig()
     _check_fit(data, config)
+    fabric = make_fabric(config)
     run = Run(out) if out else Run(_free_folder(data.name))
     if resume:
-        run.settings()
+        run.check_data(data)
     elif run.config_file.exists():
         raise StoreError(f"{run.folder} holds a run already: resume it with --resume, or choose another --out.")
     # Everything that can refuse the input has run: only now does a folder appear.
@@ -166,13 +189,16 @@ def train(
     all_sinks: list[Sink] = [JsonlSink(run.metrics_file), *sinks]
     if config.tensorboard:
         all_sinks.append(TensorBoardSink(run.folder / "tensorboard"))
-    trainer = Trainer(model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=make_fabric(config))
+    trainer = Trainer(model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric)
     trainer.fit(resume=resume)
     model.eval()
     fit = fit_aggregate(model, data, config, trainer.fabric.device, on_mixture)
     model.cpu()
     save_model(run.model_file, model)
     save_mixture(run.mixture_file, fit.mixture, _describe_fit(fit, config))
+    for sink in all_sinks:
+        for text in _fit_messages(fit):
+            sink.message(text)
     return run
 
 
@@ -197,7 +223,7 @@ def make_model(
         raise ConfigError(["encoder and decoder go together: give both of your own, or neither"])
     scaling = Scaling(torch.as_tensor(data.offset), torch.as_tensor(data.scale), data.quantum)
     noise = make_noise(data, config)
-    shape, latent_dim = data.shape, config.latent_dim
+    shape, latent_dim = data.shape, _latent_dim(data, config)
     if encoder is not None and decoder is not None:
         return VAE(encoder, decoder, noise, shape=shape, latent_dim=latent_dim, scaling=scaling, width=config.width)
     architecture: Architecture = default_architecture(shape) if config.architecture == "auto" else config.architecture
@@ -219,12 +245,13 @@ def make_noise(data: Data, config: TrainConfig) -> NoiseModel:
     """
     if config.noise == "fixed":
         return FixedNoise(float(config.noise_var or 0.0))
+    memory = min(100, math.ceil(len(data.train) / config.batch_size))
     if config.noise == "global":
-        return GlobalNoise(config.noise_update)
+        return GlobalNoise(config.noise_update, memory=memory)
     shape = (data.shape[0], *(1 for _ in data.shape[1:])) if config.noise == "channel" else data.shape
     if data.quantum is None:
-        return DimensionNoise(shape, config.noise_update)
-    return DimensionNoise(shape, config.noise_update, min_var=data.quantum**2 / 12)
+        return DimensionNoise(shape, config.noise_update, memory=memory)
+    return DimensionNoise(shape, config.noise_update, memory=memory, min_var=data.quantum**2 / 12)
 
 
 @torch.no_grad()
@@ -241,6 +268,23 @@ def encode_all(model: VAE, array: Subset, device: torch.device) -> tuple[Tensor,
     """
     posteriors = [model.encode(model.scaling(raw)) for raw in Batches(array, EVALUATION_BATCH, device).epoch(0)]
     return torch.cat([p.mean for p in posteriors]), torch.cat([p.log_var for p in posteriors])
+
+
+def sample_aggregate(model: VAE, array: Subset, n: int, generator: torch.Generator) -> Tensor:
+    """Draw from the exact aggregate posterior, eq. (12): a random example each, and a sample of its q(z|x).
+
+    Args:
+        model: in evaluation mode, on the generator's device.
+        array: the training set; only the examples that are drawn are read.
+        n: number of codes.
+        generator: source of randomness.
+
+    Returns:
+        Codes, (n, d).
+    """
+    rows = torch.randint(len(array), (n,), generator=generator, device=generator.device).cpu().numpy()
+    drawn = Subset(array.base, array.indices[rows], array.dtype)
+    return Gaussian(*encode_all(model, drawn, generator.device)).sample(generator)
 
 
 def fit_aggregate(
@@ -266,7 +310,7 @@ def fit_aggregate(
     means, log_vars = encode_all(model, data.train, device)
     codes = Gaussian(means, log_vars).sample(generator)
     if config.mixture_fit == "variational":
-        n_components = 32 if config.n_components == "auto" else config.n_components
+        n_components = min(32, len(codes)) if config.n_components == "auto" else config.n_components
         return fit_variational_mixture(codes, n_components, generator=generator)
     held_out = None
     if config.n_components == "auto":
@@ -288,10 +332,15 @@ def _check_fit(data: Data, config: TrainConfig) -> None:
     dimensions = int(np.prod(data.shape))
     if config.stage_1_epochs == 0:
         problems.append("stage_1_epochs=0 is for models trained before: give one to Trainer in Python")
-    if config.latent_dim >= dimensions:
+    if min(len(data.train), len(data.validation), len(data.test)) < 2 or len(data.train) < MIN_TRAIN:
         problems.append(
-            f"latent_dim={config.latent_dim} must be smaller than the data's {dimensions} dimensions, or there is "
-            "nothing to compress"
+            f"too few examples: {len(data.train)} for training, {len(data.validation)} for validation and "
+            f"{len(data.test)} for the test; at least {MIN_TRAIN}, 2 and 2 are needed"
+        )
+    if _latent_dim(data, config) >= dimensions:
+        problems.append(
+            f"latent_dim={_latent_dim(data, config)} must be smaller than the data's {dimensions} dimensions, or "
+            "there is nothing to compress"
         )
     if isinstance(config.n_components, int) and config.n_components > len(data.train):
         problems.append(f"n_components={config.n_components} exceeds the {len(data.train)} training examples")
@@ -301,8 +350,17 @@ def _check_fit(data: Data, config: TrainConfig) -> None:
         problems.append("noise=channel needs images; for tables use noise=dimension")
     if config.architecture in ("conv", "residual") and len(data.shape) != 3:
         problems.append(f"architecture={config.architecture} needs images; for tables use architecture=mlp")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        problems.append("tensorboard=true needs TensorBoard: pip install 'equipoise[track]'")
     if problems:
         raise ConfigError(problems)
+
+
+def _latent_dim(data: Data, config: TrainConfig) -> int:
+    """Number of latent units, chosen by the data if the option leaves it open."""
+    if config.latent_dim == "auto":
+        return max(1, min(16, math.prod(data.shape) // 2))
+    return config.latent_dim
 
 
 def _free_folder(name: str) -> Path:
@@ -343,6 +401,21 @@ def _settings(
 
 def _version(name: str) -> str:
     return equipoise.__version__ if name == "equipoise" else version(name)
+
+
+def _fit_messages(fit: MixtureFit) -> list[str]:
+    """What a person should know of the mixture."""
+    count = fit.mixture.n_components
+    said = []
+    if len(fit.held_out) > 1:
+        tried = ", ".join(f"{k}: {score.value:.2f}" for k, score in fit.held_out.items())
+        said.append(f"Mixture of {count} components, by held-out log-likelihood of codes ({tried} nats).")
+    if fit.n_floored:
+        said.append(
+            f"Warning: {fit.n_floored} of the mixture's {count} components have shrunk to their floor; its density is "
+            "not to be trusted. There are too many components for the codes: lower n_components, or n_components=auto."
+        )
+    return said
 
 
 def _describe_fit(fit: MixtureFit, config: TrainConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from equipoise.data import Batches, Data, Subset
 from equipoise.model import VAE
-from equipoise.noise import PredictedNoise, ResidualVariance
+from equipoise.noise import DimensionNoise, GlobalNoise, PredictedNoise, ResidualVariance
 from equipoise.objectives import DetachedVarianceElbo, Elbo, Objective, Terms
 from equipoise.stages import Decision, Stage, StageSchedule, floor_var
 from equipoise.store import StoreError, build_noise
@@ -33,7 +33,7 @@ DISPLAY_SECONDS = 1.0
 EVALUATION_BATCH = 1000
 
 
-class NotFiniteError(RuntimeError):
+class NotFiniteError(ArithmeticError):
     """The loss became NaN or infinite."""
 
 
@@ -101,8 +101,8 @@ class RunningMeans:
             low, high = self.log_var_range.tolist()
             raise NotFiniteError(
                 f"The loss stopped being finite in stage {stage:d} at step {bad}; until then the log-variance of the "
-                f"noise lay in [{low:.2f}, {high:.2f}]. The last checkpoint is good. Try a lower learning_rate, "
-                "a lower clip, or, in stage 2, a higher floor."
+                f"noise lay in [{low:.2f}, {high:.2f}]. Checkpoints are from before it. Try a lower "
+                "learning_rate, or, in stage 2, a higher floor."
             )
         means = dict(zip(self.NAMES, (self.sums / self.count).tolist(), strict=True))
         means["mse"] = means.pop("squared_error") / dimensions
@@ -232,7 +232,12 @@ class Trainer:
 
     def _to_model_units(self, raw: Tensor) -> Tensor:
         x: Tensor = self.model.scaling(raw)
-        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+        return x.contiguous(memory_format=torch.channels_last) if self._is_channels_last else x
+
+    @property
+    def _is_channels_last(self) -> bool:
+        """Faster for our convolutions; a user's own networks get the usual layout, which their views rely on."""
+        return self.model.architecture in ("conv", "residual")
 
     def _enter_stage(self) -> None:
         """Make the objective, optimiser and learning-rate schedule of the stage."""
@@ -240,9 +245,8 @@ class Trainer:
         detached = stage is Stage.PREDICTED_VARIANCE and config.stage_2_gradients == "stop"
         objective: Objective = DetachedVarianceElbo(self.model) if detached else Elbo(self.model)
         peak = config.learning_rate if stage is Stage.SHARED_VARIANCE else config.stage_2_learning_rate
-        optimizer = torch.optim.AdamW(
-            objective.parameters(), lr=peak, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
-        )
+        groups = parameter_groups(self.model, peak, config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
         total = self.schedule.epochs[stage] * self.steps_per_epoch
         warm_up = max(1, round(config.warm_up * total))
         self.scheduler = SequentialLR(
@@ -253,7 +257,7 @@ class Trainer:
             ],
             milestones=[warm_up],
         )
-        if len(self.model.shape) == 3:
+        if self._is_channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.compile:
             self.model.encoder.compile()
@@ -489,6 +493,32 @@ def examples(array: Subset, n: int, device: torch.device) -> Tensor:
     return torch.from_numpy(array[index]).to(device)
 
 
+def parameter_groups(model: VAE, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Divide the parameters by how the optimiser treats them.
+
+    Args:
+        model: the model.
+        learning_rate: of the networks.
+        weight_decay: of the networks' weights; biases and variances are not pulled towards zero.
+
+    Returns:
+        Groups for a torch optimiser. A variance learned by gradient has ten times the rate of the networks: its
+        logarithm has a long way to go, and follows residuals that shrink all the while.
+    """
+    noise = model.noise
+    variances = (
+        [noise.log_var] if isinstance(noise, GlobalNoise | DimensionNoise) and noise.log_var.requires_grad else []
+    )
+    known = {id(parameter) for parameter in variances}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    groups = [
+        {"params": [p for p in others if p.ndim >= 2], "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "lr": learning_rate, "weight_decay": 0.0},
+        {"params": variances, "lr": 10 * learning_rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def make_fabric(config: TrainConfig) -> Fabric:
     """Make the engine.
 
@@ -497,8 +527,13 @@ def make_fabric(config: TrainConfig) -> Fabric:
 
     Returns:
         Fabric on one device. Apple's MPS is not chosen by 'auto': it has no float64, which eq. (10) sums in.
+
+    Raises:
+        ValueError: if CUDA is asked for and absent.
     """
     accelerator = config.accelerator
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ValueError("accelerator=cuda, but torch finds no CUDA GPU; use accelerator=auto or cpu.")
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     return Fabric(accelerator=accelerator, devices=1, precision=config.precision)
