@@ -71,6 +71,7 @@ def test_all_problems_come_in_one_message():
         ({"floor": 0}, "floor must be above 0"),
         ({"validation_fraction": 1.0}, "validation_fraction"),
         ({"n_components": 0}, "n_components must be at least 1"),
+        ({"clip": 0.5}, "multiple above 1"),
         ({"architecture": "transformer"}, "'auto' or 'mlp' or 'conv' or 'residual'"),
         ({"compile": "perhaps"}, "true or false"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
@@ -79,6 +80,12 @@ def test_all_problems_come_in_one_message():
 def test_contradictions(values, message):
     with pytest.raises(ConfigError, match=message):
         make_config(values)
+
+
+def test_a_misspelt_choice_is_a_problem_in_python_too():
+    config = TrainConfig()
+    object.__setattr__(config, "noise", "gloabl")  # beartype, which only the tests have, would refuse the constructor
+    assert config.problems() == ["noise must be 'global' or 'channel' or 'dimension' or 'fixed', got 'gloabl'"]
 
 
 def test_every_option_has_help_and_a_type():

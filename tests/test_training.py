@@ -358,7 +358,6 @@ def test_own_networks_train_and_load(table, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"noise": "gloabl"}, "noise must be 'global' or 'channel'"),
         ({"latent_dim": 64}, "latent_dim=64 must be smaller than the data's 64 dimensions"),
         ({"n_components": 5000}, "exceeds the 1455 training examples"),
         ({"stage_1_epochs": 0}, "trained before"),
@@ -396,7 +395,7 @@ def test_own_networks_may_rely_on_the_usual_memory_layout(tmp_path):
 
 
 def test_too_few_examples_are_refused_before_training(tmp_path):
-    with pytest.raises(ConfigError, match="too few examples: 9 for training, 1 for validation"):
+    with pytest.raises(ConfigError, match="too few examples: 10 for training, 1 for validation"):
         train(load(np.random.default_rng(0).normal(size=(12, 4))), QUICK, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
