@@ -9,16 +9,15 @@ preparation. One thread each by default: on a shared machine more would measure 
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from datetime import UTC, datetime
 from pathlib import Path
+
+from provenance import provenance
 
 # torch, scikit-learn and equipoise are imported in the functions: a subprocess starts with the peak memory of
 # its parent, which therefore stays small until memory has been measured.
@@ -140,8 +139,6 @@ def main():
     child = subprocess.run([sys.executable, __file__, "--memory-only"], check=True, capture_output=True, text=True)
     memory = json.loads(child.stdout)
 
-    import numpy as np
-    import sklearn
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -166,18 +163,9 @@ def main():
     console.print(table)
     console.print(f"1,000,000 codes of d = 16, K = 32: peak resident memory {memory['peak_mib']:.0f} MiB")
 
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    result = provenance() | {
         "seed": SEED,
         "threads": options.threads,
-        "cpu_count": os.cpu_count(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "scikit-learn": sklearn.__version__,
-            "numpy": np.__version__,
-        },
         "iterations_timed": LONG - SHORT,
         "rounds": ROUNDS,
         "speed": rows,

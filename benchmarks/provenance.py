@@ -34,6 +34,7 @@ def provenance(data=None, options=None):
 
 
 def _without_paths(arguments):
-    """Where the data lie on this machine is nobody's concern."""
+    """Where data and runs lie on this machine is nobody's concern."""
     pairs = itertools.pairwise(["", *arguments])
-    return ["DATA" if before == "--data-dir" else argument for before, argument in pairs]
+    places = {"--data-dir": "DATA", "--run": "RUN"}
+    return [places.get(before, argument) for before, argument in pairs]
