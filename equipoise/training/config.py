@@ -83,7 +83,7 @@ class TrainConfig:
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Device: 'auto' takes a CUDA GPU where there is one."""
     compile: bool = False
-    """Compile the networks with torch.compile: a minute at the start, which only long runs can win back."""
+    """Compile the networks with torch.compile, which delays the start of each stage."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder (needs the 'track' extra)."""
 
