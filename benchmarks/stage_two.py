@@ -86,8 +86,8 @@ def main():
 def describe(row):
     """One line of the table."""
     return (
-        f"ELBO {row['elbo']['mean']:7.1f}  KL {row['kl']['mean']:5.1f}  MSE {row['mse']['mean']:.5f}  "
-        f"IWAE-20 {row['iwae_20_first_500']['mean']:7.1f}  within 1 std {row['coverage_1']:.3f}  "
+        f"ELBO {row['elbo']['value']:7.1f}  KL {row['kl']['value']:5.1f}  MSE {row['mse']['value']:.5f}  "
+        f"IWAE-20 {row['iwae_20_first_500']['value']:7.1f}  within 1 std {row['coverage_1']:.3f}  "
         f"floor std {math.sqrt(row['noise_floor_var']):.4f}"
     )
 

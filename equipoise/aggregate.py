@@ -17,35 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from equipoise.estimate import Estimate
 from equipoise.gaussian import LOG_2PI, Gaussian, standard_normal_log_prob
 
 # Codes (and posteriors) per block: a block of densities is 2048 x 2048 float64, 32 MiB.
 BLOCK = 2048
-
-
-class Estimate(NamedTuple):
-    """A Monte Carlo estimate.
-
-    Args:
-        value: the estimate.
-        standard_error: its standard deviation over repetitions, in the unit of ``value``.
-    """
-
-    value: float
-    standard_error: float
-
-    @classmethod
-    def of_mean(cls, draws: Float[Tensor, " draws"]) -> "Estimate":
-        """Estimate an expectation by the mean of independent draws.
-
-        Args:
-            draws: (n,), n at least 2.
-
-        Returns:
-            Mean and standard deviation / sqrt(n).
-        """
-        draws = draws.double()
-        return cls(draws.mean().item(), draws.std().item() / math.sqrt(len(draws)))
 
 
 class Moments(NamedTuple):

@@ -276,7 +276,7 @@ def _finish(run: "Run", data: "Data", terminal: "Terminal") -> None:
         ("IWAE, K = 20, prior", section["iwae_20_first_500"], "nats"),
         (f"IWAE, K = 20, mixture of {count}", section["iwae_20_first_500_mixture"], "nats"),
     ]
-    std, floor = math.sqrt(section["noise_var"]["mean"]), math.sqrt(section["noise_floor_var"])
+    std, floor = math.sqrt(section["noise_var"]["value"]), math.sqrt(section["noise_floor_var"])
     terminal.message(format_table(f"Test set; noise std {std:.4g}, floor {floor:.4g}, in model units", rows))
     terminal.message(
         f"Run       {run.folder}\nFigures   {run.figures}: training.png, mixture.png, reconstructions.png\n"

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.aggregate import Estimate, GaussianMixture
+from equipoise.aggregate import GaussianMixture
+from equipoise.estimate import Estimate
 from equipoise.gaussian import LOG_2PI, Gaussian
 
 # Smallest variance of a component in any direction, relative to that of all codes: a std of 1/1000 of theirs.

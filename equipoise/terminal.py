@@ -134,7 +134,7 @@ def format_table(title: str, rows: list[tuple[str, dict[str, Any], str]], width:
 
     Args:
         title: above the table.
-        rows: name, ``{"mean", "standard_error", "n"}``, unit.
+        rows: name, ``{"value", "standard_error", "n"}``, unit.
         width: of the terminal.
 
     Returns:
@@ -144,7 +144,7 @@ def format_table(title: str, rows: list[tuple[str, dict[str, Any], str]], width:
     for column in ("", "mean", "± s.e.", "examples", "unit"):
         table.add_column(column, justify="left" if column in ("", "unit") else "right")
     for name, figure, unit in rows:
-        mean, error = figure["mean"], figure["standard_error"]
+        mean, error = figure["value"], figure["standard_error"]
         digits = 5 if abs(mean) < 1 else 1
         table.add_row(name, f"{mean:.{digits}f}", f"{error:.{digits}f}", f"{figure['n']:,}", unit)
     console = Console(width=width, color_system=None)

@@ -10,7 +10,8 @@ from sklearn.mixture import GaussianMixture as ScikitLearnMixture
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from equipoise import aggregate
-from equipoise.aggregate import AggregatePosterior, Estimate, GaussianMixture, StandardNormal
+from equipoise.aggregate import AggregatePosterior, GaussianMixture, StandardNormal
+from equipoise.estimate import Estimate
 
 
 def seeded(seed=0):
@@ -84,7 +85,7 @@ def test_standard_normal():
     z = normal(10, 3)
     expected = Independent(Normal(torch.zeros_like(z), 1.0), 1).log_prob(z)
     torch.testing.assert_close(StandardNormal(3).log_prob(z), expected)
-    assert StandardNormal(3).kl_to_prior(10) == (0, 0)
+    assert StandardNormal(3).kl_to_prior(10) == (0, 0, 10)
     assert not StandardNormal(3).state_dict()
     with pytest.raises(ValueError, match="latent_dim >= 1, got 0"):
         StandardNormal(0)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from equipoise.aggregate import GaussianMixture
 from equipoise.data import Batches, Subset
+from equipoise.estimate import Estimate
 from equipoise.gaussian import standard_normal_log_prob
 from equipoise.model import VAE
 from equipoise.objectives import Elbo, importance_weighted_bound
@@ -18,20 +19,6 @@ IWAE_BATCH = 100
 IWAE_SAMPLES = 20
 IWAE_EXAMPLES = 500
 """The paper's protocol: 20 importance samples on 500 test examples."""
-
-
-class Average(NamedTuple):
-    """Mean over examples with its standard error.
-
-    Args:
-        mean: over the examples.
-        standard_error: of the mean; NaN for a single example.
-        n: examples.
-    """
-
-    mean: float
-    standard_error: float
-    n: int
 
 
 class Likelihood(NamedTuple):
@@ -46,25 +33,12 @@ class Likelihood(NamedTuple):
         floor_var: smallest variance that the noise model can produce; a raw likelihood means little without it.
     """
 
-    elbo: Average
-    log_likelihood: Average
-    kl: Average
-    mse: Average
-    noise_var: Average
+    elbo: Estimate
+    log_likelihood: Estimate
+    kl: Estimate
+    mse: Estimate
+    noise_var: Estimate
     floor_var: float
-
-
-def average(values: Tensor) -> Average:
-    """Mean and standard error.
-
-    Args:
-        values: one per example, (N,).
-
-    Returns:
-        In the unit of the values.
-    """
-    values = values.double()
-    return Average(float(values.mean()), float(values.std() / math.sqrt(len(values))), len(values))
 
 
 @torch.no_grad()
@@ -88,11 +62,11 @@ def likelihood(model: VAE, batches: Iterable[Tensor], generator: torch.Generator
         rows.append(torch.stack([terms.kl, terms.log_likelihood, terms.squared_error, noise_var]))
     kl, log_likelihood, squared_error, noise_var = torch.cat(rows, 1)
     return Likelihood(
-        elbo=average(log_likelihood.double() - kl.double()),
-        log_likelihood=average(log_likelihood),
-        kl=average(kl),
-        mse=average(squared_error / math.prod(model.shape)),
-        noise_var=average(noise_var),
+        elbo=Estimate.of_mean(log_likelihood.double() - kl.double()),
+        log_likelihood=Estimate.of_mean(log_likelihood),
+        kl=Estimate.of_mean(kl),
+        mse=Estimate.of_mean(squared_error / math.prod(model.shape)),
+        noise_var=Estimate.of_mean(noise_var),
         floor_var=float(model.noise.floor_var),
     )
 
@@ -103,7 +77,7 @@ def iwae(
     n_samples: int,
     generator: torch.Generator | None = None,
     log_prior: Callable[[Tensor], Tensor] = standard_normal_log_prob,
-) -> Average:
+) -> Estimate:
     r"""Importance-weighted bound on log p(x), see :func:`equipoise.objectives.importance_weighted_bound`.
 
     Args:
@@ -120,7 +94,7 @@ def iwae(
         importance_weighted_bound(model, model.scaling(raw), n_samples, generator, log_prior=log_prior)
         for raw in batches
     ]
-    return average(torch.cat(bounds))
+    return Estimate.of_mean(torch.cat(bounds))
 
 
 def likelihood_section(model: VAE, test: Subset, mixture: GaussianMixture, seed: int) -> dict[str, Any]:
