@@ -297,7 +297,7 @@ def _search(fit: Callable[[int], MixtureFit], candidates: Sequence[int], test_co
         log_prob = candidate.mixture.log_prob(test_codes)
         scores[K] = Estimate.of_mean(log_prob)
         gain = Estimate.of_mean(log_prob - best_log_prob)
-        if gain.value <= gain.standard_error:
+        if gain.value <= (gain.standard_error or 0.0):
             break
         best, best_log_prob = candidate, log_prob
     return best._replace(held_out=scores)
