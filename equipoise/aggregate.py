@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from equipoise.estimate import Estimate
 from equipoise.gaussian import LOG_2PI, Gaussian, standard_normal_log_prob
 
+ACTIVE_UNIT_VAR = 0.01
+"""A latent unit is active if the variance of its posterior mean over the data exceeds this (Burda et al., 2016)."""
+
 # Codes (and posteriors) per block: a block of densities is 2048 x 2048 float64, 32 MiB.
 BLOCK = 2048
 

@@ -1,10 +1,9 @@
-"""The command line: ``equipoise train``, ``sample``, ``reconstruct``. Parses, calls, prints; decides nothing.
+"""The command line. Parses, calls, prints; decides nothing.
 
 Only the options are imported at the top, so that ``equipoise --help`` does not wait for torch.
 """
 
 import errno
-import math
 import sys
 import textwrap
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -26,7 +25,7 @@ from equipoise.training.config import (
 )
 
 if TYPE_CHECKING:
-    from equipoise.data import Data
+    from equipoise.data import Data, Subset
     from equipoise.terminal import Terminal
     from equipoise.training.run import Run
 
@@ -161,6 +160,50 @@ def _reconstruct_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FOLDER", help="folder to write; RUN/reconstructions if left out")
 
 
+def _evaluate_arguments(parser: ArgumentParser) -> None:
+    parser.epilog = (
+        "Writes RUN/evaluation.json and RUN/figures; 'equipoise report RUN' makes one page of them.\n"
+        "Distances in different features, or of different n, cannot be compared."
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("--data", help="judge the run on these examples instead of its own test set; as for train")
+    parser.add_argument(
+        "--against", metavar="DATA", help="examples of another kind: how well are they told from the test set?"
+    )
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        default=[],
+        metavar="SECTION",
+        help="only some of likelihood, samples, latent, noise, outliers; the others are kept as they were",
+    )
+    parser.add_argument(
+        "--features",
+        default="auto",
+        metavar="NAME",
+        help="what samples are compared in: efficientnet-lite0 (the default for images, comes along), inception or "
+        "inception=PATH (as in published Fréchet distances; extra 'fid'), columns (the default for tables), or "
+        "PACKAGE.MODULE:NAME of a torch.nn.Module of your own",
+    )
+    parser.add_argument(
+        "-n", type=int, default=10_000, help="samples to compare with as many test examples, if there are (10000)"
+    )
+    parser.add_argument(
+        "--importance-samples",
+        type=int,
+        default=20,
+        metavar="K",
+        help="samples of z per example in the bound on log p(x) over the whole test set (20)",
+    )
+    parser.add_argument("--download", action="store_true", help="fetch the weights of --features inception if missing")
+    _add_data_dir(parser)
+    parser.add_argument("--quiet", action="store_true", help="plain lines instead of progress bars")
+
+
+def _report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder")
+
+
 def _add_data_dir(parser: ArgumentParser) -> None:
     parser.add_argument("--data-dir", help="where to look for mnist, fashion-mnist and celeba first")
 
@@ -262,26 +305,53 @@ def _describe_data(data: "Data") -> str:
 
 def _finish(run: "Run", data: "Data", terminal: "Terminal") -> None:
     """What a person wants at the end: honest test figures, pictures, and where to look."""
-    from equipoise.outputs import write_evaluation
-    from equipoise.terminal import format_table
+    from equipoise.evaluation import evaluate
+    from equipoise.terminal import format_section
 
-    section = write_evaluation(run, data)
+    found = evaluate(run, data, sections=["likelihood"], brief=True)
     terminal.close()
-    count = run.mixture().n_components
-    rows = [
-        ("ELBO", section["elbo"], "nats"),
-        ("log-likelihood", section["log_likelihood"], "nats"),
-        ("KL", section["kl"], "nats"),
-        ("squared error per dimension", section["mse"], "squared model units"),
-        ("IWAE, K = 20, prior", section["iwae_20_first_500"], "nats"),
-        (f"IWAE, K = 20, mixture of {count}", section["iwae_20_first_500_mixture"], "nats"),
-    ]
-    std, floor = math.sqrt(section["noise_var"]["value"]), math.sqrt(section["noise_floor_var"])
-    terminal.message(format_table(f"Test set; noise std {std:.4g}, floor {floor:.4g}, in model units", rows))
+    terminal.message(format_section("likelihood", found["likelihood"]))
     terminal.message(
         f"Run       {run.folder}\nFigures   {run.figures}: training.png, mixture.png, reconstructions.png\n"
-        f"Next      equipoise sample {run.folder}\n          equipoise reconstruct {run.folder}"
+        f"Next      equipoise evaluate {run.folder}\n          equipoise sample {run.folder}"
     )
+
+
+def _evaluate(options: Namespace) -> None:
+    from equipoise.evaluation import Examples, evaluate
+    from equipoise.terminal import format_section
+    from equipoise.training.run import Run
+
+    run = Run(options.run)
+    model = run.model()
+    with _terminal(options.quiet) as terminal:
+        test, against = (
+            Examples(source, _other_examples(source, model.shape, options.data_dir, terminal)) if source else None
+            for source in (options.data, options.against)
+        )
+        evaluate(
+            run,
+            _data_of(run, terminal, options.data_dir),
+            model=model,
+            test=test,
+            against=against,
+            sections=options.sections,
+            features=options.features,
+            n_samples=options.n,
+            importance_samples=options.importance_samples,
+            download=options.download,
+            progress=lambda label, done, total: terminal.progress(label, done, total, ""),
+            on_section=lambda name, section: terminal.message(format_section(name, section)),
+            command=["equipoise", *sys.argv[1:]],
+        )
+        terminal.message(f"Figures   {run.evaluation_file}\nNext      equipoise report {run.folder}")
+
+
+def _report(options: Namespace) -> None:
+    from equipoise.report import write_report
+
+    with _terminal() as terminal:
+        terminal.message(str(write_report(Path(options.run))))
 
 
 def _sample(options: Namespace) -> None:
@@ -307,7 +377,6 @@ def _sample(options: Namespace) -> None:
 
 
 def _reconstruct(options: Namespace) -> None:
-    from equipoise.data import load_examples
     from equipoise.outputs import write_reconstructions
     from equipoise.training.run import Run
 
@@ -317,9 +386,7 @@ def _reconstruct(options: Namespace) -> None:
         if options.data is None:
             examples = _data_of(run, terminal, options.data_dir).test
         else:
-            examples = load_examples(
-                options.data, model.shape, data_dir=options.data_dir, progress=_decoding_bar(terminal)
-            )
+            examples = _other_examples(options.data, model.shape, options.data_dir, terminal)
         folder = Path(options.out) if options.out else run.folder / "reconstructions"
         terminal.message("\n".join(map(str, write_reconstructions(model, examples[: options.n], folder))))
 
@@ -330,6 +397,12 @@ def _data_of(run: "Run", terminal: "Terminal", data_dir: str | None) -> "Data":
     data = _load(load_options, run.config(), terminal)
     run.check_data(data)
     return data
+
+
+def _other_examples(source: str, shape: tuple[int, ...], data_dir: str | None, terminal: "Terminal") -> "Subset":
+    from equipoise.data import load_examples
+
+    return load_examples(source, shape, data_dir=data_dir, progress=_decoding_bar(terminal))
 
 
 def _load_options_of(run: "Run", data_dir: str | None) -> dict[str, Any]:
@@ -359,6 +432,8 @@ def _terminal(quiet: bool = False) -> Iterator["Terminal"]:
 
 COMMANDS = {
     "train": Command("train a model and fit the mixture", _train_arguments, _train),
+    "evaluate": Command("measure a run by one fixed protocol, on held-out data", _evaluate_arguments, _evaluate),
+    "report": Command("make one self-contained page of a run", _report_arguments, _report),
     "sample": Command("draw samples from a run", _sample_arguments, _sample),
     "reconstruct": Command("reconstruct data with a run, with uncertainty", _reconstruct_arguments, _reconstruct),
 }

@@ -4,6 +4,7 @@ Any module from (B, \*) to (B, 2d) serves as encoder and any from (B, d) to (B, 
 ours is needed. :meth:`VAE.build` makes a pair from ``networks.py``.
 """
 
+from collections.abc import Iterable
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -360,6 +361,26 @@ class VAE(nn.Module):
                 )
         finally:
             self.train(was_training)
+
+
+@torch.no_grad()
+def encode_all(model: VAE, batches: Iterable[Tensor]) -> Gaussian:
+    r"""Posterior q(z|x) of every example.
+
+    Args:
+        model: in evaluation mode.
+        batches: raw data, (B, \*) each, on the model's device.
+
+    Returns:
+        Means and log-variances, (N, d).
+
+    Raises:
+        ValueError: if there are no batches.
+    """
+    posteriors = [model.encode(model.scaling(raw)) for raw in batches]
+    if not posteriors:
+        raise ValueError("expected at least one batch of examples to encode, got none")
+    return Gaussian(torch.cat([p.mean for p in posteriors]), torch.cat([p.log_var for p in posteriors]))
 
 
 def at_least_float32(values: Tensor) -> Tensor:

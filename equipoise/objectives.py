@@ -6,8 +6,8 @@ bound on log p(x) and not merely proportional to one. The loop alone averages ov
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -159,33 +159,38 @@ class DetachedVarianceElbo(Objective):
         )
 
 
+LogPrior: TypeAlias = Callable[[Tensor], Tensor]
+"""log p(z): codes (B, d) to nats (B,)."""
+
+
 @torch.no_grad()
-def importance_weighted_bound(
+def importance_weighted_bounds(
     model: LatentVariableModel,
     x: Float[Tensor, "batch *event"],
     n_samples: int,
+    log_priors: Sequence[LogPrior],
     generator: torch.Generator | None = None,
     *,
-    log_prior: Callable[[Tensor], Tensor] = standard_normal_log_prob,
     max_rows: int = 4096,
-) -> Float[Tensor, " batch"]:
-    r"""Importance-weighted lower bound on log p(x) (IWAE), the paper's Table 3.
+) -> Float[Tensor, "priors batch"]:
+    r"""Importance-weighted lower bound on log p(x) (IWAE), the paper's Table 3, for one or several p(z).
 
     .. math:: \log \frac1K \sum_k \frac{p(x|z_k)\, p(z_k)}{q(z_k|x)}, \qquad z_k \sim q(z|x)
 
     With K = 1 its mean is the evidence lower bound; it grows with K towards log p(x). Burda, Grosse and
-    Salakhutdinov (2016), *Importance weighted autoencoders*, arXiv 1509.00519.
+    Salakhutdinov (2016), *Importance weighted autoencoders*, arXiv 1509.00519. All priors see the same draws, and
+    each code is decoded once.
 
     Args:
         model: the model, in evaluation mode.
         x: data in model units, (B, \*).
         n_samples: K, exactly as many as are drawn, at least 1.
+        log_priors: the prior N(0, I), or a fitted mixture, or both.
         generator: source of the samples.
-        log_prior: log p(z): codes (B, d) to nats (B,). The prior N(0, I), or a fitted mixture.
         max_rows: decoder rows evaluated at once; bounds the memory and, but for the order of the draws, nothing else.
 
     Returns:
-        (B,), nats, float64.
+        (P, B), nats, float64.
 
     Raises:
         ValueError: if ``n_samples`` is below 1.
@@ -194,11 +199,38 @@ def importance_weighted_bound(
         raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
     posterior = model.encode(x)
     chunk = max(1, min(n_samples, max_rows // max(1, len(x))))
-    total = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
+    total = torch.full((len(log_priors), len(x)), -math.inf, dtype=torch.float64, device=x.device)
     for start in range(0, n_samples, chunk):
         k = min(chunk, n_samples - start)
         repeated = Gaussian(*(t.expand_as(posterior.mean).repeat_interleave(k, 0) for t in posterior))
         z = repeated.sample(generator)
-        log_weight = model.decode(z).log_prob(x.repeat_interleave(k, 0)) + log_prior(z) - repeated.log_prob(z)
-        total = torch.logaddexp(total, log_weight.double().view(len(x), k).logsumexp(1))
+        log_likelihood = model.decode(z).log_prob(x.repeat_interleave(k, 0))
+        for i, log_prior in enumerate(log_priors):
+            log_weight = log_likelihood.double() + log_prior(z) - repeated.log_prob(z)
+            total[i] = torch.logaddexp(total[i], log_weight.view(len(x), k).logsumexp(1))
     return total - math.log(n_samples)
+
+
+def importance_weighted_bound(
+    model: LatentVariableModel,
+    x: Float[Tensor, "batch *event"],
+    n_samples: int,
+    generator: torch.Generator | None = None,
+    *,
+    log_prior: LogPrior = standard_normal_log_prob,
+    max_rows: int = 4096,
+) -> Float[Tensor, " batch"]:
+    r"""Importance-weighted lower bound on log p(x) for one p(z), see :func:`importance_weighted_bounds`.
+
+    Args:
+        model: the model, in evaluation mode.
+        x: data in model units, (B, \*).
+        n_samples: K, at least 1.
+        generator: source of the samples.
+        log_prior: the prior N(0, I), or a fitted mixture's ``log_prob``.
+        max_rows: decoder rows evaluated at once.
+
+    Returns:
+        (B,), nats, float64.
+    """
+    return importance_weighted_bounds(model, x, n_samples, [log_prior], generator, max_rows=max_rows)[0]

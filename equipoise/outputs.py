@@ -10,10 +10,9 @@ from torch import Tensor
 
 from equipoise import plots
 from equipoise.data import Data
-from equipoise.metrics.likelihood import likelihood_section
 from equipoise.model import VAE
 from equipoise.noise import PredictedNoise
-from equipoise.store import whole_file, write_json
+from equipoise.store import whole_file
 from equipoise.training.run import Run
 
 SHOWN_IMAGES = 25
@@ -23,25 +22,21 @@ SHOWN_TRAINING_ROWS = 5000
 DECODED_AT_ONCE = 1000
 
 
-def write_evaluation(run: Run, data: Data) -> dict[str, Any]:
-    """Write ``evaluation.json`` and the figures of a finished run.
+def write_figures(run: Run, data: Data, model: VAE) -> None:
+    """Write the figures of a finished run: training curves, samples from the mixture, reconstructions.
 
     Args:
         run: finished training.
         data: what it was trained on.
-
-    Returns:
-        The section ``likelihood``.
+        model: the run's, on the CPU.
     """
-    model, mixture, seed = run.model(), run.mixture(), run.config().seed
-    section = likelihood_section(model, data.test, mixture, seed)
-    write_json(run.evaluation_file, {"likelihood": section})
+    seed = run.config().seed
     plots.save(plots.training_curves(run.history()), run.figures / "training.png")
-    codes = mixture.sample(SHOWN_IMAGES if data.kind == "image" else SHOWN_TRAINING_ROWS, torch_generator(seed))
+    count = SHOWN_IMAGES if data.kind == "image" else SHOWN_TRAINING_ROWS
+    codes = run.mixture().sample(count, torch_generator(seed))
     real = data.train[:SHOWN_TRAINING_ROWS] if data.kind == "table" else None
     write_samples(model, codes, "mixture", run.figures, torch_generator(seed), real=real, arrays=False)
     write_reconstructions(model, data.test[:SHOWN_IMAGES], run.figures)
-    return section
 
 
 @torch.no_grad()

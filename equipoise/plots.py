@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import Num
+from jaxtyping import Float, Num
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from sklearn.metrics import roc_auc_score
 
 from equipoise.store import whole_file
 
@@ -20,9 +21,14 @@ Table: TypeAlias = Num[np.ndarray, "n columns"]
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}
 UNCERTAINTY_MAP = "magma"
 """Perceptually uniform and monotone in lightness: readable in grey and in colour blindness."""
+DENSITY_MAP = "Blues"
 SETTLED_FROM = 10
 """Epochs from which training curves are drawn without markers, and without their first plunge."""
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#7f7f7f"
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#7f7f7f"
+LINES = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, ":", "^"))
+"""Colour, dashes and marker of the series of one panel, told apart without the colour."""
+NATS_BELOW_PEAK = 10.0
+"""Depth to which log-densities are drawn: 1/22,000 of the highest density."""
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -116,8 +122,7 @@ def _side_by_side(images: dict[str, Images], maps: dict[str, Images]) -> Figure:
             axis.set_title(title)
             axis.set_axis_off()
         for title, values in images.items():
-            grid = tile(np.clip(values.astype(np.float64), 0, 1))
-            axes[title].imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            _show_images(axes[title], values)
         rms = {title: channel_rms(values) for title, values in maps.items()}
         # The few largest values would leave the rest in the dark.
         top = max((float(np.quantile(values, 0.995)) for values in rms.values()), default=1.0)
@@ -127,6 +132,31 @@ def _side_by_side(images: dict[str, Images], maps: dict[str, Images]) -> Figure:
         if rms:
             label = "std" if len(rms) == 1 else "std and error"
             figure.colorbar(shown, ax=[axes[title] for title in rms], shrink=0.8, label=f"{label} (1 = full scale)")
+    return figure
+
+
+def _show_images(axis: Axes, images: Images) -> None:
+    grid = tile(np.clip(images.astype(np.float64), 0, 1))
+    axis.imshow(grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+
+
+def samples_compared(sets: dict[str, Images]) -> Figure:
+    """Grids of images beside each other, so that the eye sees what the Fréchet distance says.
+
+    Args:
+        sets: by title, such as "test data", "prior" and "mixture"; (N, C, H, W) in [0, 1].
+
+    Returns:
+        The figure, three grids in a row at most.
+    """
+    across = min(3, len(sets))
+    rows = math.ceil(len(sets) / across)
+    with mpl.rc_context(STYLE | {"figure.constrained_layout.wspace": 0.06}):
+        figure = Figure(figsize=(2.7 * across, 2.9 * rows), layout="constrained")
+        for i, (title, images) in enumerate(sets.items()):
+            axis = figure.add_subplot(rows, across, i + 1, title=title)
+            axis.set_axis_off()
+            _show_images(axis, images)
     return figure
 
 
@@ -175,6 +205,180 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
         panels[0, 0].legend(frameon=False)
         if switch:
             panels[0, 1].annotate(" stage 2", (switch - 0.5, 0.02), xycoords=("data", "axes fraction"), color=GREY)
+    return figure
+
+
+def latent_densities(
+    x: Float[np.ndarray, " nx"],
+    y: Float[np.ndarray, " ny"],
+    log_densities: dict[str, Float[np.ndarray, "ny nx"]],
+    codes: Float[np.ndarray, "n 2"] | None,
+    axis_names: tuple[str, str],
+) -> Figure:
+    """Densities over one plane of the latent space, in one colour scale (the paper's Table 1).
+
+    Args:
+        x: (nx,), ascending.
+        y: (ny,), ascending.
+        log_densities: by title, such as "aggregate posterior", "mixture" and "prior"; (ny, nx), nats, or -inf.
+        codes: (N, 2), drawn over each density; None for none.
+        axis_names: of the plane.
+
+    Returns:
+        The figure; the colours go from the highest density of all down by 10 nats.
+    """
+    top = max(float(values.max()) for values in log_densities.values())
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.5 * len(log_densities) + 0.8, 2.9), layout="constrained")
+        axes = figure.subplots(1, len(log_densities), sharex=True, sharey=True, squeeze=False)[0]
+        for axis, (title, values) in zip(axes, log_densities.items(), strict=True):
+            shown = axis.pcolormesh(
+                x,
+                y,
+                np.maximum(values, top - NATS_BELOW_PEAK),
+                vmin=top - NATS_BELOW_PEAK,
+                vmax=top,
+                cmap=DENSITY_MAP,
+                rasterized=True,
+            )
+            if codes is not None:
+                axis.plot(*codes.T, ".", ms=2.5, mew=0, alpha=0.8, color=ORANGE)
+            axis.set(title=title, xlabel=axis_names[0], aspect="equal", xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
+        axes[0].set_ylabel(axis_names[1])
+        figure.colorbar(shown, ax=list(axes), shrink=0.8, extend="min", label="log density, nats")
+    return figure
+
+
+class NoiseCurves(NamedTuple):
+    """What :func:`reliability` draws of one set of dimensions.
+
+    Args:
+        predicted_std: (bins,), root mean predicted variance of each bin, model units.
+        observed_rmse: (bins,), root mean squared error of the same bins, model units.
+        pit_histogram: (intervals,), counts or shares of the probability integral transforms, equal intervals of [0, 1].
+        coverage: (3,), share of the errors within 1, 2 and 3 predicted std.
+    """
+
+    predicted_std: Float[np.ndarray, " bins"]
+    observed_rmse: Float[np.ndarray, " bins"]
+    pit_histogram: Num[np.ndarray, " intervals"]
+    coverage: Float[np.ndarray, "3"]
+
+
+def reliability(series: dict[str, NoiseCurves]) -> Figure:
+    """Whether the predicted std is the error that is found: by size, by distribution and by coverage.
+
+    Args:
+        series: one to three, by name, such as "all pixels" and "pixels that vary".
+
+    Returns:
+        The figure; the std panel is logarithmic where it spans more than a decade.
+    """
+    stds = np.concatenate([std for one in series.values() for std in (one.predicted_std, one.observed_rmse)])
+    low, high = 0.9 * float(stds.min()), 1.1 * float(stds.max())
+    n_std = np.arange(1, 4)
+    nominal = [math.erf(k / math.sqrt(2)) for k in n_std]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+        axes = figure.subplot_mosaic([["std", "pit"], ["std", "coverage"]], width_ratios=[1.25, 1])
+        std, pit, coverage = axes["std"], axes["pit"], axes["coverage"]
+        std.plot([low, high], [low, high], color=GREY, lw=0.8)
+        pit.axhline(1, color=GREY, lw=0.8)
+        coverage.plot(n_std, nominal, "_", color="black", ms=28, label="Gaussian")
+        for i, ((name, one), (color, dashes, marker)) in enumerate(zip(series.items(), LINES, strict=False)):
+            std.plot(one.predicted_std, one.observed_rmse, marker, ls=dashes, ms=4, lw=0.8, color=color, label=name)
+            density = one.pit_histogram * len(one.pit_histogram) / one.pit_histogram.sum()
+            pit.stairs(density, np.linspace(0, 1, len(density) + 1), baseline=None, color=color, ls=dashes)
+            coverage.plot(n_std + 0.16 * (i - (len(series) - 1) / 2), one.coverage, marker, ms=5, color=color)
+        if 0 < 10 * low < high:
+            std.set(xscale="log", yscale="log")
+        std.set(xlabel="predicted std (1 = full scale)", ylabel="RMSE found (1 = full scale)", aspect="equal")
+        std.set(xlim=(low, high), ylim=(low, high))
+        std.legend(frameon=False)
+        pit.set(xlabel="probability integral transform", ylabel="density", xlim=(0, 1), ylim=(0, None))
+        coverage.set(xlim=(0.5, 3.5), ylim=(None, 1.02), ylabel="share within")
+        coverage.set_xticks(n_std, [f"{k} std" for k in n_std])
+        coverage.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def sparsification(
+    fractions: Float[np.ndarray, " n"], model: Float[np.ndarray, " n"], oracle: Float[np.ndarray, " n"]
+) -> Figure:
+    """Error of what is left when the most uncertain dimensions are removed first.
+
+    Args:
+        fractions: (n,), removed share in [0, 1].
+        model: (n,), RMSE of the rest over the RMSE of all, the largest predicted std removed first.
+        oracle: (n,), the same, the largest error removed first.
+
+    Returns:
+        The figure.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+        axis = figure.add_subplot(xlabel="removed share", ylabel="RMSE of the rest / RMSE of all", xlim=(0, 1))
+        axis.axhline(1, color=GREY, ls=":", label="in random order")
+        axis.plot(fractions, model, color=BLUE, label="by predicted std")
+        axis.plot(fractions, oracle, color=ORANGE, ls="--", label="by true error")
+        axis.fill_between(fractions, oracle, model, color=BLUE, alpha=0.12, lw=0)
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False)
+    return figure
+
+
+def variance_sweep(
+    noise_vars: Float[np.ndarray, " n"],
+    measures: dict[str, dict[str, Float[np.ndarray, " n"]]],
+    learned_var: float,
+) -> Figure:
+    """Measures against the noise variance, with the learned one marked (the paper's figure 1).
+
+    Args:
+        noise_vars: (n,), ascending, squared model units; of one model's closed form, or of n trained models.
+        measures: a panel each, by label and unit such as "Fréchet distance"; up to three lines each, by name, (n,).
+        learned_var: the optimum, eq. (10), squared model units.
+
+    Returns:
+        The figure; the points are marked where they are few.
+    """
+    across = min(2, len(measures))
+    rows = math.ceil(len(measures) / across)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * across + (across == 1), 2.8 * rows), layout="constrained")
+        for i, (label, lines) in enumerate(measures.items()):
+            axis = figure.add_subplot(rows, across, i + 1, xscale="log", xlabel="noise variance", ylabel=label)
+            axis.axvline(learned_var, color=GREY, lw=0.8, label=f"learned, {learned_var:.3g}")
+            for (name, values), (color, dashes, marker) in zip(lines.items(), LINES, strict=False):
+                few = len(noise_vars) < SETTLED_FROM
+                axis.plot(noise_vars, values, color=color, ls=dashes, marker=marker if few else "", label=name)
+            axis.legend(frameon=False)
+    return figure
+
+
+def outlier_scores(inliers: Float[np.ndarray, " n"], outliers: Float[np.ndarray, " m"], name: str) -> Figure:
+    """Histograms of an outlier score of both kinds of data, with the area under its ROC curve.
+
+    Args:
+        inliers: (N,), scores, higher is odder.
+        outliers: (M,).
+        name: of the score.
+
+    Returns:
+        The figure.
+    """
+    scores = np.concatenate([inliers, outliers])
+    auroc = roc_auc_score(np.repeat([0, 1], [len(inliers), len(outliers)]), scores)
+    # A few extreme scores would press the rest into one bar: they are counted at the ends.
+    low, high = np.quantile(scores, [0.005, 0.995])
+    bins = np.histogram_bin_edges(scores, 50, (low, high))
+    shares = [np.histogram(np.clip(x, low, high), bins)[0] / len(x) for x in (inliers, outliers)]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+        axis = figure.add_subplot(title=f"AUROC {auroc:.3f}", xlabel=f"{name}, higher is odder", ylabel="share")
+        axis.stairs(shares[0], bins, fill=True, color=BLUE, alpha=0.6, label="inliers")
+        axis.stairs(shares[1], bins, color=ORANGE, lw=1.5, label="outliers")
+        axis.legend(frameon=False)
     return figure
 
 

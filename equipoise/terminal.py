@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from equipoise.glossary import format_figure, leaves, measure, term
 from equipoise.training.logging import Row
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -129,24 +130,25 @@ def format_figures(figures: dict[str, float]) -> str:
     return "  ".join(form.format(figures[name]) for name, form in FIGURES.items() if name in figures)
 
 
-def format_table(title: str, rows: list[tuple[str, dict[str, Any], str]], width: int = 100) -> str:
-    """Lay figures out with their standard errors.
+def format_section(name: str, section: dict[str, Any], width: int = 100) -> str:
+    """Lay a section of ``evaluation.json`` out as a table.
 
     Args:
-        title: above the table.
-        rows: name, ``{"value", "standard_error", "n"}``, unit.
+        name: of the section, such as "likelihood".
+        section: JSON values.
         width: of the terminal.
 
     Returns:
-        Text of several lines.
+        Text of several lines: a row per figure, with its standard error and N.
     """
-    table = Table(title=title, title_justify="left")
-    for column in ("", "mean", "± s.e.", "examples", "unit"):
+    table = Table(title=name.capitalize(), title_justify="left")
+    for column in ("", "value ± s.e.", "N", "unit"):
         table.add_column(column, justify="left" if column in ("", "unit") else "right")
-    for name, figure, unit in rows:
-        mean, error = figure["value"], figure["standard_error"]
-        digits = 5 if abs(mean) < 1 else 1
-        table.add_row(name, f"{mean:.{digits}f}", f"{error:.{digits}f}", f"{figure['n']:,}", unit)
+    for keys, figure in leaves(section):
+        key, case = measure(keys)
+        title = ", ".join([term(key).title, *(term(part).title for part in case)])
+        n = figure.get("n") if isinstance(figure, dict) else None
+        table.add_row(title, format_figure(figure), f"{n:,}" if n else "", term(key).unit)
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
         console.print(table)

@@ -2,10 +2,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from equipoise.aggregate import GaussianMixture
-from equipoise.data import Subset
-from equipoise.metrics.likelihood import iwae, likelihood, likelihood_section
+from equipoise.estimate import Estimate
+from equipoise.gaussian import standard_normal_log_prob
+from equipoise.metrics.likelihood import bits_per_dimension, dequantise, iwae, likelihood
+from equipoise.model import VAE
 from equipoise.noise import FixedNoise
 from tests.oracles import Ppca, linear_gaussian_data, ppca_vae
 
@@ -28,26 +32,86 @@ def test_elbo_and_iwae_of_probabilistic_pca(model_and_data):
     assert whole.elbo.value == pytest.approx(whole.log_likelihood.value - whole.kl.value)
     assert whole.elbo.n == 700
     assert whole.noise_var.value == pytest.approx(float(ppca.var), rel=1e-5)
-    bound = iwae(model, x.split(100), 5, torch.Generator().manual_seed(0))
-    assert bound.value == pytest.approx(float(oracle.mean()), abs=1e-4)
+    assert whole.floor_var == 0.0  # a fixed variance has no floor
+    # Each example's bound is exact, whatever K: the posterior is.
+    torch.testing.assert_close(iwae(model, x.split(100), 5)[0], oracle, atol=1e-4, rtol=0)
+
+
+class _Wider(torch.nn.Module):
+    """The exact encoder of PPCA, with a posterior ten times as wide: a bound with a gap that K must close."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x):
+        mean, log_var = self.encoder(x)
+        return torch.cat([mean, (log_var + math.log(10.0)).expand_as(mean)], 1)
+
+
+def test_the_bound_closes_on_log_p_and_is_stable_for_5000_samples(model_and_data):
+    exact, x, ppca = model_and_data
+    model = VAE(_Wider(exact.encoder), exact.decoder, exact.noise, shape=exact.shape, latent_dim=3).eval()
+    x = x[:100]
+    oracle = ppca.log_prob(x).mean()
+    gaps = [
+        float(oracle - iwae(model, [x], k, generator=torch.Generator().manual_seed(0)).mean()) for k in (1, 20, 5000)
+    ]
+    assert gaps[0] > gaps[1] > 0.01
+    assert abs(gaps[2]) < 0.01
+
+
+def test_far_from_the_data_the_bound_stays_finite(model_and_data):
+    model, x, _ = model_and_data
+    assert bool(iwae(model, [x[:5] + 1e4], 5000).isfinite().all())
+
+
+def test_the_prior_as_a_mixture_gives_the_same_bound_from_the_same_draws(model_and_data):
+    model, x, _ = model_and_data
+    prior = GaussianMixture(torch.ones(1), torch.zeros(1, 3), torch.eye(3)[None])
+    by_prior = iwae(model, x.split(100), 7, [standard_normal_log_prob, prior.log_prob])
+    torch.testing.assert_close(by_prior[0], by_prior[1], atol=1e-4, rtol=0)
 
 
 def test_the_batches_do_not_matter(model_and_data):
     model, x, _ = model_and_data
-    values = [iwae(model, x.split(size), 200).value for size in (700, 130)]
+    values = [float(iwae(model, x.split(size), 200).mean()) for size in (700, 130)]
     assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
-def test_the_section_has_the_protocols_figures(model_and_data):
-    model, x, ppca = model_and_data
-    prior = GaussianMixture(torch.ones(1), torch.zeros(1, 3), torch.eye(3)[None])
-    section = likelihood_section(model, Subset.whole(x.numpy()), prior, seed=0)
-    assert section["iwae_20_first_500"]["n"] == 500
-    assert section["elbo"]["n"] == 700
-    # N(0, I) as a mixture is the prior.
-    assert section["iwae_20_first_500_mixture"]["value"] == pytest.approx(
-        section["iwae_20_first_500"]["value"], abs=1e-3
-    )
-    assert section["iwae_20_first_500"]["value"] == pytest.approx(float(ppca.log_prob(x[:500]).mean()), abs=1e-3)
-    assert section["noise_floor_var"] == 0.0  # a fixed variance has no floor
-    assert all(math.isfinite(figure["standard_error"]) for figure in section.values() if isinstance(figure, dict))
+@given(st.integers(0, 255), st.integers(1, 8))
+def test_dequantised_values_stay_with_their_level(level, bits):
+    quantum = 1 / (2**bits - 1)
+    x = torch.full((1000,), level * quantum, dtype=torch.float64)
+    spread = dequantise(x, quantum, torch.Generator().manual_seed(level))
+    assert bool((torch.round(spread / quantum) == level).all())
+    assert float(spread.std()) == pytest.approx(quantum / math.sqrt(12), rel=0.1)
+    assert float(spread.mean()) == pytest.approx(level * quantum, abs=0.05 * quantum)
+
+
+def test_bits_of_a_gaussian_are_the_entropy_of_its_levels():
+    """Levels of a wide Gaussian: the bound on their code length is close to their entropy, and never below it."""
+    std, quantum, n = 10.0, 1.0, 40_000
+    density = torch.distributions.Normal(0.0, std)
+    x = torch.round(density.sample((n, 1)).double())
+    spread = dequantise(x, quantum, torch.Generator().manual_seed(0))
+    found = bits_per_dimension(Estimate.of_mean(density.log_prob(spread)[:, 0]), 1, quantum)
+    levels = torch.arange(-80, 81).double()
+    p = density.cdf(levels + 0.5) - density.cdf(levels - 0.5)
+    entropy = float(-(p * p.log2()).sum())
+    assert found.value == pytest.approx(entropy, abs=4 * found.standard_error + 1e-3)
+
+
+def test_raw_likelihood_has_no_ceiling_but_bits_have():
+    """A density that shrinks onto constant data: log p grows without limit, the code length has its best value."""
+    x, quantum = torch.zeros(2000, 1), 1 / 255
+    spread = dequantise(x, quantum, torch.Generator().manual_seed(0))
+    raw, bits = [], []
+    for std in (0.1, 0.001, 0.00001):
+        density = torch.distributions.Normal(0.0, std)
+        raw.append(float(density.log_prob(x).mean()))
+        bits.append(bits_per_dimension(Estimate.of_mean(density.log_prob(spread)[:, 0]), 1, quantum).value)
+    assert raw[0] < raw[1] < raw[2]
+    assert bits[1] < bits[0]
+    assert bits[1] < bits[2]
+    assert min(bits) > 0  # one certain level costs no bits, and no density beats that

@@ -47,6 +47,17 @@ class Subset:
         """
         return cls(base, np.arange(len(base), dtype=np.int64), base.dtype)
 
+    def take(self, rows: slice | Int64[np.ndarray, " k"]) -> "Subset":
+        """Some of the examples, as a view.
+
+        Args:
+            rows: which, counted within this subset.
+
+        Returns:
+            The smaller subset.
+        """
+        return Subset(self.base, self.indices[rows], self.dtype)
+
     @property
     def shape(self) -> tuple[int, ...]:
         r"""(N, \*)."""

@@ -1,24 +1,16 @@
-"""How well a model explains held-out data: ELBO and importance-weighted bound, with standard errors."""
+"""How well a model explains held-out data: ELBO and importance-weighted bounds, raw and in bits per dimension."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from equipoise.aggregate import GaussianMixture
-from equipoise.data import Batches, Subset
 from equipoise.estimate import Estimate
 from equipoise.gaussian import standard_normal_log_prob
 from equipoise.model import VAE
-from equipoise.objectives import Elbo, importance_weighted_bound
-
-EVALUATION_BATCH = 1000
-IWAE_BATCH = 100
-IWAE_SAMPLES = 20
-IWAE_EXAMPLES = 500
-"""The paper's protocol: 20 importance samples on 500 test examples."""
+from equipoise.objectives import Elbo, LogPrior, importance_weighted_bounds
 
 
 class Likelihood(NamedTuple):
@@ -59,10 +51,10 @@ def likelihood(model: VAE, batches: Iterable[Tensor], generator: torch.Generator
         terms = objective(model.scaling(raw), generator)
         # One number per example: the residuals of a large set would fill the memory.
         noise_var = terms.log_var.exp().expand_as(terms.residual).flatten(1).mean(1)
-        rows.append(torch.stack([terms.kl, terms.log_likelihood, terms.squared_error, noise_var]))
+        rows.append(torch.stack([terms.kl, terms.log_likelihood, terms.squared_error, noise_var]).double())
     kl, log_likelihood, squared_error, noise_var = torch.cat(rows, 1)
     return Likelihood(
-        elbo=Estimate.of_mean(log_likelihood.double() - kl.double()),
+        elbo=Estimate.of_mean(log_likelihood - kl),
         log_likelihood=Estimate.of_mean(log_likelihood),
         kl=Estimate.of_mean(kl),
         mse=Estimate.of_mean(squared_error / math.prod(model.shape)),
@@ -75,59 +67,62 @@ def iwae(
     model: VAE,
     batches: Iterable[Tensor],
     n_samples: int,
+    log_priors: Sequence[LogPrior] = (standard_normal_log_prob,),
     generator: torch.Generator | None = None,
-    log_prior: Callable[[Tensor], Tensor] = standard_normal_log_prob,
-) -> Estimate:
-    r"""Importance-weighted bound on log p(x), see :func:`equipoise.objectives.importance_weighted_bound`.
+) -> Tensor:
+    r"""Importance-weighted bound on log p(x) of each example, :func:`equipoise.objectives.importance_weighted_bounds`.
 
     Args:
         model: in evaluation mode.
         batches: raw data, (B, \*) each, on the model's device.
         n_samples: K.
+        log_priors: log p(z) of each density to judge the model with: the prior, the fitted mixture.
         generator: source of the samples.
-        log_prior: log p(z); a mixture's ``log_prob`` judges the model with that mixture as its prior.
 
     Returns:
-        Nats per example.
+        (P, N), nats, float64, one row for each of ``log_priors``.
     """
     bounds = [
-        importance_weighted_bound(model, model.scaling(raw), n_samples, generator, log_prior=log_prior)
-        for raw in batches
+        importance_weighted_bounds(model, model.scaling(raw), n_samples, log_priors, generator) for raw in batches
     ]
-    return Estimate.of_mean(torch.cat(bounds))
+    return torch.cat(bounds, 1)
 
 
-def likelihood_section(model: VAE, test: Subset, mixture: GaussianMixture, seed: int) -> dict[str, Any]:
-    """Section ``likelihood`` of ``evaluation.json``, by the protocol of every figure we print.
+def dequantise(x: Tensor, quantum: float, generator: torch.Generator | None = None) -> Tensor:
+    r"""Spread each grey level evenly over the interval that was rounded to it, x + u with u uniform.
+
+    A density of rounded data is unbounded: it can grow without limit at the levels. One of spread data is not, and
+    bounds a probability of levels from below, :math:`E_u \log p(x + u) + D \log q \le \log P(x)`, where q is the
+    distance of two levels. Theis, van den Oord and Bethge (2016), *A note on the evaluation of generative models*.
 
     Args:
-        model: in evaluation mode.
-        test: raw test examples.
-        mixture: fitted to the aggregate posterior, the other p(z) of the paper's Table 3.
-        seed: of the samples of z.
+        x: rounded data, any shape.
+        quantum: q, distance of neighbouring levels, in the unit of ``x``.
+        generator: source of randomness.
 
     Returns:
-        JSON values: averages with standard error and N, in nats; ``mse``, ``noise_var`` and ``noise_floor_var`` in
-        squared model units.
+        The same shape, within q / 2 of ``x``.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed + 5)
-    whole = likelihood(model, Batches(test, EVALUATION_BATCH, device).epoch(), generator)
-    first = Subset(test.base, test.indices[:IWAE_EXAMPLES], test.dtype)
-    log_priors = {"": standard_normal_log_prob, "_mixture": lambda z: mixture.log_prob(z)}
-    bounds = {
-        f"iwae_{IWAE_SAMPLES}_first_{IWAE_EXAMPLES}{suffix}": iwae(
-            model, Batches(first, IWAE_BATCH, device).epoch(), IWAE_SAMPLES, generator, log_prior
-        )
-        for suffix, log_prior in log_priors.items()
-    }
-    averages = {
-        "elbo": whole.elbo,
-        "log_likelihood": whole.log_likelihood,
-        "kl": whole.kl,
-        "mse": whole.mse,
-        "noise_var": whole.noise_var,
-        **bounds,
-    }
-    figures: dict[str, Any] = {name: figure._asdict() for name, figure in averages.items()}
-    return figures | {"noise_floor_var": whole.floor_var}
+    return x + quantum * (torch.empty_like(x).uniform_(generator=generator) - 0.5)
+
+
+def bits_per_dimension(log_likelihood: Estimate, dimensions: int, quantum: float) -> Estimate:
+    r"""Code length of digital data, from the likelihood of the dequantised data.
+
+    .. math:: -\frac{\log p(x + u) + D \log q}{D \log 2}
+
+    Args:
+        log_likelihood: of :func:`dequantise`-d data, nats per example.
+        dimensions: D.
+        quantum: q, distance of neighbouring levels, in the unit of the data.
+
+    Returns:
+        Bits; lower is better. 8 for the uniform density of 256 levels on their own range.
+
+    Example:
+        >>> bits_per_dimension(Estimate(0.0, None, 1), 1, 1 / 256)  # uniform on [0, 1], where log p = 0
+        Estimate(value=8.0, standard_error=None, n=1)
+    """
+    value, error, n = log_likelihood
+    unit = dimensions * math.log(2)
+    return Estimate(-(value / unit + math.log2(quantum)), None if error is None else error / unit, n)

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-ACTIVE_UNIT_VAR = 0.01
-"""A latent unit is active if the variance of its posterior mean over the data exceeds this (Burda et al., 2016)."""
+from equipoise.aggregate import ACTIVE_UNIT_VAR
 
 
 class SplitFigures(NamedTuple):

@@ -18,7 +18,7 @@ from equipoise.aggregate import GaussianMixture
 from equipoise.data import Batches, Data, Subset
 from equipoise.gaussian import Gaussian
 from equipoise.mixture_fit import EMStep, MixtureFit, fit_mixture, fit_variational_mixture
-from equipoise.model import VAE, Scaling
+from equipoise.model import VAE, Scaling, encode_all
 from equipoise.networks import Architecture, default_architecture
 from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, NoiseModel
 from equipoise.store import (
@@ -37,7 +37,7 @@ from equipoise.training.trainer import EVALUATION_BATCH, Trainer, examples, make
 MIN_TRAIN = 20
 """Fewer training examples than this do not make a mixture, let alone a model."""
 
-VERSIONED = ("equipoise", "torch", "lightning-fabric", "numpy", "scikit-learn", "safetensors")
+VERSIONED = ("torch", "lightning-fabric", "numpy", "scikit-learn", "safetensors")
 
 
 class Run:
@@ -254,22 +254,6 @@ def make_noise(data: Data, config: TrainConfig) -> NoiseModel:
     return DimensionNoise(shape, config.noise_update, memory=memory, min_var=data.quantum**2 / 12)
 
 
-@torch.no_grad()
-def encode_all(model: VAE, array: Subset, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Posterior parameters of every example, in order.
-
-    Args:
-        model: on the device, in evaluation mode.
-        array: one split of the data.
-        device: where to encode.
-
-    Returns:
-        Means and log-variances, (N, d) each.
-    """
-    posteriors = [model.encode(model.scaling(raw)) for raw in Batches(array, EVALUATION_BATCH, device).epoch(0)]
-    return torch.cat([p.mean for p in posteriors]), torch.cat([p.log_var for p in posteriors])
-
-
 def sample_aggregate(model: VAE, array: Subset, n: int, generator: torch.Generator) -> Tensor:
     """Draw from the exact aggregate posterior, eq. (12): a random example each, and a sample of its q(z|x).
 
@@ -283,8 +267,7 @@ def sample_aggregate(model: VAE, array: Subset, n: int, generator: torch.Generat
         Codes, (n, d).
     """
     rows = torch.randint(len(array), (n,), generator=generator, device=generator.device).cpu().numpy()
-    drawn = Subset(array.base, array.indices[rows], array.dtype)
-    return Gaussian(*encode_all(model, drawn, generator.device)).sample(generator)
+    return _encode(model, array.take(rows), generator.device).sample(generator)
 
 
 def fit_aggregate(
@@ -307,23 +290,27 @@ def fit_aggregate(
         The mixture and how it was found.
     """
     generator = torch.Generator(device).manual_seed(config.seed + 4)
-    means, log_vars = encode_all(model, data.train, device)
-    codes = Gaussian(means, log_vars).sample(generator)
+    posterior = _encode(model, data.train, device)
+    codes = posterior.sample(generator)
     if config.mixture_fit == "variational":
         n_components = min(32, len(codes)) if config.n_components == "auto" else config.n_components
         return fit_variational_mixture(codes, n_components, generator=generator)
     held_out = None
     if config.n_components == "auto":
-        held_out = Gaussian(*encode_all(model, data.validation, device)).sample(generator)
+        held_out = _encode(model, data.validation, device).sample(generator)
     exact = config.mixture_from == "moments"
     return fit_mixture(
-        means if exact else codes,
+        posterior.mean if exact else codes,
         config.n_components,
-        log_vars=log_vars if exact else None,
+        log_vars=posterior.log_var if exact else None,
         held_out=held_out,
         generator=generator,
         on_iteration=on_iteration,
     )
+
+
+def _encode(model: VAE, examples: Subset, device: torch.device) -> Gaussian:
+    return encode_all(model, Batches(examples, EVALUATION_BATCH, device).epoch())
 
 
 def _check_fit(data: Data, config: TrainConfig) -> None:
@@ -395,12 +382,18 @@ def _settings(
         },
         "options": config.as_dict(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONED}},
+        "versions": versions(),
     }
 
 
-def _version(name: str) -> str:
-    return equipoise.__version__ if name == "equipoise" else version(name)
+def versions() -> dict[str, str]:
+    """Versions of what a figure depends on.
+
+    Returns:
+        By name, Python's included.
+    """
+    installed = {name: version(name) for name in VERSIONED}
+    return {"python": platform.python_version(), "equipoise": equipoise.__version__, **installed}
 
 
 def _fit_messages(fit: MixtureFit) -> list[str]:

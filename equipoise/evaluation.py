@@ -1,0 +1,429 @@
+"""The protocol: every figure of a trained run on held-out data, into ``evaluation.json``, with its pictures."""
+
+import datetime
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from equipoise import plots
+from equipoise.aggregate import ACTIVE_UNIT_VAR, StandardNormal
+from equipoise.data import Batches, Data, Subset
+from equipoise.estimate import Estimate
+from equipoise.gaussian import Gaussian, standard_normal_log_prob
+from equipoise.metrics.calibration import noise_calibration, varying_dimensions
+from equipoise.metrics.features import FeatureExtractor, cached_features, features_of, load_features
+from equipoise.metrics.latent import code_log_likelihood, latent_plane, latent_units, single_gaussian
+from equipoise.metrics.likelihood import Likelihood, bits_per_dimension, dequantise, iwae, likelihood
+from equipoise.metrics.memorisation import memorisation
+from equipoise.metrics.outliers import model_scores, outlier_detection, outlier_scores
+from equipoise.metrics.samples import sample_quality
+from equipoise.model import VAE, CodeSource, encode_all
+from equipoise.noise import PredictedNoise
+from equipoise.outputs import write_figures
+from equipoise.store import read_json, write_json
+from equipoise.training.config import ConfigError
+from equipoise.training.run import Run, versions
+from equipoise.training.trainer import make_fabric
+
+SECTIONS = ("likelihood", "samples", "latent", "noise", "outliers")
+PAPER_SAMPLES, PAPER_EXAMPLES = 20, 500
+"""The protocol of the paper's Table 3: 20 importance samples on 500 test examples."""
+BATCH = 500
+SHOWN_IMAGES, SHOWN_CODES = 36, 1000
+ROWS = ("real", "reconstruction", "prior", "gaussian", "mixture")
+"""Of the table of samples: training data, decoded test data, and three sources of codes."""
+TRAINING_EXAMPLES = 60_000
+"""Training examples that samples are compared with for memorisation, at most."""
+PLANE_EXAMPLES = VARYING_EXAMPLES = 5000
+SWEEP = np.geomspace(0.1, 10, 81)
+"""Multiples of the optimal variance at which the closed-form curve is drawn."""
+
+Progress = Callable[[str, int, int], None]
+
+
+class Examples(NamedTuple):
+    """Examples and what to call them.
+
+    Args:
+        name: in tables.
+        raw: in the units of the run's own data.
+    """
+
+    name: str
+    raw: Subset
+
+
+def evaluate(
+    run: Run,
+    data: Data,
+    *,
+    test: Examples | None = None,
+    against: Examples | None = None,
+    sections: Sequence[str] = (),
+    features: str | nn.Module = "auto",
+    n_samples: int = 10_000,
+    importance_samples: int = PAPER_SAMPLES,
+    brief: bool = False,
+    model: VAE | None = None,
+    download: bool = False,
+    progress: Progress = lambda label, done, total: None,
+    on_section: Callable[[str, dict[str, Any]], None] = lambda name, section: None,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Evaluate a run by the fixed protocol, and write ``evaluation.json`` and its figures into the run folder.
+
+    The file is written after each section, so that an interruption keeps what was done; sections of an earlier
+    evaluation of the same model on the same examples are kept, too.
+
+    Args:
+        run: finished training.
+        data: what it was trained on.
+        test: other examples to judge it on; the data's own test part if None.
+        against: examples of another kind, for the section ``outliers``.
+        sections: some of :data:`SECTIONS`; if empty, all, ``outliers`` only with ``against``.
+        features: of the Fréchet distances, see :func:`equipoise.metrics.features.load_features`; 'auto' takes
+            'efficientnet-lite0' for images and 'columns' for tables.
+        n_samples: images in each row of the section ``samples``, or as many as there are test examples if they are
+            fewer.
+        importance_samples: K of the importance-weighted bound over the whole test set.
+        brief: of the likelihood, only what takes seconds: no importance-weighted bounds over the whole test set.
+        model: the run's model, where it has networks of the user's own.
+        download: fetch the weights of ``features="inception"`` if they are not there.
+        progress: told of the position in each long part: label, done, total.
+        on_section: told of each section when it is done: its name and JSON values.
+        command: command line, kept in the file.
+
+    Returns:
+        What was written: JSON values. An estimate is ``{"value", "standard_error", "n"}``.
+
+    Raises:
+        ConfigError: if an argument is out of its domain.
+    """
+    problems = [
+        f"there is no section {name!r}; choose from {', '.join(SECTIONS)}" for name in sections if name not in SECTIONS
+    ]
+    if "outliers" in sections and against is None:
+        problems.append("the section outliers needs examples of another kind: give --against OTHER_DATA")
+    if min(n_samples, importance_samples) < 2:
+        problems.append(f"at least 2 samples are needed, got n={n_samples} and importance samples={importance_samples}")
+    if problems:
+        raise ConfigError(problems)
+    chosen = sections or [name for name in SECTIONS if name != "outliers" or against is not None]
+    model = (model or run.model()).eval()
+    write_figures(run, data, model)
+    evaluation = _Evaluation(
+        run, data, model, test, against, features, download, n_samples, 0 if brief else importance_samples, progress
+    )
+    about = evaluation.about() | {"command": list(command)}
+    found: dict[str, Any] = {"about": about}
+    before = read_json(run.evaluation_file) if run.evaluation_file.is_file() else {}
+    if all(before.get("about", {}).get(key) == about[key] for key in ("model", "data")):
+        found = before | {"about": about | {"seconds": before["about"]["seconds"]}}
+    for name in chosen:
+        started = time.perf_counter()
+        found[name] = _as_json(getattr(evaluation, name)())
+        found["about"]["seconds"][name] = round(time.perf_counter() - started, 1)
+        write_json(run.evaluation_file, found)
+        on_section(name, found[name])
+    return found
+
+
+class _Evaluation:
+    """One model, one set of examples, one protocol: a method for each section, named as in the file."""
+
+    def __init__(
+        self,
+        run: Run,
+        data: Data,
+        model: VAE,
+        test: Examples | None,
+        against: Examples | None,
+        features: str | nn.Module,
+        download: bool,
+        n_samples: int,
+        importance_samples: int,
+        progress: Progress,
+    ) -> None:
+        run.check_data(data)
+        config = run.config()
+        self.run, self.data, self.seed, self.progress = run, data, config.seed, progress
+        self.device = make_fabric(config).device
+        self.model = model.to(self.device)
+        self.mixture = run.mixture().to(self.device)
+        self.test = test or Examples("test", data.test)
+        self.against = against
+        for examples in (test, against):
+            if examples:
+                self.model.scaling.check(torch.from_numpy(examples.raw[:BATCH]))
+        self.features, self.download = features, download
+        self.n_samples = min(n_samples, len(self.test.raw))
+        self.importance_samples = importance_samples
+        self.found_features: dict[str, Tensor] = {}
+
+    def about(self) -> dict[str, Any]:
+        """What was evaluated, and with what."""
+        return {
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": {},
+            "seed": self.seed,
+            "data": {
+                "name": self.data.name,
+                "fingerprint": self.data.fingerprint,
+                "test": self.test.name,
+                "test_sha256": _sha256(self.test.raw),
+                "n_test": len(self.test.raw),
+            },
+            "model": hashlib.sha256(self.run.model_file.read_bytes()).hexdigest(),
+            "n_components": self.mixture.n_components,
+            "device": str(self.device),
+            "versions": versions(),
+        }
+
+    def likelihood(self) -> dict[str, Any]:
+        """Bounds on log p(x), raw and, of digital data, dequantised."""
+        raw = likelihood(self.model, self._batches("ELBO", self.test.raw), self._generator(5))
+        found: dict[str, Any] = raw._asdict()
+        found["noise_floor_var"] = found.pop("floor_var")
+        first = self.test.raw.take(slice(PAPER_EXAMPLES))
+        paper = self._bounds(self._batches("IWAE of the paper", first), PAPER_SAMPLES, 6)
+        found |= {name.replace("iwae_20", "iwae_20_first_500"): bound for name, bound in paper.items()}
+        K = self.importance_samples
+        self._draw_variance_sweep(raw)
+        if K == 0:
+            return found
+        found |= self._bounds(self._batches(f"IWAE-{K}", self.test.raw), K, 7)
+        quantum = self.model.scaling.quantum
+        if quantum is not None:
+            elbo = likelihood(self.model, self._dequantised("Dequantised ELBO", quantum), self._generator(5)).elbo
+            bounds = self._bounds(self._dequantised(f"Dequantised IWAE-{K}", quantum), K, 7)
+            found["dequantised"] = {"elbo": elbo, **bounds}
+            for name, bound in bounds.items():
+                suffix = name.removeprefix(f"iwae_{K}")
+                found[f"bits_per_dim{suffix}"] = bits_per_dimension(bound, math.prod(self.model.shape), quantum)
+        return found
+
+    def _bounds(self, batches: Iterator[Tensor], K: int, stream: int) -> dict[str, Estimate]:
+        """Importance-weighted bounds with the prior and with the mixture as p(z), from the same draws."""
+        log_priors = [standard_normal_log_prob, self.mixture.log_prob]
+        by_prior = iwae(self.model, batches, K, log_priors, self._generator(stream))
+        return {
+            f"iwae_{K}{suffix}": Estimate.of_mean(row) for suffix, row in zip(("", "_mixture"), by_prior, strict=True)
+        }
+
+    def _dequantised(self, label: str, quantum: float) -> Iterator[Tensor]:
+        scaling, generator = self.model.scaling, self._generator(8)
+        for raw in self._batches(label, self.test.raw):
+            yield scaling.restore(dequantise(scaling(raw), quantum, generator))
+
+    def _draw_variance_sweep(self, found: Likelihood) -> None:
+        """ELBO of the networks as they are, eq. (9), for any one variance: highest at their squared error, eq. (10)."""
+        D, mse = math.prod(self.model.shape), found.mse.value
+        var = SWEEP * mse
+        elbo = -D / 2 * (np.log(2 * math.pi * var) + mse / var) - found.kl.value
+        noise = self.model.noise
+        learned = (
+            noise.reference_log_var.exp() if isinstance(noise, PredictedNoise) else torch.tensor(found.noise_var.value)
+        )
+        figure = plots.variance_sweep(var, {"ELBO with one variance, nats": {"test data": elbo}}, float(learned.mean()))
+        plots.save(figure, self.run.figures / "variance-sweep.png")
+
+    def samples(self) -> dict[str, Any]:
+        """Fréchet and kernel distances of real training data, reconstructions and samples from the test data."""
+        reference = self._features("test")
+        found: dict[str, Any] = {
+            "features": self.extractor.name,
+            "feature_dimension": self.extractor.dimension,
+            "reference": {"examples": self.test.name, "n": len(reference)},
+        }
+        for done, row in enumerate(ROWS):
+            features = self._features(row)
+            self.progress(f"Distances of {row}", done, len(ROWS))
+            quality = sample_quality(features, reference, self.seed)
+            found[row] = {"frechet_distance": quality.frechet, "kernel_distance": quality.kernel}
+        self.progress("Distances", len(ROWS), len(ROWS))
+        if self.data.kind == "image":
+            self._draw_samples()
+        return found
+
+    def _draw_samples(self) -> None:
+        """Test data beside samples from the prior and from the mixture."""
+        shown = {"test data": torch.from_numpy(self.test.raw[:SHOWN_IMAGES]).to(self.device)}
+        for row in ("prior", "mixture"):
+            shown[row] = next(self._generated(row, SHOWN_IMAGES))
+        sets = {title: self.model.scaling(raw).cpu().numpy() for title, raw in shown.items()}
+        plots.save(plots.samples_compared(sets), self.run.figures / "samples-compared.png")
+
+    def latent(self) -> dict[str, Any]:
+        """What the codes are like, and whether the mixture copies training data."""
+        posterior = encode_all(self.model, self._batches("Encoding test data", self.test.raw))
+        units = latent_units(posterior)
+        found = {
+            "kl_mixture_prior": self.mixture.kl_to_prior(generator=self._generator(9)),
+            "active_units": {
+                "value": sum(unit.is_active for unit in units),
+                "of": len(units),
+                "threshold": ACTIVE_UNIT_VAR,
+                "n": len(self.test.raw),
+            },
+            "rate_per_unit": [unit.rate for unit in units],
+            "code_log_likelihood": code_log_likelihood(posterior.sample(self._generator(10)), self.mixture),
+            "memorisation": memorisation(
+                samples=self._features("mixture"),
+                training=self._features("training"),
+                test_reconstructions=self._features("reconstruction"),
+                test=self._features("test"),
+            ),
+        }
+        if self.model.latent_dim > 1:
+            plane = latent_plane(
+                encode_all(self.model, self._batches("Encoding training data", self._training(PLANE_EXAMPLES))),
+                self.mixture,
+                self._generator(11),
+            )
+            kind = "unit" if self.model.latent_dim == 2 else "principal axis"
+            figure = plots.latent_densities(
+                plane.x,
+                plane.y,
+                {
+                    "aggregate posterior": plane.aggregate_log_prob,
+                    f"mixture of {self.mixture.n_components}": plane.mixture_log_prob,
+                    "prior": plane.prior_log_prob,
+                },
+                plane.codes[:SHOWN_CODES],
+                (f"latent {kind} 1", f"latent {kind} 2"),
+            )
+            plots.save(figure, self.run.figures / "latent.png")
+        return found
+
+    def noise(self) -> dict[str, Any]:
+        """Whether the predicted std is the error that is found, over all dimensions and over those that vary."""
+        varying = varying_dimensions(torch.from_numpy(self._training(VARYING_EXAMPLES)[:]))
+        found = noise_calibration(self.model, self._batches("Noise", self.test.raw), varying)
+        parts = {"all": found.all_dimensions, "varying": found.varying_dimensions}
+        series = {name: part for name, part in parts.items() if part is not None}
+        curves = {
+            f"{name} {'pixels' if self.data.kind == 'image' else 'columns'}": plots.NoiseCurves(
+                part.reliability.predicted_std,
+                part.reliability.observed_rmse,
+                part.pit_histogram,
+                np.array([part.coverage_1.value, part.coverage_2.value, part.coverage_3.value]),
+            )
+            for name, part in series.items()
+        }
+        plots.save(plots.reliability(curves), self.run.figures / "reliability.png")
+        plots.save(
+            plots.sparsification(*(found.varying_dimensions or found.all_dimensions).sparsification),
+            self.run.figures / "sparsification.png",
+        )
+        return {
+            "varying_share": float(varying.float().mean()),
+            **{name: part._asdict() for name, part in series.items()},
+        }
+
+    def outliers(self) -> dict[str, Any]:
+        """How well examples of another kind are told from the test data."""
+        if self.against is None:  # pragma: no cover (evaluate() has refused it)
+            raise ConfigError(["the section outliers needs examples of another kind"])
+        parts = {"Validation": self.data.validation, "Test": self.test.raw, "Other": self.against.raw}
+        scores = {
+            name: model_scores(self.model, self.mixture, self._batches(f"{name} scores", raw), self._generator(12))
+            for name, raw in parts.items()
+        }
+        inliers, outliers = (outlier_scores(scores[name], scores["Validation"]) for name in ("Test", "Other"))
+        plots.save(
+            plots.outlier_scores(inliers.combined, outliers.combined, "combined score"),
+            self.run.figures / "outliers.png",
+        )
+        sizes = {"against": self.against.name, "n_inliers": len(self.test.raw), "n_outliers": len(self.against.raw)}
+        return sizes | outlier_detection(inliers, outliers)._asdict()
+
+    @cached_property
+    def extractor(self) -> FeatureExtractor:
+        """Features that samples are compared in."""
+        default = "efficientnet-lite0" if self.data.kind == "image" else "columns"
+        extractor = load_features(
+            default if self.features == "auto" else self.features, self.data, download=self.download
+        )
+        extractor.module.to(self.device)
+        return extractor
+
+    def _features(self, row: str) -> Tensor:
+        """Features of one row of the table of samples, or of many training examples; computed once."""
+        if row not in self.found_features:
+            n, label = self.n_samples, f"Features of {row}"
+            if row == "test":
+                features = self._real_features(label, self.test.raw.take(slice(n)))
+            elif row in ("real", "training"):
+                features = self._real_features(label, self._training(n if row == "real" else TRAINING_EXAMPLES))
+            else:
+                images = self._reconstructed(n) if row == "reconstruction" else self._generated(row, n)
+                features = features_of(self.extractor, self._track(label, images, math.ceil(n / BATCH)))
+            self.found_features[row] = features
+        return self.found_features[row]
+
+    def _real_features(self, label: str, raw: Subset) -> Tensor:
+        return cached_features(self.extractor, self._batches(label, raw), _sha256(raw), len(raw))
+
+    def _training(self, n: int) -> Subset:
+        """Some of the training examples, drawn at random, but always the same."""
+        order = np.random.RandomState(self.seed).permutation(len(self.data.train))[:n]
+        return self.data.train.take(np.sort(order))
+
+    def _reconstructed(self, n: int) -> Iterator[Tensor]:
+        for raw in Batches(self.test.raw.take(slice(n)), BATCH, self.device).epoch():
+            yield self._observed(self.model.reconstruct(self.model.scaling(raw)), self._generator(13))
+
+    def _generated(self, row: str, n: int) -> Iterator[Tensor]:
+        sources: dict[str, CodeSource] = {
+            "prior": StandardNormal(self.model.latent_dim).to(self.device),
+            "gaussian": single_gaussian(self.mixture),
+            "mixture": self.mixture,
+        }
+        generator = self._generator(14)
+        for first in range(0, n, BATCH):
+            yield self._observed(self.model.generate(min(BATCH, n - first), sources[row], generator), generator)
+
+    def _observed(self, likelihood: Gaussian, generator: torch.Generator) -> Tensor:
+        """Decoded codes as the data would be: means of images, but tables with their noise, for means spread less."""
+        x = likelihood.mean if self.data.kind == "image" else likelihood.sample(generator)
+        return self.model.scaling.restore_levels(x)
+
+    def _batches(self, label: str, raw: Subset) -> Iterator[Tensor]:
+        batches = Batches(raw, BATCH, self.device)
+        return self._track(label, batches.epoch(), len(batches))
+
+    def _track(self, label: str, batches: Iterable[Tensor], total: int) -> Iterator[Tensor]:
+        for done, batch in enumerate(batches):
+            self.progress(label, done, total)
+            yield batch
+        self.progress(label, total, total)
+
+    def _generator(self, stream: int) -> torch.Generator:
+        """A stream of randomness of its own for each part, so that no figure depends on which others are computed."""
+        return torch.Generator(self.device).manual_seed(self.seed + stream)
+
+
+def _sha256(raw: Subset) -> str:
+    """Checksum of examples, in order."""
+    digest = hashlib.sha256(f"{raw.dtype} {raw.shape}".encode())
+    for first in range(0, len(raw), BATCH):
+        digest.update(raw[first : first + BATCH].data)
+    return digest.hexdigest()
+
+
+def _as_json(value: Any) -> Any:  # noqa: ANN401 (any record)
+    """Records as dictionaries, arrays as lists."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: _as_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(part) for part in value]
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

@@ -1,0 +1,297 @@
+r"""Which inputs are odd: scores of each example, their combination, and how well they detect outliers.
+
+No single score suffices. Simple images of another kind may have a higher likelihood than the data (Nalisnick et al.,
+2019, *Do deep generative models know what they don't know?*), a well reconstructed input may have an unusual code, and
+the code says nothing of what it leaves out. So the combination asks whether an input is *typical*: whether its scores,
+taken together, are such as those of the data, neither too high nor too low.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from numpy.typing import NDArray
+from sklearn.metrics import average_precision_score
+from torch import Tensor
+
+from equipoise.aggregate import GaussianMixture
+from equipoise.data.dataset import Array
+from equipoise.estimate import Estimate, jackknife
+from equipoise.model import VAE
+from equipoise.objectives import Elbo
+
+MIN_REFERENCE = 5
+"""Fewest reference examples that leave a covariance of three scores when one is left out."""
+
+SCORE_PRECISION = 1e-6
+"""Smallest standard deviation of a score, relative to its mean or to one: float32 resolves no less."""
+
+
+class ModelScores(NamedTuple):
+    """What each part of a model says of each example.
+
+    Args:
+        negative_elbo: -ELBO, eq. (4), (N,), nats; higher is odder.
+        standardised_residual: mean over the dimensions of (x - m)^2 / sigma^2 at the posterior mean, (N,); higher is
+            odder, and about one where the noise model is right.
+        rate: KL(q(z|x), p(z)), (N,), nats; odd if unusually low or high.
+        negative_mixture_log_prob: minus the log-density of the posterior mean under the mixture, eq. (13), (N,), nats;
+            higher is odder.
+    """
+
+    negative_elbo: Float64[np.ndarray, " n"]
+    standardised_residual: Float64[np.ndarray, " n"]
+    rate: Float64[np.ndarray, " n"]
+    negative_mixture_log_prob: Float64[np.ndarray, " n"]
+
+    @property
+    def _vectors(self) -> Float64[np.ndarray, "n 3"]:
+        """What is combined: what the code leaves out, what it costs, where it lies. None of them is random."""
+        return np.stack([self.standardised_residual, self.rate, self.negative_mixture_log_prob], axis=1)
+
+
+class OutlierScores(NamedTuple):
+    """Scores of each example against reference data; all but the tail probability are higher for odder examples.
+
+    Args:
+        negative_elbo: as in :class:`ModelScores`.
+        standardised_residual: likewise.
+        negative_mixture_log_prob: likewise.
+        combined: squared Mahalanobis distance of the scores from those of the reference, (N,).
+        tail_probability: of the distance, (N,): the chance that an example like the reference is as odd. One of 0.03
+            is odder than 97 % of the reference.
+    """
+
+    negative_elbo: Float64[np.ndarray, " n"]
+    standardised_residual: Float64[np.ndarray, " n"]
+    negative_mixture_log_prob: Float64[np.ndarray, " n"]
+    combined: Float64[np.ndarray, " n"]
+    tail_probability: Float64[np.ndarray, " n"]
+
+
+@torch.no_grad()
+def model_scores(
+    model: VAE, mixture: GaussianMixture, batches: Iterable[Tensor], generator: torch.Generator | None = None
+) -> ModelScores:
+    r"""Score each example by the parts of a model.
+
+    Args:
+        model: in evaluation mode.
+        mixture: fitted to the aggregate posterior, on the model's device.
+        batches: raw data, (B, \*) each, on the model's device.
+        generator: source of the one sample of z per example in the ELBO.
+
+    Returns:
+        The scores, in the order of the examples.
+
+    Raises:
+        ValueError: if there are no batches, or a score is not finite.
+    """
+    objective = Elbo(model)
+    rows = []
+    for raw in batches:
+        x = model.scaling(raw)
+        terms = objective(x, generator)
+        code = terms.posterior.mean
+        likelihood = model.decode(code)
+        squared = (x - likelihood.mean).square() / likelihood.var
+        density = mixture.log_prob(code).to(x.dtype)
+        rows.append(torch.stack([-terms.elbo, squared.flatten(1).mean(1), terms.kl, -density]))
+    if not rows:
+        raise ValueError("expected at least one batch of examples to score, got none")
+    scores = ModelScores(*torch.cat(rows, 1).double().cpu().numpy())
+    for name, values in scores._asdict().items():
+        if n_bad := int((~np.isfinite(values)).sum()):
+            raise ValueError(f"{name} is not finite for {n_bad} of {len(values)} examples: are their values?")
+    return scores
+
+
+def outlier_scores(scores: ModelScores, reference: ModelScores) -> OutlierScores:
+    r"""Combine the scores of each example into one: how far they are from those of reference data.
+
+    .. math:: D^2(x) = (s(x) - \bar s)^T C^{-1} (s(x) - \bar s), \qquad
+        p(x) = \frac{1 + \#\{n : D_{(n)}^2(x_n) \ge D^2(x)\}}{1 + N}
+
+    with s the standardised residual, the rate and the negative mixture log-density, and mean and covariance of s over
+    the N examples of the reference, of which :math:`D_{(n)}` leaves out the n-th, so that old and new are alike. D^2
+    takes the reference's s for Gaussian, p does not: about a share p of new data like the reference have one below p.
+    Mahalanobis (1936), *On the generalised distance in statistics*; typicality of several statistics of a model as in
+    Morningstar et al. (2021), *Density of states estimation for out-of-distribution detection*.
+
+    Args:
+        scores: of the examples in question.
+        reference: scores of data that the model was not trained on, such as the validation set; at least 5.
+
+    Returns:
+        The scores, D^2 and its tail probability, which is no smaller than 1 / (1 + N).
+
+    Raises:
+        ValueError: if the reference has fewer than 5 examples.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> reference = ModelScores(*rng.normal(size=(4, 999)))
+        >>> found = outlier_scores(ModelScores(*np.array([[0.0, 5.0]] * 4)), reference)
+        >>> found.tail_probability.round(2)
+        array([1., 0.])
+    """
+    vectors, n = reference._vectors, len(reference.rate)
+    if n < MIN_REFERENCE:
+        raise ValueError(f"a covariance of three scores needs a reference of {MIN_REFERENCE} examples, got {n}")
+    mean = vectors.mean(0)
+    covariance = np.cov(vectors.T) + np.diag(np.square(SCORE_PRECISION * np.abs(mean).clip(1.0)))
+
+    def squared_distance(of: ModelScores) -> Array:
+        deviation = of._vectors - mean
+        squared: Array = (deviation * np.linalg.solve(covariance, deviation.T).T).sum(1)
+        return squared
+
+    combined, within = squared_distance(scores), squared_distance(reference)
+    left_out = n**2 * (n - 2) / (n - 1) * within / ((n - 1) ** 2 - n * within)
+    n_as_odd = n - np.searchsorted(np.sort(left_out), combined, side="left")
+    return OutlierScores(
+        negative_elbo=scores.negative_elbo,
+        standardised_residual=scores.standardised_residual,
+        negative_mixture_log_prob=scores.negative_mixture_log_prob,
+        combined=combined,
+        tail_probability=(1 + n_as_odd) / (1 + n),
+    )
+
+
+class Detection(NamedTuple):
+    """How well one score separates outliers from inliers.
+
+    Args:
+        auroc: area under the ROC curve, the chance that an outlier scores higher than an inlier; 0.5 for guessing.
+        aupr: area under the precision-recall curve; the share of outliers for guessing.
+    """
+
+    auroc: Estimate
+    aupr: Estimate
+
+
+class OutlierDetection(NamedTuple):
+    """Detection by each score.
+
+    Args:
+        negative_elbo: by -ELBO.
+        standardised_residual: by the mean standardised residual.
+        negative_mixture_log_prob: by the rarity of the code under the mixture.
+        combined: by the distance of the scores from those of the reference.
+        outlier_share: outliers among all examples, on which the areas under precision-recall curves depend.
+    """
+
+    negative_elbo: Detection
+    standardised_residual: Detection
+    negative_mixture_log_prob: Detection
+    combined: Detection
+    outlier_share: float
+
+
+def outlier_detection(inliers: OutlierScores, outliers: OutlierScores) -> OutlierDetection:
+    """Measure how well each score separates outliers from inliers.
+
+    Args:
+        inliers: scores of test data of the kind that the model was trained on.
+        outliers: scores of other data, against the same reference.
+
+    Returns:
+        The areas for each score, whose n is the number of examples of both kinds.
+
+    Raises:
+        ValueError: if either has no examples.
+    """
+    n_outliers, n_inliers = len(outliers.combined), len(inliers.combined)
+    return OutlierDetection(
+        negative_elbo=_detection(inliers.negative_elbo, outliers.negative_elbo),
+        standardised_residual=_detection(inliers.standardised_residual, outliers.standardised_residual),
+        negative_mixture_log_prob=_detection(inliers.negative_mixture_log_prob, outliers.negative_mixture_log_prob),
+        combined=_detection(inliers.combined, outliers.combined),
+        outlier_share=n_outliers / (n_inliers + n_outliers),
+    )
+
+
+def auroc(inliers: Float[np.ndarray, " n"], outliers: Float[np.ndarray, " m"]) -> Estimate:
+    r"""Area under the ROC curve, with the standard error of its U-statistic.
+
+    .. math:: A = \frac1{nm} \sum_{ij} \bigl([s_i < t_j] + \tfrac12 [s_i = t_j]\bigr), \qquad
+        \mathrm{s.e.}^2 = \frac{\mathrm{Var}_j\,V_j}{m} + \frac{\mathrm{Var}_i\,U_i}{n}
+
+    with V_j the share of inliers below outlier j, and U_i that of outliers above inlier i. DeLong, DeLong and
+    Clarke-Pearson (1988), *Comparing the areas under two or more correlated receiver operating characteristic curves*.
+
+    Args:
+        inliers: their scores, (n,), at least one.
+        outliers: theirs, (m,), at least one; higher if the score is any good.
+
+    Returns:
+        The area; its standard error, which is None if there is but one inlier or one outlier; n + m.
+
+    Raises:
+        ValueError: if either is empty.
+
+    Example:
+        >>> auroc(np.array([0.0, 1.0]), np.array([1.0, 2.0]))
+        Estimate(value=0.875, standard_error=0.1767766952966369, n=4)
+    """
+    _check_both(inliers, outliers)
+    below = _share_below(outliers, inliers)
+    above = 1 - _share_below(inliers, outliers)
+    standard_error = None
+    if min(len(inliers), len(outliers)) > 1:
+        standard_error = math.sqrt(below.var(ddof=1) / len(below) + above.var(ddof=1) / len(above))
+    return Estimate(float(below.mean()), standard_error, len(inliers) + len(outliers))
+
+
+def average_precision(inliers: Float[np.ndarray, " n"], outliers: Float[np.ndarray, " m"]) -> Estimate:
+    r"""Area under the precision-recall curve as a step function, with the jackknife over the examples.
+
+    .. math:: \sum_k (R_k - R_{k-1}) P_k
+
+    with precision P_k and recall R_k at the k-th threshold. Boyd, Eng and Page (2013), *Area under the
+    precision-recall curve: point estimates and confidence intervals*.
+
+    Args:
+        inliers: their scores, (n,), at least one.
+        outliers: theirs, (m,), at least one.
+
+    Returns:
+        The area; its standard error, which is None if there is but one inlier or one outlier; n + m.
+
+    Raises:
+        ValueError: if either is empty.
+
+    Example:
+        >>> average_precision(np.array([0.0, 2.0]), np.array([1.0, 3.0])).value  # (1 + 2/3) / 2
+        0.8333333333333333
+    """
+    _check_both(inliers, outliers)
+    scores = np.concatenate([inliers, outliers])
+    is_outlier = np.arange(len(scores)) >= len(inliers)
+
+    def area(rows: NDArray[np.int64]) -> float:
+        return float(average_precision_score(is_outlier[rows], scores[rows]))
+
+    if min(len(inliers), len(outliers)) == 1:  # the jackknife would leave none
+        return Estimate(area(np.arange(len(scores))), None, len(scores))
+    return jackknife(area, len(scores))
+
+
+def _check_both(inliers: Array, outliers: Array) -> None:
+    if not len(inliers) or not len(outliers):
+        raise ValueError(
+            f"detection needs both kinds of examples, got {len(inliers)} inliers and {len(outliers)} outliers"
+        )
+
+
+def _detection(inliers: Array, outliers: Array) -> Detection:
+    return Detection(auroc(inliers, outliers), average_precision(inliers, outliers))
+
+
+def _share_below(scores: Array, others: Array) -> Array:
+    """Share of the others below each score, ties counted half."""
+    ordered = np.sort(others)
+    return (np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right")) / (2 * len(others))
