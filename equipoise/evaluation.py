@@ -21,7 +21,7 @@ from equipoise.metrics.calibration import noise_calibration, varying_dimensions
 from equipoise.metrics.features import FeatureExtractor, cached_features, features_of, load_features
 from equipoise.metrics.latent import code_log_likelihood, latent_plane, latent_units, single_gaussian
 from equipoise.metrics.likelihood import Likelihood, bits_per_dimension, dequantise, iwae, likelihood
-from equipoise.metrics.memorisation import memorisation
+from equipoise.metrics.memorisation import Memorisation, as_vectors, memorisation
 from equipoise.metrics.outliers import model_scores, outlier_detection, outlier_scores
 from equipoise.metrics.samples import sample_quality
 from equipoise.model import VAE, CodeSource, encode_all
@@ -39,8 +39,8 @@ BATCH = 500
 SHOWN_IMAGES, SHOWN_CODES = 36, 1000
 ROWS = ("real", "reconstruction", "prior", "gaussian", "mixture")
 """Of the table of samples: training data, decoded test data, and three sources of codes."""
-TRAINING_EXAMPLES = 60_000
-"""Training examples that samples are compared with for memorisation, at most."""
+COPIES_SOUGHT = 1000
+"""Samples among which copies of the training data are sought."""
 PLANE_EXAMPLES = VARYING_EXAMPLES = 5000
 SWEEP = np.geomspace(0.1, 10, 81)
 """Multiples of the optimal variance at which the closed-form curve is drawn."""
@@ -177,7 +177,7 @@ class _Evaluation:
                 "name": self.data.name,
                 "fingerprint": self.data.fingerprint,
                 "test": self.test.name,
-                "test_sha256": _sha256(self.test.raw),
+                "test_sha256": self.test.raw.sha256(),
                 "n_test": len(self.test.raw),
             },
             "model": hashlib.sha256(self.run.model_file.read_bytes()).hexdigest(),
@@ -274,12 +274,7 @@ class _Evaluation:
             },
             "rate_per_unit": [unit.rate for unit in units],
             "code_log_likelihood": code_log_likelihood(posterior.sample(self._generator(10)), self.mixture),
-            "memorisation": memorisation(
-                samples=self._features("mixture"),
-                training=self._features("training"),
-                test_reconstructions=self._features("reconstruction"),
-                test=self._features("test"),
-            ),
+            "memorisation": self._memorisation(),
         }
         if self.model.latent_dim > 1:
             plane = latent_plane(
@@ -301,6 +296,21 @@ class _Evaluation:
             )
             plots.save(figure, self.run.figures / "latent.png")
         return found
+
+    @torch.no_grad()
+    def _memorisation(self) -> Memorisation:
+        """Distances between decoded means, in model units: there a copy is a copy, for blur is on either side."""
+        test, model = self.test.raw.take(slice(COPIES_SOUGHT)), self.model
+
+        def decoded(raw: Subset, label: str) -> Iterator[Tensor]:
+            return (model.decode_mean(model.encode(model.scaling(x)).mean) for x in self._batches(label, raw))
+
+        return memorisation(
+            samples=as_vectors([model.generate(COPIES_SOUGHT, self.mixture, self._generator(15)).mean]),
+            training=as_vectors(decoded(self.data.train, "Reconstructing training data")),
+            test_reconstructions=as_vectors(decoded(test, "Reconstructing test data")),
+            test=as_vectors(model.scaling(x) for x in self._batches("Test data", test)),
+        )
 
     def noise(self) -> dict[str, Any]:
         """Whether the predicted std is the error that is found, over all dimensions and over those that vary."""
@@ -355,13 +365,13 @@ class _Evaluation:
         return extractor
 
     def _features(self, row: str) -> Tensor:
-        """Features of one row of the table of samples, or of many training examples; computed once."""
+        """Features of one row of the table of samples, or of the test data; computed once."""
         if row not in self.found_features:
             n, label = self.n_samples, f"Features of {row}"
             if row == "test":
                 features = self._real_features(label, self.test.raw.take(slice(n)))
-            elif row in ("real", "training"):
-                features = self._real_features(label, self._training(n if row == "real" else TRAINING_EXAMPLES))
+            elif row == "real":
+                features = self._real_features(label, self._training(n))
             else:
                 images = self._reconstructed(n) if row == "reconstruction" else self._generated(row, n)
                 features = features_of(self.extractor, self._track(label, images, math.ceil(n / BATCH)))
@@ -369,7 +379,7 @@ class _Evaluation:
         return self.found_features[row]
 
     def _real_features(self, label: str, raw: Subset) -> Tensor:
-        return cached_features(self.extractor, self._batches(label, raw), _sha256(raw), len(raw))
+        return cached_features(self.extractor, raw, self._batches(label, raw))
 
     def _training(self, n: int) -> Subset:
         """Some of the training examples, drawn at random, but always the same."""
@@ -408,14 +418,6 @@ class _Evaluation:
     def _generator(self, stream: int) -> torch.Generator:
         """A stream of randomness of its own for each part, so that no figure depends on which others are computed."""
         return torch.Generator(self.device).manual_seed(self.seed + stream)
-
-
-def _sha256(raw: Subset) -> str:
-    """Checksum of examples, in order."""
-    digest = hashlib.sha256(f"{raw.dtype} {raw.shape}".encode())
-    for first in range(0, len(raw), BATCH):
-        digest.update(raw[first : first + BATCH].data)
-    return digest.hexdigest()
 
 
 def _as_json(value: Any) -> Any:  # noqa: ANN401 (any record)

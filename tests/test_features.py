@@ -198,7 +198,7 @@ def test_inception_is_downloaded_only_when_asked_for(digits, weights, torch_fide
 
 def cached(data, part, folder, factor=1.0):
     extractor = load_features(ChannelMeans(factor), data)
-    return cached_features(extractor, Batches(part, 16).epoch(), data, "test", part.indices, folder)
+    return cached_features(extractor, part, Batches(part, 16).epoch(), folder)
 
 
 def untouched():
@@ -209,13 +209,15 @@ def untouched():
 def test_features_of_real_data_are_computed_once(digits, tmp_path):
     first = cached(digits, digits.test, tmp_path)
     extractor = load_features(ChannelMeans(), digits)
-    again = cached_features(extractor, untouched(), digits, "test", digits.test.indices, tmp_path)
+    again = cached_features(extractor, digits.test, untouched(), tmp_path)
     torch.testing.assert_close(again, first, atol=0, rtol=0)
     other = cached(digits, digits.test, tmp_path, factor=2.0)
     torch.testing.assert_close(other, 2 * first)  # other features, another file
-    fewer = dataclasses.replace(digits.test, indices=digits.test.indices[:7])
-    assert len(cached(digits, fewer, tmp_path)) == 7
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(cached(digits, digits.test.take(slice(7)), tmp_path)) == 7
+    # The same values in another unit are other images.
+    darker = dataclasses.replace(digits, scale=np.asarray(2 * digits.scale, np.float32))
+    assert float(cached(darker, digits.test, tmp_path).mean()) < 0.6 * float(first.mean())
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_torn_or_foreign_file_is_written_anew(digits, tmp_path):
@@ -225,7 +227,7 @@ def test_a_torn_or_foreign_file_is_written_anew(digits, tmp_path):
     for content in (file.read_bytes()[:300], b"foreign"):
         file.write_bytes(content)
         torch.testing.assert_close(cached(digits, digits.test, tmp_path), first, atol=0, rtol=0)
-        again = cached_features(extractor, untouched(), digits, "test", digits.test.indices, tmp_path)
+        again = cached_features(extractor, digits.test, untouched(), tmp_path)
         torch.testing.assert_close(again, first, atol=0, rtol=0)
 
 
@@ -236,8 +238,8 @@ def test_a_cache_that_cannot_be_written_is_a_warning(digits, tmp_path):
     assert len(found) == len(digits.test)
 
 
-def test_rows_must_be_those_of_the_batches(digits, tmp_path):
+def test_the_batches_must_be_those_of_the_examples(digits, tmp_path):
     extractor = load_features(ChannelMeans(), digits)
-    with pytest.raises(ValueError, match="expected batches of 7 examples"):
-        cached_features(extractor, Batches(digits.test, 9).epoch(), digits, "test", digits.test.indices[:7], tmp_path)
+    with pytest.raises(ValueError, match="expected batches of the 7 examples"):
+        cached_features(extractor, digits.test.take(slice(7)), Batches(digits.test, 9).epoch(), tmp_path)
     assert not list(tmp_path.iterdir())

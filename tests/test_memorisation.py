@@ -7,7 +7,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import NearestNeighbors
 
 from equipoise.metrics import memorisation as module
-from equipoise.metrics.memorisation import memorisation
+from equipoise.metrics.memorisation import as_vectors, memorisation
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +75,30 @@ def test_standard_error_is_the_spread_over_repetitions(generator):
     assert np.mean([figure.standard_error for figure in figures]) == pytest.approx(spread, rel=0.2)
 
 
-def test_exact_copies_far_from_the_origin_have_distance_zero(generator):
-    training = torch.randn(100, 8, generator=generator) + 1e3
-    found = memorisation(training[:20], training, training[:50] + 1.0, training + 1.0)
-    assert found.samples.value == 0  # where a matrix product leaves rounding of 1e-3 and more
-    assert found.closer.value == 1
-    assert found.closer.standard_error == 0
-    assert found.copied
+def test_distances_of_near_copies_are_not_lost_in_rounding(generator):
+    training = torch.randn(100, 8, generator=generator)
+    unseen = torch.randn(60, 8, generator=generator)
+    near = training[:30] + 1e-5  # a matrix product of float32 leaves 1e-3
+    found = memorisation(near, training, training[:50] + 1.0, training + 1.0)
+    assert found.samples.value == pytest.approx(1e-5 * 8**0.5, rel=0.05)
+    there, here = (memorisation(unseen + x, training + x, unseen + x, unseen + x).test.value for x in (1e4, 0.0))
+    assert there == pytest.approx(here, rel=1e-2)
+    exact = memorisation(training[:30] + 1e3, training + 1e3, training[:50] + 1001.0, training + 1001.0)
+    assert exact.samples.value == 0
+    assert exact.closer.value == 1
+    assert exact.closer.standard_error == 0
+    assert exact.copied
+
+
+def test_copied_takes_a_margin_and_significance(monkeypatch, generator):
+    training, unseen = torch.randn(2, 400, 6, generator=generator)
+    samples = torch.cat([torch.randn(300, 6, generator=generator), training[:150]])
+    assert memorisation(samples, training, unseen, unseen).copied
+    few = memorisation(samples[297:303], training, unseen[:6], unseen)
+    assert few.closer.value > 0.5 + module.MARGIN
+    assert not few.copied
+    monkeypatch.setattr(module, "MARGIN", 0.4)
+    assert not memorisation(samples, training, unseen, unseen).copied
 
 
 def test_constant_data_are_no_copies():
@@ -99,3 +116,16 @@ def test_wrong_input_is_refused(generator):
         memorisation(x, x[:1], x, x)
     with pytest.raises(ValueError, match=r"test, of the 3 dimensions of training, got \(9, 2\)"):
         memorisation(x, x, x, x[:, :2])
+
+
+def test_vectors_lie_as_far_apart_as_the_examples(generator):
+    images = torch.rand(40, 3, 32, 32, generator=generator)
+    vectors = as_vectors(images.split(15))
+    assert vectors.shape == (40, 1024)
+    pairs = torch.pdist(images.flatten(1))
+    assert float((torch.pdist(vectors) / pairs - 1).abs().max()) < 0.12
+    torch.testing.assert_close(vectors, as_vectors([images]))  # the same projection, whatever the batches
+    few = torch.rand(5, 1, 8, 8, generator=generator)
+    assert torch.equal(as_vectors([few]), few.flatten(1))
+    with pytest.raises(ValueError, match="at least one batch"):
+        as_vectors([])

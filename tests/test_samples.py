@@ -14,7 +14,7 @@ def with_moments(mean, covariance, n=500):
     """Vectors whose sample mean and covariance are exactly these."""
     x = torch.randn(n, len(mean), dtype=torch.float64)
     x = x - x.mean(0)
-    white = torch.linalg.solve_triangular(torch.linalg.cholesky(x.mT.cov()), x.mT, upper=False).mT
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.atleast_2d(x.mT.cov())), x.mT, upper=False).mT
     return white @ torch.linalg.cholesky(covariance).mT + mean
 
 
@@ -32,9 +32,26 @@ def test_frechet_distance_of_known_gaussians():
     assert frechet_distance(x, x).value == pytest.approx(0, abs=1e-5)
 
 
+def test_frechet_distance_of_features_far_from_the_origin(generator):
+    x = torch.randn(500, 3, generator=generator)
+    y = 2 * torch.randn(500, 3, generator=generator)
+    assert frechet_distance(x + 1e3, y + 1e3).value == pytest.approx(frechet_distance(x, y).value, rel=1e-3)
+
+
+def test_standard_error_of_the_frechet_distance_in_one_dimension():
+    """There it is (m - m_r)^2 + (s - s_r)^2, whose variance follows from those of mean and standard deviation."""
+    x, y = (
+        with_moments(torch.tensor([m]), torch.tensor([[var]]).double(), 4000) for m, var in ((0.0, 1.0), (3.0, 4.0))
+    )
+    centred = x[:, 0] - x.mean()
+    # d m = c, d s = c^2 / 2 s, at m - m_r = -3 and s - s_r = -1
+    expected = (-6 * centred - centred.square()).std() / 4000**0.5
+    assert frechet_distance(x, y).standard_error == pytest.approx(float(expected), rel=1e-9)
+
+
 def test_standard_error_of_the_frechet_distance_is_the_spread_over_repetitions(generator):
     mixing = torch.randn(8, 8, generator=generator)
-    reference = torch.randn(2000, 8, generator=generator)
+    reference = torch.randn(2000, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
     draws = [torch.randn(800, 8, generator=generator) @ mixing + 0.3 for _ in range(100)]
     figures = [frechet_distance(draw, reference) for draw in draws]
     errors = [figure.standard_error for figure in figures]

@@ -1,5 +1,6 @@
 """The record that loading returns, the view it is made of, and the split into three parts."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[Any]
 Channels: TypeAlias = Literal["grey", "rgb"]
 
+CHECKED_AT_ONCE = 1024
 MAX_VALIDATION = 2000
 """More validation examples than this buy no precision that a learning curve could show."""
 
@@ -57,6 +59,17 @@ class Subset:
             The smaller subset.
         """
         return Subset(self.base, self.indices[rows], self.dtype)
+
+    def sha256(self) -> str:
+        """Checksum of the examples, in their order.
+
+        Returns:
+            In hexadecimal.
+        """
+        digest = hashlib.sha256(f"{self.dtype.str} {self.shape}".encode())
+        for first in range(0, len(self), CHECKED_AT_ONCE):
+            digest.update(self[first : first + CHECKED_AT_ONCE].data)
+        return digest.hexdigest()
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ A pretrained network sees images as 8-bit grey levels, whatever the unit of the 
 its columns are standardised. Figures in different features are not comparable, so the name goes with each of them.
 """
 
+import contextlib
 import hashlib
 import os
 import pkgutil
@@ -13,13 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from equipoise.data import Data
+from equipoise.data import Data, Subset
 from equipoise.data.cache import default_cache_dir
 from equipoise.model import Scaling
 from equipoise.store import StoreError, read_tensors, write_tensors
@@ -130,50 +130,39 @@ def features_of(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Float
 
 
 def cached_features(
-    extractor: FeatureExtractor,
-    batches: Iterable[Tensor],
-    data: Data,
-    split: str,
-    rows: Int64[np.ndarray, " n"],
-    folder: Path | None = None,
+    extractor: FeatureExtractor, examples: Subset, batches: Iterable[Tensor], folder: Path | None = None
 ) -> Float[Tensor, "n features"]:
     r"""Take real examples to their features, once: they are kept for the next evaluation.
 
-    A file that is torn or from elsewhere is written anew. A cache that cannot be written is a warning: the features are
-    right all the same.
+    They are kept under a checksum of the examples and of the extractor, units included. A file that is torn is written
+    anew. A cache that cannot be written is a warning: the features are right all the same.
 
     Args:
         extractor: from :func:`load_features`.
-        batches: the examples, (B, \*) each; left untouched if the cache has their features.
-        data: they are part of.
-        split: name of the part.
-        rows: their indices in it, as in ``data.test.indices``.
+        examples: raw, (N, \*).
+        batches: the same in batches, (B, \*) each; left untouched if the cache has their features.
         folder: of the cache; ``features`` in the default one if None.
 
     Returns:
         (N, d), float32, on the CPU.
 
     Raises:
-        ValueError: if ``batches`` do not hold as many examples as there are ``rows``.
+        ValueError: if ``batches`` do not hold as many examples as there are.
     """
-    key = [data.fingerprint, split, hashlib.sha256(rows.tobytes()).hexdigest(), extractor.name, version("equipoise")]
+    key = [examples.sha256(), extractor.name, _checksum(extractor.module), version("equipoise")]
     file = f"{hashlib.sha256(' '.join(key).encode()).hexdigest()[:32]}.safetensors"
     path = (folder or default_cache_dir() / "features") / file
-    try:
-        tensors, description = read_tensors(path, "features")
-        if description == key:
-            return tensors["features"]
-    except (StoreError, OSError):
-        pass
+    with contextlib.suppress(StoreError, OSError):
+        return read_tensors(path, "features")[0]["features"]
     features = features_of(extractor, batches)
-    if len(features) != len(rows):
-        raise ValueError(f"expected batches of {len(rows)} examples in all, as many as rows, got {len(features)}")
+    if len(features) != len(examples):
+        raise ValueError(f"expected batches of the {len(examples)} examples, got {len(features)} in all")
     try:
         write_tensors(path, "features", {"features": features}, key)
     except OSError as error:
         warnings.warn(
-            f"the features {extractor.name!r} of the {split} data could not be kept for the next evaluation ({error}); "
-            "choose another place with $EQUIPOISE_CACHE",
+            f"the features {extractor.name!r} could not be kept for the next evaluation ({error}); choose another "
+            "place with $EQUIPOISE_CACHE",
             stacklevel=2,
         )
     return features
@@ -265,7 +254,7 @@ class Inception(nn.Module):
             ) from error
         # torch-fidelity unpickles the file: only the one known comes so far.
         _check_file(weights, INCEPTION_SHA256, f"download it again from {INCEPTION_URL}")
-        if True:
+        with torch.random.fork_rng(devices=[]):  # its random start, thrown away, draws from the global generator
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
             )

@@ -6,6 +6,7 @@ distances to the nearest and the second nearest training example, and samples ar
 makes of examples that training never saw: the reconstructions of the test set.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from equipoise.estimate import Estimate, jackknife
 
 MARGIN = 0.05
 """Excess over one half in ``closer`` that a model without copies may have: test sets are never quite alike."""
+
+PROJECTED = 1024
+"""Dimensions that examples of more are projected to."""
 
 VECTORS_AT_ONCE = 512
 TRAINING_AT_ONCE = 8192
@@ -98,6 +102,37 @@ def memorisation(
         closer=closer,
         copied=closer.value - 0.5 > max(MARGIN, 3 * (closer.standard_error or 0.0)),
     )
+
+
+@torch.no_grad()
+def as_vectors(batches: Iterable[Tensor]) -> Float[Tensor, "n vector"]:
+    r"""Examples as vectors that lie as far apart as the examples do, in little memory.
+
+    Those of more than 1024 dimensions are projected at random to 1024, which keeps distances to within a few per cent:
+    Johnson and Lindenstrauss (1984), *Extensions of Lipschitz mappings into a Hilbert space*.
+
+    Args:
+        batches: (B, \*) each, on one device.
+
+    Returns:
+        (N, at most 1024), float32, on the CPU; always by the same projection.
+
+    Raises:
+        ValueError: if there are no batches.
+    """
+    projection, parts = None, []
+    for batch in batches:
+        vectors = batch.flatten(1).float()
+        if vectors.shape[1] > PROJECTED:
+            if projection is None:
+                generator = torch.Generator().manual_seed(0)
+                projection = torch.randn(vectors.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
+                projection = projection.to(vectors.device)
+            vectors = vectors @ projection
+        parts.append(vectors.cpu())
+    if not parts:
+        raise ValueError("there are no examples to compare; give at least one batch")
+    return torch.cat(parts)
 
 
 def _nearest_two(vectors: Tensor, training: Tensor) -> Tensor:

@@ -71,11 +71,12 @@ def frechet_distance(features: Float[Tensor, "n d"], reference: Float[Tensor, "m
         11.0
     """
     _check(features, reference, least=2)
+    features, reference = features.double(), reference.double()
     metric = FrechetInceptionDistance(_Given(features.shape[1]))
-    metric.update(reference.double(), real=True)
-    metric.update(features.double(), real=False)
-    influence = _frechet_influence(features.double(), reference.double())
-    return Estimate(float(metric.compute()), Estimate.of_mean(influence).standard_error, len(features))
+    metric.update(reference, real=True)
+    metric.update(features, real=False)
+    standard_error = Estimate.of_mean(_frechet_influence(features, reference)).standard_error
+    return Estimate(float(metric.compute()), standard_error, len(features))
 
 
 def _frechet_influence(features: Tensor, reference: Tensor) -> Tensor:

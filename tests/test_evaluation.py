@@ -1,0 +1,198 @@
+"""The protocol from end to end: what is written, that it repeats, and that it tells good from bad."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import equipoise
+from equipoise.aggregate import GaussianMixture
+from equipoise.data import Subset
+from equipoise.evaluation import ROWS, SECTIONS, Examples, evaluate
+from equipoise.glossary import leaves
+from equipoise.model import encode_all
+from equipoise.store import save_mixture
+from equipoise.training.config import ConfigError
+from equipoise.training.run import train
+
+torch.set_num_threads(1)
+
+
+class Projections(torch.nn.Module):
+    """Features that cost nothing: fixed random projections of the image."""
+
+    def __init__(self, n_pixels=64):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("weight", torch.randn(n_pixels, 12, generator=generator) / 255)
+
+    def forward(self, levels):
+        return levels.float().flatten(1) @ self.weight
+
+
+@pytest.fixture(scope="module")
+def run(digits, tmp_path_factory):
+    config = equipoise.TrainConfig(
+        latent_dim=8, width=8, stage_1_epochs=15, stage_2_epochs=5, batch_size=64, learning_rate=5e-3, n_components=5
+    )
+    return train(digits, config, tmp_path_factory.mktemp("evaluated") / "run")
+
+
+@pytest.fixture(scope="module")
+def permuted(digits):
+    """Digits whose pixels have been shuffled, each in its own way."""
+    rng = np.random.default_rng(0)
+    images = np.stack([rng.permutation(image.ravel()).reshape(image.shape) for image in digits.test[:]])
+    return Examples("permuted digits", Subset.whole(images))
+
+
+@pytest.fixture(scope="module")
+def found(run, digits, permuted):
+    return evaluate(run, digits, against=permuted, features=Projections())
+
+
+def test_all_sections_are_written_with_finite_figures(found, run):
+    assert json.loads(run.evaluation_file.read_text()) == found
+    assert set(found) == {"about", *SECTIONS}
+    for name in SECTIONS:
+        for keys, figure in leaves(found[name]):
+            if isinstance(figure, dict):
+                assert math.isfinite(figure["value"]), keys
+                assert figure["n"] > 1, keys
+    for name in (
+        "samples-compared",
+        "latent",
+        "reliability",
+        "sparsification",
+        "variance-sweep",
+        "outliers",
+        "training",
+    ):
+        with Image.open(run.figures / f"{name}.png") as image:
+            assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_likelihoods_are_ordered_as_they_must_be(found):
+    section = found["likelihood"]
+    value = {
+        keys[-1]: figure["value"] for keys, figure in leaves(section) if len(keys) == 1 and keys[0] != "noise_floor_var"
+    }
+    assert value["elbo"] == pytest.approx(value["log_likelihood"] - value["kl"], abs=1e-3)
+    assert value["iwae_20"] > value["elbo"]
+    assert value["iwae_20"] == pytest.approx(value["iwae_20_first_500"], abs=1.0)  # there are but 180 examples
+    # Bits are those of the dequantised bound: D = 64, levels 1/16 apart.
+    bound = section["dequantised"]["iwae_20"]["value"]
+    assert value["bits_per_dim"] == pytest.approx(-(bound / 64 + math.log(1 / 16)) / math.log(2))
+    assert 0 < value["bits_per_dim"] < math.log2(17)  # better than a uniform guess of the 17 levels
+
+
+def test_samples_are_ranked_real_data_first(found):
+    section = found["samples"]
+    assert section["features"].startswith("Projections-")
+    distance = {row: section[row]["frechet_distance"]["value"] for row in ROWS}
+    assert distance["real"] == min(distance.values())
+    assert distance["mixture"] < distance["prior"]
+    assert {section[row]["frechet_distance"]["n"] for row in ROWS} == {180}
+
+
+def test_latent_figures_agree_with_the_likelihoods(found):
+    latent = found["latent"]
+    rate = sum(unit["value"] for unit in latent["rate_per_unit"])
+    assert rate == pytest.approx(found["likelihood"]["kl"]["value"], rel=1e-4)
+    codes = {name: figure["value"] for name, figure in latent["code_log_likelihood"].items()}
+    assert codes["gain"] == pytest.approx(codes["mixture"] - codes["gaussian"], abs=1e-6)
+    assert latent["active_units"]["of"] == 8
+
+
+def test_permuted_digits_are_outliers(found):
+    assert found["outliers"]["combined"]["auroc"]["value"] > 0.95
+    assert found["outliers"]["against"] == "permuted digits"
+
+
+def test_the_same_seed_gives_the_same_figures_whatever_else_is_computed(run, digits, permuted, found):
+    for name in SECTIONS:
+        again = evaluate(run, digits, against=permuted, features=Projections(), sections=[name])
+        assert again[name] == found[name]
+        assert set(again) == {"about", *SECTIONS}  # the others are kept
+
+
+def test_figures_of_another_model_or_other_examples_are_not_kept(run, digits, found, tmp_path):
+    before = run.evaluation_file.read_text()
+    half = Examples("half", digits.test.take(slice(90)))
+    try:
+        assert set(evaluate(run, digits, test=half, sections=["noise"])) == {"about", "noise"}
+        run.evaluation_file.write_text(before.replace(found["about"]["model"], "0" * 64))
+        assert set(evaluate(run, digits, sections=["noise"])) == {"about", "noise"}
+    finally:
+        run.evaluation_file.write_text(before)
+
+
+def test_an_interruption_keeps_what_was_done(run, digits, found):
+    run.evaluation_file.unlink()
+
+    def interrupt(label, _done, _total):
+        if label.startswith("Features"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, digits, features=Projections(), progress=interrupt)
+    assert set(json.loads(run.evaluation_file.read_text())) == {"about", "likelihood"}
+
+
+def test_progress_ends_at_its_total(run, digits):
+    told = {}
+    evaluate(
+        run, digits, sections=["likelihood"], progress=lambda label, done, total: told.update({label: (done, total)})
+    )
+    assert len(told) >= 4
+    assert all(done == total > 0 for done, total in told.values())
+
+
+def test_a_mixture_of_one_component_per_training_example_is_found_out(run, digits, tmp_path):
+    """The paper's Table 4 with K = N: such a mixture hands out the training set."""
+    honest = evaluate(run, digits, sections=["latent"], features=Projections())["latent"]["memorisation"]
+    assert not honest["copied"]
+    model, mixture_file = run.model(), run.mixture_file.read_bytes()
+    posterior = encode_all(model, [torch.from_numpy(digits.train[:])])
+    weights = torch.full((len(posterior.mean),), 1 / len(posterior.mean), dtype=torch.float64)
+    copying = GaussianMixture(weights, posterior.mean.double(), posterior.var.double().diag_embed())
+    try:
+        save_mixture(run.mixture_file, copying, {})
+        found = evaluate(run, digits, sections=["latent"], features=Projections())["latent"]["memorisation"]
+    finally:
+        run.mixture_file.write_bytes(mixture_file)
+    assert found["copied"]
+    assert found["closer"]["value"] > honest["closer"]["value"]
+
+
+def test_a_table_is_compared_in_its_columns(table, tmp_path):
+    data = equipoise.load_data(table)
+    config = equipoise.TrainConfig(latent_dim=2, width=4, stage_1_epochs=10, stage_2_epochs=0, n_components=2)
+    run = train(data, config, tmp_path / "run")
+    found = evaluate(run, data)
+    assert found["samples"]["features"] == "columns"
+    assert "bits_per_dim" not in found["likelihood"]  # real numbers have no levels
+    assert found["latent"]["active_units"]["of"] == 2
+
+
+def test_wrong_arguments_are_refused_before_anything_is_written(run, digits):
+    before = run.evaluation_file.stat().st_mtime_ns if run.evaluation_file.exists() else None
+    with pytest.raises(ConfigError, match=r"no section 'latnet'(.|\n)*at least 2") as error:
+        evaluate(run, digits, sections=["latnet"], n_samples=1)
+    assert "likelihood, samples, latent, noise, outliers" in str(error.value)
+    with pytest.raises(ConfigError, match="--against"):
+        evaluate(run, digits, sections=["outliers"])
+    with pytest.raises(ValueError, match="whole numbers from 0 to 16"):
+        evaluate(run, digits, test=Examples("floats", Subset.whole(np.zeros((5, 1, 8, 8), np.float32))))
+    with pytest.raises(ValueError, match="was trained on"):
+        evaluate(
+            run,
+            equipoise.load_data(
+                np.zeros((100, 1, 8, 8), np.uint8) + np.arange(100, dtype=np.uint8)[:, None, None, None]
+            ),
+        )
+    after = run.evaluation_file.stat().st_mtime_ns if run.evaluation_file.exists() else None
+    assert before == after
