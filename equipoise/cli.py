@@ -195,6 +195,7 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
         metavar="K",
         help="samples of z per example in the bound on log p(x) over the whole test set (20)",
     )
+    parser.add_argument("--seed", type=int, help="of all random draws; that of the run if left out")
     parser.add_argument("--download", action="store_true", help="fetch the weights of --features inception if missing")
     _add_data_dir(parser)
     parser.add_argument("--quiet", action="store_true", help="plain lines instead of progress bars")
@@ -339,6 +340,7 @@ def _evaluate(options: Namespace) -> None:
             features=options.features,
             n_samples=options.n,
             importance_samples=options.importance_samples,
+            seed=options.seed,
             download=options.download,
             progress=lambda label, done, total: terminal.progress(label, done, total, ""),
             on_section=lambda name, section: terminal.message(format_section(name, section)),

@@ -5,6 +5,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise import plots
-from equipoise.aggregate import ACTIVE_UNIT_VAR, StandardNormal
+from equipoise.aggregate import ACTIVE_UNIT_VAR, GaussianMixture, StandardNormal
 from equipoise.data import Batches, Data, Subset
 from equipoise.estimate import Estimate
 from equipoise.gaussian import Gaussian, standard_normal_log_prob
@@ -41,7 +42,7 @@ ROWS = ("real", "reconstruction", "prior", "gaussian", "mixture")
 """Of the table of samples: training data, decoded test data, and three sources of codes."""
 COPIES_SOUGHT = 1000
 """Samples among which copies of the training data are sought."""
-PLANE_EXAMPLES = VARYING_EXAMPLES = 5000
+PLANE_POINTS, PLANE_EXAMPLES, VARYING_EXAMPLES = 96, 2000, 5000
 SWEEP = np.geomspace(0.1, 10, 81)
 """Multiples of the optimal variance at which the closed-form curve is drawn."""
 
@@ -71,6 +72,7 @@ def evaluate(
     n_samples: int = 10_000,
     importance_samples: int = PAPER_SAMPLES,
     brief: bool = False,
+    seed: int | None = None,
     model: VAE | None = None,
     download: bool = False,
     progress: Progress = lambda label, done, total: None,
@@ -94,6 +96,7 @@ def evaluate(
             fewer.
         importance_samples: K of the importance-weighted bound over the whole test set.
         brief: of the likelihood, only what takes seconds: no importance-weighted bounds over the whole test set.
+        seed: of all random draws; that of the run if None.
         model: the run's model, where it has networks of the user's own.
         download: fetch the weights of ``features="inception"`` if they are not there.
         progress: told of the position in each long part: label, done, total.
@@ -115,12 +118,29 @@ def evaluate(
         problems.append(f"at least 2 samples are needed, got n={n_samples} and importance samples={importance_samples}")
     if problems:
         raise ConfigError(problems)
-    chosen = sections or [name for name in SECTIONS if name != "outliers" or against is not None]
-    model = (model or run.model()).eval()
+    run.check_data(data)
+    config, model = run.config(), (model or run.model()).eval()
+    test = test or Examples("test", data.test)
+    for examples in filter(None, (test, against)):
+        model.scaling.check(torch.from_numpy(examples.raw[:BATCH]))
     write_figures(run, data, model)
+    device = make_fabric(config).device
     evaluation = _Evaluation(
-        run, data, model, test, against, features, download, n_samples, 0 if brief else importance_samples, progress
+        run=run,
+        data=data,
+        model=model.to(device),
+        mixture=run.mixture().to(device),
+        device=device,
+        test=test,
+        against=against,
+        features=features,
+        download=download,
+        n_samples=min(n_samples, len(test.raw)),
+        importance_samples=0 if brief else importance_samples,
+        seed=config.seed if seed is None else seed,
+        progress=progress,
     )
+    chosen = sections or [name for name in SECTIONS if name != "outliers" or against is not None]
     about = evaluation.about() | {"command": list(command)}
     found: dict[str, Any] = {"about": about}
     before = read_json(run.evaluation_file) if run.evaluation_file.is_file() else {}
@@ -135,37 +155,24 @@ def evaluate(
     return found
 
 
+@dataclass(frozen=True, eq=False)
 class _Evaluation:
     """One model, one set of examples, one protocol: a method for each section, named as in the file."""
 
-    def __init__(
-        self,
-        run: Run,
-        data: Data,
-        model: VAE,
-        test: Examples | None,
-        against: Examples | None,
-        features: str | nn.Module,
-        download: bool,
-        n_samples: int,
-        importance_samples: int,
-        progress: Progress,
-    ) -> None:
-        run.check_data(data)
-        config = run.config()
-        self.run, self.data, self.seed, self.progress = run, data, config.seed, progress
-        self.device = make_fabric(config).device
-        self.model = model.to(self.device)
-        self.mixture = run.mixture().to(self.device)
-        self.test = test or Examples("test", data.test)
-        self.against = against
-        for examples in (test, against):
-            if examples:
-                self.model.scaling.check(torch.from_numpy(examples.raw[:BATCH]))
-        self.features, self.download = features, download
-        self.n_samples = min(n_samples, len(self.test.raw))
-        self.importance_samples = importance_samples
-        self.found_features: dict[str, Tensor] = {}
+    run: Run
+    data: Data
+    model: VAE
+    mixture: GaussianMixture
+    device: torch.device
+    test: Examples
+    against: Examples | None
+    features: str | nn.Module
+    download: bool
+    n_samples: int
+    importance_samples: int
+    seed: int
+    progress: Progress
+    found_features: dict[str, Tensor] = field(default_factory=dict)
 
     def about(self) -> dict[str, Any]:
         """What was evaluated, and with what."""
@@ -281,6 +288,7 @@ class _Evaluation:
                 encode_all(self.model, self._batches("Encoding training data", self._training(PLANE_EXAMPLES))),
                 self.mixture,
                 self._generator(11),
+                PLANE_POINTS,
             )
             kind = "unit" if self.model.latent_dim == 2 else "principal axis"
             figure = plots.latent_densities(
