@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from equipoise.aggregate import StandardNormal as StandardNormal
     from equipoise.data import Data as Data
     from equipoise.data import load as load_data  # noqa: F401 (re-exported under a clearer name)
+    from equipoise.estimator import VAEEstimator as VAEEstimator
+    from equipoise.evaluation import evaluate as evaluate
     from equipoise.gaussian import Gaussian as Gaussian
     from equipoise.mixture_fit import fit_mixture as fit_mixture
     from equipoise.model import VAE as VAE
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "equipoise.aggregate": ("AggregatePosterior", "GaussianMixture", "StandardNormal"),
     "equipoise.data": ("Data", "load_data"),
+    "equipoise.estimator": ("VAEEstimator",),
+    "equipoise.evaluation": ("evaluate",),
     "equipoise.gaussian": ("Gaussian",),
     "equipoise.mixture_fit": ("fit_mixture",),
     "equipoise.model": ("VAE", "Scaling"),

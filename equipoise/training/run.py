@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import equipoise
 from equipoise.aggregate import GaussianMixture
 from equipoise.data import Batches, Data, Subset
 from equipoise.gaussian import Gaussian
@@ -37,7 +36,7 @@ from equipoise.training.trainer import EVALUATION_BATCH, Trainer, examples, make
 MIN_TRAIN = 20
 """Fewer training examples than this do not make a mixture, let alone a model."""
 
-VERSIONED = ("torch", "lightning-fabric", "numpy", "scikit-learn", "safetensors")
+VERSIONED = ("equipoise", "torch", "lightning-fabric", "numpy", "scikit-learn", "safetensors")
 
 
 class Run:
@@ -169,12 +168,11 @@ def train(
         StoreError: if the folder holds a run already, or there is nothing to resume.
 
     Example:
-        >>> import equipoise
-        >>> run = equipoise.train(equipoise.load_data("digits"))  # doctest: +SKIP
+        >>>         >>> run = equipoise.train(equipoise.load_data("digits"))  # doctest: +SKIP
         >>> run.model().noise.floor_var  # doctest: +SKIP
     """
     config = config or TrainConfig()
-    _check_fit(data, config)
+    check_fit(data, config)
     fabric = make_fabric(config)
     run = Run(out) if out else Run(_free_folder(data.name))
     if resume:
@@ -313,16 +311,25 @@ def _encode(model: VAE, examples: Subset, device: torch.device) -> Gaussian:
     return encode_all(model, Batches(examples, EVALUATION_BATCH, device).epoch())
 
 
-def _check_fit(data: Data, config: TrainConfig) -> None:
-    """Refuse a configuration that contradicts the data."""
+def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> None:
+    """Refuse a configuration that contradicts the data.
+
+    Args:
+        data: what is to be trained on.
+        config: options.
+        min_train: fewest training examples.
+
+    Raises:
+        ConfigError: with every contradiction.
+    """
     problems = config.problems()
     dimensions = int(np.prod(data.shape))
     if config.stage_1_epochs == 0:
         problems.append("stage_1_epochs=0 is for models trained before: give one to Trainer in Python")
-    if min(len(data.train), len(data.validation), len(data.test)) < 2 or len(data.train) < MIN_TRAIN:
+    if min(len(data.train), len(data.validation), len(data.test)) < 2 or len(data.train) < min_train:
         problems.append(
             f"too few examples: {len(data.train)} for training, {len(data.validation)} for validation and "
-            f"{len(data.test)} for the test; at least {MIN_TRAIN}, 2 and 2 are needed"
+            f"{len(data.test)} for the test; at least {min_train}, 2 and 2 are needed"
         )
     if _latent_dim(data, config) >= dimensions:
         problems.append(
@@ -392,8 +399,7 @@ def versions() -> dict[str, str]:
     Returns:
         By name, Python's included.
     """
-    installed = {name: version(name) for name in VERSIONED}
-    return {"python": platform.python_version(), "equipoise": equipoise.__version__, **installed}
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
 
 
 def _fit_messages(fit: MixtureFit) -> list[str]:
