@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from equipoise.estimator import VAEEstimator as VAEEstimator
     from equipoise.evaluation import evaluate as evaluate
     from equipoise.gaussian import Gaussian as Gaussian
+    from equipoise.interop import from_autoencoder_kl as from_autoencoder_kl
+    from equipoise.interop import read_pythae as read_pythae
     from equipoise.mixture_fit import fit_mixture as fit_mixture
     from equipoise.model import VAE as VAE
     from equipoise.model import Scaling as Scaling
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from equipoise.objectives import DetachedVarianceElbo as DetachedVarianceElbo
     from equipoise.objectives import Elbo as Elbo
     from equipoise.objectives import importance_weighted_bound as importance_weighted_bound
+    from equipoise.sharing import push as push
     from equipoise.stages import StageSchedule as StageSchedule
     from equipoise.store import load_model as load_model
     from equipoise.store import save_model as save_model
@@ -45,10 +48,12 @@ _HOMES = {
     "equipoise.estimator": ("VAEEstimator",),
     "equipoise.evaluation": ("evaluate",),
     "equipoise.gaussian": ("Gaussian",),
+    "equipoise.interop": ("from_autoencoder_kl", "read_pythae"),
     "equipoise.mixture_fit": ("fit_mixture",),
     "equipoise.model": ("VAE", "Scaling"),
     "equipoise.noise": ("DimensionNoise", "FixedNoise", "GlobalNoise", "NoiseModel", "PredictedNoise"),
     "equipoise.objectives": ("DetachedVarianceElbo", "Elbo", "importance_weighted_bound"),
+    "equipoise.sharing": ("push",),
     "equipoise.stages": ("StageSchedule",),
     "equipoise.store": ("load_model", "save_model"),
     "equipoise.training.config": ("TrainConfig",),

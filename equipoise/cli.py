@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from equipoise.training.run import Run
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+RUN_HELP = "run folder, or hf:owner/name of a published one"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,7 +137,7 @@ def _describe_option(name: str, default: object) -> str:
 
 
 def _sample_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--from",
         dest="source",
@@ -153,7 +154,7 @@ def _sample_arguments(parser: ArgumentParser) -> None:
 
 
 def _reconstruct_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("data", nargs="?", help="as for train; the run's own test set if left out")
     parser.add_argument("-n", type=int, help="reconstruct the first n examples only")
     _add_data_dir(parser)
@@ -165,7 +166,7 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
         "Writes RUN/evaluation.json and RUN/figures; 'equipoise report RUN' makes one page of them.\n"
         "Distances in different features, or of different n, cannot be compared."
     )
-    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--data", help="judge the run on these examples instead of its own test set; as for train")
     parser.add_argument(
         "--against", metavar="DATA", help="examples of another kind: how well are they told from the test set?"
@@ -202,7 +203,30 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
 
 
 def _report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+
+
+def _export_arguments(parser: ArgumentParser) -> None:
+    parser.epilog = (
+        "Writes encoder, decoder and sampler, for any number n of examples, in the unit of the data. The\n"
+        "sampler turns uniform noise in [0, 1) and normal noise into codes for the decoder."
+    )
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument(
+        "--to", choices=["torch", "onnx"], required=True, help="torch.export programs, or ONNX (extra 'export')"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="folder to write; RUN/export if left out")
+
+
+def _push_arguments(parser: ArgumentParser) -> None:
+    parser.epilog = (
+        "Uploads the model, the mixture, JSON and a model card; no data, pictures or checkpoints. Anyone who may\n"
+        "read the repository can then give hf:owner/name wherever a RUN is expected. Log in with 'hf auth login' first."
+    )
     parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("name", metavar="OWNER/NAME", help="repository on the hub; made if it is not there")
+    parser.add_argument("--license", metavar="ID", help="licence of the model for its card, such as apache-2.0")
+    parser.add_argument("--public", action="store_true", help="let everyone see a new repository; private otherwise")
 
 
 def _add_data_dir(parser: ArgumentParser) -> None:
@@ -356,6 +380,26 @@ def _report(options: Namespace) -> None:
         terminal.message(str(write_report(Path(options.run))))
 
 
+def _export(options: Namespace) -> None:
+    from equipoise.export import export
+    from equipoise.training.run import Run
+
+    run = Run(options.run)
+    folder = Path(options.out) if options.out else run.folder / "export"
+    with _terminal() as terminal:
+        for file in export(run.model(), run.mixture(), options.to, folder):
+            deviation = f"largest relative deviation from the model: {file.deviation:.1g}"
+            terminal.message(f"{file.path}\n  {file.signature}\n  {deviation}")
+
+
+def _push(options: Namespace) -> None:
+    from equipoise.sharing import push
+    from equipoise.training.run import Run
+
+    with _terminal() as terminal:
+        terminal.message(push(Run(options.run), options.name, license_id=options.license, private=not options.public))
+
+
 def _sample(options: Namespace) -> None:
     from equipoise.aggregate import StandardNormal
     from equipoise.outputs import torch_generator, write_samples
@@ -438,4 +482,6 @@ COMMANDS = {
     "report": Command("make one self-contained page of a run", _report_arguments, _report),
     "sample": Command("draw samples from a run", _sample_arguments, _sample),
     "reconstruct": Command("reconstruct data with a run, with uncertainty", _reconstruct_arguments, _reconstruct),
+    "export": Command("write a run as files that need no equipoise", _export_arguments, _export),
+    "push": Command("publish a run on the Hugging Face hub", _push_arguments, _push),
 }

@@ -42,7 +42,7 @@ ROWS = ("real", "reconstruction", "prior", "gaussian", "mixture")
 """Of the table of samples: training data, decoded test data, and three sources of codes."""
 COPIES_SOUGHT = 1000
 """Samples among which copies of the training data are sought."""
-PLANE_POINTS, PLANE_EXAMPLES, VARYING_EXAMPLES = 96, 2000, 5000
+PLANE_POINTS, PLANE_EXAMPLES, VARYING_EXAMPLES = 96, 5000, 5000
 SWEEP = np.geomspace(0.1, 10, 81)
 """Multiples of the optimal variance at which the closed-form curve is drawn."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from equipoise.cli import main
 from equipoise.training.run import Run
@@ -51,7 +53,8 @@ def test_the_main_job_tells_what_it_does_and_where_to_look(trained):
         "1,455 training",
         "Stage 1",
         "Optimal noise variance",
-        "IWAE, K = 20",
+        "IWAE-20, first 500",
+        "equipoise evaluate",
         str(folder.folder),
         "equipoise sample",
     ):
@@ -313,6 +316,52 @@ def test_a_full_disk_is_reported_in_one_line(tmp_path, capsys, monkeypatch):
     assert exit_.value.code == 1
     assert "no space left" in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_evaluate_and_report_from_the_command_line(trained, tmp_path):
+    """The whole protocol as a user runs it, with the features that come along, against digits turned upside down."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0].folder, folder)
+    other = tmp_path / "upside-down.npy"
+    np.save(other, load_digits().images[:60, ::-1].astype(np.uint8))
+    cache = {"EQUIPOISE_CACHE": str(tmp_path / "cache")}
+    done = run("evaluate", folder, "-n", "40", "--against", other, env=cache)
+    assert done.returncode == 0, done.stderr
+    for part in ("Bits per dimension", "Fréchet distance, mixture", "Active units", "Within 1 std", "AUROC", "180"):
+        assert part in done.stdout
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["samples"]["features"] == "efficientnet-lite0"
+    assert found["samples"]["mixture"]["frechet_distance"]["n"] == 40
+    assert found["about"]["command"][:2] == ["equipoise", "evaluate"]
+    assert len(list((tmp_path / "cache" / "features").iterdir())) == 2  # of test and of training data
+    done = run("report", folder)
+    assert done.returncode == 0, done.stderr
+    page = (folder / "report.html").read_text()
+    assert done.stdout.strip() == str(folder / "report.html")
+    assert "Bits per dimension" in page
+    assert len(page) < 5e6
+
+
+def test_evaluating_other_examples(trained, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0].folder, folder)
+    other = tmp_path / "other.npy"
+    np.save(other, load_digits().images[:30].astype(np.uint8))
+    main(["evaluate", str(folder), "--data", str(other), "--sections", "noise"])
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["noise"]["all"]["coverage_1"]["n"] == 30
+    assert found["about"]["data"]["test"] == str(other)
+    np.save(other, np.zeros((30, 9, 9), np.uint8))
+    assert "the model was trained on (1, 8, 8)" in refused("evaluate", folder, "--data", other, capsys=capsys)
+    assert "choose from likelihood" in refused("evaluate", folder, "--sections", "nose", capsys=capsys)
+    assert "give --against" in refused("evaluate", folder, "--sections", "outliers", capsys=capsys)
+    assert "'inception' need" in refused("evaluate", folder, "--features", "inception", capsys=capsys)
+
+
+def test_a_trained_run_without_checkpoints_is_not_trained_over(trained, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0].folder, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    assert "no checkpoints to go on from" in refused("train", "--resume", folder, capsys=capsys)
 
 
 def test_help_teaches_every_option():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from equipoise.aggregate import GaussianMixture
 from equipoise.data import Batches, Data, Subset
 from equipoise.gaussian import Gaussian
+from equipoise.hub import run_folder
 from equipoise.mixture_fit import EMStep, MixtureFit, fit_mixture, fit_variational_mixture
 from equipoise.model import VAE, Scaling, encode_all
 from equipoise.networks import Architecture, default_architecture
@@ -43,11 +44,11 @@ class Run:
     """A run folder, and what is in it.
 
     Args:
-        folder: its path.
+        folder: its path, or "hf:owner/name" of one on the Hugging Face hub, see :func:`equipoise.hub.run_folder`.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = run_folder(folder)
         self.config_file = self.folder / "config.json"
         self.model_file = self.folder / "model.safetensors"
         self.mixture_file = self.folder / "aggregate.safetensors"
@@ -177,6 +178,8 @@ def train(
     run = Run(out) if out else Run(_free_folder(data.name))
     if resume:
         run.check_data(data)
+        if run.model_file.is_file() and not run.checkpoints.is_dir():
+            raise StoreError(f"{run.folder} is trained and has no checkpoints to go on from; train into another --out.")
     elif run.config_file.exists():
         raise StoreError(f"{run.folder} holds a run already: resume it with --resume, or choose another --out.")
     # Everything that can refuse the input has run: only now does a folder appear.

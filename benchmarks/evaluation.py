@@ -1,0 +1,156 @@
+"""Run `equipoise evaluate` as a user would, keep its figures, and lay those of several runs side by side.
+
+python benchmarks/evaluation.py evaluate mnist --data-dir DATA --run RUN --against fashion-mnist \
+    --out results/evaluation-mnist.json
+python benchmarks/evaluation.py table results/evaluation-mnist.json results/evaluation-fashion-mnist.json
+python benchmarks/evaluation.py spread results/evaluation-mnist.json results/evaluation-mnist-seed-1.json ...
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from provenance import provenance
+
+from equipoise.glossary import CURVES, leaves, measure, term
+from equipoise.training.run import Run
+
+ROWS = {
+    "σ*², eq. (10)": "",
+    "ELBO, nats": "likelihood.elbo",
+    "IWAE-20 of the first 500, prior": "likelihood.iwae_20_first_500",
+    "IWAE-20 of the first 500, mixture": "likelihood.iwae_20_first_500_mixture",
+    "bits per dimension, IWAE-20": "likelihood.bits_per_dim",
+    "Fréchet distance, real training data": "samples.real.frechet_distance",
+    "Fréchet distance, reconstructions": "samples.reconstruction.frechet_distance",
+    "Fréchet distance, prior": "samples.prior.frechet_distance",
+    "Fréchet distance, one Gaussian": "samples.gaussian.frechet_distance",
+    "Fréchet distance, mixture": "samples.mixture.frechet_distance",
+    "KL(mixture, prior), nats": "latent.kl_mixture_prior",
+    "pixels that vary within 1 std (.683)": "noise.varying.coverage_1",
+    "within 2 std (.954)": "noise.varying.coverage_2",
+    "within 3 std (.997)": "noise.varying.coverage_3",
+    "normalised calibration error": "noise.varying.normalised_calibration_error",
+    "sparsification error (random order)": "noise.varying.sparsification_error_area",
+    "AUROC of the other set, ELBO": "outliers.negative_elbo.auroc",
+    "AUROC, mixture density": "outliers.negative_mixture_log_prob.auroc",
+    "AUROC, combined": "outliers.combined.auroc",
+}
+"""Of the table in the README, and where they are in ``evaluation.json``."""
+
+
+def evaluate(options):
+    """Evaluate, and write the JSON."""
+    places = ["--data-dir", options.data_dir] if options.data_dir else []
+    if not (options.run / "model.safetensors").is_file():
+        train = ["train", options.data, "--out", str(options.run), *places]
+        subprocess.run([sys.executable, "-m", "equipoise", *train], check=True)
+    command = ["evaluate", str(options.run), *places]
+    command += ["--against", options.against] if options.against else []
+    command += ["--seed", str(options.seed)] if options.seed is not None else []
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "equipoise", *command], check=True)
+    seconds = round(time.perf_counter() - started, 1)
+    run = Run(options.run)
+    settings, found = run.settings(), json.loads(run.evaluation_file.read_text())
+    about = found.pop("about")
+    stage_1 = next((row for row in run.history() if "optimal_noise_var" in row), {})
+    kept = provenance() | {
+        "data": {key: settings["data"][key] for key in ("name", "fingerprint", "n_train", "n_validation", "n_test")},
+        "options": settings["options"],
+        "seconds": {"whole command": seconds, **about["seconds"]},
+        "evaluation_seed": about["seed"],
+        "optimal_noise_var": stage_1.get("optimal_noise_var"),
+        "evaluation": _without_curves(found),
+    }
+    options.out.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def _without_curves(value):
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_curves(part) for key, part in value.items() if key not in CURVES}
+
+
+def table(paths):
+    """Markdown, one column per file."""
+    contents = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    lines = ["| | " + " | ".join(content["data"]["name"] for content in contents) + " |"]
+    lines.append("|---" * (1 + len(contents)) + "|")
+    for title, path in ROWS.items():
+        cells = []
+        for content in contents:
+            if not path:
+                cells.append(f"{content['optimal_noise_var']:.5f}")
+                continue
+            figure = content["evaluation"]
+            for key in path.split("."):
+                figure = figure[key]
+            cell = _format(figure)
+            if "sparsification" in path:
+                noise = content["evaluation"]["noise"]["varying"]
+                cell += f" ({noise['random_sparsification_error_area']['value']:.2f})"
+            cells.append(cell)
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _format(figure):
+    """Two digits of the standard error, which says how many of the value are worth printing."""
+    value, error = figure["value"], figure["standard_error"]
+    decimals = max(0, 1 - math.floor(math.log10(error))) if error else 3
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}" if error else f"{value:.{decimals}f}"
+
+
+def spread(paths):
+    """How far figures of other seeds lie from those of the first, in standard errors of the difference."""
+    first, *others = (dict(leaves(json.loads(Path(path).read_text(encoding="utf-8"))["evaluation"])) for path in paths)
+    rows = []
+    for keys, figure in first.items():
+        if not (isinstance(figure, dict) and figure.get("standard_error")):
+            continue
+        gaps = []
+        for other in others:
+            error = math.hypot(figure["standard_error"], other[keys]["standard_error"])
+            gaps.append((other[keys]["value"] - figure["value"]) / error)
+        key, case = measure(keys[1:])
+        rows.append(
+            (max(map(abs, gaps)), ", ".join([keys[0], term(key).title, *(term(part).title for part in case)]), gaps)
+        )
+    for _, name, gaps in sorted(rows, reverse=True):
+        print(f"{name:90s} " + " ".join(f"{gap:+.2f}" for gap in gaps))
+    worst = [gap for _, _, gaps in rows for gap in gaps]
+    print(
+        f"{len(worst)} differences: {sum(abs(gap) < 1 for gap in worst)} below 1 standard error, "
+        f"{sum(abs(gap) < 2 for gap in worst)} below 2, largest {max(map(abs, worst)):.2f}"
+    )
+
+
+def main():
+    """Read the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("evaluate")
+    one.add_argument("data")
+    one.add_argument("--data-dir")
+    one.add_argument("--run", type=Path, required=True, help="run folder; trained first if it is not there")
+    one.add_argument("--against")
+    one.add_argument("--seed", type=int, help="of the evaluation")
+    one.add_argument("--out", type=Path, required=True)
+    for name in ("table", "spread"):
+        commands.add_parser(name).add_argument("files", nargs="+")
+    options = parser.parse_args()
+    if options.command == "evaluate":
+        evaluate(options)
+    elif options.command == "table":
+        print(table(options.files))
+    else:
+        spread(options.files)
+
+
+if __name__ == "__main__":
+    main()

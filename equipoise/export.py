@@ -1,0 +1,254 @@
+r"""A trained model as files that run without equipoise: ``torch.export`` programs, or ONNX graphs (extra ``export``).
+
+=========== ======================================== ==================================================
+``encoder`` ``raw`` (n, \*)                          ``mean``, ``log_var`` of q(z|x), (n, d)
+``decoder`` ``code`` (n, d)                          ``mean``, ``std`` of p(x|z), (n, \*)
+``sampler`` ``uniform`` (n,), ``normal`` (n, d)      ``code`` (n, d), a draw from the mixture, eq. (13)
+=========== ======================================== ==================================================
+
+Data go in and come out in the user's own unit; n may be any number from 1. The sampler is given its noise, independent
+draws from U[0, 1) and N(0, 1): whoever runs it owns the seed.
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.aggregate import GaussianMixture
+from equipoise.model import VAE
+from equipoise.store import whole_file
+
+TOLERANCE = 1e-4
+"""Largest deviation of a file's output from the model's, relative to the output's largest value."""
+TRACED, COMPARED = 2, (1, 5)
+"""Numbers of examples with which programs are made, and with which files are compared with the model."""
+
+
+class Exported(NamedTuple):
+    """A file that was written.
+
+    Args:
+        path: the file.
+        signature: its inputs and outputs.
+        deviation: largest difference of an output from the model's, relative to the output's largest value.
+    """
+
+    path: Path
+    signature: str
+    deviation: float
+
+
+@torch.no_grad()
+def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[Exported]:
+    """Write encoder, decoder and sampler; each file is read again and compared with the model before it is left there.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        mixture: fitted to its aggregate posterior, on the CPU.
+        to: "torch" for programs of ``torch.export``, "onnx" for ONNX graphs.
+        folder: where to write ``encoder``, ``decoder`` and ``sampler``, with the ending .pt2 or .onnx.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: if there is no such format.
+        ImportError: if the libraries of the extra ``export`` are missing.
+        ArithmeticError: if a file deviates from the model; it is not left there.
+
+    Example:
+        >>> import equipoise
+        >>> run = equipoise.Run("runs/mnist")  # doctest: +SKIP
+        >>> export(run.model(), run.mixture(), "onnx", run.folder / "export")[1].signature  # doctest: +SKIP
+        'code float32 (n, 16) -> mean, std float32 (n, 1, 28, 28)'
+    """
+    if to not in FORMATS:
+        raise ValueError(f"there is no format {to!r} to export to; choose from {', '.join(FORMATS)}")
+    form = FORMATS[to]()
+    files = []
+    for name, part in _parts(model, mixture).items():
+        path = folder / f"{name}{form.ending}"
+        with whole_file(path) as temporary:
+            form.write(_trace(part), part, temporary)
+            deviation = _deviation(form.read(temporary), part)
+            if not deviation <= TOLERANCE:
+                raise ArithmeticError(
+                    f"{path} was not written: it would deviate from the model by {deviation:.2g} of the largest value, "
+                    f"more than {TOLERANCE:g}. Export to another format."
+                )
+        files.append(Exported(path, _signature(part), deviation))
+    return files
+
+
+class _Part(NamedTuple):
+    """What becomes one file: a computation, examples of its inputs by name, and the names of its outputs."""
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
+
+
+def _parts(model: VAE, mixture: GaussianMixture) -> dict[str, _Part]:
+    """Encoder, decoder and sampler, with examples such as the model makes itself."""
+    generator = torch.Generator().manual_seed(0)
+    n, dtype = max(COMPARED), model.scaling.scale.dtype
+    code = mixture.sample(n, generator).to(dtype)
+    raw = model.scaling.restore_levels(model.decode(code).sample(generator))
+    uniform = torch.rand(n, generator=generator, dtype=dtype)
+    normal = torch.randn(n, model.latent_dim, generator=generator, dtype=dtype)
+    return {
+        "encoder": _Part(_Encoder(model), {"raw": raw}, ("mean", "log_var")),
+        "decoder": _Part(_Decoder(model), {"code": code}, ("mean", "std")),
+        "sampler": _Part(_Sampler(mixture, dtype), {"uniform": uniform, "normal": normal}, ("code",)),
+    }
+
+
+class _Encoder(nn.Module):
+    """From raw data to the mean and log-variance of q(z|x)."""
+
+    def __init__(self, model: VAE) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        del self.model.decoder, self.model.noise  # or a program carries their weights along
+
+    def forward(self, raw: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model.encode(self.model.scaling(raw)))
+
+
+class _Decoder(nn.Module):
+    """From codes to the mean and standard deviation of p(x|z), in raw units and not rounded."""
+
+    def __init__(self, model: VAE) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        del self.model.encoder
+
+    def forward(self, code: Tensor) -> tuple[Tensor, ...]:
+        likelihood, scaling = self.model.decode(code), self.model.scaling
+        return scaling.restore(likelihood.mean), scaling.restore_std(likelihood.std)
+
+
+class _Sampler(nn.Module):
+    """From noise to codes of the mixture: the uniform number chooses the component, the normal ones the place in it."""
+
+    boundaries: Tensor
+    means: Tensor
+    scale_trils: Tensor
+
+    def __init__(self, mixture: GaussianMixture, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("boundaries", mixture.weights.double().cumsum(0)[:-1].to(dtype))
+        self.register_buffer("means", mixture.means.to(dtype))
+        self.register_buffer("scale_trils", mixture.scale_trils.to(dtype))
+
+    def forward(self, uniform: Tensor, normal: Tensor) -> tuple[Tensor, ...]:
+        component = (uniform.unsqueeze(1) >= self.boundaries).sum(1)
+        return (self.means[component] + (self.scale_trils[component] @ normal.unsqueeze(2)).squeeze(2),)
+
+
+def _trace(part: _Part) -> torch.export.ExportedProgram:
+    few = tuple(example[:TRACED] for example in part.inputs.values())
+    program = torch.export.export(part.module, few, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) * len(few))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths on this machine are nobody else's business
+    return program
+
+
+Computation = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+
+
+class _Format(NamedTuple):
+    """How a program becomes a file, and a file a computation."""
+
+    ending: str
+    write: Callable[[torch.export.ExportedProgram, _Part, Path], None]
+    read: Callable[[Path], Computation]
+
+
+def _torch_format() -> _Format:
+    def write(program: torch.export.ExportedProgram, part: _Part, path: Path) -> None:
+        with path.open("wb") as file:
+            torch.export.save(program, file)
+
+    def read(path: Path) -> Computation:
+        module = torch.export.load(path).module()
+        return lambda inputs: module(*inputs.values())
+
+    return _Format(".pt2", write, read)
+
+
+def _onnx_format() -> _Format:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch writes ONNX with it)
+    except ImportError as error:
+        raise ImportError("ONNX needs libraries that are not installed: pip install 'equipoise[export]'") from error
+
+    def write(program: torch.export.ExportedProgram, part: _Part, path: Path) -> None:
+        with _quiet():
+            graph = torch.onnx.export(
+                program,
+                input_names=list(part.inputs),
+                output_names=part.outputs,
+                dynamic_shapes=({0: "n"},) * len(part.inputs),
+                dynamo=True,
+                verbose=False,
+            )
+        cast(torch.onnx.ONNXProgram, graph).save(path, external_data=False)
+
+    def read(path: Path) -> Computation:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+        def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            found = session.run(None, {name: example.numpy() for name, example in inputs.items()})
+            return tuple(torch.from_numpy(output) for output in found)
+
+        return run
+
+    return _Format(".onnx", write, read)
+
+
+FORMATS = {"torch": _torch_format, "onnx": _onnx_format}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what torch's exporter tells of itself: deprecated calls of its own, and torchvision's absence."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _deviation(computation: Computation, part: _Part) -> float:
+    """Largest difference of an output from the model's, relative to the output's largest value; NaN if any is."""
+    relative = []
+    for n in COMPARED:
+        inputs = {name: example[:n] for name, example in part.inputs.items()}
+        for found, expected in zip(computation(inputs), part.module(**inputs), strict=True):
+            largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)  # an output may be zero
+            relative.append((found - expected).abs().max() / largest)
+    return float(torch.stack(relative).max())
+
+
+def _signature(part: _Part) -> str:
+    """Such as ``code float32 (n, 16) -> mean, std float32 (n, 1, 28, 28)``."""
+
+    def describe(names: str, tensor: Tensor) -> str:
+        axes = ", ".join(["n", *map(str, tensor.shape[1:])]) + ("," if tensor.ndim == 1 else "")
+        return f"{names} {str(tensor.dtype).removeprefix('torch.')} ({axes})"
+
+    inputs = " and ".join(describe(name, example) for name, example in part.inputs.items())
+    return f"{inputs} -> {describe(', '.join(part.outputs), part.module(**part.inputs)[0])}"

@@ -1,0 +1,129 @@
+"""Runs on the Hugging Face hub: fetched as ``hf:owner/name``, published under that name (extra ``hub``).
+
+Of a run, only safetensors and JSON travel; whatever else a repository holds is not downloaded.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+PREFIX = "hf:"
+NEEDED = ("config.json", "model.safetensors", "aggregate.safetensors")
+RUN_FILES = (*NEEDED, "metrics.jsonl", "evaluation.json")
+LOG_IN = "log in with 'hf auth login', or set HF_TOKEN"
+
+
+class HubError(ValueError):
+    """The hub refuses, lacks something or cannot be reached; the message says what to do."""
+
+
+def run_folder(address: str | Path) -> Path:
+    """Find the folder of a run; a run on the hub is copied to ``runs/owner/name`` first, if it is not there yet.
+
+    The copy is a run like any other: what is made with it is written into it, it needs no network any more and is never
+    updated. Delete it to fetch it anew.
+
+    Args:
+        address: a path, or "hf:owner/name", or "hf:owner/name@revision" for a branch, a tag or a commit.
+
+    Returns:
+        The folder.
+
+    Raises:
+        HubError: if the address is malformed, or the hub has no such run.
+        ImportError: if the library of the extra ``hub`` is missing.
+
+    Example:
+        >>> run_folder("runs/mnist")
+        PosixPath('runs/mnist')
+    """
+    if not str(address).startswith(PREFIX):
+        return Path(address)
+    name, _, revision = str(address).removeprefix(PREFIX).partition("@")
+    _check_name(name)
+    folder = Path("runs", f"{name}@{revision.replace('/', '-')}" if revision else name)
+    if _lacks(folder):
+        _download(name, revision or None, folder)
+    return folder
+
+
+def publish(name: str, files: Mapping[str, bytes | Path], *, private: bool = True) -> str:
+    """Put files into a repository of models, in one commit.
+
+    Args:
+        name: "owner/name"; made if it does not exist.
+        files: contents, or where they lie, by name.
+        private: of a new repository, whether only its owner sees it.
+
+    Returns:
+        Address of its page.
+
+    Raises:
+        HubError: if the name is malformed, no one is logged in, or the hub refuses.
+        ImportError: if the library of the extra ``hub`` is missing.
+    """
+    _check_name(name)
+    with _explained(name):
+        from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+        if get_token() is None:
+            raise HubError(f"nobody is logged in to the hub: {LOG_IN} to a token that may write.")
+        api = HfApi()
+        page = api.create_repo(name, private=private, exist_ok=True)
+        additions = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=content) for file, content in files.items()]
+        api.create_commit(name, additions, commit_message="Publish a run of equipoise")
+    return str(page)
+
+
+def _download(name: str, revision: str | None, folder: Path) -> None:
+    with _explained(name):
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(name, revision=revision, local_dir=folder, allow_patterns=list(RUN_FILES))
+    if missing := _lacks(folder):
+        raise HubError(f"{name} on the hub is not a run of equipoise: it has no {', '.join(missing)}.")
+
+
+def _lacks(folder: Path) -> list[str]:
+    return [file for file in NEEDED if not (folder / file).is_file()]
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise HubError(f"expected the name of a repository as owner/name, got {name!r}")
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Say of the client's errors what to do about them, and of its absence."""
+    try:
+        from httpx2 import TransportError  # the client lets these through as they are
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ImportError as error:
+        raise ImportError("the Hugging Face hub needs its library: pip install 'equipoise[hub]'") from error
+    try:
+        yield
+    except GatedRepoError as error:
+        raise HubError(f"{name} is open only to those who asked: ask on its page, then {LOG_IN}.") from error
+    except RepositoryNotFoundError as error:
+        raise HubError(f"the hub has no model {name} that you may see: check the name, or {LOG_IN}.") from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"{name} has no such revision: give a branch, a tag or a commit that its page lists.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise HubError(f"the hub does not accept your token for {name}: {LOG_IN} to one that may write.") from error
+        raise HubError(f"the hub answered {status} for {name}: {error.server_message or error}") from error
+    except (TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        raise HubError(
+            f"the hub cannot be reached for {name}: connect and unset HF_HUB_OFFLINE, or copy the run's folder here "
+            "and give its path."
+        ) from error
