@@ -99,7 +99,7 @@ def _summary(settings: dict[str, Any], description: dict[str, Any], n_components
     networks = description["architecture"] or f"{description['encoder']} and {description['decoder']}, the author's own"
     return f"""\
 A variational autoencoder of {shape} {kind}, trained on `{data["name"]}` with \
-[equipoise](https://pypi.org/project/equipoise/). {NOISE[description["noise"]["kind"]]}; new codes are drawn from \
+equipoise. {NOISE[description["noise"]["kind"]]}; new codes are drawn from \
 a mixture of {n_components} Gaussians, fitted to the aggregate posterior. Method: Lin, Roberts, Trigoni and Clark \
 (2019), *Balancing Reconstruction Quality and Regularisation in ELBO for VAEs*, \
 [arXiv 1909.03765](https://arxiv.org/abs/1909.03765).
