@@ -229,6 +229,14 @@ def _push_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--public", action="store_true", help="let everyone see a new repository; private otherwise")
 
 
+def _explore_arguments(parser: ArgumentParser) -> None:
+    parser.epilog = "Serves a page on this machine alone (127.0.0.1), until Ctrl-C. Needs the extra 'explore'."
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--port", type=int, help="to serve at; 8769, or any that is free, if left out")
+    parser.add_argument("--no-browser", action="store_true", help="print the page's address, and do not open it")
+    _add_data_dir(parser)
+
+
 def _add_data_dir(parser: ArgumentParser) -> None:
     parser.add_argument("--data-dir", help="where to look for mnist, fashion-mnist and celeba first")
 
@@ -380,6 +388,27 @@ def _report(options: Namespace) -> None:
         terminal.message(str(write_report(Path(options.run))))
 
 
+def _explore(options: Namespace) -> None:
+    from equipoise.explorer import explore
+    from equipoise.training.run import Run
+
+    run = Run(options.run)
+    with _terminal() as terminal:
+        data = None
+        if "source" in run.settings()["data"]["load"]:
+            data = _data_of(run, terminal, options.data_dir)
+        else:
+            terminal.message("Note: the run was trained from Python; its data are not here to rank inputs with.")
+        terminal.close()
+        explore(
+            run,
+            data,
+            port=options.port,
+            open_browser=not options.no_browser,
+            on_ready=lambda url: terminal.message(f"Page      {url}\nEnd       Ctrl-C"),
+        )
+
+
 def _export(options: Namespace) -> None:
     from equipoise.export import export
     from equipoise.training.run import Run
@@ -482,6 +511,7 @@ COMMANDS = {
     "report": Command("make one self-contained page of a run", _report_arguments, _report),
     "sample": Command("draw samples from a run", _sample_arguments, _sample),
     "reconstruct": Command("reconstruct data with a run, with uncertainty", _reconstruct_arguments, _reconstruct),
+    "explore": Command("look around in a run on a local page", _explore_arguments, _explore),
     "export": Command("write a run as files that need no equipoise", _export_arguments, _export),
     "push": Command("publish a run on the Hugging Face hub", _push_arguments, _push),
 }

@@ -67,7 +67,7 @@ TERMS: dict[str, Term] = {
     ),
     "gain": Term("mixture over one Gaussian"),
     "memorisation": Term(
-        "Distance to the training data", "", "Median distance to the nearest training example, in the features."
+        "Distance to the training data", "", "Median distance to the nearest decoded training example, in model units."
     ),
     "samples": Term("samples"),
     "reconstructions": Term("reconstructed test data"),
@@ -75,8 +75,8 @@ TERMS: dict[str, Term] = {
     "closer": Term(
         "Closer than reconstructions",
         "",
-        "Probability that a sample is nearer to the training data than a reconstructed test example; 0.5 if nothing is "
-        "copied, 1 if all is.",
+        "Probability that a sample singles out one training example more than a reconstructed test example does; 0.5 "
+        "if nothing is copied, 1 if all is.",
     ),
     "copied": Term("Copies training data", "", "Whether samples are nearer to it than chance allows."),
     # noise

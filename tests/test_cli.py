@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -356,6 +358,25 @@ def test_evaluating_other_examples(trained, tmp_path, capsys):
     assert "choose from likelihood" in refused("evaluate", folder, "--sections", "nose", capsys=capsys)
     assert "give --against" in refused("evaluate", folder, "--sections", "outliers", capsys=capsys)
     assert "'inception' need" in refused("evaluate", folder, "--features", "inception", capsys=capsys)
+
+
+def test_export_from_the_command_line(trained, tmp_path):
+    done = run("export", trained[0].folder, "--to", "torch", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".pt2"] * 3
+    assert done.stdout.count("largest relative deviation") == 3
+
+
+def test_explore_serves_a_page_until_it_is_interrupted(trained):
+    command = [sys.executable, "-m", "equipoise", "explore", str(trained[0].folder), "--no-browser"]
+    unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=unbuffered) as explorer:
+        url = explorer.stdout.readline().removeprefix("Page").strip()
+        assert url.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(url) as page:
+            assert b"<canvas" in page.read()
+        explorer.send_signal(signal.SIGINT)
+        assert explorer.wait() == 0
 
 
 def test_a_trained_run_without_checkpoints_is_not_trained_over(trained, tmp_path, capsys):
