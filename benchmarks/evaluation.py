@@ -62,8 +62,9 @@ def evaluate(options):
     kept = provenance() | {
         "data": {key: settings["data"][key] for key in ("name", "fingerprint", "n_train", "n_validation", "n_test")},
         "options": settings["options"],
-        "seconds": {"whole command": seconds, **about["seconds"]},
-        "evaluation_seed": about["seed"],
+        "seconds": {"whole command": seconds}
+        | {name: section["seconds"] for name, section in about["sections"].items()},
+        "evaluation_seed": about["sections"]["samples"]["seed"],
         "optimal_noise_var": stage_1.get("optimal_noise_var"),
         "evaluation": _without_curves(found),
     }

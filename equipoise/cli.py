@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         COMMANDS[options.command].run(options)
     except KeyboardInterrupt:
-        _fail("interrupted; a run goes on from its last epoch with 'equipoise train --resume RUN'", INTERRUPTED)
+        _fail(f"interrupted; {COMMANDS[options.command].after_interruption}", INTERRUPTED)
     except ArithmeticError as error:
         _fail(str(error), FAILURE)
     except (ValueError, ImportError) as error:
@@ -97,11 +97,13 @@ class Command(NamedTuple):
         summary: one line for ``--help``.
         add_arguments: describes its arguments to a parser.
         run: takes what was parsed.
+        after_interruption: what remains, and how to go on.
     """
 
     summary: str
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], None]
+    after_interruption: str = "nothing was left half-written"
 
 
 def _train_arguments(parser: ArgumentParser) -> None:
@@ -352,6 +354,7 @@ def _finish(run: "Run", data: "Data", terminal: "Terminal") -> None:
 
 def _evaluate(options: Namespace) -> None:
     from equipoise.evaluation import Examples, evaluate
+    from equipoise.glossary import warnings_of
     from equipoise.terminal import format_section
     from equipoise.training.run import Run
 
@@ -362,7 +365,7 @@ def _evaluate(options: Namespace) -> None:
             Examples(source, _other_examples(source, model.shape, options.data_dir, terminal)) if source else None
             for source in (options.data, options.against)
         )
-        evaluate(
+        found = evaluate(
             run,
             _data_of(run, terminal, options.data_dir),
             model=model,
@@ -378,7 +381,9 @@ def _evaluate(options: Namespace) -> None:
             on_section=lambda name, section: terminal.message(format_section(name, section)),
             command=["equipoise", *sys.argv[1:]],
         )
-        terminal.message(f"Figures   {run.evaluation_file}\nNext      equipoise report {run.folder}")
+        for text in warnings_of(found):
+            terminal.message(f"Warning: {text}")
+        terminal.message(f"Run       {run.folder}\nNext      equipoise report {run.folder}")
 
 
 def _report(options: Namespace) -> None:
@@ -506,8 +511,18 @@ def _terminal(quiet: bool = False) -> Iterator["Terminal"]:
 
 
 COMMANDS = {
-    "train": Command("train a model and fit the mixture", _train_arguments, _train),
-    "evaluate": Command("measure a run by one fixed protocol, on held-out data", _evaluate_arguments, _evaluate),
+    "train": Command(
+        "train a model and fit the mixture",
+        _train_arguments,
+        _train,
+        "the run goes on from its last epoch with 'equipoise train --resume RUN'",
+    ),
+    "evaluate": Command(
+        "measure a run by one fixed protocol, on held-out data",
+        _evaluate_arguments,
+        _evaluate,
+        "the sections that were done are kept; --sections computes the others",
+    ),
     "report": Command("make one self-contained page of a run", _report_arguments, _report),
     "sample": Command("draw samples from a run", _sample_arguments, _sample),
     "reconstruct": Command("reconstruct data with a run, with uncertainty", _reconstruct_arguments, _reconstruct),

@@ -3,10 +3,12 @@
 import datetime
 import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +30,7 @@ from equipoise.metrics.samples import sample_quality
 from equipoise.model import VAE, CodeSource, encode_all
 from equipoise.noise import PredictedNoise
 from equipoise.outputs import write_figures
-from equipoise.store import read_json, write_json
+from equipoise.store import StoreError, read_json, write_json
 from equipoise.training.config import ConfigError
 from equipoise.training.run import Run, versions
 from equipoise.training.trainer import make_fabric
@@ -40,6 +42,8 @@ BATCH = 500
 SHOWN_IMAGES, SHOWN_CODES = 36, 1000
 ROWS = ("real", "reconstruction", "prior", "gaussian", "mixture")
 """Of the table of samples: training data, decoded test data, and three sources of codes."""
+MAX_SHARED = 0.1
+"""Share of the examples to judge by that may be in the training data, as duplicates are."""
 COPIES_SOUGHT = 1000
 """Samples among which copies of the training data are sought."""
 PLANE_POINTS, PLANE_EXAMPLES, VARYING_EXAMPLES = 96, 5000, 5000
@@ -109,20 +113,16 @@ def evaluate(
     Raises:
         ConfigError: if an argument is out of its domain.
     """
-    problems = [
-        f"there is no section {name!r}; choose from {', '.join(SECTIONS)}" for name in sections if name not in SECTIONS
-    ]
-    if "outliers" in sections and against is None:
-        problems.append("the section outliers needs examples of another kind: give --against OTHER_DATA")
-    if min(n_samples, importance_samples) < 2:
-        problems.append(f"at least 2 samples are needed, got n={n_samples} and importance samples={importance_samples}")
-    if problems:
-        raise ConfigError(problems)
+    config = run.config()
+    test, seed = test or Examples("test", data.test), config.seed if seed is None else seed
+    chosen = tuple(sections) or tuple(name for name in SECTIONS if name != "outliers" or against is not None)
     run.check_data(data)
-    config, model = run.config(), (model or run.model()).eval()
-    test = test or Examples("test", data.test)
+    _refuse(chosen, test, against, data, n_samples, importance_samples, seed)
+    model = (model or run.model()).eval().cpu()
     for examples in filter(None, (test, against)):
-        model.scaling.check(torch.from_numpy(examples.raw[:BATCH]))
+        for first in range(0, len(examples.raw), BATCH):
+            model.scaling.check(torch.from_numpy(examples.raw[first : first + BATCH]))
+    place = run if test.raw is data.test else _Elsewhere(run, test.name)
     write_figures(run, data, model)
     device = make_fabric(config).device
     evaluation = _Evaluation(
@@ -137,22 +137,90 @@ def evaluate(
         download=download,
         n_samples=min(n_samples, len(test.raw)),
         importance_samples=0 if brief else importance_samples,
-        seed=config.seed if seed is None else seed,
+        seed=seed,
         progress=progress,
+        figures=place.figures,
     )
-    chosen = sections or [name for name in SECTIONS if name != "outliers" or against is not None]
-    about = evaluation.about() | {"command": list(command)}
-    found: dict[str, Any] = {"about": about}
-    before = read_json(run.evaluation_file) if run.evaluation_file.is_file() else {}
-    if all(before.get("about", {}).get(key) == about[key] for key in ("model", "data")):
-        found = before | {"about": about | {"seconds": before["about"]["seconds"]}}
+    found = {"about": evaluation.about()}
+    found = _kept(place.evaluation_file, found["about"]) or found
     for name in chosen:
         started = time.perf_counter()
-        found[name] = _as_json(getattr(evaluation, name)())
-        found["about"]["seconds"][name] = round(time.perf_counter() - started, 1)
-        write_json(run.evaluation_file, found)
+        with torch.no_grad():
+            found[name] = _as_json(getattr(evaluation, name)())
+        found["about"]["sections"][name] = {
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - started, 1),
+            "seed": seed,
+            "command": list(command),
+        }
+        write_json(place.evaluation_file, found)
         on_section(name, found[name])
     return found
+
+
+class _Elsewhere:
+    """Where the evaluation on other examples goes, so that the run's own stays."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        stem = re.sub(r"[^\w.-]+", "-", Path(name).name) or "other"
+        self.evaluation_file = run.folder / f"evaluation-{stem}.json"
+        self.figures = run.figures / stem
+
+
+def _refuse(
+    sections: Sequence[str],
+    test: Examples,
+    against: Examples | None,
+    data: Data,
+    n_samples: int,
+    importance_samples: int,
+    seed: int,
+) -> None:
+    """Everything that would fail later, or give figures that mean something else than they say."""
+    problems = [
+        f"there is no section {name!r}; choose from {', '.join(SECTIONS)}" for name in sections if name not in SECTIONS
+    ]
+    if "outliers" in sections and against is None:
+        problems.append("the section outliers needs examples of another kind: give --against OTHER_DATA")
+    if importance_samples < 1:
+        problems.append(f"importance_samples must be at least 1, got {importance_samples}")
+    if not 0 <= seed < 2**32:
+        problems.append(f"the seed must be in 0..{2**32 - 1}, got {seed}")
+    least = {"samples": 4, "latent": 2, "outliers": 2, "likelihood": 2, "noise": 1}
+    n = min(n_samples, len(test.raw))
+    problems += [
+        f"the section {name} needs at least {least[name]} examples and samples, there are {n}"
+        for name in sections
+        if n < least.get(name, 0)
+    ]
+    given = [examples for examples in (test, against) if examples and examples.raw is not data.test]
+    pairs = [(examples, "the training data", data.train) for examples in given]
+    pairs += [(against, "the run's own test data", data.test)] if against else []
+    for examples, what, own in pairs:
+        if (shared := _shared(examples.raw, own)) > MAX_SHARED:
+            problems.append(
+                f"{shared:.0%} of {examples.name!r} are in {what}: their figures would not be of new data. "
+                "Leave it out to judge the run on its own test data"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _shared(examples: Subset, others: Subset) -> float:
+    """Share of examples that are among others, value for value."""
+    seen = {hash(row.tobytes()) for first in range(0, len(others), BATCH) for row in others[first : first + BATCH]}
+    rows = (row for first in range(0, len(examples), BATCH) for row in examples[first : first + BATCH])
+    return sum(hash(row.tobytes()) in seen for row in rows) / len(examples)
+
+
+def _kept(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """An earlier evaluation of the same model and mixture on the same examples; None if there is none to go on with."""
+    try:
+        before = read_json(file)
+        same = all(before["about"][key] == about[key] for key in ("model", "mixture", "data"))
+        return before if same and isinstance(before["about"]["sections"], dict) else None
+    except (OSError, StoreError, KeyError, TypeError):
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,14 +240,12 @@ class _Evaluation:
     importance_samples: int
     seed: int
     progress: Progress
+    figures: Path
     found_features: dict[str, Tensor] = field(default_factory=dict)
 
     def about(self) -> dict[str, Any]:
         """What was evaluated, and with what."""
         return {
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "seconds": {},
-            "seed": self.seed,
             "data": {
                 "name": self.data.name,
                 "fingerprint": self.data.fingerprint,
@@ -188,44 +254,46 @@ class _Evaluation:
                 "n_test": len(self.test.raw),
             },
             "model": hashlib.sha256(self.run.model_file.read_bytes()).hexdigest(),
+            "mixture": hashlib.sha256(self.run.mixture_file.read_bytes()).hexdigest(),
             "n_components": self.mixture.n_components,
             "device": str(self.device),
             "versions": versions(),
+            "sections": {},
         }
 
     def likelihood(self) -> dict[str, Any]:
         """Bounds on log p(x), raw and, of digital data, dequantised."""
-        raw = likelihood(self.model, self._batches("ELBO", self.test.raw), self._generator(5))
+        raw = likelihood(self.model, self._batches("ELBO", self.test.raw), self._generator("elbo"))
         found: dict[str, Any] = raw._asdict()
         found["noise_floor_var"] = found.pop("floor_var")
         first = self.test.raw.take(slice(PAPER_EXAMPLES))
-        paper = self._bounds(self._batches("IWAE of the paper", first), PAPER_SAMPLES, 6)
+        paper = self._bounds(self._batches("IWAE of the paper", first), PAPER_SAMPLES, "paper")
         found |= {name.replace("iwae_20", "iwae_20_first_500"): bound for name, bound in paper.items()}
         K = self.importance_samples
         self._draw_variance_sweep(raw)
         if K == 0:
             return found
-        found |= self._bounds(self._batches(f"IWAE-{K}", self.test.raw), K, 7)
+        found |= self._bounds(self._batches(f"IWAE-{K}", self.test.raw), K, "iwae")
         quantum = self.model.scaling.quantum
         if quantum is not None:
-            elbo = likelihood(self.model, self._dequantised("Dequantised ELBO", quantum), self._generator(5)).elbo
-            bounds = self._bounds(self._dequantised(f"Dequantised IWAE-{K}", quantum), K, 7)
+            elbo = likelihood(self.model, self._dequantised("Dequantised ELBO", quantum), self._generator("elbo")).elbo
+            bounds = self._bounds(self._dequantised(f"Dequantised IWAE-{K}", quantum), K, "iwae")
             found["dequantised"] = {"elbo": elbo, **bounds}
             for name, bound in bounds.items():
                 suffix = name.removeprefix(f"iwae_{K}")
                 found[f"bits_per_dim{suffix}"] = bits_per_dimension(bound, math.prod(self.model.shape), quantum)
         return found
 
-    def _bounds(self, batches: Iterator[Tensor], K: int, stream: int) -> dict[str, Estimate]:
+    def _bounds(self, batches: Iterator[Tensor], K: int, part: str) -> dict[str, Estimate]:
         """Importance-weighted bounds with the prior and with the mixture as p(z), from the same draws."""
         log_priors = [standard_normal_log_prob, self.mixture.log_prob]
-        by_prior = iwae(self.model, batches, K, log_priors, self._generator(stream))
+        by_prior = iwae(self.model, batches, K, log_priors, self._generator(part))
         return {
             f"iwae_{K}{suffix}": Estimate.of_mean(row) for suffix, row in zip(("", "_mixture"), by_prior, strict=True)
         }
 
     def _dequantised(self, label: str, quantum: float) -> Iterator[Tensor]:
-        scaling, generator = self.model.scaling, self._generator(8)
+        scaling, generator = self.model.scaling, self._generator("dequantise")
         for raw in self._batches(label, self.test.raw):
             yield scaling.restore(dequantise(scaling(raw), quantum, generator))
 
@@ -239,7 +307,7 @@ class _Evaluation:
             noise.reference_log_var.exp() if isinstance(noise, PredictedNoise) else torch.tensor(found.noise_var.value)
         )
         figure = plots.variance_sweep(var, {"ELBO with one variance, nats": {"test data": elbo}}, float(learned.mean()))
-        plots.save(figure, self.run.figures / "variance-sweep.png")
+        plots.save(figure, self.figures / "variance-sweep.png")
 
     def samples(self) -> dict[str, Any]:
         """Fréchet and kernel distances of real training data, reconstructions and samples from the test data."""
@@ -261,18 +329,18 @@ class _Evaluation:
 
     def _draw_samples(self) -> None:
         """Test data beside samples from the prior and from the mixture."""
-        shown = {"test data": torch.from_numpy(self.test.raw[:SHOWN_IMAGES]).to(self.device)}
+        shown = {"test data": torch.from_numpy(self._some(self.test.raw, SHOWN_IMAGES)[:]).to(self.device)}
         for row in ("prior", "mixture"):
             shown[row] = next(self._generated(row, SHOWN_IMAGES))
         sets = {title: self.model.scaling(raw).cpu().numpy() for title, raw in shown.items()}
-        plots.save(plots.samples_compared(sets), self.run.figures / "samples-compared.png")
+        plots.save(plots.samples_compared(sets), self.figures / "samples-compared.png")
 
     def latent(self) -> dict[str, Any]:
         """What the codes are like, and whether the mixture copies training data."""
         posterior = encode_all(self.model, self._batches("Encoding test data", self.test.raw))
         units = latent_units(posterior)
         found = {
-            "kl_mixture_prior": self.mixture.kl_to_prior(generator=self._generator(9)),
+            "kl_mixture_prior": self.mixture.kl_to_prior(generator=self._generator("kl")),
             "active_units": {
                 "value": sum(unit.is_active for unit in units),
                 "of": len(units),
@@ -280,14 +348,16 @@ class _Evaluation:
                 "n": len(self.test.raw),
             },
             "rate_per_unit": [unit.rate for unit in units],
-            "code_log_likelihood": code_log_likelihood(posterior.sample(self._generator(10)), self.mixture),
+            "code_log_likelihood": code_log_likelihood(posterior.sample(self._generator("codes")), self.mixture),
             "memorisation": self._memorisation(),
         }
         if self.model.latent_dim > 1:
             plane = latent_plane(
-                encode_all(self.model, self._batches("Encoding training data", self._training(PLANE_EXAMPLES))),
+                encode_all(
+                    self.model, self._batches("Encoding training data", self._some(self.data.train, PLANE_EXAMPLES))
+                ),
                 self.mixture,
-                self._generator(11),
+                self._generator("plane"),
                 PLANE_POINTS,
             )
             kind = "unit" if self.model.latent_dim == 2 else "principal axis"
@@ -302,27 +372,27 @@ class _Evaluation:
                 plane.codes[:SHOWN_CODES],
                 (f"latent {kind} 1", f"latent {kind} 2"),
             )
-            plots.save(figure, self.run.figures / "latent.png")
+            plots.save(figure, self.figures / "latent.png")
         return found
 
-    @torch.no_grad()
     def _memorisation(self) -> Memorisation:
         """Distances between decoded means, in model units: there a copy is a copy, for blur is on either side."""
-        test, model = self.test.raw.take(slice(COPIES_SOUGHT)), self.model
-
-        def decoded(raw: Subset, label: str) -> Iterator[Tensor]:
-            return (model.decode_mean(model.encode(model.scaling(x)).mean) for x in self._batches(label, raw))
-
+        test, model, generator = self._some(self.test.raw, COPIES_SOUGHT), self.model, self._generator("copies")
+        training = (
+            model.encode(model.scaling(x)).mean for x in self._batches("Decoding training data", self.data.train)
+        )
+        # Drawn, not their means: codes of the mixture have the noise of the posteriors in them, too.
+        unseen = encode_all(model, self._batches("Encoding test data", test)).sample(generator)
         return memorisation(
-            samples=as_vectors([model.generate(COPIES_SOUGHT, self.mixture, self._generator(15)).mean]),
-            training=as_vectors(decoded(self.data.train, "Reconstructing training data")),
-            test_reconstructions=as_vectors(decoded(test, "Reconstructing test data")),
+            samples=as_vectors([model.generate(COPIES_SOUGHT, self.mixture, generator).mean]),
+            training=as_vectors(map(model.decode_mean, training)),
+            test_reconstructions=as_vectors(map(model.decode_mean, torch.split(unseen, BATCH))),
             test=as_vectors(model.scaling(x) for x in self._batches("Test data", test)),
         )
 
     def noise(self) -> dict[str, Any]:
         """Whether the predicted std is the error that is found, over all dimensions and over those that vary."""
-        varying = varying_dimensions(torch.from_numpy(self._training(VARYING_EXAMPLES)[:]))
+        varying = varying_dimensions(torch.from_numpy(self._some(self.data.train, VARYING_EXAMPLES)[:]))
         found = noise_calibration(self.model, self._batches("Noise", self.test.raw), varying)
         parts = {"all": found.all_dimensions, "varying": found.varying_dimensions}
         series = {name: part for name, part in parts.items() if part is not None}
@@ -335,10 +405,10 @@ class _Evaluation:
             )
             for name, part in series.items()
         }
-        plots.save(plots.reliability(curves), self.run.figures / "reliability.png")
+        plots.save(plots.reliability(curves), self.figures / "reliability.png")
         plots.save(
             plots.sparsification(*(found.varying_dimensions or found.all_dimensions).sparsification),
-            self.run.figures / "sparsification.png",
+            self.figures / "sparsification.png",
         )
         return {
             "varying_share": float(varying.float().mean()),
@@ -351,13 +421,15 @@ class _Evaluation:
             raise ConfigError(["the section outliers needs examples of another kind"])
         parts = {"Validation": self.data.validation, "Test": self.test.raw, "Other": self.against.raw}
         scores = {
-            name: model_scores(self.model, self.mixture, self._batches(f"{name} scores", raw), self._generator(12))
+            name: model_scores(
+                self.model, self.mixture, self._batches(f"{name} scores", raw), self._generator("scores")
+            )
             for name, raw in parts.items()
         }
         inliers, outliers = (outlier_scores(scores[name], scores["Validation"]) for name in ("Test", "Other"))
         plots.save(
             plots.outlier_scores(inliers.combined, outliers.combined, "combined score"),
-            self.run.figures / "outliers.png",
+            self.figures / "outliers.png",
         )
         sizes = {"against": self.against.name, "n_inliers": len(self.test.raw), "n_outliers": len(self.against.raw)}
         return sizes | outlier_detection(inliers, outliers)._asdict()
@@ -377,9 +449,9 @@ class _Evaluation:
         if row not in self.found_features:
             n, label = self.n_samples, f"Features of {row}"
             if row == "test":
-                features = self._real_features(label, self.test.raw.take(slice(n)))
+                features = self._real_features(label, self._some(self.test.raw, n))
             elif row == "real":
-                features = self._real_features(label, self._training(n))
+                features = self._real_features(label, self._some(self.data.train, n))
             else:
                 images = self._reconstructed(n) if row == "reconstruction" else self._generated(row, n)
                 features = features_of(self.extractor, self._track(label, images, math.ceil(n / BATCH)))
@@ -389,14 +461,13 @@ class _Evaluation:
     def _real_features(self, label: str, raw: Subset) -> Tensor:
         return cached_features(self.extractor, raw, self._batches(label, raw))
 
-    def _training(self, n: int) -> Subset:
-        """Some of the training examples, drawn at random, but always the same."""
-        order = np.random.RandomState(self.seed).permutation(len(self.data.train))[:n]
-        return self.data.train.take(np.sort(order))
+    def _some(self, examples: Subset, n: int) -> Subset:
+        """Some examples, drawn at random, for they may lie class by class; all of them if there are no more than n."""
+        return examples.take(np.sort(np.random.RandomState(self.seed).permutation(len(examples))[:n]))
 
     def _reconstructed(self, n: int) -> Iterator[Tensor]:
-        for raw in Batches(self.test.raw.take(slice(n)), BATCH, self.device).epoch():
-            yield self._observed(self.model.reconstruct(self.model.scaling(raw)), self._generator(13))
+        for raw in Batches(self._some(self.test.raw, n), BATCH, self.device).epoch():
+            yield self._observed(self.model.reconstruct(self.model.scaling(raw)), self._generator("reconstruction"))
 
     def _generated(self, row: str, n: int) -> Iterator[Tensor]:
         sources: dict[str, CodeSource] = {
@@ -404,7 +475,7 @@ class _Evaluation:
             "gaussian": single_gaussian(self.mixture),
             "mixture": self.mixture,
         }
-        generator = self._generator(14)
+        generator = self._generator("samples")
         for first in range(0, n, BATCH):
             yield self._observed(self.model.generate(min(BATCH, n - first), sources[row], generator), generator)
 
@@ -423,9 +494,10 @@ class _Evaluation:
             yield batch
         self.progress(label, total, total)
 
-    def _generator(self, stream: int) -> torch.Generator:
-        """A stream of randomness of its own for each part, so that no figure depends on which others are computed."""
-        return torch.Generator(self.device).manual_seed(self.seed + stream)
+    def _generator(self, part: str) -> torch.Generator:
+        """A stream of its own for each part and seed: no figure depends on which others are computed."""
+        mixed = hashlib.sha256(f"{self.seed} {part}".encode()).digest()[:8]
+        return torch.Generator(self.device).manual_seed(int.from_bytes(mixed, "little"))
 
 
 def _as_json(value: Any) -> Any:  # noqa: ANN401 (any record)

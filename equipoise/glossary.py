@@ -109,7 +109,7 @@ TERMS: dict[str, Term] = {
     "negative_elbo": Term("by ELBO"),
     "standardised_residual": Term("by standardised residual"),
     "negative_mixture_log_prob": Term("by mixture density of the code"),
-    "combined": Term("by all three combined"),
+    "combined": Term("by the combination"),
     "auroc": Term("AUROC", "", "Probability that an outlier scores above an inlier; 0.5 is chance.", "higher"),
     "aupr": Term("AUPR", "", "Mean precision over the recalls; chance is the outliers' share.", "higher"),
 }
@@ -221,3 +221,30 @@ def format_figure(figure: Any) -> str:  # noqa: ANN401 (any JSON value)
     if isinstance(figure, float):
         return f"{figure:.4g}"
     return f"{figure:,}" if isinstance(figure, int) else str(figure)
+
+
+def warnings_of(evaluation: dict[str, Any]) -> Iterator[str]:
+    """Say what a reader of the figures must know.
+
+    Args:
+        evaluation: content of ``evaluation.json``.
+
+    Yields:
+        Sentences.
+    """
+    likelihood, samples = evaluation.get("likelihood", {}), evaluation.get("samples", {})
+    floor_var, noise_var = likelihood.get("noise_floor_var"), likelihood.get("noise_var")
+    if floor_var and noise_var and noise_var["value"] < 2 * floor_var:
+        yield (
+            f"The mean noise variance, {noise_var['value']:.3g}, is near its floor, {floor_var:.3g}: the raw "
+            "likelihood says as much of the floor as of the model. Quote it together with the floor."
+        )
+    rows = [row for row in samples.values() if isinstance(row, dict) and "frechet_distance" in row]
+    n = min((row["frechet_distance"]["n"] for row in rows), default=None)
+    if n is not None and n <= samples.get("feature_dimension", 0):
+        yield (
+            f"The Fréchet distances rest on {n:,} examples and {samples['feature_dimension']:,} features: with no more "
+            "examples than features they are far too high. Compare them only at the same N."
+        )
+    if evaluation.get("latent", {}).get("memorisation", {}).get("copied"):
+        yield "Samples single out training examples more than reconstructions of unseen data do: they may be copies."

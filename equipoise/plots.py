@@ -292,7 +292,7 @@ def reliability(series: dict[str, NoiseCurves]) -> Figure:
             coverage.plot(n_std + 0.16 * (i - (len(series) - 1) / 2), one.coverage, marker, ms=5, color=color)
         if 0 < 10 * low < high:
             std.set(xscale="log", yscale="log")
-        std.set(xlabel="predicted std (1 = full scale)", ylabel="RMSE found (1 = full scale)", aspect="equal")
+        std.set(xlabel="predicted std, model units", ylabel="RMSE found, model units", aspect="equal")
         std.set(xlim=(low, high), ylim=(low, high))
         std.legend(frameon=False)
         pit.set(xlabel="probability integral transform", ylabel="density", xlim=(0, 1), ylim=(0, None))

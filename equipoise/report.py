@@ -10,8 +10,8 @@ from xml.etree.ElementTree import Element, tostring
 
 from PIL import Image
 
-from equipoise.glossary import Keys, format_figure, leaves, measure, term
-from equipoise.store import read_json, whole_file
+from equipoise.glossary import Keys, format_figure, leaves, measure, term, warnings_of
+from equipoise.store import StoreError, read_json, whole_file
 from equipoise.training.run import Run
 
 LARGEST_PNG = 350_000
@@ -37,7 +37,8 @@ SECTIONS = {
         "Likelihood",
         {
             "training": "Training: the bound, its two terms and the learned noise variance over the epochs.",
-            "variance-sweep": "The noise variance: the ELBO has its maximum where the learned variance lies.",
+            "variance-sweep": "ELBO of the networks as they are, for any one noise variance: highest at the squared "
+            "error on these data. The learned variance is that of the training data, eq. (10); the gap is the overfit.",
         },
     ),
     "samples": Section(
@@ -67,6 +68,9 @@ SECTIONS = {
         "equipoise evaluate {run} --against DATA",
     ),
 }
+
+FIGURES_OF_TRAINING = ("training", "mixture", "reconstructions")
+"""Drawn without an evaluation."""
 
 MAIN_FIGURES: tuple[Keys, ...] = (
     ("likelihood", "elbo"),
@@ -120,11 +124,13 @@ def write_report(folder: Path) -> Path:
         The file.
 
     Raises:
-        StoreError: if the folder is not a run.
+        StoreError: if the folder is not a run, or its evaluation is damaged.
     """
     run = Run(folder)
     settings = run.settings()
     evaluation = read_json(run.evaluation_file) if run.evaluation_file.is_file() else {}
+    if not all(isinstance(section, dict) for section in [evaluation, *_mapping(evaluation).values()]):
+        raise StoreError(f"{run.evaluation_file} is damaged: write it anew with 'equipoise evaluate {run.folder}'.")
     about = evaluation.pop("about", {})
     page = _tag(
         "html",
@@ -159,7 +165,7 @@ def _content(
     yield _tag("p", _summary(run, settings))
     links = {key: section.title for key, section in sections.items()} | {"configuration": "Configuration"}
     yield _tag("nav", *(_tag("a", title, href=f"#{key}") for key, title in links.items()))
-    if warnings := list(_warnings(evaluation)):
+    if warnings := list(warnings_of(evaluation)):
         yield _tag("aside", *(_tag("p", text) for text in warnings), aria_label="Warnings")
     figures = dict(leaves(evaluation))
     if main_figures := {path: figures[path] for path in MAIN_FIGURES if path in figures}:
@@ -179,26 +185,6 @@ def _summary(run: Run, settings: dict[str, Any]) -> str:
     )
 
 
-def _warnings(evaluation: dict[str, Any]) -> Iterator[str]:
-    likelihood, samples = evaluation.get("likelihood", {}), evaluation.get("samples", {})
-    floor_var, noise_var = likelihood.get("noise_floor_var"), likelihood.get("noise_var")
-    if floor_var and noise_var and noise_var["value"] < 2 * floor_var:
-        yield (
-            f"The mean noise variance, {noise_var['value']:.3g}, is near its floor, {floor_var:.3g}: the raw "
-            "likelihood says as much of the floor as of the model. Quote it together with the floor."
-        )
-    n = min(
-        (row["frechet_distance"]["n"] for row in samples.values() if "frechet_distance" in _mapping(row)), default=None
-    )
-    if n is not None and n <= samples.get("feature_dimension", 0):
-        yield (
-            f"The Fréchet distances rest on {n:,} images and {samples['feature_dimension']:,} features: with fewer "
-            "images than features they are biased upwards. Compare them only at the same N."
-        )
-    if evaluation.get("latent", {}).get("memorisation", {}).get("copied"):
-        yield "Samples are nearer to the training data than reconstructions of unseen data are: they may be copies."
-
-
 def _section(run: Run, key: str, section: Section, figures: dict[Keys, Any]) -> Element:
     """A heading, the table if it was evaluated, and the pictures that are there."""
     parts = [_tag("h2", section.title)]
@@ -209,7 +195,7 @@ def _section(run: Run, key: str, section: Section, figures: dict[Keys, Any]) -> 
         parts.append(_tag("p", "Not evaluated yet. This adds it: ", _tag("code", command)))
     for stem, caption in section.figures.items():
         path = run.figures / f"{stem}.png"
-        if path.is_file():
+        if path.is_file() and (figures or stem in FIGURES_OF_TRAINING):
             parts.append(_tag("figure", _picture(path, caption), _tag("figcaption", caption)))
     return _tag("section", *parts, id=key)
 
@@ -272,11 +258,13 @@ def _row(name: str, figure: Any, unit: str, kind: str = "measure") -> Element:  
 def _configuration(settings: dict[str, Any], about: dict[str, Any]) -> Iterator[Element]:
     """How to reproduce the run, and all that it was made with."""
     yield _tag("h2", "Configuration")
-    for title, part in {"Trained": settings, "Evaluated": about}.items():
-        if command := part.get("command"):
+    evaluations = _mapping(about.get("sections")).values()
+    for title, parts in {"Trained": [settings], "Evaluated": evaluations}.items():
+        commands = dict.fromkeys(shlex.join(part["command"]) for part in parts if part.get("command"))
+        if commands:
             yield _tag("p", f"{title} by")
-            yield _tag("pre", _tag("code", shlex.join(command)))
-        elif part:
+            yield _tag("pre", _tag("code", "\n".join(commands)))
+        elif parts:
             yield _tag("p", f"{title} from Python, without a command.")
     tables = {"Options": settings["options"], "Data": settings["data"], "Versions": settings["versions"]}
     tables["Training"] = {key: value for key, value in settings.items() if key.capitalize() not in tables}

@@ -119,15 +119,76 @@ def test_the_same_seed_gives_the_same_figures_whatever_else_is_computed(run, dig
         assert set(again) == {"about", *SECTIONS}  # the others are kept
 
 
-def test_figures_of_another_model_or_other_examples_are_not_kept(run, digits, found, tmp_path):
+def test_figures_of_another_model_or_mixture_are_not_kept_nor_those_of_a_torn_file(run, digits, found):
     before = run.evaluation_file.read_text()
-    half = Examples("half", digits.test.take(slice(90)))
     try:
-        assert set(evaluate(run, digits, test=half, sections=["noise"])) == {"about", "noise"}
-        run.evaluation_file.write_text(before.replace(found["about"]["model"], "0" * 64))
-        assert set(evaluate(run, digits, sections=["noise"])) == {"about", "noise"}
+        for other in (
+            before.replace(found["about"]["model"], "0" * 64),
+            before.replace(found["about"]["mixture"], "0" * 64),
+            before[:1000],
+            "[]",
+        ):
+            run.evaluation_file.write_text(other)
+            assert set(evaluate(run, digits, sections=["noise"])) == {"about", "noise"}
     finally:
         run.evaluation_file.write_text(before)
+
+
+def test_other_examples_are_judged_beside_the_runs_own(run, digits, found):
+    before = run.evaluation_file.read_text()
+    picture = (run.figures / "reliability.png").read_bytes()
+    half = Examples("a/half.npy", digits.test.take(slice(90)))
+    assert evaluate(run, digits, test=half, sections=["noise"])["noise"]["all"]["coverage_1"]["n"] == 90
+    assert run.evaluation_file.read_text() == before
+    assert (run.figures / "reliability.png").read_bytes() == picture
+    assert "noise" in json.loads((run.folder / "evaluation-half.npy.json").read_text())
+
+
+def test_each_section_says_when_and_by_which_command_it_was_made(run, digits, found):
+    again = evaluate(run, digits, sections=["noise"], seed=7, command=["equipoise", "evaluate"])["about"]["sections"]
+    assert again["noise"]["seed"] == 7
+    assert again["noise"]["command"] == ["equipoise", "evaluate"]
+    assert again["likelihood"]["seed"] == 0
+    assert again["likelihood"]["created"] <= again["noise"]["created"]
+
+
+def test_another_seed_draws_anew_and_agrees_within_the_standard_errors(run, digits, found):
+    """Neighbouring seeds share no stream: the reviewer's figures of seed 1 once were those of seed 0."""
+    other = evaluate(run, digits, seed=1, features=Projections(), sections=["likelihood", "samples", "latent"])
+    same, gaps = set(), []
+    for name in ("likelihood", "samples", "latent"):
+        theirs = dict(leaves(other[name]))
+        for keys, figure in leaves(found[name]):
+            if isinstance(figure, dict) and figure.get("standard_error"):
+                gaps.append((theirs[keys]["value"] - figure["value"]) / figure["standard_error"])
+                same.add(gaps[-1] == 0)
+    assert len(gaps) > 20
+    assert max(map(abs, gaps)) < 5
+    values = [found["likelihood"]["iwae_20"]["value"], other["likelihood"]["iwae_20_first_500"]["value"]]
+    assert values[0] != values[1]
+
+
+def test_copies_are_found_where_codes_are_noisy(digits, tmp_path):
+    """A large fixed variance leaves wide posteriors: samples are less like training data than means, copies or not."""
+    config = equipoise.TrainConfig(
+        latent_dim=8, width=8, noise="fixed", noise_var=0.05, stage_1_epochs=15, stage_2_epochs=0, batch_size=64,
+        learning_rate=5e-3, n_components=5,
+    )  # fmt: skip
+    run = train(digits, config, tmp_path / "run")
+    honest = evaluate(run, digits, sections=["latent"])["latent"]["memorisation"]
+    assert honest["closer"]["value"] == pytest.approx(0.5, abs=0.1)
+    assert not honest["copied"]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
+def test_images_of_real_numbers_and_in_colour(shape, tmp_path):
+    rng = np.random.default_rng(0)
+    data = equipoise.load_data(rng.random((120, *shape), dtype=np.float32))
+    config = equipoise.TrainConfig(latent_dim=2, width=4, stage_1_epochs=1, stage_2_epochs=1, n_components=2)
+    run = train(data, config, tmp_path / "run")
+    found = evaluate(run, data, features=Projections(n_pixels=math.prod(shape)))
+    assert set(found) == {"about", "likelihood", "samples", "latent", "noise"}
+    assert (run.figures / "samples-compared.png").is_file()
 
 
 def test_an_interruption_keeps_what_was_done(run, digits, found):
@@ -180,11 +241,20 @@ def test_a_table_is_compared_in_its_columns(table, tmp_path):
 
 def test_wrong_arguments_are_refused_before_anything_is_written(run, digits):
     before = run.evaluation_file.stat().st_mtime_ns if run.evaluation_file.exists() else None
-    with pytest.raises(ConfigError, match=r"no section 'latnet'(.|\n)*at least 2") as error:
-        evaluate(run, digits, sections=["latnet"], n_samples=1)
+    with pytest.raises(
+        ConfigError, match=r"no section 'latnet'(.|\n)*at least 1(.|\n)*the seed(.|\n)*at least 4"
+    ) as error:
+        evaluate(run, digits, sections=["latnet", "samples"], n_samples=3, importance_samples=0, seed=-1)
     assert "likelihood, samples, latent, noise, outliers" in str(error.value)
     with pytest.raises(ConfigError, match="--against"):
         evaluate(run, digits, sections=["outliers"])
+    with pytest.raises(ConfigError, match=r"100% of 'again' are in the training data"):
+        evaluate(run, digits, test=Examples("again", digits.train.take(slice(50))))
+    with pytest.raises(ConfigError, match=r"100% of 'own' are in the run's own test data"):
+        evaluate(run, digits, against=Examples("own", digits.test.take(slice(50))))
+    late = np.concatenate([np.zeros((600, 1, 8, 8), np.uint8), np.full((1, 1, 8, 8), 200, np.uint8)])
+    with pytest.raises(ValueError, match="whole numbers from 0 to 16"):
+        evaluate(run, digits, test=Examples("too bright", Subset.whole(late)))
     with pytest.raises(ValueError, match="whole numbers from 0 to 16"):
         evaluate(run, digits, test=Examples("floats", Subset.whole(np.zeros((5, 1, 8, 8), np.float32))))
     with pytest.raises(ValueError, match="was trained on"):

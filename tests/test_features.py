@@ -196,8 +196,13 @@ def test_inception_is_downloaded_only_when_asked_for(digits, weights, torch_fide
     assert load_features("inception", digits).dimension == 3  # found where it was put
 
 
+def shipped(data, factor=1.0):
+    """As if the module were one that comes along: features of a user's own are not kept."""
+    return load_features(ChannelMeans(factor), data)._replace(name="efficientnet-lite0")
+
+
 def cached(data, part, folder, factor=1.0):
-    extractor = load_features(ChannelMeans(factor), data)
+    extractor = shipped(data, factor)
     return cached_features(extractor, part, Batches(part, 16).epoch(), folder)
 
 
@@ -208,7 +213,7 @@ def untouched():
 
 def test_features_of_real_data_are_computed_once(digits, tmp_path):
     first = cached(digits, digits.test, tmp_path)
-    extractor = load_features(ChannelMeans(), digits)
+    extractor = shipped(digits)
     again = cached_features(extractor, digits.test, untouched(), tmp_path)
     torch.testing.assert_close(again, first, atol=0, rtol=0)
     other = cached(digits, digits.test, tmp_path, factor=2.0)
@@ -223,7 +228,7 @@ def test_features_of_real_data_are_computed_once(digits, tmp_path):
 def test_a_torn_or_foreign_file_is_written_anew(digits, tmp_path):
     first = cached(digits, digits.test, tmp_path)
     (file,) = tmp_path.iterdir()
-    extractor = load_features(ChannelMeans(), digits)
+    extractor = shipped(digits)
     for content in (file.read_bytes()[:300], b"foreign"):
         file.write_bytes(content)
         torch.testing.assert_close(cached(digits, digits.test, tmp_path), first, atol=0, rtol=0)
@@ -239,7 +244,14 @@ def test_a_cache_that_cannot_be_written_is_a_warning(digits, tmp_path):
 
 
 def test_the_batches_must_be_those_of_the_examples(digits, tmp_path):
-    extractor = load_features(ChannelMeans(), digits)
+    extractor = shipped(digits)
     with pytest.raises(ValueError, match="expected batches of the 7 examples"):
         cached_features(extractor, digits.test.take(slice(7)), Batches(digits.test, 9).epoch(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_of_a_users_own_module_are_computed_anew(digits, tmp_path):
+    """Its code may have changed, and no checksum of its tensors would tell."""
+    extractor = load_features(ChannelMeans(), digits)
+    cached_features(extractor, digits.test, Batches(digits.test, 16).epoch(), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -31,7 +31,10 @@ def full_evaluation():
         for i, name in enumerate(sets)
     }
     evaluation = {
-        "about": {"command": ["equipoise", "evaluate", "runs/a b"], "model": "c0ffee", "seconds": {"noise": 12.5}},
+        "about": {
+            "model": "c0ffee",
+            "sections": {"noise": {"command": ["equipoise", "evaluate", "runs/a b"], "seconds": 12.5}},
+        },
         "likelihood": {
             **{name: estimate(100.5 + i, 1.5) for i, name in enumerate(likelihood)},
             "noise_var": estimate(0.2, 0.0012),
@@ -125,7 +128,7 @@ def edit(folder, name, change):
 def test_everything_that_was_evaluated_is_shown(folder):
     page = page_of(folder)
     evaluation = full_evaluation()
-    about = evaluation.pop("about")
+    del evaluation["about"]
     for keys, figure in leaves(evaluation):
         key, case = measure(keys[1:])
         assert format_figure(figure) in page.text, keys
@@ -136,7 +139,6 @@ def test_everything_that_was_evaluated_is_shown(folder):
         assert shown in page.text
     assert "equipoise train mnist --out 'runs/a b'" in page.text
     assert "equipoise evaluate 'runs/a b'" in page.text
-    assert about["command"][2] in page.text
     assert "0.0625" not in page.text, "curves are for pictures"
 
 
@@ -216,7 +218,7 @@ def test_other_figures_and_sections_are_shown_plainly(folder):
     ("change", "warning"),
     [
         (lambda e: e["likelihood"].update(noise_floor_var=0.15), "near its floor, 0.15"),
-        (lambda e: e["samples"].update(feature_dimension=10_000), "biased upwards"),
+        (lambda e: e["samples"].update(feature_dimension=10_000), "far too high"),
         (lambda e: e["latent"]["memorisation"].update(copied=True), "may be copies"),
     ],
 )
@@ -305,3 +307,19 @@ def test_the_glossary_speaks_to_people():
         else:
             assert not entry.unit
             assert not entry.better
+
+
+def test_a_damaged_evaluation_is_named_as_such(folder):
+    for damaged in ([], {"likelihood": [1]}):
+        write_json(folder / "evaluation.json", damaged)
+        with pytest.raises(StoreError, match="damaged: write it anew with 'equipoise evaluate"):
+            write_report(folder)
+
+
+def test_figures_of_a_section_that_is_not_in_the_file_are_not_shown(folder):
+    """They would be of another evaluation."""
+    change_json = json.loads((folder / "evaluation.json").read_text())
+    del change_json["latent"]
+    write_json(folder / "evaluation.json", change_json)
+    page = page_of(folder).text
+    assert "Where the codes are" not in page

@@ -476,12 +476,6 @@ def test_the_history_follows_the_checkpoint(tmp_path):
     assert [row["epoch"] for row in read_rows(path)] == [1, 2]
 
 
-def test_tensorboard_events(digits, tmp_path):
-    pytest.importorskip("tensorboard")
-    run = train(digits, replace(QUICK, tensorboard=True), tmp_path / "run")
-    assert list((run.folder / "tensorboard").glob("events*"))
-
-
 KILLED = """
 import sys
 from equipoise.data import load

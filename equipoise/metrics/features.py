@@ -34,6 +34,9 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 INCEPTION_VARIABLE = "EQUIPOISE_INCEPTION"
 """Environment variable with the path of the weights."""
 
+SHIPPED = ("efficientnet-lite0", "inception", "columns")
+"""Features whose names say all."""
+
 AT_ONCE = 64
 """Examples that pass through a network together: on a CPU more are slower, for their activations leave the cache."""
 
@@ -42,7 +45,7 @@ class FeatureExtractor(NamedTuple):
     r"""A map from raw examples to feature vectors.
 
     Args:
-        name: what figures are labelled with; no two maps share one.
+        name: what figures are labelled with.
         module: from raw examples, (B, \*), to features, (B, d); in evaluation mode.
         dimension: d.
     """
@@ -134,8 +137,9 @@ def cached_features(
 ) -> Float[Tensor, "n features"]:
     r"""Take real examples to their features, once: they are kept for the next evaluation.
 
-    They are kept under a checksum of the examples and of the extractor, units included. A file that is torn is written
-    anew. A cache that cannot be written is a warning: the features are right all the same.
+    They are kept under a checksum of the examples and of the extractor, units included; those of a user's own module
+    are not, for its code may change unnoticed. A file that is torn is written anew. A cache that cannot be written is a
+    warning: the features are right all the same.
 
     Args:
         extractor: from :func:`load_features`.
@@ -149,6 +153,8 @@ def cached_features(
     Raises:
         ValueError: if ``batches`` do not hold as many examples as there are.
     """
+    if extractor.name not in SHIPPED:
+        return features_of(extractor, batches)
     key = [examples.sha256(), extractor.name, _checksum(extractor.module), version("equipoise")]
     file = f"{hashlib.sha256(' '.join(key).encode()).hexdigest()[:32]}.safetensors"
     path = (folder or default_cache_dir() / "features") / file

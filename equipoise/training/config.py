@@ -84,8 +84,9 @@ class TrainConfig:
     """Device: 'auto' takes a CUDA GPU where there is one."""
     compile: bool = False
     """Compile the networks with torch.compile, which delays the start of each stage."""
-    tensorboard: bool = False
-    """Also write TensorBoard events into the run folder (needs the 'track' extra)."""
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
+    """Experiment tracker that takes the options and each epoch's figures, besides metrics.jsonl (needs the 'track'
+    extra). All are local unless their own environment variables, such as WANDB_MODE=online, say otherwise."""
 
     image_size: int | None = None
     """Folders of images: centre-crop to a square and resize to this many pixels a side."""

@@ -1,4 +1,4 @@
-"""Where a run's figures go: ``metrics.jsonl``, TensorBoard, a terminal. One protocol, a few lines each."""
+"""Where a run's figures go: one protocol, and ``metrics.jsonl``, which every run has."""
 
 import json
 from pathlib import Path
@@ -79,40 +79,3 @@ def read_rows(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-class TensorBoardSink:
-    """TensorBoard events, one point per epoch.
-
-    Args:
-        folder: usually RUN/tensorboard.
-
-    Raises:
-        ImportError: if TensorBoard is not installed.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("tensorboard=true needs TensorBoard: pip install 'equipoise[track]'") from error
-        self.writer = SummaryWriter(str(folder))
-
-    def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
-        """Do nothing: points are per epoch."""
-
-    def step(self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]) -> None:
-        """Do nothing: points are per epoch."""
-
-    def epoch(self, row: Row) -> None:
-        """Write every number of the row."""
-        for name, value in row.items():
-            if isinstance(value, int | float):
-                self.writer.add_scalar(name, value, row["epoch"])
-
-    def message(self, text: str) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Flush."""
-        self.writer.close()

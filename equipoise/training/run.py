@@ -1,7 +1,6 @@
 """The main job: data in, a run folder out. Trains, fits the mixture, and keeps everything needed to go on."""
 
 import datetime
-import importlib.util
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -31,7 +30,8 @@ from equipoise.store import (
     write_json,
 )
 from equipoise.training.config import ConfigError, TrainConfig, make_config
-from equipoise.training.logging import JsonlSink, Row, Sink, TensorBoardSink, read_rows
+from equipoise.training.logging import JsonlSink, Row, Sink, read_rows
+from equipoise.training.trackers import TRACKERS, is_installed
 from equipoise.training.trainer import EVALUATION_BATCH, Trainer, examples, make_fabric
 
 MIN_TRAIN = 20
@@ -188,8 +188,8 @@ def train(
     if not resume:
         write_json(run.config_file, _settings(data, config, model, data_options, command))
     all_sinks: list[Sink] = [JsonlSink(run.metrics_file), *sinks]
-    if config.tensorboard:
-        all_sinks.append(TensorBoardSink(run.folder / "tensorboard"))
+    if config.tracker != "none":
+        all_sinks.append(TRACKERS[config.tracker](run.folder, config.as_dict()))
     trainer = Trainer(model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric)
     trainer.fit(resume=resume)
     model.eval()
@@ -347,8 +347,11 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
         problems.append("noise=channel needs images; for tables use noise=dimension")
     if config.architecture in ("conv", "residual") and len(data.shape) != 3:
         problems.append(f"architecture={config.architecture} needs images; for tables use architecture=mlp")
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        problems.append("tensorboard=true needs TensorBoard: pip install 'equipoise[track]'")
+    if config.tracker in TRACKERS and not is_installed(config.tracker):
+        problems.append(
+            f"tracker={config.tracker} needs the library of that name: pip install {config.tracker}, or "
+            "'equipoise[track]' for all trackers"
+        )
     if problems:
         raise ConfigError(problems)
 
