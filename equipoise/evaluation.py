@@ -23,7 +23,7 @@ from equipoise.gaussian import Gaussian, standard_normal_log_prob
 from equipoise.metrics.calibration import noise_calibration, varying_dimensions
 from equipoise.metrics.features import FeatureExtractor, cached_features, features_of, load_features
 from equipoise.metrics.latent import code_log_likelihood, latent_plane, latent_units, single_gaussian
-from equipoise.metrics.likelihood import Likelihood, bits_per_dimension, dequantise, iwae, likelihood
+from equipoise.metrics.likelihood import Likelihood, bits_per_dimension, iwae, likelihood
 from equipoise.metrics.memorisation import Memorisation, as_vectors, memorisation
 from equipoise.metrics.outliers import model_scores, outlier_detection, outlier_scores
 from equipoise.metrics.samples import sample_quality
@@ -125,6 +125,8 @@ def evaluate(
     place = run if test.raw is data.test else _Elsewhere(run, test.name)
     write_figures(run, data, model)
     device = make_fabric(config).device
+    if model.architecture in ("conv", "residual"):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # faster
     evaluation = _Evaluation(
         run=run,
         data=data,
@@ -262,40 +264,27 @@ class _Evaluation:
         }
 
     def likelihood(self) -> dict[str, Any]:
-        """Bounds on log p(x), raw and, of digital data, dequantised."""
+        """Bounds on log p(x), raw and, of digital data, dequantised; with the prior and with the mixture as p(z)."""
         raw = likelihood(self.model, self._batches("ELBO", self.test.raw), self._generator("elbo"))
         found: dict[str, Any] = raw._asdict()
         found["noise_floor_var"] = found.pop("floor_var")
-        first = self.test.raw.take(slice(PAPER_EXAMPLES))
-        paper = self._bounds(self._batches("IWAE of the paper", first), PAPER_SAMPLES, "paper")
-        found |= {name.replace("iwae_20", "iwae_20_first_500"): bound for name, bound in paper.items()}
-        K = self.importance_samples
+        log_priors = [standard_normal_log_prob, self.mixture.log_prob]
+        first = self._batches("IWAE of the paper", self.test.raw.take(slice(PAPER_EXAMPLES)))
+        paper = iwae(self.model, first, PAPER_SAMPLES, log_priors, self._generator("paper"))
+        found |= _by_prior("iwae_20_first_500", paper[0])
         self._draw_variance_sweep(raw)
+        K, quantum = self.importance_samples, self.model.scaling.quantum
         if K == 0:
             return found
-        found |= self._bounds(self._batches(f"IWAE-{K}", self.test.raw), K, "iwae")
-        quantum = self.model.scaling.quantum
+        whole = self._batches(f"IWAE-{K}", self.test.raw)
+        is_digital = quantum is not None
+        bounds = iwae(self.model, whole, K, log_priors, self._generator("iwae"), dequantised=is_digital)
+        found |= _by_prior(f"iwae_{K}", bounds[0])
         if quantum is not None:
-            elbo = likelihood(self.model, self._dequantised("Dequantised ELBO", quantum), self._generator("elbo")).elbo
-            bounds = self._bounds(self._dequantised(f"Dequantised IWAE-{K}", quantum), K, "iwae")
-            found["dequantised"] = {"elbo": elbo, **bounds}
-            for name, bound in bounds.items():
-                suffix = name.removeprefix(f"iwae_{K}")
-                found[f"bits_per_dim{suffix}"] = bits_per_dimension(bound, math.prod(self.model.shape), quantum)
+            spread = _by_prior(f"iwae_{K}", bounds[1])
+            bits = (bits_per_dimension(bound, math.prod(self.model.shape), quantum) for bound in spread.values())
+            found |= {"dequantised": spread, **dict(zip(("bits_per_dim", "bits_per_dim_mixture"), bits, strict=True))}
         return found
-
-    def _bounds(self, batches: Iterator[Tensor], K: int, part: str) -> dict[str, Estimate]:
-        """Importance-weighted bounds with the prior and with the mixture as p(z), from the same draws."""
-        log_priors = [standard_normal_log_prob, self.mixture.log_prob]
-        by_prior = iwae(self.model, batches, K, log_priors, self._generator(part))
-        return {
-            f"iwae_{K}{suffix}": Estimate.of_mean(row) for suffix, row in zip(("", "_mixture"), by_prior, strict=True)
-        }
-
-    def _dequantised(self, label: str, quantum: float) -> Iterator[Tensor]:
-        scaling, generator = self.model.scaling, self._generator("dequantise")
-        for raw in self._batches(label, self.test.raw):
-            yield scaling.restore(dequantise(scaling(raw), quantum, generator))
 
     def _draw_variance_sweep(self, found: Likelihood) -> None:
         """ELBO of the networks as they are, eq. (9), for any one variance: highest at their squared error, eq. (10)."""
@@ -498,6 +487,10 @@ class _Evaluation:
         """A stream of its own for each part and seed: no figure depends on which others are computed."""
         mixed = hashlib.sha256(f"{self.seed} {part}".encode()).digest()[:8]
         return torch.Generator(self.device).manual_seed(int.from_bytes(mixed, "little"))
+
+
+def _by_prior(name: str, bounds: Tensor) -> dict[str, Estimate]:
+    return {f"{name}{suffix}": Estimate.of_mean(row) for suffix, row in zip(("", "_mixture"), bounds, strict=True)}
 
 
 def _as_json(value: Any) -> Any:  # noqa: ANN401 (any record)

@@ -171,15 +171,16 @@ def importance_weighted_bounds(
     log_priors: Sequence[LogPrior],
     generator: torch.Generator | None = None,
     *,
+    observed: Sequence[Tensor] | None = None,
     max_rows: int = 4096,
-) -> Float[Tensor, "priors batch"]:
+) -> Float[Tensor, "observed priors batch"]:
     r"""Importance-weighted lower bound on log p(x) (IWAE), the paper's Table 3, for one or several p(z).
 
     .. math:: \log \frac1K \sum_k \frac{p(x|z_k)\, p(z_k)}{q(z_k|x)}, \qquad z_k \sim q(z|x)
 
     With K = 1 its mean is the evidence lower bound; it grows with K towards log p(x). Burda, Grosse and
-    Salakhutdinov (2016), *Importance weighted autoencoders*, arXiv 1509.00519. All priors see the same draws, and
-    each code is decoded once.
+    Salakhutdinov (2016), *Importance weighted autoencoders*, arXiv 1509.00519. Several priors, and several
+    observations x near the one that q(z|x) is given, share the draws, so that each code is decoded once.
 
     Args:
         model: the model, in evaluation mode.
@@ -187,27 +188,31 @@ def importance_weighted_bounds(
         n_samples: K, exactly as many as are drawn, at least 1.
         log_priors: the prior N(0, I), or a fitted mixture, or both.
         generator: source of the samples.
+        observed: O tensors like ``x`` whose densities are asked for, such as ``x`` with its rounding undone; ``x``
+            alone if None.
         max_rows: decoder rows evaluated at once; bounds the memory and, but for the order of the draws, nothing else.
 
     Returns:
-        (P, B), nats, float64.
+        (O, P, B), nats, float64.
 
     Raises:
         ValueError: if ``n_samples`` is below 1.
     """
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
+    observed = [x] if observed is None else observed
     posterior = model.encode(x)
     chunk = max(1, min(n_samples, max_rows // max(1, len(x))))
-    total = torch.full((len(log_priors), len(x)), -math.inf, dtype=torch.float64, device=x.device)
+    total = torch.full((len(observed), len(log_priors), len(x)), -math.inf, dtype=torch.float64, device=x.device)
     for start in range(0, n_samples, chunk):
         k = min(chunk, n_samples - start)
         repeated = Gaussian(*(t.expand_as(posterior.mean).repeat_interleave(k, 0) for t in posterior))
         z = repeated.sample(generator)
-        log_likelihood = model.decode(z).log_prob(x.repeat_interleave(k, 0))
-        for i, log_prior in enumerate(log_priors):
-            log_weight = log_likelihood.double() + log_prior(z) - repeated.log_prob(z)
-            total[i] = torch.logaddexp(total[i], log_weight.view(len(x), k).logsumexp(1))
+        likelihood = model.decode(z)
+        log_ratios = torch.stack([log_prior(z) - repeated.log_prob(z) for log_prior in log_priors])
+        for sums, seen in zip(total, observed, strict=True):
+            log_weights = likelihood.log_prob(seen.repeat_interleave(k, 0)).double() + log_ratios
+            sums.copy_(torch.logaddexp(sums, log_weights.view(len(log_priors), len(x), k).logsumexp(2)))
     return total - math.log(n_samples)
 
 
@@ -233,4 +238,4 @@ def importance_weighted_bound(
     Returns:
         (B,), nats, float64.
     """
-    return importance_weighted_bounds(model, x, n_samples, [log_prior], generator, max_rows=max_rows)[0]
+    return importance_weighted_bounds(model, x, n_samples, [log_prior], generator, max_rows=max_rows)[0, 0]

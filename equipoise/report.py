@@ -129,7 +129,8 @@ def write_report(folder: Path) -> Path:
     run = Run(folder)
     settings = run.settings()
     evaluation = read_json(run.evaluation_file) if run.evaluation_file.is_file() else {}
-    if not all(isinstance(section, dict) for section in [evaluation, *_mapping(evaluation).values()]):
+    sections = [_mapping(evaluation).get(name, {}) for name in ("about", *SECTIONS)]
+    if not all(isinstance(part, dict) for part in (evaluation, *sections)):
         raise StoreError(f"{run.evaluation_file} is damaged: write it anew with 'equipoise evaluate {run.folder}'.")
     about = evaluation.pop("about", {})
     page = _tag(

@@ -27,12 +27,13 @@ def resolve(name):
 
 
 EQUATIONS = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
-NAMES = sorted(set(re.findall(r"`(equipoise\.[\w.]+)`", EQUATIONS)))
+PROTOCOL = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+NAMES = sorted(set(re.findall(r"`(equipoise\.[\w.]+)`", EQUATIONS + PROTOCOL)))
 TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py(?:::\w+)?)`", EQUATIONS)))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_in_the_equations_is_in_the_code(name):
+def test_every_name_in_equations_and_protocol_is_in_the_code(name):
     assert resolve(name) is not None
 
 
@@ -54,9 +55,10 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
 
 
-def test_the_python_in_the_readme_runs(tmp_path):
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    assert blocks
+def test_the_python_in_readme_and_choices_runs(tmp_path):
+    text = README + (ROOT / "docs" / "choices.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) > 1
     for block in blocks:
         done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -81,6 +83,19 @@ def test_figures_in_the_documents_come_with_their_json():
     for name in named:
         content = json.loads((ROOT / name).read_text(encoding="utf-8"))
         assert {"command", "date", "versions"} <= content.keys(), name
+
+
+def test_the_table_of_the_readme_is_that_of_the_json():
+    """No figure in it was typed by hand."""
+    names = [f"results/evaluation-{name}.json" for name in ("mnist", "fashion-mnist")]
+    made = subprocess.run(
+        [sys.executable, "benchmarks/evaluation.py", "table", *names],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert made.stdout.strip() in README
 
 
 def test_layers():

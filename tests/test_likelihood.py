@@ -34,7 +34,7 @@ def test_elbo_and_iwae_of_probabilistic_pca(model_and_data):
     assert whole.noise_var.value == pytest.approx(float(ppca.var), rel=1e-5)
     assert whole.floor_var == 0.0  # a fixed variance has no floor
     # Each example's bound is exact, whatever K: the posterior is.
-    torch.testing.assert_close(iwae(model, x.split(100), 5)[0], oracle, atol=1e-4, rtol=0)
+    torch.testing.assert_close(iwae(model, x.split(100), 5)[0, 0], oracle, atol=1e-4, rtol=0)
 
 
 class _Wider(torch.nn.Module):
@@ -69,7 +69,7 @@ def test_far_from_the_data_the_bound_stays_finite(model_and_data):
 def test_the_prior_as_a_mixture_gives_the_same_bound_from_the_same_draws(model_and_data):
     model, x, _ = model_and_data
     prior = GaussianMixture(torch.ones(1), torch.zeros(1, 3), torch.eye(3)[None])
-    by_prior = iwae(model, x.split(100), 7, [standard_normal_log_prob, prior.log_prob])
+    by_prior = iwae(model, x.split(100), 7, [standard_normal_log_prob, prior.log_prob])[0]
     torch.testing.assert_close(by_prior[0], by_prior[1], atol=1e-4, rtol=0)
 
 
@@ -115,3 +115,17 @@ def test_raw_likelihood_has_no_ceiling_but_bits_have():
     assert bits[1] < bits[0]
     assert bits[1] < bits[2]
     assert min(bits) > 0  # one certain level costs no bits, and no density beats that
+
+
+def test_codes_of_the_data_as_they_are_bound_dequantised_data_too(model_and_data, generator):
+    """Both densities in one pass: importance weights are right for any proposal, so the bounds close on log p(x + u)."""
+    model, x, ppca = model_and_data
+    x, model.scaling.quantum = torch.round(x[:50], decimals=1), 0.1
+    found = iwae(model, [x], 20_000, generator=generator, dequantised=True)
+    spread = dequantise(x, 0.1, torch.Generator().manual_seed(0))  # as the generator has drawn it
+    torch.testing.assert_close(found[0, 0], ppca.log_prob(x), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[1, 0], ppca.log_prob(spread), atol=0.1, rtol=0)
+    assert float((found[1, 0] - found[0, 0]).abs().max()) > 0.3
+    model.scaling.quantum = None
+    with pytest.raises(ValueError, match="no levels"):
+        iwae(model, [x], 2, dequantised=True)

@@ -93,8 +93,8 @@ def test_reliability_shows_size_distribution_and_coverage():
     series = {"all pixels": curves([0.1, 0.2], [0.1, 0.25], (3, 1)), "pixels that vary": curves([0.15], [0.12])}
     figure = plots.reliability(series)
     std, pit, coverage = figure.axes
-    assert "1 = full scale" in std.get_xlabel()
-    assert "1 = full scale" in std.get_ylabel()
+    assert "model units" in std.get_xlabel()
+    assert "model units" in std.get_ylabel()
     assert std.get_xlim() == std.get_ylim()
     diagonal, first, second = (line.get_xydata() for line in std.lines)
     np.testing.assert_allclose(diagonal[:, 0], diagonal[:, 1])

@@ -63,12 +63,15 @@ def likelihood(model: VAE, batches: Iterable[Tensor], generator: torch.Generator
     )
 
 
+@torch.no_grad()
 def iwae(
     model: VAE,
     batches: Iterable[Tensor],
     n_samples: int,
     log_priors: Sequence[LogPrior] = (standard_normal_log_prob,),
     generator: torch.Generator | None = None,
+    *,
+    dequantised: bool = False,
 ) -> Tensor:
     r"""Importance-weighted bound on log p(x) of each example, :func:`equipoise.objectives.importance_weighted_bounds`.
 
@@ -78,17 +81,22 @@ def iwae(
         n_samples: K.
         log_priors: log p(z) of each density to judge the model with: the prior, the fitted mixture.
         generator: source of the samples.
+        dequantised: bound log p(x + u) as well, see :func:`dequantise`, from codes of q(z|x), which is as good a
+            proposal. The model's data must be digital.
 
     Returns:
-        (P, N), nats, float64, one row for each of ``log_priors``.
+        (O, P, N), nats, float64: of the data as they are, and second, if asked for, dequantised; a row for each of
+        ``log_priors``.
     """
-    bounds = [
-        importance_weighted_bounds(model, model.scaling(raw), n_samples, log_priors, generator) for raw in batches
-    ]
-    return torch.cat(bounds, 1)
+    parts = []
+    for raw in batches:
+        x = model.scaling(raw)
+        observed = [x, dequantise(x, model.scaling.quantum, generator)] if dequantised else [x]
+        parts.append(importance_weighted_bounds(model, x, n_samples, log_priors, generator, observed=observed))
+    return torch.cat(parts, 2)
 
 
-def dequantise(x: Tensor, quantum: float, generator: torch.Generator | None = None) -> Tensor:
+def dequantise(x: Tensor, quantum: float | None, generator: torch.Generator | None = None) -> Tensor:
     r"""Spread each grey level evenly over the interval that was rounded to it, x + u with u uniform.
 
     A density of rounded data is unbounded: it can grow without limit at the levels. One of spread data is not, and
@@ -102,7 +110,12 @@ def dequantise(x: Tensor, quantum: float, generator: torch.Generator | None = No
 
     Returns:
         The same shape, within q / 2 of ``x``.
+
+    Raises:
+        ValueError: if there is no quantum.
     """
+    if quantum is None:
+        raise ValueError("data that are no levels cannot be dequantised: leave it out")
     return x + quantum * (torch.empty_like(x).uniform_(generator=generator) - 0.5)
 
 
