@@ -28,8 +28,13 @@ test *arguments:
 slow:
     pytest -n 0 -m slow
 
+# The documentation, executed, into docs/_build/html
+docs:
+    pip install -q -c constraints.txt -e ".[docs]"
+    sphinx-build -W --keep-going -j 2 -b html docs docs/_build/html
+
 # What CI runs
-check: lint test
+check: lint test docs
 
 # The benchmarks whose JSON lies in results/
 bench data_dir:

@@ -103,7 +103,7 @@ def table(paths):
 def _format(figure):
     """Two digits of the standard error, which says how many of the value are worth printing."""
     value, error = figure["value"], figure["standard_error"]
-    decimals = max(0, 1 - math.floor(math.log10(error))) if error else 3
+    decimals = min(5, max(0, 1 - math.floor(math.log10(error)))) if error else 3
     return f"{value:.{decimals}f} ± {error:.{decimals}f}" if error else f"{value:.{decimals}f}"
 
 

@@ -19,10 +19,10 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def sum_dimensions(values: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
-    """Sum over every axis but the first: the one reduction from dimensions to examples.
+    r"""Sum over every axis but the first: the one reduction from dimensions to examples.
 
     Args:
-        values: one value per example and dimension, (B, *).
+        values: one value per example and dimension, (B, \*).
 
     Returns:
         One value per example, (B,).

@@ -3,12 +3,12 @@ r"""Noise models: how the decoder's mean m(z) becomes a likelihood p(x|z) = N(m(
 The variance sets the exchange rate between reconstruction and prior: the squared error enters the evidence
 lower bound with weight 1/(2 sigma^2). Four models, from rigid to free:
 
-=================== ============================================= ==================
+======================= ============================================= ==========================
 :class:`FixedNoise`     one given variance (0.5 is the plain VAE)     eq. (8)
 :class:`GlobalNoise`    one learned variance, closed form             eqs. (8), (10)
 :class:`DimensionNoise` one per pixel or channel, shared by inputs    eq. (10) per dimension
 :class:`PredictedNoise` one per pixel and input, from a network       eq. (11)
-=================== ============================================= ==================
+======================= ============================================= ==========================
 
 Each maps codes z (B, d) to a log-variance that broadcasts against the data (B, \*).
 """

@@ -118,7 +118,7 @@ def test_raw_likelihood_has_no_ceiling_but_bits_have():
 
 
 def test_codes_of_the_data_as_they_are_bound_dequantised_data_too(model_and_data, generator):
-    """Both densities in one pass: importance weights are right for any proposal, so the bounds close on log p(x + u)."""
+    """Importance weights are right for any proposal: from the same codes, the bounds close on log p(x + u), too."""
     model, x, ppca = model_and_data
     x, model.scaling.quantum = torch.round(x[:50], decimals=1), 0.1
     found = iwae(model, [x], 20_000, generator=generator, dequantised=True)

@@ -169,7 +169,7 @@ def train(
         StoreError: if the folder holds a run already, or there is nothing to resume.
 
     Example:
-        >>>         >>> run = equipoise.train(equipoise.load_data("digits"))  # doctest: +SKIP
+        >>> run = equipoise.train(equipoise.load_data("digits"))  # doctest: +SKIP
         >>> run.model().noise.floor_var  # doctest: +SKIP
     """
     config = config or TrainConfig()
