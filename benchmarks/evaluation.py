@@ -20,10 +20,7 @@ from equipoise.glossary import CURVES, leaves, measure, term
 from equipoise.training.run import Run
 
 ROWS = {
-    "σ*², eq. (10)": "",
     "ELBO, nats": "likelihood.elbo",
-    "IWAE-20 of the first 500, prior": "likelihood.iwae_20_first_500",
-    "IWAE-20 of the first 500, mixture": "likelihood.iwae_20_first_500_mixture",
     "bits per dimension, IWAE-20": "likelihood.bits_per_dim",
     "Fréchet distance, real training data": "samples.real.frechet_distance",
     "Fréchet distance, reconstructions": "samples.reconstruction.frechet_distance",
@@ -32,8 +29,6 @@ ROWS = {
     "Fréchet distance, mixture": "samples.mixture.frechet_distance",
     "KL(mixture, prior), nats": "latent.kl_mixture_prior",
     "pixels that vary within 1 std (.683)": "noise.varying.coverage_1",
-    "within 2 std (.954)": "noise.varying.coverage_2",
-    "within 3 std (.997)": "noise.varying.coverage_3",
     "normalised calibration error": "noise.varying.normalised_calibration_error",
     "sparsification error (random order)": "noise.varying.sparsification_error_area",
     "AUROC of the other set, ELBO": "outliers.negative_elbo.auroc",
@@ -85,9 +80,6 @@ def table(paths):
     for title, path in ROWS.items():
         cells = []
         for content in contents:
-            if not path:
-                cells.append(f"{content['optimal_noise_var']:.5f}")
-                continue
             figure = content["evaluation"]
             for key in path.split("."):
                 figure = figure[key]
