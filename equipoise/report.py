@@ -196,7 +196,7 @@ def _section(run: Run, key: str, section: Section, figures: dict[Keys, Any]) -> 
         parts.append(_tag("p", "Not evaluated yet. This adds it: ", _tag("code", command)))
     for stem, caption in section.figures.items():
         path = run.figures / f"{stem}.png"
-        if path.is_file() and (figures or stem in FIGURES_OF_TRAINING):
+        if path.is_file() and (figures or key not in SECTIONS or stem in FIGURES_OF_TRAINING):
             parts.append(_tag("figure", _picture(path, caption), _tag("figcaption", caption)))
     return _tag("section", *parts, id=key)
 

@@ -334,7 +334,7 @@ def test_evaluate_and_report_from_the_command_line(trained, tmp_path):
     found = json.loads((folder / "evaluation.json").read_text())
     assert found["samples"]["features"] == "efficientnet-lite0"
     assert found["samples"]["mixture"]["frechet_distance"]["n"] == 40
-    assert found["about"]["command"][:2] == ["equipoise", "evaluate"]
+    assert found["about"]["sections"]["samples"]["command"][:2] == ["equipoise", "evaluate"]
     assert len(list((tmp_path / "cache" / "features").iterdir())) == 2  # of test and of training data
     done = run("report", folder)
     assert done.returncode == 0, done.stderr
@@ -348,11 +348,12 @@ def test_evaluating_other_examples(trained, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(trained[0].folder, folder)
     other = tmp_path / "other.npy"
-    np.save(other, load_digits().images[:30].astype(np.uint8))
+    np.save(other, 16 - load_digits().images[:30].astype(np.uint8))
     main(["evaluate", str(folder), "--data", str(other), "--sections", "noise"])
-    found = json.loads((folder / "evaluation.json").read_text())
+    found = json.loads((folder / "evaluation-other.npy.json").read_text())
     assert found["noise"]["all"]["coverage_1"]["n"] == 30
     assert found["about"]["data"]["test"] == str(other)
+    assert "are in the training data" in refused("evaluate", folder, "--data", "digits", capsys=capsys)
     np.save(other, np.zeros((30, 9, 9), np.uint8))
     assert "the model was trained on (1, 8, 8)" in refused("evaluate", folder, "--data", other, capsys=capsys)
     assert "choose from likelihood" in refused("evaluate", folder, "--sections", "nose", capsys=capsys)

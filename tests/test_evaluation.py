@@ -208,7 +208,7 @@ def test_progress_ends_at_its_total(run, digits):
     evaluate(
         run, digits, sections=["likelihood"], progress=lambda label, done, total: told.update({label: (done, total)})
     )
-    assert len(told) >= 4
+    assert {"ELBO", "IWAE of the paper", "IWAE-20"} <= told.keys()
     assert all(done == total > 0 for done, total in told.values())
 
 
