@@ -153,7 +153,7 @@ def test_each_section_says_when_and_by_which_command_it_was_made(run, digits, fo
 
 
 def test_another_seed_draws_anew_and_agrees_within_the_standard_errors(run, digits, found):
-    """Neighbouring seeds share no stream: the reviewer's figures of seed 1 once were those of seed 0."""
+    """Neighbouring seeds share no stream: figures of seed 1 once were those of seed 0."""
     other = evaluate(run, digits, seed=1, features=Projections(), sections=["likelihood", "samples", "latent"])
     same, gaps = set(), []
     for name in ("likelihood", "samples", "latent"):
