@@ -220,8 +220,9 @@ def _kept(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     try:
         before = read_json(file)
         same = all(before["about"][key] == about[key] for key in ("model", "mixture", "data"))
-        return before if same and isinstance(before["about"]["sections"], dict) else None
-    except (OSError, StoreError, KeyError, TypeError):
+        # What is computed now has today's versions; each section keeps its own date and command.
+        return before | {"about": about | {"sections": dict(before["about"]["sections"])}} if same else None
+    except (OSError, StoreError, KeyError, TypeError, ValueError):
         return None
 
 
@@ -455,8 +456,9 @@ class _Evaluation:
         return examples.take(np.sort(np.random.RandomState(self.seed).permutation(len(examples))[:n]))
 
     def _reconstructed(self, n: int) -> Iterator[Tensor]:
+        generator = self._generator("reconstruction")
         for raw in Batches(self._some(self.test.raw, n), BATCH, self.device).epoch():
-            yield self._observed(self.model.reconstruct(self.model.scaling(raw)), self._generator("reconstruction"))
+            yield self._observed(self.model.reconstruct(self.model.scaling(raw)), generator)
 
     def _generated(self, row: str, n: int) -> Iterator[Tensor]:
         sources: dict[str, CodeSource] = {

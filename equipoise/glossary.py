@@ -185,6 +185,23 @@ def measure(keys: Keys) -> tuple[str, Keys]:
     return keys[found], tuple(key for i, key in enumerate(keys) if i != found and not term(key).meaning)
 
 
+def title(keys: Keys) -> str:
+    """Name a figure in one line: what is measured, and of which case.
+
+    Args:
+        keys: from within a section of ``evaluation.json`` down to a figure, at least one.
+
+    Returns:
+        The title.
+
+    Example:
+        >>> title(("mixture", "frechet_distance"))
+        'Fréchet distance, mixture'
+    """
+    key, case = measure(keys)
+    return ", ".join(term(part).title for part in (key, *case))
+
+
 def format_figure(figure: Any) -> str:  # noqa: ANN401 (any JSON value)
     r"""Write a figure: its standard error with two digits, its value with as many decimals.
 

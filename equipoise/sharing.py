@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from equipoise.data.hub import MIRRORS
-from equipoise.glossary import format_figure, leaves, measure, term
+from equipoise.glossary import format_figure, leaves, measure, term, title
 from equipoise.hub import PREFIX, RUN_FILES, publish
 from equipoise.store import read_json, read_tensors
 from equipoise.training.run import Run
@@ -161,10 +161,10 @@ def _figures(evaluation: dict[str, Any]) -> str:
     for name, section in sections.items():
         lines.append(f"| {name.capitalize()} | value | N | unit |\n|---|---:|---:|---|")
         for keys, figure in leaves(section):
-            key, case = measure(keys)
-            title = ", ".join(term(part).title for part in (key, *case))
             n = figure.get("n") if isinstance(figure, dict) else None
-            lines.append(f"| {title} | {format_figure(figure)} | {f'{n:,}' if n else ''} | {term(key).unit} |")
+            lines.append(
+                f"| {title(keys)} | {format_figure(figure)} | {f'{n:,}' if n else ''} | {term(measure(keys)[0]).unit} |"
+            )
         lines.append("")
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from equipoise.glossary import format_figure, leaves, measure, term
+from equipoise.glossary import format_figure, leaves, measure, term, title
 from equipoise.training.logging import Row
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -145,10 +145,8 @@ def format_section(name: str, section: dict[str, Any], width: int = 100) -> str:
     for column in ("", "value ± s.e.", "N", "unit"):
         table.add_column(column, justify="left" if column in ("", "unit") else "right")
     for keys, figure in leaves(section):
-        key, case = measure(keys)
-        title = ", ".join([term(key).title, *(term(part).title for part in case)])
         n = figure.get("n") if isinstance(figure, dict) else None
-        table.add_row(title, format_figure(figure), f"{n:,}" if n else "", term(key).unit)
+        table.add_row(title(keys), format_figure(figure), f"{n:,}" if n else "", term(measure(keys)[0]).unit)
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
         console.print(table)

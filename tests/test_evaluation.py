@@ -11,7 +11,7 @@ from PIL import Image
 import equipoise
 from equipoise.aggregate import GaussianMixture
 from equipoise.data import Subset
-from equipoise.evaluation import ROWS, SECTIONS, Examples, evaluate
+from equipoise.evaluation import BATCH, ROWS, SECTIONS, Examples, evaluate
 from equipoise.glossary import leaves
 from equipoise.model import encode_all
 from equipoise.store import save_mixture
@@ -237,6 +237,27 @@ def test_a_table_is_compared_in_its_columns(table, tmp_path):
     assert found["samples"]["features"] == "columns"
     assert "bits_per_dim" not in found["likelihood"]  # real numbers have no levels
     assert found["latent"]["active_units"]["of"] == 2
+
+
+def test_each_batch_of_a_table_gets_noise_of_its_own(tmp_path):
+    """Rows that repeat after each batch: reconstructions would, too, were the noise the same."""
+    rows = np.random.default_rng(0).normal(size=(BATCH, 4))
+    data = equipoise.load_data(np.concatenate([rows] * 24))
+    config = equipoise.TrainConfig(latent_dim=2, width=4, stage_1_epochs=1, stage_2_epochs=0, n_components=2)
+    run = train(data, config, tmp_path / "run")
+    seen = {}
+
+    class Recording(torch.nn.Module):
+        def forward(self, columns):
+            seen.setdefault(len(seen), columns.clone())
+            return columns
+
+    test = Examples("twice", Subset.whole(np.concatenate([rows + 0.1] * 2).astype(np.float32)))
+    evaluate(run, data, test=test, sections=["samples"], features=Recording())
+    values = torch.cat(list(seen.values())).numpy().round(5)
+    # Of the test data each row is there twice, of the reconstructions none may be.
+    _, counts = np.unique(values, axis=0, return_counts=True)
+    assert (counts > 1).sum() < 2.2 * BATCH
 
 
 def test_wrong_arguments_are_refused_before_anything_is_written(run, digits):
