@@ -303,9 +303,8 @@ def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
         f"--set needs KEY=VALUE, got {item!r}; the data go before --set" for item in options.set if "=" not in item
     ]
     pairs = (item.split("=", 1) for item in options.set if "=" in item)
-    values |= {key.strip(): value for key, value in pairs}
     try:
-        config = make_config(values)
+        config = make_config(values, {key.strip(): value for key, value in pairs})
     except ConfigError as error:
         raise ConfigError([*malformed, *error.problems]) from None
     if malformed:

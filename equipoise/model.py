@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from equipoise.gaussian import Gaussian
 from equipoise.networks import Architecture, Decoder, build_decoder, build_encoder, default_architecture, start_at_data
-from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise, lower_bound
+from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise, bounded
 
 LOG_VAR_RANGE = (-20.0, 5.0)
 """Bounds on the log-variance of q(z|x); no healthy unit comes near either end. An encoder thrown beyond them by one bad
@@ -141,6 +141,9 @@ class VAE(nn.Module):
         scaling: the units of the data; model units if None.
         architecture: name under which the networks can be built again, None for the user's own.
         width: width with which they can be built again.
+        mean_bounds: smallest and largest value that the data can have, model units, (0, 1) for images: the decoder's
+            mean is clamped to them, so that a black background is black. None for data of any size.
+        deterministic: make q(z|x) a point, up to a std of e^-10: an autoencoder, for objectives that have no posterior.
 
     Raises:
         ValueError: if the networks do not map the shapes as said.
@@ -162,6 +165,8 @@ class VAE(nn.Module):
         scaling: Scaling | None = None,
         architecture: Architecture | None = None,
         width: int = 32,
+        mean_bounds: tuple[float, float] | None = None,
+        deterministic: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -172,6 +177,8 @@ class VAE(nn.Module):
         self.latent_dim = latent_dim
         self.architecture = architecture
         self.width = width
+        self.mean_bounds = mean_bounds
+        self.deterministic = deterministic
         self._check_shapes()
 
     @classmethod
@@ -184,6 +191,8 @@ class VAE(nn.Module):
         width: int = 32,
         noise: NoiseModel | None = None,
         scaling: Scaling | None = None,
+        mean_bounds: tuple[float, float] | None = None,
+        deterministic: bool = False,
     ) -> "VAE":
         """Make a model with networks that suit the data's shape.
 
@@ -194,6 +203,8 @@ class VAE(nn.Module):
             width: of the networks, see ``networks.py``.
             noise: noise model; :class:`GlobalNoise` if None.
             scaling: the units of the data; model units if None.
+            mean_bounds: what the data can reach, see :class:`VAE`.
+            deterministic: make q(z|x) a point.
 
         Returns:
             The untrained model.
@@ -208,6 +219,8 @@ class VAE(nn.Module):
             scaling=scaling,
             architecture=architecture,
             width=width,
+            mean_bounds=mean_bounds,
+            deterministic=deterministic,
         )
 
     def encode(self, x: Float[Tensor, "batch *event"]) -> Gaussian:
@@ -221,9 +234,10 @@ class VAE(nn.Module):
         """
         parameters = self.encoder(x)
         mean, log_var = parameters if isinstance(parameters, tuple) else parameters.chunk(2, dim=1)
-        log_var = at_least_float32(log_var)
-        low, high = (log_var.new_tensor(bound) for bound in LOG_VAR_RANGE)
-        return Gaussian(at_least_float32(mean), -lower_bound(-lower_bound(log_var, low), -high))
+        log_var = bounded(at_least_float32(log_var), *LOG_VAR_RANGE)
+        if self.deterministic:
+            log_var = torch.full_like(log_var, LOG_VAR_RANGE[0])
+        return Gaussian(at_least_float32(mean), log_var)
 
     def decode_mean(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch *event"]:
         r"""Mean m(z) of p(x|z).
@@ -232,9 +246,10 @@ class VAE(nn.Module):
             z: codes, (B, d).
 
         Returns:
-            (B, \*), model units.
+            (B, \*), model units, within ``mean_bounds``.
         """
-        return at_least_float32(self.decoder(z))
+        mean = at_least_float32(self.decoder(z))
+        return bounded(mean, *self.mean_bounds) if self.mean_bounds else mean
 
     def decode(self, z: Float[Tensor, "batch latent"]) -> Gaussian:
         r"""Likelihood p(x|z): the decoder's mean with the noise model's variance.
@@ -328,6 +343,8 @@ class VAE(nn.Module):
             "latent_dim": self.latent_dim,
             "architecture": self.architecture,
             "width": self.width,
+            "mean_bounds": list(self.mean_bounds) if self.mean_bounds else None,
+            "deterministic": self.deterministic,
             "encoder": type(self.encoder).__qualname__,
             "decoder": type(self.decoder).__qualname__,
             "quantum": self.scaling.quantum,

@@ -4,7 +4,8 @@ An encoder maps data (B, \*) to the (B, 2d) parameters of q(z|x), mean and log-v
 (B, d) to means (B, \*). Nothing here is special: any ``nn.Module`` with these shapes serves as either.
 
 Three choices are made for real-valued data. The *output layer is linear*: the mean of a Gaussian may be any real
-number, and images do reach 0 and 1, where a sigmoid needs infinite inputs and returns vanishing gradients. The
+number, and images do reach 0 and 1, where a sigmoid needs infinite inputs and returns vanishing gradients (where the
+data have bounds, :class:`equipoise.model.VAE` clamps the mean to them, and keeps the gradients). The
 *input is standardised* by the training data's mean and std, and the decoder's *first output is that mean* (see
 :func:`start_at_data`), so the first residual variance (10) is about the data's. The *last layers start small*, so the
 first posterior is close to the prior, the KL starts near zero and training begins from balance.

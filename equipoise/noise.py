@@ -402,3 +402,21 @@ def lower_bound(values: Tensor, bound: Tensor) -> Tensor:
     """
     apply = cast(Callable[[Tensor, Tensor], Tensor], _LowerBound.apply)
     return apply(values, bound)
+
+
+def bounded(values: Tensor, low: float, high: float) -> Tensor:
+    """Clamp on both sides, exactly, without losing the gradient that would bring a value back, see :func:`lower_bound`.
+
+    Args:
+        values: any shape.
+        low: smallest value of the result.
+        high: largest value of the result.
+
+    Returns:
+        The values, those beyond a bound replaced by it.
+
+    Example:
+        >>> bounded(torch.tensor([-0.2, 0.4, 1.3]), 0, 1)
+        tensor([0.0000, 0.4000, 1.0000])
+    """
+    return -lower_bound(-lower_bound(values, values.new_full((), low)), values.new_full((), -high))

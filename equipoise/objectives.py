@@ -1,5 +1,15 @@
 r"""Objectives: what training descends, and the bounds by which a model is judged, eqs. (1)-(5), (9), (11).
 
+============================= ===================================================== ================================================
+:class:`Elbo`                 the bound, eq. (4); at a fixed variance VAE, beta-VAE Kingma and Welling (2014), Higgins et al. (2017)
+:class:`DetachedVarianceElbo` stage 2 in which the variance cannot bend the mean    Stirn et al. (2023)
+:class:`BatchVarianceElbo`    sigma-VAE: the optimal variance of each batch         Rybkin et al. (2021)
+:class:`DipVaeI`              the bound, and uncorrelated posterior means           Kumar et al. (2018)
+:class:`DipVaeII`             the bound, and uncorrelated codes                     Kumar et al. (2018)
+:class:`WaeMmd`               squared error, and codes distributed as the prior     Tolstikhin et al. (2018)
+:class:`RaeL2`                squared error, short codes and small weights          Ghosh et al. (2020)
+============================= ===================================================== ================================================
+
 Every term is per example, (B,), in nats, summed over dimensions and with all constants, so that ``elbo`` is a
 bound on log p(x) and not merely proportional to one. The loop alone averages over examples, eq. (5).
 """
@@ -14,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.gaussian import Gaussian, standard_normal_log_prob, sum_dimensions
-from equipoise.noise import PredictedNoise
+from equipoise.noise import MIN_VAR, PredictedNoise
 
 
 @runtime_checkable
@@ -24,6 +34,10 @@ class LatentVariableModel(Protocol):
     @property
     def noise(self) -> nn.Module:
         """Noise model: codes to log-variances."""
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Network behind :meth:`decode_mean`."""
 
     def encode(self, x: Tensor) -> Gaussian:
         """Approximate posterior q(z|x)."""
@@ -91,19 +105,8 @@ class Objective(nn.Module, ABC):
             The terms, per example.
         """
 
-
-class Elbo(Objective):
-    r"""The evidence lower bound, eq. (4), with whatever noise the model has: eq. (9), or eq. (11) in stage 2.
-
-    .. math:: \mathrm{E}_{q(z|x)}[\log p(x|z)] - \mathrm{KL}(q(z|x), p(z))
-
-    The expectation is one reparametrised sample, the KL is closed form.
-    """
-
-    def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
-        """Evaluate the bound with one sample of z per example."""
-        posterior = self.model.encode(x)
-        likelihood = self.model.decode(posterior.sample(generator))
+    def _terms(self, x: Tensor, posterior: Gaussian, likelihood: Gaussian) -> Terms:
+        """The terms of eq. (4), whose loss is the negative bound."""
         log_likelihood, kl = likelihood.log_prob(x), posterior.kl()
         return Terms(
             loss=kl - log_likelihood,
@@ -113,6 +116,32 @@ class Elbo(Objective):
             log_var=likelihood.log_var.detach(),
             posterior=posterior,
         )
+
+
+class Elbo(Objective):
+    r"""The evidence lower bound, eq. (4), with whatever noise the model has: eq. (9), or eq. (11) in stage 2.
+
+    .. math:: \mathrm{E}_{q(z|x)}[\log p(x|z)] - \beta\,\mathrm{KL}(q(z|x), p(z))
+
+    The expectation is one reparametrised sample, the KL is closed form. Only beta = 1 is a bound. Any other with a
+    fixed variance has the optima of another variance with beta = 1, for the squared error counts 1/(2 sigma^2) against
+    beta: the paper's beta-VAE is sigma^2 = 1, which is beta = 2 at sigma^2 = 0.5.
+
+    Args:
+        model: encoder, decoder and noise.
+        beta: weight of the KL in the loss; the terms' ``elbo`` is the bound all the same. Higgins et al. (2017),
+            *beta-VAE: Learning basic visual concepts with a constrained variational framework*.
+    """
+
+    def __init__(self, model: LatentVariableModel, beta: float = 1.0) -> None:
+        super().__init__(model)
+        self.beta = beta
+
+    def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
+        """Evaluate the bound with one sample of z per example."""
+        posterior = self.model.encode(x)
+        terms = self._terms(x, posterior, self.model.decode(posterior.sample(generator)))
+        return terms if self.beta == 1 else terms._replace(loss=self.beta * terms.kl - terms.log_likelihood)
 
 
 class DetachedVarianceElbo(Objective):
@@ -127,13 +156,15 @@ class DetachedVarianceElbo(Objective):
 
     Args:
         model: a model whose noise is :class:`equipoise.noise.PredictedNoise`.
+        beta: weight of the KL in the loss, as in :class:`Elbo`.
 
     Raises:
         ValueError: if the model's noise is another.
     """
 
-    def __init__(self, model: LatentVariableModel) -> None:
+    def __init__(self, model: LatentVariableModel, beta: float = 1.0) -> None:
         super().__init__(model)
+        self.beta = beta
         if not isinstance(model.noise, PredictedNoise):
             raise ValueError(
                 f"DetachedVarianceElbo trains a PredictedNoise, the model has {type(model.noise).__name__}; use Elbo."
@@ -150,13 +181,184 @@ class DetachedVarianceElbo(Objective):
         log_likelihood = Gaussian(mean.detach(), log_var).log_prob(x)
         kl = posterior.kl()
         return Terms(
-            loss=kl - at_global_variance - log_likelihood,
+            loss=self.beta * kl - at_global_variance - log_likelihood,
             log_likelihood=log_likelihood.detach(),
             kl=kl,
             residual=(x - mean).detach(),
             log_var=log_var.detach(),
             posterior=posterior,
         )
+
+
+class BatchVarianceElbo(Objective):
+    r"""sigma-VAE: the evidence lower bound at the variance that is optimal for this very batch.
+
+    .. math:: \sigma_b^2 = \frac1{BD} \sum_{n \in b} \sum_i (x_{ni} - m_i(z_n))^2, \qquad
+              -\log p(x|z) = \tfrac D2 \log \sigma_b^2 + \text{const}
+
+    Eq. (10) over a batch in place of the data set: the variance follows each batch's residuals, gradients included.
+    The model's own noise, with the running or exact form of eq. (10), is for evaluation. Rybkin, Daniilidis and Levine
+    (2021), *Simple and effective VAE training with calibrated decoders*.
+    """
+
+    def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
+        """Evaluate the bound at the batch's optimal variance."""
+        posterior = self.model.encode(x)
+        mean = self.model.decode_mean(posterior.sample(generator))
+        log_var = (x - mean).square().mean().clamp_min(MIN_VAR).log()
+        return self._terms(x, posterior, Gaussian(mean, log_var))
+
+
+class _DipVae(Elbo):
+    r"""The evidence lower bound, and the covariance of the codes pulled towards I.
+
+    .. math:: \mathrm{loss} + \lambda_\mathrm{od} \sum_{i \ne j} C_{ij}^2 + \lambda_\mathrm{d} \sum_i (C_{ii} - 1)^2
+
+    Kumar, Sattigeri and Balakrishnan (2018), *Variational inference of disentangled latent concepts from unlabeled
+    observations*. C is taken over the batch.
+
+    Args:
+        model: encoder, decoder and noise.
+        off_diagonal: lambda_od.
+        diagonal_ratio: lambda_d / lambda_od.
+    """
+
+    def __init__(self, model: LatentVariableModel, off_diagonal: float, diagonal_ratio: float) -> None:
+        super().__init__(model)
+        self.off_diagonal = off_diagonal
+        self.diagonal = diagonal_ratio * off_diagonal
+
+    def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
+        """Evaluate bound and penalty with one sample of z per example; the penalty is the same for all examples."""
+        terms = super().forward(x, generator)
+        covariance = self._covariance(terms.posterior)
+        deviation = (covariance - torch.eye(len(covariance), device=x.device)).square()
+        diagonal = deviation.diagonal().sum()
+        penalty = self.off_diagonal * (deviation.sum() - diagonal) + self.diagonal * diagonal
+        return terms._replace(loss=terms.loss + penalty)
+
+    @staticmethod
+    def _covariance(posterior: Gaussian) -> Tensor:
+        """Covariance over the batch of the posterior means, (d, d)."""
+        centred = posterior.mean - posterior.mean.mean(0)
+        return centred.mT @ centred / len(centred)
+
+
+class DipVaeI(_DipVae):
+    r"""DIP-VAE-I: C is the covariance of the posterior means, :math:`C = \mathrm{Cov}_x[\mu(x)]`.
+
+    Args:
+        model: encoder, decoder and noise.
+        off_diagonal: lambda_od; 10 as in the authors' experiments. lambda_d is ten times that, as they recommend.
+    """
+
+    def __init__(self, model: LatentVariableModel, off_diagonal: float = 10.0) -> None:
+        super().__init__(model, off_diagonal, diagonal_ratio=10.0)
+
+
+class DipVaeII(_DipVae):
+    r"""DIP-VAE-II: C is that of the aggregate posterior, :math:`C = \mathrm{Cov}_x[\mu(x)] + \mathrm{E}_x\,\mathrm{diag}\,s^2(x)`.
+
+    Args:
+        model: encoder, decoder and noise.
+        off_diagonal: lambda_od; 10 as in the authors' experiments. lambda_d is the same, as they recommend.
+    """
+
+    def __init__(self, model: LatentVariableModel, off_diagonal: float = 10.0) -> None:
+        super().__init__(model, off_diagonal, diagonal_ratio=1.0)
+
+    @staticmethod
+    def _covariance(posterior: Gaussian) -> Tensor:
+        return _DipVae._covariance(posterior) + posterior.var.mean(0).diag()
+
+
+IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""Scales of the inverse multiquadratic kernel, those of the authors' program."""
+
+
+class WaeMmd(Objective):
+    r"""WAE-MMD: squared error, and the distance of the codes of a batch from as many draws of the prior.
+
+    .. math:: \|x - m(z)\|^2 + \lambda\,\mathrm{MMD}^2(q(z), p(z)), \qquad z = \mu(x)
+
+    Tolstikhin, Bousquet, Gelly and Schölkopf (2018), *Wasserstein auto-encoders*, with a deterministic encoder.
+
+    Args:
+        model: encoder and decoder; its posterior should be a point (``VAE(..., deterministic=True)``), for none is
+            trained.
+        penalty: lambda; 200 is the authors' program for MNIST, which sets 10 beside 0.05 times the squared error.
+    """
+
+    def __init__(self, model: LatentVariableModel, penalty: float = 200.0) -> None:
+        super().__init__(model)
+        self.penalty = penalty
+
+    def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
+        """Evaluate squared error and distance; the distance is the same for all examples."""
+        posterior = self.model.encode(x)
+        z = posterior.mean
+        likelihood = self.model.decode(z)
+        error = sum_dimensions((x - likelihood.mean).square())
+        distance = maximum_mean_discrepancy(z, torch.empty_like(z).normal_(generator=generator))
+        return self._terms(x, posterior, likelihood)._replace(loss=error + self.penalty * distance)
+
+
+def maximum_mean_discrepancy(z: Float[Tensor, "n d"], prior: Float[Tensor, "n d"]) -> Tensor:
+    r"""Squared maximum mean discrepancy of two samples, unbiased, with a sum of inverse multiquadratic kernels.
+
+    .. math:: \frac1{n(n-1)} \sum_{i \ne j} \bigl(k(z_i, z_j) + k(p_i, p_j)\bigr) - \frac2{n^2} \sum_{ij} k(z_i, p_j),
+              \qquad k(a, b) = \sum_s \frac{2 d s}{2 d s + \|a - b\|^2}
+
+    Args:
+        z: codes, (n, d), n at least 2.
+        prior: draws from N(0, I), (n, d).
+
+    Returns:
+        (), no unit; may be negative, and its mean is zero for samples of one distribution.
+
+    Example:
+        >>> codes = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+        >>> bool(maximum_mean_discrepancy(codes, codes + 3) > 0.5)
+        True
+    """
+    n, d = z.shape
+    both = torch.cat([z, prior])
+    squared_norms = both.square().sum(1)
+    # One product instead of torch.cdist, whose gradient is infinite where two codes coincide.
+    squared_distances = (squared_norms[:, None] + squared_norms - 2 * both @ both.mT).clamp_min(0)
+    kernel = sum((2 * d * s / (2 * d * s + squared_distances) for s in IMQ_SCALES), torch.zeros_like(squared_distances))
+    within = kernel[:n, :n].sum() + kernel[n:, n:].sum() - kernel.diagonal().sum()
+    return within / (n * (n - 1)) - 2 * kernel[:n, n:].mean()
+
+
+class RaeL2(Objective):
+    r"""RAE-L2: an autoencoder with short codes and small decoder weights, and no distribution at all.
+
+    .. math:: \|x - m(z)\|^2 + \tfrac\beta2 \|z\|^2 + \lambda \|\theta\|^2, \qquad z = \mu(x)
+
+    Ghosh, Sajjadi, Vergari, Black and Schölkopf (2020), *From variational to deterministic autoencoders*: the
+    deterministic reference, to sample from a mixture fitted to its codes.
+
+    Args:
+        model: encoder and decoder, the posterior a point (``VAE(..., deterministic=True)``).
+        code_penalty: beta; 1e-4, as in pythae's reproduction of the paper.
+        weight_penalty: lambda, on the decoder's parameters; 1e-7 likewise.
+    """
+
+    def __init__(self, model: LatentVariableModel, code_penalty: float = 1e-4, weight_penalty: float = 1e-7) -> None:
+        super().__init__(model)
+        self.code_penalty = code_penalty
+        self.weight_penalty = weight_penalty
+
+    def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
+        """Evaluate squared error and penalties; nothing is drawn."""
+        posterior = self.model.encode(x)
+        z = posterior.mean
+        likelihood = self.model.decode(z)
+        error = sum_dimensions((x - likelihood.mean).square())
+        weights = sum(p.square().sum() for p in self.model.decoder.parameters())
+        loss = error + 0.5 * self.code_penalty * z.square().sum(1) + self.weight_penalty * weights
+        return self._terms(x, posterior, likelihood)._replace(loss=loss)
 
 
 LogPrior: TypeAlias = Callable[[Tensor], Tensor]

@@ -269,6 +269,9 @@ def build_model(
         scaling=scaling,
         architecture=architecture,
         width=width,
+        # Files of before these two were options do not name them.
+        mean_bounds=tuple(description.get("mean_bounds") or ()) or None,  # type: ignore[arg-type]
+        deterministic=description.get("deterministic", False),
     )
     model.noise = build_noise(description["noise"], model)
     return model

@@ -17,6 +17,26 @@ from typing import Any, Literal, cast, get_args, get_origin
 import yaml
 
 
+Objective = Literal["elbo", "vae", "beta-vae", "dip-vae-i", "dip-vae-ii", "wae-mmd", "sigma-vae", "rae-l2"]
+
+_SQUARED_ERROR: dict[str, Any] = {"noise": "fixed", "noise_var": 0.5, "stage_2_epochs": 0}
+OBJECTIVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "elbo": {},
+    "vae": _SQUARED_ERROR,
+    "beta-vae": _SQUARED_ERROR | {"noise_var": 1.0},
+    "dip-vae-i": _SQUARED_ERROR,
+    "dip-vae-ii": _SQUARED_ERROR,
+    "wae-mmd": _SQUARED_ERROR,
+    "sigma-vae": {"stage_2_epochs": 0},
+    "rae-l2": _SQUARED_ERROR,
+}
+"""What each objective sets unless the user does: 'squared error + KL' is a variance of 0.5, the paper's beta-VAE one of
+1."""
+DETERMINISTIC = ("wae-mmd", "rae-l2")
+"""Objectives whose encoder is no distribution."""
+PENALISED = ("dip-vae-i", "dip-vae-ii", "wae-mmd", "rae-l2")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Options of a training run."""
@@ -29,6 +49,15 @@ class TrainConfig:
     width: int = 32
     """Size of the networks: channels of the first convolution, 1/8 of the units of a fully connected layer."""
 
+    objective: Objective = "elbo"
+    """What is trained: 'elbo' is the bound with whatever noise is chosen. The others are for comparison and set noise and
+    stage_2_epochs as they need: 'vae' (variance 0.5), 'beta-vae' (variance 1, or another noise_var or beta), 'dip-vae-i',
+    'dip-vae-ii', 'wae-mmd', 'sigma-vae' (the optimal variance of each batch), 'rae-l2' (a deterministic autoencoder)."""
+    beta: float = 1.0
+    """Weight of the KL in the loss of the bound; 1 is the bound itself, and beta-VAEs with a fixed variance take more."""
+    penalty: float | None = None
+    """Weight of what an objective adds to its loss: the covariance of dip-vae (null: 10), the distance of wae-mmd (200),
+    the squared codes of rae-l2 (0.0001)."""
     noise: Literal["global", "channel", "dimension", "fixed"] = "global"
     """Noise variance of stage 1: one learned for all ('global'), one per channel, one per pixel or column
     ('dimension'), or 'fixed' at noise_var."""
@@ -115,7 +144,7 @@ class TrainConfig:
         ]
         found += [
             f"{name} must be above 0, got {getattr(self, name)}"
-            for name in ("learning_rate", "stage_2_learning_rate", "floor", "noise_var")
+            for name in ("learning_rate", "stage_2_learning_rate", "floor", "noise_var", "beta", "penalty")
             if isinstance(getattr(self, name), int | float) and not getattr(self, name) > 0
         ]
         found += [
@@ -138,8 +167,23 @@ class TrainConfig:
             found.append(f"noise_var={self.noise_var:g} needs noise=fixed; noise={self.noise} learns its variance")
         if self.noise == "fixed" and self.stage_2_epochs > 0:
             found.append("noise=fixed has no learned variance to hand to stage 2; set stage_2_epochs=0")
+        found += self._problems_of_objective()
         if self.recalibrate != "none" and self.stage_2_epochs == 0:
             found.append(f"recalibrate={self.recalibrate} rescales the variance of stage 2, but stage_2_epochs=0")
+        return found
+
+    def _problems_of_objective(self) -> list[str]:
+        objective, found = self.objective, []
+        if objective != "elbo" and self.stage_2_epochs > 0:
+            found.append(f"objective={objective} has no stage 2; set stage_2_epochs=0")
+        if "noise" in OBJECTIVE_OPTIONS.get(objective, {}) and self.noise != "fixed":
+            found.append(f"objective={objective} is one with a fixed variance; leave noise out, or take objective=elbo")
+        if objective == "sigma-vae" and (self.noise, self.noise_update) != ("global", "closed-form"):
+            found.append("objective=sigma-vae has one variance, optimal for each batch; leave noise and noise_update out")
+        if objective not in ("elbo", "vae", "beta-vae") and self.beta != 1:
+            found.append(f"objective={objective} has no beta; beta goes with elbo and beta-vae")
+        if self.penalty is not None and objective not in PENALISED:
+            found.append(f"penalty={self.penalty:g} goes with {', '.join(PENALISED)}; objective={objective} has none")
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -176,11 +220,12 @@ class ConfigError(ValueError):
         super().__init__(self.problems[0] if one else "several problems:\n  - " + "\n  - ".join(self.problems))
 
 
-def make_config(values: Mapping[str, Any]) -> TrainConfig:
+def make_config(values: Mapping[str, Any], over: Mapping[str, Any] | None = None) -> TrainConfig:
     """Make a configuration from names and values, which may be the strings of a command line.
 
     Args:
-        values: by option name.
+        values: by option name, such as a recipe's.
+        over: more of them, which win; an objective among these brings what it needs, see :data:`OBJECTIVE_OPTIONS`.
 
     Returns:
         The configuration.
@@ -191,9 +236,15 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     Example:
         >>> make_config({"latent_dim": "8", "floor": "quantisation"}).latent_dim
         8
+        >>> make_config({"stage_2_epochs": 5}, {"objective": "dip-vae-ii"}).stage_2_epochs
+        0
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
+    over = over or {}
+    # An objective named on top of a recipe brings its options over the recipe's; in one mapping all given stays.
+    of_recipe, of_user = (OBJECTIVE_OPTIONS.get(str(given.get("objective")), {}) for given in (values, over))
+    values = {**of_recipe, **values, **of_user, **over}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig)
     known = {field.name for field in fields(TrainConfig)}

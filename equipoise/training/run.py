@@ -29,7 +29,7 @@ from equipoise.store import (
     save_model,
     write_json,
 )
-from equipoise.training.config import ConfigError, TrainConfig, make_config
+from equipoise.training.config import DETERMINISTIC, ConfigError, TrainConfig, make_config
 from equipoise.training.logging import JsonlSink, Row, Sink, read_rows
 from equipoise.training.trackers import TRACKERS, is_installed
 from equipoise.training.trainer import EVALUATION_BATCH, Trainer, examples, make_fabric
@@ -225,10 +225,18 @@ def make_model(
     scaling = Scaling(torch.as_tensor(data.offset), torch.as_tensor(data.scale), data.quantum)
     noise = make_noise(data, config)
     shape, latent_dim = data.shape, _latent_dim(data, config)
+    traits: dict[str, Any] = {
+        "mean_bounds": None if data.quantum is None else (0.0, 1.0),  # digital data reach from offset to offset + scale
+        "deterministic": config.objective in DETERMINISTIC,
+    }
     if encoder is not None and decoder is not None:
-        return VAE(encoder, decoder, noise, shape=shape, latent_dim=latent_dim, scaling=scaling, width=config.width)
+        return VAE(
+            encoder, decoder, noise, shape=shape, latent_dim=latent_dim, scaling=scaling, width=config.width, **traits
+        )
     architecture: Architecture = default_architecture(shape) if config.architecture == "auto" else config.architecture
-    model = VAE.build(shape, latent_dim, architecture=architecture, width=config.width, noise=noise, scaling=scaling)
+    model = VAE.build(
+        shape, latent_dim, architecture=architecture, width=config.width, noise=noise, scaling=scaling, **traits
+    )
     sample = scaling(examples(data.train, 10_000, torch.device("cpu")))
     model.start_at_data(sample.mean(0), sample.std())
     return model

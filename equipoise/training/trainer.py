@@ -6,7 +6,7 @@ device: running sums stay there and are read about once a second, for the displa
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +20,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from equipoise.data import Batches, Data, Subset
 from equipoise.model import VAE
 from equipoise.noise import DimensionNoise, GlobalNoise, PredictedNoise, ResidualVariance
-from equipoise.objectives import DetachedVarianceElbo, Elbo, Objective, Terms
+from equipoise.objectives import (
+    BatchVarianceElbo,
+    DetachedVarianceElbo,
+    DipVaeI,
+    DipVaeII,
+    Elbo,
+    Objective,
+    RaeL2,
+    Terms,
+    WaeMmd,
+)
 from equipoise.stages import Decision, Stage, StageSchedule, floor_var
 from equipoise.store import StoreError, build_noise
 from equipoise.training.checkpoint import load_checkpoint, save_checkpoint
@@ -242,8 +252,7 @@ class Trainer:
     def _enter_stage(self) -> None:
         """Make the objective, optimiser and learning-rate schedule of the stage."""
         config, stage = self.config, self.schedule.stage
-        detached = stage is Stage.PREDICTED_VARIANCE and config.stage_2_gradients == "stop"
-        objective: Objective = DetachedVarianceElbo(self.model) if detached else Elbo(self.model)
+        objective = make_objective(self.model, config, stage)
         peak = config.learning_rate if stage is Stage.SHARED_VARIANCE else config.stage_2_learning_rate
         groups = parameter_groups(self.model, peak, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
@@ -491,6 +500,31 @@ def examples(array: Subset, n: int, device: torch.device) -> Tensor:
     """
     index = np.linspace(0, len(array) - 1, min(n, len(array))).astype(np.int64)
     return torch.from_numpy(array[index]).to(device)
+
+
+def make_objective(model: VAE, config: TrainConfig, stage: Stage) -> Objective:
+    """Choose what a stage descends.
+
+    Args:
+        model: what is trained; the objective is all that methods differ in.
+        config: options ``objective``, ``beta``, ``penalty`` and ``stage_2_gradients``.
+        stage: of Algorithm 1; objectives other than the bound have the first only.
+
+    Returns:
+        The objective.
+    """
+    if config.objective in ("elbo", "vae", "beta-vae"):
+        detached = stage is Stage.PREDICTED_VARIANCE and config.stage_2_gradients == "stop"
+        return (DetachedVarianceElbo if detached else Elbo)(model, config.beta)
+    if config.objective == "sigma-vae":
+        return BatchVarianceElbo(model)
+    penalised: dict[str, Callable[..., Objective]] = {
+        "dip-vae-i": DipVaeI,
+        "dip-vae-ii": DipVaeII,
+        "wae-mmd": WaeMmd,
+        "rae-l2": RaeL2,
+    }
+    return penalised[config.objective](model, *([] if config.penalty is None else [config.penalty]))
 
 
 def parameter_groups(model: VAE, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
