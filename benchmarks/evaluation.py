@@ -14,9 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from provenance import provenance
-
 from equipoise.glossary import CURVES, leaves, measure, term
+from equipoise.provenance import provenance
 from equipoise.training.run import Run
 
 ROWS = {

@@ -11,8 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from provenance import provenance
-
+from equipoise.provenance import provenance
 from equipoise.training.run import Run
 
 

@@ -17,10 +17,9 @@ import time
 import warnings
 from pathlib import Path
 
-from provenance import provenance
-
 # torch, scikit-learn and equipoise are imported in the functions: a subprocess starts with the peak memory of
 # its parent, which therefore stays small until memory has been measured.
+from equipoise.provenance import provenance
 
 SIZES = ((60_000, 16, 256), (60_000, 16, 32), (20_000, 64, 200))
 SHORT, LONG, ROUNDS = 1, 4, 3

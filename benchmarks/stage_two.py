@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from provenance import provenance
 
 from equipoise.data import Batches, Subset, load
 from equipoise.metrics.likelihood import IWAE_BATCH, IWAE_EXAMPLES, iwae, likelihood
+from equipoise.provenance import provenance
 from equipoise.training.config import TrainConfig, make_config, read_recipe, shipped_recipes
 from equipoise.training.run import make_model
 from equipoise.training.trainer import Trainer

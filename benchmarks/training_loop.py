@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from provenance import provenance
 
 from equipoise.data import load
+from equipoise.provenance import provenance
 from equipoise.training.config import make_config, read_recipe, shipped_recipes
 from equipoise.training.run import Run, make_model, train
 

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from equipoise.training.run import Run
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+PAPER_ITEMS = (
+    *(f"table-{number}" for number in range(1, 5)),
+    *(f"figure-{number}" for number in range(1, 5)),
+    "beyond-noise",
+    "beyond-size",
+)
 RUN_HELP = "run folder, or hf:owner/name of a published one"
 
 
@@ -239,6 +245,30 @@ def _explore_arguments(parser: ArgumentParser) -> None:
     _add_data_dir(parser)
 
 
+def _paper_arguments(parser: ArgumentParser) -> None:
+    parser.epilog = (
+        "Trains what is missing, resuming what was cut off, evaluates it by the fixed protocol, and writes\n"
+        "results/ITEM-BUDGET.json and the page docs/results.md with its pictures. Models are shared between items.\n"
+        "Items: " + ", ".join(PAPER_ITEMS) + ", all.\n"
+        "Budgets: tiny (digits only, a minute: to see that it works), small (two CPU cores, about two hours\n"
+        "for all), full (one GPU)."
+    )
+    parser.add_argument("items", nargs="+", metavar="ITEM", help="tables and figures of the paper, or 'all'")
+    parser.add_argument(
+        "--budget", choices=["tiny", "small", "full"], default="small", help="how long to train (small)"
+    )
+    parser.add_argument("--runs", default="runs/paper", metavar="FOLDER", help="folder of the models (runs/paper)")
+    parser.add_argument("--out", default="results", metavar="FOLDER", help="folder of the JSON (results)")
+    parser.add_argument("--page", default="docs/results.md", metavar="FILE", help="page to write (docs/results.md)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models to train at once (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of all models (0)")
+    parser.add_argument(
+        "--features", default="efficientnet-lite0", metavar="NAME", help="what samples are compared in, as for evaluate"
+    )
+    _add_data_dir(parser)
+    parser.add_argument("--quiet", action="store_true", help="plain lines instead of progress bars")
+
+
 def _add_data_dir(parser: ArgumentParser) -> None:
     parser.add_argument("--data-dir", help="where to look for mnist, fashion-mnist and celeba first")
 
@@ -433,6 +463,39 @@ def _push(options: Namespace) -> None:
         terminal.message(push(Run(options.run), options.name, license_id=options.license, private=not options.public))
 
 
+def _paper(options: Namespace) -> None:
+    names = list(PAPER_ITEMS) if "all" in options.items else list(dict.fromkeys(options.items))
+    problems = [
+        f"there is no item {name!r}; choose from {', '.join(PAPER_ITEMS)}, all"
+        for name in names
+        if name not in PAPER_ITEMS
+    ]
+    if options.jobs < 1:
+        problems.append(f"--jobs must be at least 1, got {options.jobs}")
+    if problems:
+        raise ConfigError(problems)
+    from equipoise.paper.protocol import Lab
+    from equipoise.paper.results import make_items, summary, write_page
+
+    page = Path(options.page)
+    with _terminal(options.quiet) as terminal:
+        lab = Lab(
+            options.budget,
+            Path(options.runs),
+            options.data_dir,
+            options.jobs,
+            options.seed,
+            options.features,
+            page.parent / "images" / "paper",
+            sinks=(terminal,),
+            message=terminal.message,
+        )
+        files = make_items(lab, names, Path(options.out))
+        terminal.close()
+        terminal.message(summary(files))
+        terminal.message(f"Page      {write_page(Path(options.out), page, lab.images)}")
+
+
 def _sample(options: Namespace) -> None:
     from equipoise.aggregate import StandardNormal
     from equipoise.outputs import torch_generator, write_samples
@@ -527,5 +590,11 @@ COMMANDS = {
     "reconstruct": Command("reconstruct data with a run, with uncertainty", _reconstruct_arguments, _reconstruct),
     "explore": Command("look around in a run on a local page", _explore_arguments, _explore),
     "export": Command("write a run as files that need no equipoise", _export_arguments, _export),
+    "paper": Command(
+        "reproduce the paper's tables and figures",
+        _paper_arguments,
+        _paper,
+        "models that were finished are kept, and the one in hand goes on from its last epoch when called again",
+    ),
     "push": Command("publish a run on the Hugging Face hub", _push_arguments, _push),
 }

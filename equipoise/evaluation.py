@@ -30,9 +30,10 @@ from equipoise.metrics.samples import sample_quality
 from equipoise.model import VAE, CodeSource, encode_all
 from equipoise.noise import PredictedNoise
 from equipoise.outputs import write_figures
+from equipoise.provenance import versions
 from equipoise.store import StoreError, read_json, write_json
 from equipoise.training.config import ConfigError
-from equipoise.training.run import Run, versions
+from equipoise.training.run import Run
 from equipoise.training.trainer import make_fabric
 
 SECTIONS = ("likelihood", "samples", "latent", "noise", "outliers")
@@ -373,12 +374,13 @@ class _Evaluation:
         )
         # Drawn, not their means: codes of the mixture have the noise of the posteriors in them, too.
         unseen = encode_all(model, self._batches("Encoding test data", test)).sample(generator)
-        return memorisation(
-            samples=as_vectors([model.generate(COPIES_SOUGHT, self.mixture, generator).mean]),
-            training=as_vectors(map(model.decode_mean, training)),
-            test_reconstructions=as_vectors(map(model.decode_mean, torch.split(unseen, BATCH))),
-            test=as_vectors(model.scaling(x) for x in self._batches("Test data", test)),
-        )
+        vectors = {
+            "samples": as_vectors([model.generate(COPIES_SOUGHT, self.mixture, generator).mean]),
+            "training": as_vectors(map(model.decode_mean, training)),
+            "test_reconstructions": as_vectors(map(model.decode_mean, torch.split(unseen, BATCH))),
+            "test": as_vectors(model.scaling(x) for x in self._batches("Test data", test)),
+        }
+        return memorisation(**{name: values.to(self.device) for name, values in vectors.items()})
 
     def noise(self) -> dict[str, Any]:
         """Whether the predicted std is the error that is found, over all dimensions and over those that vary."""
@@ -445,7 +447,7 @@ class _Evaluation:
             else:
                 images = self._reconstructed(n) if row == "reconstruction" else self._generated(row, n)
                 features = features_of(self.extractor, self._track(label, images, math.ceil(n / BATCH)))
-            self.found_features[row] = features
+            self.found_features[row] = features.to(self.device)
         return self.found_features[row]
 
     def _real_features(self, label: str, raw: Subset) -> Tensor:

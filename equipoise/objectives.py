@@ -1,14 +1,14 @@
 r"""Objectives: what training descends, and the bounds by which a model is judged, eqs. (1)-(5), (9), (11).
 
-============================= ===================================================== ================================================
-:class:`Elbo`                 the bound, eq. (4); at a fixed variance VAE, beta-VAE Kingma and Welling (2014), Higgins et al. (2017)
-:class:`DetachedVarianceElbo` stage 2 in which the variance cannot bend the mean    Stirn et al. (2023)
-:class:`BatchVarianceElbo`    sigma-VAE: the optimal variance of each batch         Rybkin et al. (2021)
-:class:`DipVaeI`              the bound, and uncorrelated posterior means           Kumar et al. (2018)
-:class:`DipVaeII`             the bound, and uncorrelated codes                     Kumar et al. (2018)
-:class:`WaeMmd`               squared error, and codes distributed as the prior     Tolstikhin et al. (2018)
-:class:`RaeL2`                squared error, short codes and small weights          Ghosh et al. (2020)
-============================= ===================================================== ================================================
+============================= ====================================== ==================================
+:class:`Elbo`                 the bound, eq. (4); VAE, beta-VAE      Kingma and Welling; Higgins et al.
+:class:`DetachedVarianceElbo` stage 2, the mean left as it is        Stirn et al. (2023)
+:class:`BatchVarianceElbo`    sigma-VAE: optimal variance of a batch Rybkin et al. (2021)
+:class:`DipVaeI`              and uncorrelated posterior means       Kumar et al. (2018)
+:class:`DipVaeII`             and uncorrelated codes                 Kumar et al. (2018)
+:class:`WaeMmd`               squared error, codes like the prior's  Tolstikhin et al. (2018)
+:class:`RaeL2`                squared error, short codes             Ghosh et al. (2020)
+============================= ====================================== ==================================
 
 Every term is per example, (B,), in nats, summed over dimensions and with all constants, so that ``elbo`` is a
 bound on log p(x) and not merely proportional to one. The loop alone averages over examples, eq. (5).
@@ -257,7 +257,9 @@ class DipVaeI(_DipVae):
 
 
 class DipVaeII(_DipVae):
-    r"""DIP-VAE-II: C is that of the aggregate posterior, :math:`C = \mathrm{Cov}_x[\mu(x)] + \mathrm{E}_x\,\mathrm{diag}\,s^2(x)`.
+    r"""DIP-VAE-II: C is that of the aggregate posterior, eq. (12).
+
+    .. math:: C = \mathrm{Cov}_x[\mu(x)] + \mathrm{E}_x\,\mathrm{diag}\,s^2(x)
 
     Args:
         model: encoder, decoder and noise.

@@ -85,18 +85,20 @@ def samples(means: Images, stds: Images | None, title: str) -> Figure:
     return _side_by_side({title: means}, {} if stds is None else {"predicted std": stds})
 
 
-def reconstructions(x: Images, means: Images, stds: Images) -> Figure:
+def reconstructions(x: Images, means: Images, stds: Images, *, show_inputs: bool = True) -> Figure:
     """Inputs, their reconstructions, predicted std and actual error (the paper's figure 3).
 
     Args:
         x: (N, C, H, W) in [0, 1].
         means: reconstructions.
         stds: predicted standard deviations, in the same unit.
+        show_inputs: leave the inputs out where they may not be shown.
 
     Returns:
         The figure; both maps share one colour bar, so that a good std map looks like the error.
     """
-    return _side_by_side({"input": x, "reconstruction": means}, {"predicted std": stds, "|error|": np.abs(x - means)})
+    images = {"input": x, "reconstruction": means} if show_inputs else {"reconstruction": means}
+    return _side_by_side(images, {"predicted std": stds, "|error|": np.abs(x - means)})
 
 
 def channel_rms(maps: Images) -> Num[np.ndarray, "n 1 height width"]:
@@ -246,6 +248,60 @@ def latent_densities(
             axis.set(title=title, xlabel=axis_names[0], aspect="equal", xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
         axes[0].set_ylabel(axis_names[1])
         figure.colorbar(shown, ax=list(axes), shrink=0.8, extend="min", label="log density, nats")
+    return figure
+
+
+def density_rows(
+    x: Float[np.ndarray, " nx"],
+    y: Float[np.ndarray, " ny"],
+    rows: dict[str, dict[str, Float[np.ndarray, "ny nx"]]],
+) -> Figure:
+    """Log densities of several models on one plane of two latent units, a row for each (the paper's Table 1).
+
+    Args:
+        x: (nx,), ascending.
+        y: (ny,), ascending.
+        rows: by title of the model, then of the density; (ny, nx), nats.
+
+    Returns:
+        The figure; each row has its own colours, from its highest density down by 10 nats.
+    """
+    across = max(map(len, rows.values()))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.3 * across + 0.6, 2.2 * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), across, sharex=True, sharey=True, squeeze=False)
+        for axes, (title, densities) in zip(grid, rows.items(), strict=True):
+            top = max(float(values.max()) for values in densities.values())
+            for axis, (name, values) in zip(axes, densities.items(), strict=True):
+                clipped = np.maximum(values, top - NATS_BELOW_PEAK)
+                axis.pcolormesh(x, y, clipped, vmin=top - NATS_BELOW_PEAK, vmax=top, cmap=DENSITY_MAP, rasterized=True)
+                axis.set(aspect="equal", title=name if axes is grid[0] else "")
+            axes[0].set_ylabel(title)
+    return figure
+
+
+def bars(groups: dict[str, dict[str, list[float]]], names: list[str]) -> Figure:
+    """Bars on a logarithmic scale, a panel for each group (the paper's figure 2).
+
+    Args:
+        groups: by title of the panel, then of the series; one value for each of ``names``, positive.
+        names: under the bars.
+
+    Returns:
+        The figure.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(groups), 3.3), layout="constrained")
+        for axis, (title, series) in zip(
+            figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
+        ):
+            width = 0.8 / len(series)
+            for i, ((name, values), (color, _, _)) in enumerate(zip(series.items(), LINES, strict=False)):
+                places = np.arange(len(values)) + (i - (len(series) - 1) / 2) * width
+                axis.bar(places, values, width, color=color, label=name)
+            axis.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
+            axis.set(title=title, yscale="log", ylabel="Fréchet distance")
+        figure.axes[0].legend(frameon=False)
     return figure
 
 

@@ -270,7 +270,7 @@ def build_model(
         architecture=architecture,
         width=width,
         # Files of before these two were options do not name them.
-        mean_bounds=tuple(description.get("mean_bounds") or ()) or None,  # type: ignore[arg-type]
+        mean_bounds=tuple(description.get("mean_bounds") or ()) or None,
         deterministic=description.get("deterministic", False),
     )
     model.noise = build_noise(description["noise"], model)

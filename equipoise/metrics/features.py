@@ -37,7 +37,7 @@ INCEPTION_VARIABLE = "EQUIPOISE_INCEPTION"
 SHIPPED = ("efficientnet-lite0", "inception", "columns")
 """Features whose names say all."""
 
-AT_ONCE = 64
+AT_ONCE = {"cpu": 64}
 """Examples that pass through a network together: on a CPU more are slower, for their activations leave the cache."""
 
 
@@ -121,7 +121,7 @@ def features_of(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Float
     parts = [
         extractor.module(examples.to(device)).float().cpu()
         for batch in batches
-        for examples in torch.split(batch, AT_ONCE)
+        for examples in torch.split(batch, AT_ONCE.get(device.type, len(batch)))
     ]
     if not parts:
         raise ValueError(f"there are no examples to take the features {extractor.name!r} of; give at least one batch")

@@ -1,4 +1,4 @@
-"""How much samples look like real data: Fréchet and kernel distance of their features, by torchmetrics."""
+"""How much samples look like real data: Fréchet and kernel distance of their features, the latter by torchmetrics."""
 
 import math
 import warnings
@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from equipoise.estimate import Estimate
@@ -72,28 +71,19 @@ def frechet_distance(features: Float[Tensor, "n d"], reference: Float[Tensor, "m
     """
     _check(features, reference, least=2)
     features, reference = features.double(), reference.double()
-    metric = FrechetInceptionDistance(_Given(features.shape[1]))
-    metric.update(reference, real=True)
-    metric.update(features, real=False)
-    standard_error = Estimate.of_mean(_frechet_influence(features, reference)).standard_error
-    return Estimate(float(metric.compute()), standard_error, len(features))
-
-
-def _frechet_influence(features: Tensor, reference: Tensor) -> Tensor:
-    r"""Derivative of the distance by the weight of each example, (N,), up to a constant.
-
-    With :math:`R R^\top = \Sigma_r` the trace of the root is the sum of :math:`\sqrt{\lambda_i}`, where
-    :math:`\lambda_i` are the variances of :math:`R^\top x` along its principal axes.
-    """
-    d = features.shape[1]
-    centred = features - features.mean(0)
-    reference_vars, axes = torch.linalg.eigh(reference.mT.cov().reshape(d, d))
+    d, shift, centred = features.shape[1], features.mean(0) - reference.mean(0), features - features.mean(0)
+    covariance, reference_covariance = (x.mT.cov().reshape(d, d) for x in (features, reference))
+    # With R R^T = Sigma_r the trace of the root is the sum of the roots of the variances of R^T x along its principal
+    # axes: two symmetric decompositions, several times faster than the eigenvalues of the product.
+    reference_vars, axes = torch.linalg.eigh(reference_covariance)
     scores = centred @ (axes * reference_vars.clamp(min=0).sqrt())
     score_vars, axes = torch.linalg.eigh(scores.mT.cov().reshape(d, d))
+    trace_of_root = score_vars.clamp(min=0).sqrt().sum()
+    value = shift.square().sum() + covariance.trace() + reference_covariance.trace() - 2 * trace_of_root
+    # Derivative of the distance by the weight of each example, up to a constant.
     inverse_stds = torch.where(score_vars > EPSILON * score_vars[-1], score_vars, torch.inf).rsqrt()
-    shift = features.mean(0) - reference.mean(0)
-    influence: Tensor = 2 * centred @ shift + centred.square().sum(1) - (scores @ axes).square() @ inverse_stds
-    return influence
+    influence = 2 * centred @ shift + centred.square().sum(1) - (scores @ axes).square() @ inverse_stds
+    return Estimate(float(value), Estimate.of_mean(influence).standard_error, len(features))
 
 
 def kernel_distance(features: Float[Tensor, "n d"], reference: Float[Tensor, "m _"], seed: int = 0) -> Estimate:
@@ -134,21 +124,6 @@ def kernel_distance(features: Float[Tensor, "n d"], reference: Float[Tensor, "m 
         torch.default_generator.manual_seed(seed)
         mean, std = metric.compute()
     return Estimate(float(mean), float(std) * math.sqrt(subset_size / (n - subset_size) + 1 / SUBSETS), len(features))
-
-
-class _Given(nn.Module):
-    """Features that torchmetrics need not compute.
-
-    Args:
-        num_features: d, by the name that torchmetrics looks for.
-    """
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
 
 def _check(features: Tensor, reference: Tensor, least: int) -> None:

@@ -16,7 +16,6 @@ from typing import Any, Literal, cast, get_args, get_origin
 
 import yaml
 
-
 Objective = Literal["elbo", "vae", "beta-vae", "dip-vae-i", "dip-vae-ii", "wae-mmd", "sigma-vae", "rae-l2"]
 
 _SQUARED_ERROR: dict[str, Any] = {"noise": "fixed", "noise_var": 0.5, "stage_2_epochs": 0}
@@ -50,14 +49,16 @@ class TrainConfig:
     """Size of the networks: channels of the first convolution, 1/8 of the units of a fully connected layer."""
 
     objective: Objective = "elbo"
-    """What is trained: 'elbo' is the bound with whatever noise is chosen. The others are for comparison and set noise and
-    stage_2_epochs as they need: 'vae' (variance 0.5), 'beta-vae' (variance 1, or another noise_var or beta), 'dip-vae-i',
-    'dip-vae-ii', 'wae-mmd', 'sigma-vae' (the optimal variance of each batch), 'rae-l2' (a deterministic autoencoder)."""
+    """What is trained: 'elbo' is the bound with whatever noise is chosen. The others are for comparison and set noise
+    and stage_2_epochs as they need: 'vae' (variance 0.5), 'beta-vae' (variance 1, or another noise_var or beta),
+    'dip-vae-i', 'dip-vae-ii', 'wae-mmd', 'sigma-vae' (the optimal variance of each batch), 'rae-l2' (a deterministic
+    autoencoder)."""
     beta: float = 1.0
-    """Weight of the KL in the loss of the bound; 1 is the bound itself, and beta-VAEs with a fixed variance take more."""
+    """Weight of the KL in the loss of the bound; 1 is the bound itself, and beta-VAEs with a fixed variance take
+    more."""
     penalty: float | None = None
-    """Weight of what an objective adds to its loss: the covariance of dip-vae (null: 10), the distance of wae-mmd (200),
-    the squared codes of rae-l2 (0.0001)."""
+    """Weight of what an objective adds to its loss: the covariance of dip-vae (null: 10), the distance of wae-mmd
+    (200), the squared codes of rae-l2 (0.0001)."""
     noise: Literal["global", "channel", "dimension", "fixed"] = "global"
     """Noise variance of stage 1: one learned for all ('global'), one per channel, one per pixel or column
     ('dimension'), or 'fixed' at noise_var."""
@@ -179,7 +180,9 @@ class TrainConfig:
         if "noise" in OBJECTIVE_OPTIONS.get(objective, {}) and self.noise != "fixed":
             found.append(f"objective={objective} is one with a fixed variance; leave noise out, or take objective=elbo")
         if objective == "sigma-vae" and (self.noise, self.noise_update) != ("global", "closed-form"):
-            found.append("objective=sigma-vae has one variance, optimal for each batch; leave noise and noise_update out")
+            found.append(
+                "objective=sigma-vae has one variance, optimal for each batch; leave noise and noise_update out"
+            )
         if objective not in ("elbo", "vae", "beta-vae") and self.beta != 1:
             found.append(f"objective={objective} has no beta; beta goes with elbo and beta-vae")
         if self.penalty is not None and objective not in PENALISED:

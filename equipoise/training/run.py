@@ -2,9 +2,7 @@
 
 import datetime
 import math
-import platform
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from equipoise.mixture_fit import EMStep, MixtureFit, fit_mixture, fit_variation
 from equipoise.model import VAE, Scaling, encode_all
 from equipoise.networks import Architecture, default_architecture
 from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, NoiseModel
+from equipoise.provenance import data_record, versions
 from equipoise.store import (
     StoreError,
     load_mixture,
@@ -36,8 +35,6 @@ from equipoise.training.trainer import EVALUATION_BATCH, Trainer, examples, make
 
 MIN_TRAIN = 20
 """Fewer training examples than this do not make a mixture, let alone a model."""
-
-VERSIONED = ("equipoise", "torch", "lightning-fabric", "numpy", "scikit-learn", "safetensors")
 
 
 class Run:
@@ -392,28 +389,15 @@ def _settings(
         "command": list(command or []),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "data": {
-            "name": data.name,
+            **data_record(data),
             "source": data.source,
             "load": data_options or {},
-            "fingerprint": data.fingerprint,
             "shape": list(data.shape),
-            "n_train": len(data.train),
-            "n_validation": len(data.validation),
-            "n_test": len(data.test),
         },
         "options": config.as_dict(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a figure depends on.
-
-    Returns:
-        By name, Python's included.
-    """
-    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
 
 
 def _fit_messages(fit: MixtureFit) -> list[str]:

@@ -1,0 +1,34 @@
+"""The paper's comparison, one module per table and figure, and what goes beyond it.
+
+Each has ``specs(lab)``, the models it needs; ``compute(lab)``, its figures as JSON values, and its pictures;
+``markdown(found)``, what they look like on the page of results.
+"""
+
+from types import ModuleType
+
+from equipoise.paper import (
+    beyond_noise,
+    beyond_size,
+    figure_1,
+    figure_2,
+    figure_3,
+    figure_4,
+    table_1,
+    table_2,
+    table_3,
+    table_4,
+)
+
+ITEMS: dict[str, ModuleType] = {
+    "table-1": table_1,
+    "table-2": table_2,
+    "table-3": table_3,
+    "table-4": table_4,
+    "figure-1": figure_1,
+    "figure-2": figure_2,
+    "figure-3": figure_3,
+    "figure-4": figure_4,
+    "beyond-noise": beyond_noise,
+    "beyond-size": beyond_size,
+}
+"""By the name that the command line knows."""
