@@ -36,5 +36,5 @@ def provenance(data=None, options=None):
 def _without_paths(arguments):
     """Where data and runs lie on this machine is nobody's concern."""
     pairs = itertools.pairwise(["", *arguments])
-    places = {"--data-dir": "DATA", "--run": "RUN"}
+    places = {"--data-dir": "DATA", "--run": "RUN", "--models": "MODELS"}
     return [places.get(before, argument) for before, argument in pairs]

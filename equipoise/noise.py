@@ -428,7 +428,9 @@ class PredictedNoise(NoiseModel):
         if standardised.sum.ndim == 0:
             scale = common
         self.calibration = (self.calibration + scale.log()).to(self.calibration.dtype)
-        self.interval_factors = None  # they were factors of another std
+        if self.interval_factors is not None:  # the intervals stay, as far as one factor for all can tell
+            kept = self.interval_factors / scale.sqrt()
+            self.interval_factors = kept.to(self.calibration.dtype) if scale.ndim == 0 else None
 
     @torch.no_grad()
     def calibrate_intervals(self, standardised: ResidualQuantiles, *, rescale: bool = False) -> None:

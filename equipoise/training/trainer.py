@@ -389,7 +389,7 @@ class Trainer:
         varying = varying_dimensions(examples(self.data.train, VARYING_EXAMPLES, self.fabric.device))
         if varying.any():
             noise.calibrate_intervals(self._standardised(varying), rescale=self.config.recalibrate == "coverage")
-            factors = ", ".join(f"{noise.interval_factor(k):.2f}" for k in (1, 2, 3))
+            factors = ", ".join(f"{noise.interval_factor(k):.2f}" for k in (1.0, 2.0, 3.0))
             said.append(f"Within {factors} predicted std lie .683, .954 and .997 of the errors of {held_out}.")
         if self.config.recalibrate != "none":
             scale = float((0.5 * noise.calibration).exp().mean())
