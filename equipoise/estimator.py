@@ -67,7 +67,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise: noise variance of stage 1: "global", "channel", "dimension" or "fixed".
         noise_var: the variance where ``noise="fixed"``, in squared model units.
         floor: smallest variance in stage 2, a multiple of stage 1's optimum, or "quantisation".
-        recalibrate: rescale the predicted std on held-out examples: "none", "scale" or "dimension".
+        recalibrate: rescale the predicted std on held-out examples: "none", "scale", "dimension" or "coverage".
         stage_1_epochs: epochs with one learned variance; "auto" is as many as 1,000 steps take, from 10 to 200.
         stage_2_epochs: epochs with a variance per feature and input, or 0; "auto" is half of the former.
         batch_size: examples per step.
@@ -105,7 +105,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise: Literal["global", "channel", "dimension", "fixed"] = "global",
         noise_var: float | None = None,
         floor: float | Literal["quantisation"] = 1.0,
-        recalibrate: Literal["none", "scale", "dimension"] = "none",
+        recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none",
         stage_1_epochs: int | Literal["auto"] = "auto",
         stage_2_epochs: int | Literal["auto"] = "auto",
         batch_size: int = 256,

@@ -394,6 +394,7 @@ class _Evaluation:
                 part.reliability.observed_rmse,
                 part.pit_histogram,
                 np.array([part.coverage_1.value, part.coverage_2.value, part.coverage_3.value]),
+                np.array([getattr(part, f"interval_coverage_{k}").value for k in (1, 2, 3)]),
             )
             for name, part in series.items()
         }

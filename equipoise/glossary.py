@@ -27,6 +27,9 @@ class Term(NamedTuple):
 
 _BITS = "Bits that a dimension of the dequantised data costs, at most: comparable between models of the same data"
 _COVERAGE = "Share of the errors within {} predicted std; {} if the noise is Gaussian and its std right."
+_INTERVAL = (
+    "Share of the errors within the interval that held {} of the held-out errors: calibrated whatever their shape."
+)
 
 TERMS: dict[str, Term] = {
     # likelihood
@@ -85,6 +88,9 @@ TERMS: dict[str, Term] = {
     "coverage_1": Term("Within 1 std (.683)", "", _COVERAGE.format(1, 0.683)),
     "coverage_2": Term("Within 2 std (.954)", "", _COVERAGE.format(2, 0.954)),
     "coverage_3": Term("Within 3 std (.997)", "", _COVERAGE.format(3, 0.997)),
+    "interval_coverage_1": Term("In the .683 interval", "", _INTERVAL.format(0.683)),
+    "interval_coverage_2": Term("In the .954 interval", "", _INTERVAL.format(0.954)),
+    "interval_coverage_3": Term("In the .997 interval", "", _INTERVAL.format(0.997)),
     "standardised_var": Term(
         "Standardised variance", "", "Mean of (error / predicted std)²; 1 if right, above it the std is too small."
     ),

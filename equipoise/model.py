@@ -5,7 +5,8 @@ ours is needed. :meth:`VAE.build` makes a pair from ``networks.py``.
 """
 
 from collections.abc import Iterable
-from typing import Any, Protocol, cast, runtime_checkable
+from statistics import NormalDist
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,18 @@ class CodeSource(Protocol):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw n codes, (n, d)."""
+
+
+class Interval(NamedTuple):
+    r"""Where each dimension lies with a given probability.
+
+    Args:
+        lower: (B, \*), in the unit of the data it is for.
+        upper: likewise.
+    """
+
+    lower: Tensor
+    upper: Tensor
 
 
 class Scaling(nn.Module):
@@ -272,6 +285,35 @@ class VAE(nn.Module):
             Gaussian over data; its ``std`` is the uncertainty map.
         """
         return self.decode(self.encode(x).mean)
+
+    def interval(self, x: Float[Tensor, "batch *event"], coverage: float = 0.95) -> Interval:
+        r"""Reconstruct, with an interval for each dimension that holds the given share of the errors.
+
+        It is as many predicted std wide as held that share of the held-out errors, which need not be Gaussian, see
+        :meth:`PredictedNoise.calibrate_intervals`; of a model without stage 2, as many as of a Gaussian.
+
+        Args:
+            x: data in model units, (B, \*).
+            coverage: share of the errors over the dimensions that vary, above 0 and below 1.
+
+        Returns:
+            Bounds around the mean of :meth:`reconstruct`, (B, \*), model units; ``scaling.restore`` takes each to raw
+            units.
+
+        Raises:
+            ValueError: if the coverage is out of its domain.
+
+        Example:
+            >>> vae = VAE.build((3,), latent_dim=1, noise=FixedNoise(0.01))
+            >>> lower, upper = vae.interval(torch.zeros(1, 3), coverage=0.95)  # 1.96 std of 0.1 on either side
+            >>> upper - lower
+            tensor([[0.3920, 0.3920, 0.3920]], grad_fn=<SubBackward0>)
+        """
+        if not 0 < coverage < 1:
+            raise ValueError(f"coverage must be above 0 and below 1, such as 0.95, got {coverage:g}")
+        seen = self.reconstruct(x)
+        half = self.noise.interval_factor(NormalDist().inv_cdf((1 + coverage) / 2)) * seen.std
+        return Interval(seen.mean - half, seen.mean + half)
 
     def generate(self, n: int, source: CodeSource, generator: torch.Generator | None = None) -> Gaussian:
         r"""Decode codes drawn from a source.

@@ -26,6 +26,8 @@ NoiseUpdate = Literal["closed-form", "gradient"]
 
 MIN_VAR = 1e-10
 """Smallest variance of any model, in squared units of data of order one: float32 cannot resolve a smaller residual."""
+MAX_INTERVAL_STD, INTERVAL_POINTS = 4.0, 33
+"""Calibrated intervals are known every eighth of a std up to four, and interpolated between."""
 
 
 class ResidualVariance(nn.Module):
@@ -74,6 +76,64 @@ class ResidualVariance(nn.Module):
         return self.sum / self.count
 
 
+class ResidualQuantiles(nn.Module):
+    r"""Quantiles of the size of standardised residuals, from a histogram that takes in any number of them.
+
+    Each power of two has 2048 cells, so that a quantile is exact to 0.05 %, and rounded up. Counts add up, so partial
+    results of several processes combine by adding ``counts``.
+
+    Example:
+        >>> statistic = ResidualQuantiles()
+        >>> statistic.update(torch.tensor([[-0.5, 1.0, -2.0, 4.0]]))
+        >>> statistic.quantile(torch.tensor([0.5, 1.0]))
+        tensor([1.0005, 4.0020])
+    """
+
+    SHIFT = 12
+    """Bits that a float32 loses: 11 of its mantissa's 23 remain."""
+
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(2 ** (31 - self.SHIFT), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, standardised: Float[Tensor, "batch *event"]) -> None:
+        r"""Add a batch.
+
+        Args:
+            standardised: (x - m(z)) / std(z), any shape.
+
+        Raises:
+            ValueError: if a value is not finite.
+        """
+        size = standardised.abs().float().flatten()
+        if not bool(size.isfinite().all()):
+            raise ValueError("expected finite residuals and a positive std, but their ratio is not finite")
+        cell = size.view(torch.int32) >> self.SHIFT  # floats that are not negative have the order of their bits
+        self.counts += torch.bincount(cell, minlength=len(self.counts))
+
+    def quantile(self, share: Float[Tensor, " shares"]) -> Float[Tensor, " shares"]:
+        """Smallest size that at least the given shares of the residuals do not exceed.
+
+        Args:
+            share: each within 0 and 1.
+
+        Returns:
+            One size per share, float32, in predicted std.
+
+        Raises:
+            ValueError: if there have been no residuals.
+        """
+        cumulative = self.counts.cumsum(0)
+        if not (n := int(cumulative[-1])):
+            raise ValueError("no residuals to take quantiles of; give at least one batch of held-out data")
+        rank = (share.double().to(cumulative.device) * n).ceil().clamp(1, n).long()
+        cell = torch.searchsorted(cumulative, rank)
+        return ((cell + 1) << self.SHIFT).to(torch.int32).view(torch.float32)
+
+
 class NoiseModel(nn.Module, ABC):
     """The variance of p(x|z) as a function of the code."""
 
@@ -111,6 +171,17 @@ class NoiseModel(nn.Module, ABC):
     def floor_var(self) -> Tensor:
         """Smallest variance that the model can produce; zero where there is no floor."""
         return torch.zeros(())
+
+    def interval_factor(self, n_std: float) -> float:
+        """Predicted std that hold as large a share of the errors as a Gaussian has within so many of its std.
+
+        Args:
+            n_std: std of a Gaussian, at least 0.
+
+        Returns:
+            The same number, where the model has not learned better from held-out errors.
+        """
+        return n_std
 
     def floor_share(self, log_var: Tensor) -> Tensor:
         """Share of the given log-variances at which the floor is active.
@@ -283,7 +354,7 @@ class PredictedNoise(NoiseModel):
 
     with the network h, the optimal global variance sigma_*^2 of stage 1 and the floor that Algorithm 1 hands
     over (without one the log-variance gradient dominates and the prediction gets stuck near zero). c is zero
-    until :meth:`recalibrate`. A network h = 0 is exactly :class:`GlobalNoise`: stage 2 starts where stage 1 ended.
+    until it is recalibrated. A network h = 0 is exactly :class:`GlobalNoise`: stage 2 starts where stage 1 ended.
 
     Args:
         network: h, any module from (B, d) to (B, \*).
@@ -298,6 +369,7 @@ class PredictedNoise(NoiseModel):
     reference_log_var: Tensor
     floor_log_var: Tensor
     calibration: Tensor
+    interval_factors: Tensor | None
 
     def __init__(
         self,
@@ -315,6 +387,7 @@ class PredictedNoise(NoiseModel):
         self.register_buffer("reference_log_var", reference_var.log().to(dtype))
         self.register_buffer("floor_log_var", floor_var.log().to(dtype))
         self.register_buffer("calibration", torch.zeros(calibration_shape, device=reference_var.device))
+        self.register_buffer("interval_factors", None)
 
     def forward(self, z: Float[Tensor, "batch latent"]) -> Tensor:
         r"""Log-variance of eq. (11), bounded and calibrated, (B, \*)."""
@@ -355,6 +428,44 @@ class PredictedNoise(NoiseModel):
         if standardised.sum.ndim == 0:
             scale = common
         self.calibration = (self.calibration + scale.log()).to(self.calibration.dtype)
+        if self.interval_factors is not None:  # the intervals stay, as far as one factor for all can tell
+            kept = self.interval_factors / scale.sqrt()
+            self.interval_factors = kept.to(self.calibration.dtype) if scale.ndim == 0 else None
+
+    @torch.no_grad()
+    def calibrate_intervals(self, standardised: ResidualQuantiles, *, rescale: bool = False) -> None:
+        r"""Learn from held-out data how many predicted std hold which share of the errors.
+
+        .. math:: q(k) = \min\bigl\{ q : \mathrm{share}(|x_{ni} - m_i| \le q\, std_{ni}) \ge
+            \mathrm{erf}(k / \sqrt2) \bigr\}
+
+        A Gaussian has q(k) = k; of errors with heavier tails q(1) is below and q(3) above it. Split conformal
+        prediction: whatever the errors' distribution, a dimension drawn at random of a new example lies within q(k) std
+        of its mean with a probability of at least N / (N + 1) times that of k, N being the number of held-out examples.
+        Angelopoulos and Bates (2021), *A gentle introduction to conformal prediction*; for groups, here of dimensions,
+        Dunn, Wasserman and Ramdas (2018), *Distribution-free prediction sets for two-layer hierarchical models*.
+
+        Args:
+            standardised: of (x - m(z)) / std(z) on held-out data, over the dimensions that vary.
+            rescale: multiply the predicted std, and with it the likelihood's, by q(1), so that one std holds .683.
+
+        Raises:
+            ValueError: if the statistic has seen no data, or, to rescale, if q(1) is zero.
+        """
+        n_std = torch.linspace(0, MAX_INTERVAL_STD, INTERVAL_POINTS, dtype=torch.float64)
+        factors = standardised.quantile(torch.erf(n_std / math.sqrt(2))).double()
+        factors[0] = 0.0
+        if rescale:
+            one = _interpolate(factors, 1.0)
+            if not one > MIN_VAR:
+                raise ValueError("Recalibration needs held-out residuals of which at least a third are not zero.")
+            self.calibration = (self.calibration + 2 * math.log(one)).to(self.calibration.dtype)
+            factors = factors / one
+        self.interval_factors = factors.to(self.calibration)
+
+    def interval_factor(self, n_std: float) -> float:
+        """The function q of :meth:`calibrate_intervals`; before it, the number itself."""
+        return n_std if self.interval_factors is None else _interpolate(self.interval_factors, n_std)
 
     def description(self) -> dict[str, Any]:
         """The shapes; the network is the decoder's kind."""
@@ -363,7 +474,16 @@ class PredictedNoise(NoiseModel):
             "reference_shape": list(self.reference_log_var.shape),
             "floor_shape": list(self.floor_log_var.shape),
             "calibration_shape": list(self.calibration.shape),
+            "interval_points": 0 if self.interval_factors is None else len(self.interval_factors),
         }
+
+
+def _interpolate(factors: Tensor, n_std: float) -> float:
+    """Value at ``n_std`` of a function with given values from 0 to ``MAX_INTERVAL_STD``, linear beyond it."""
+    position = n_std / MAX_INTERVAL_STD * (len(factors) - 1)
+    below = min(int(position), len(factors) - 2)
+    low, high = factors[below : below + 2].tolist()
+    return float(low + (position - below) * (high - low))
 
 
 class _LowerBound(torch.autograd.Function):

@@ -313,12 +313,14 @@ class NoiseCurves(NamedTuple):
         observed_rmse: (bins,), root mean squared error of the same bins, model units.
         pit_histogram: (intervals,), counts or shares of the probability integral transforms, equal intervals of [0, 1].
         coverage: (3,), share of the errors within 1, 2 and 3 predicted std.
+        interval_coverage: (3,), share within the calibrated intervals that should hold as much; None if there are none.
     """
 
     predicted_std: Float[np.ndarray, " bins"]
     observed_rmse: Float[np.ndarray, " bins"]
     pit_histogram: Num[np.ndarray, " intervals"]
     coverage: Float[np.ndarray, "3"]
+    interval_coverage: Float[np.ndarray, "3"] | None = None
 
 
 def reliability(series: dict[str, NoiseCurves]) -> Figure:
@@ -345,7 +347,10 @@ def reliability(series: dict[str, NoiseCurves]) -> Figure:
             std.plot(one.predicted_std, one.observed_rmse, marker, ls=dashes, ms=4, lw=0.8, color=color, label=name)
             density = one.pit_histogram * len(one.pit_histogram) / one.pit_histogram.sum()
             pit.stairs(density, np.linspace(0, 1, len(density) + 1), baseline=None, color=color, ls=dashes)
-            coverage.plot(n_std + 0.16 * (i - (len(series) - 1) / 2), one.coverage, marker, ms=5, color=color)
+            place = n_std + 0.16 * (i - (len(series) - 1) / 2)
+            coverage.plot(place, one.coverage, marker, ms=5, color=color)
+            if one.interval_coverage is not None:
+                coverage.plot(place, one.interval_coverage, marker, ms=8, color=color, fillstyle="none")
         if 0 < 10 * low < high:
             std.set(xscale="log", yscale="log")
         std.set(xlabel="predicted std, model units", ylabel="RMSE found, model units", aspect="equal")
@@ -354,6 +359,8 @@ def reliability(series: dict[str, NoiseCurves]) -> Figure:
         pit.set(xlabel="probability integral transform", ylabel="density", xlim=(0, 1), ylim=(0, None))
         coverage.set(xlim=(0.5, 3.5), ylim=(None, 1.02), ylabel="share within")
         coverage.set_xticks(n_std, [f"{k} std" for k in n_std])
+        if any(one.interval_coverage is not None for one in series.values()):
+            coverage.plot([], [], "o", ms=8, color=GREY, fillstyle="none", label="intervals")
         coverage.legend(frameon=False, loc="lower right")
     return figure
 

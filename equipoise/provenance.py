@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from equipoise.data import Data
 
 VERSIONED = ("equipoise", "torch", "lightning-fabric", "numpy", "scikit-learn", "safetensors")
-PLACES = {"--data-dir": "DATA", "--run": "RUN", "--runs": "RUNS"}
+PLACES = {"--data-dir": "DATA", "--run": "RUN", "--runs": "RUNS", "--models": "MODELS"}
 """Options whose values are nobody's concern: where data and runs lie on this machine."""
 
 

@@ -58,7 +58,8 @@ SECTIONS = {
             "reconstructions": "Reconstructions of test data: the better the predicted std, the more it looks "
             "like the error.",
             "reliability": "Predicted std against the error found (right on the diagonal), the probability integral "
-            "transform (right if flat), and the share of errors within 1, 2 and 3 std (right at the marks).",
+            "transform (right if flat), and the share of errors within 1, 2 and 3 std, and within the intervals "
+            "calibrated on held-out data (right at the marks).",
             "sparsification": "Error of what is left when the least certain dimensions are removed first.",
         },
     ),

@@ -293,12 +293,15 @@ def build_noise(description: dict[str, Any], model: VAE) -> NoiseModel:
     arguments = dict(description)
     kind = arguments.pop("kind")
     if kind == "PredictedNoise":
-        return PredictedNoise(
+        noise = PredictedNoise(
             model.blank_variance_network(),
             torch.ones(arguments["reference_shape"]),
             torch.ones(arguments["floor_shape"]),
             tuple(arguments["calibration_shape"]),
         )
+        if points := arguments.get("interval_points", 0):  # absent from files of version 0.1
+            noise.interval_factors = torch.zeros(points)
+        return noise
     if kind == "DimensionNoise":
         return DimensionNoise(tuple(arguments.pop("shape")), **arguments)
     kinds: dict[str, type[NoiseModel]] = {"FixedNoise": FixedNoise, "GlobalNoise": GlobalNoise}

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from equipoise.data import load
+from equipoise.data import varying as varying_module
 from equipoise.estimate import Estimate
 from equipoise.metrics import calibration as module
 from equipoise.metrics.calibration import (
@@ -55,6 +56,13 @@ def sorted_curve(ranks, squared):
 def test_coverage_includes_its_bounds():
     found = calibration(torch.tensor([[0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75]]), torch.full((1, 7), 0.5))
     assert [share.value for share in coverage(found)] == pytest.approx([2 / 7, 4 / 7, 6 / 7])
+
+
+def test_intervals_are_covered_as_their_widths_say():
+    residual = torch.tensor([[0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75]])
+    found = calibration(residual, torch.full((1, 7), 0.5), interval_factors=(0.5, 2.5, 3.5))
+    covered = (found.interval_coverage_1, found.interval_coverage_2, found.interval_coverage_3)
+    assert [share.value for share in covered] == pytest.approx([1 / 7, 5 / 7, 1])
 
 
 def test_std_that_are_right():
@@ -239,7 +247,7 @@ def linear_model():
     return model, x, ppca
 
 
-def test_a_linear_model_has_known_residuals(linear_model):
+def test_a_linear_model_has_known_residuals(linear_model, monkeypatch):
     """Of the posterior mean x - m = var C^-1 (x - b), whose covariance is var^2 C^-1 on the data it was fitted to."""
     model, x, ppca = linear_model
     found = noise_calibration(model, torch.split(x, 250), torch.ones(8, dtype=torch.bool))
@@ -249,6 +257,10 @@ def test_a_linear_model_has_known_residuals(linear_model):
     assert found.all_dimensions.standardised_var.n == 600
     for name, figure in figures(found.all_dimensions).items():
         assert figure == figures(found.varying_dimensions)[name]
+    monkeypatch.setattr(model.noise, "interval_factor", lambda n_std: n_std - 1)
+    found = noise_calibration(model, [x], torch.ones(8, dtype=torch.bool)).varying_dimensions
+    assert found.interval_coverage_1.value == 0
+    assert (found.interval_coverage_2, found.interval_coverage_3) == (found.coverage_1, found.coverage_2)
 
 
 def test_batches_do_not_matter(linear_model):
@@ -281,7 +293,7 @@ def test_a_dimension_varies_beyond_a_grey_level_in_more_than_a_tail(monkeypatch)
     grey[94:, 1, 1] = 2
     expected = torch.tensor([[False, True], [False, True]])
     assert torch.equal(varying_dimensions(grey), expected)
-    monkeypatch.setattr(module, "BLOCK", 1)
+    monkeypatch.setattr(varying_module, "BLOCK", 1)
     assert torch.equal(varying_dimensions(grey), expected)
     assert torch.equal(varying_dimensions(grey / 255), torch.tensor([[False, True], [True, True]]))
     assert not varying_dimensions(grey[:1]).any()

@@ -1,17 +1,21 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from torch import nn
 
 from equipoise.gaussian import Gaussian
+from equipoise.model import VAE
 from equipoise.noise import (
     DimensionNoise,
     FixedNoise,
     GlobalNoise,
     PredictedNoise,
+    ResidualQuantiles,
     ResidualVariance,
     lower_bound,
 )
@@ -182,6 +186,127 @@ def test_recalibration_of_a_constant_pixel_stays_finite():
     assert torch.isfinite(noise(Z)).all()
 
 
+NOMINAL = [math.erf(k / math.sqrt(2)) for k in (1, 2, 3)]
+
+
+def quantiles_of(*batches):
+    statistic = ResidualQuantiles()
+    for batch in batches:
+        statistic.update(batch)
+    return statistic
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(-30, 30), st.integers(0, 1000))
+def test_residual_quantiles_are_those_of_numpy_whatever_the_batches(sizes, octaves, seed):
+    everything = residuals(sum(sizes), (2, 3), seed) * 2.0**octaves
+    shares = torch.tensor([0.0, 0.25, 0.6827, 0.95, 1.0])
+    found = quantiles_of(*everything.split(sizes)).quantile(shares).numpy()
+    expected = np.quantile(everything.abs().numpy(), shares.numpy(), method="inverted_cdf")
+    assert (found > expected).all()  # rounded up
+    np.testing.assert_allclose(found, expected, rtol=1 / 2048)
+
+
+def test_residual_quantiles_refuse_what_is_no_number_and_nothing():
+    with pytest.raises(ValueError, match="not finite"):
+        quantiles_of(torch.tensor([[math.inf]]))
+    with pytest.raises(ValueError, match="at least one batch"):
+        ResidualQuantiles().quantile(torch.tensor([0.5]))
+
+
+DISTRIBUTIONS = {
+    "Gaussian": stats.norm(scale=0.3),
+    "Laplace": stats.laplace(scale=0.3),
+    "Student's t": stats.t(3, scale=0.3),
+}
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("errors", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS.keys())
+def test_intervals_cover_whatever_the_distribution(errors, rescale):
+    """Of a planted map whose std are wrong by one factor, with the quantile functions of SciPy as oracle."""
+    planted = torch.linspace(-1, 1, 20).exp()
+    noise = PredictedNoise(Constant(2 * planted.log(), (20,)), torch.tensor(4.0), torch.tensor(1e-6))
+    unscaled = noise(Z)[0].mul(0.5).exp()
+    torch.testing.assert_close(unscaled, 2 * planted)
+    rng = np.random.default_rng(0)
+    held_out, new = (torch.from_numpy(errors.rvs((4000, 20), rng)) * planted for _ in range(2))
+    noise.calibrate_intervals(quantiles_of(held_out / unscaled), rescale=rescale)
+    std = noise(Z)[0].mul(0.5).exp()
+    for k, nominal in zip((1.0, 2.0, 3.0), NOMINAL, strict=True):
+        half = noise.interval_factor(k) * std
+        error = math.sqrt(nominal * (1 - nominal) / new.numel())
+        assert (new.abs() <= half).double().mean() == pytest.approx(nominal, abs=6 * error)  # held out and new
+        torch.testing.assert_close(half, float(errors.ppf((1 + nominal) / 2)) * planted, rtol=0.01 * k**2, atol=0)
+    for coverage in (0.5, 0.9, 0.99):  # between the points of the grid
+        factor = noise.interval_factor(float(stats.norm.ppf((1 + coverage) / 2)))
+        assert (new.abs() <= factor * std).double().mean() == pytest.approx(coverage, abs=0.008)
+    if rescale:
+        assert noise.interval_factor(1.0) == pytest.approx(1.0)
+        torch.testing.assert_close(std, float(errors.ppf((1 + NOMINAL[0]) / 2)) * planted, rtol=0.01, atol=0)
+    else:
+        assert torch.equal(std, unscaled)
+
+
+@given(st.integers(-8, 8), st.integers(0, 1000))
+def test_the_scale_of_the_prediction_does_not_matter(octaves, seed):
+    held_out = residuals(50, (3,), seed)
+    intervals = []
+    for factor in (1.0, 2.0**octaves):
+        noise = PredictedNoise(Constant(0.0), torch.tensor(factor**2), torch.tensor(factor**2))
+        noise.calibrate_intervals(quantiles_of(held_out / factor), rescale=True)
+        std = noise(Z)[0].mul(0.5).exp()
+        intervals.append(torch.stack([noise.interval_factor(k) * std for k in (0.3, 1.0, 2.0, 3.0, 5.0)]))
+    torch.testing.assert_close(*intervals)
+
+
+def test_wider_intervals_cover_more():
+    noise = PredictedNoise(Constant(0.0), torch.tensor(1.0), torch.tensor(1.0))
+    assert noise.interval_factor(2.5) == 2.5  # a Gaussian's, before it has seen anything
+    noise.calibrate_intervals(quantiles_of(residuals(100)))
+    factors = [noise.interval_factor(k / 10) for k in range(60)]
+    assert factors[0] == 0.0
+    assert factors == sorted(factors)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_intervals_outlive_one_scale_and_are_forgotten_with_a_scale_per_dimension(shape):
+    noise = PredictedNoise(Constant(0.0), torch.tensor(4.0), torch.tensor(4.0), shape)
+    noise.calibrate_intervals(quantiles_of(residuals(100)))
+    before = noise.interval_factor(2.5) * noise(Z)[0].mul(0.5).exp()
+    statistic = ResidualVariance(shape)
+    statistic.update(3 * residuals(100))
+    noise.recalibrate(statistic)
+    if shape:
+        assert noise.interval_factor(2.5) == 2.5
+    else:
+        torch.testing.assert_close(noise.interval_factor(2.5) * noise(Z)[0].mul(0.5).exp(), before)
+
+
+def test_the_guarantee_for_few_examples_whose_dimensions_hang_together():
+    """Averaged over draws, a dimension of a new example is covered at least N / (N + 1) times as often as nominal."""
+    N, coverage = 9, []
+    for seed in range(1000):
+        # One scale per example: its dimensions are as good as one.
+        x = residuals(N + 1, (4,), seed) * residuals(N + 1, (1,), seed + 10_000).exp()
+        half = quantiles_of(x[:N]).quantile(torch.tensor([0.6827, 0.9545]))
+        coverage.append((x[N].abs()[:, None] <= half).double().mean(0))
+    found, error = torch.stack(coverage).mean(0), torch.stack(coverage).std(0) / math.sqrt(len(coverage))
+    nominal = torch.tensor([0.6827, 0.9545], dtype=torch.float64)
+    assert (found > nominal * N / (N + 1) - 3 * error).all()
+    assert found[1] < 0.9545 - 3 * error[1]  # without the factor it would be false
+
+
+def test_the_interval_of_a_model_without_stage_2_is_the_gaussians():
+    vae = VAE.build((3,), latent_dim=1, noise=FixedNoise(0.01)).eval()
+    x = residuals(5)
+    lower, upper = vae.interval(x, coverage=0.95)
+    torch.testing.assert_close((lower + upper) / 2, vae.reconstruct(x).mean)
+    torch.testing.assert_close(upper - lower, torch.full((5, 3), 2 * 0.1 * 1.959964))
+    for wrong in (0.0, 1.0, 95.0):
+        with pytest.raises(ValueError, match=r"such as 0\.95"):
+            vae.interval(x, wrong)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -195,6 +320,12 @@ def test_recalibration_of_a_constant_pixel_stays_finite():
         (
             lambda: PredictedNoise(Constant(0.0), torch.tensor(1.0), torch.tensor(1.0)).recalibrate(ResidualVariance()),
             "held-out",
+        ),
+        (
+            lambda: PredictedNoise(Constant(0.0), torch.tensor(1.0), torch.tensor(1.0)).calibrate_intervals(
+                quantiles_of(torch.tensor([[0.0, 0.0, 0.0, 1.0]])), rescale=True
+            ),
+            "not zero",
         ),
     ],
 )

@@ -83,6 +83,9 @@ def test_densities_share_colours_and_axes(codes):
     assert "nats" in figure.axes[2].get_ylabel()
 
 
+NOMINAL = [0.6827, 0.9545, 0.9973]
+
+
 def curves(predicted_std, observed_rmse, pit_histogram=(1, 2, 1)):
     return plots.NoiseCurves(
         np.array(predicted_std), np.array(observed_rmse), np.array(pit_histogram), np.array([0.7, 0.9, 1.0])
@@ -109,6 +112,16 @@ def test_reliability_shows_size_distribution_and_coverage():
         np.testing.assert_allclose(line.get_ydata(), [0.7, 0.9, 1.0])
         np.testing.assert_allclose(line.get_xdata(), [1, 2, 3], atol=0.1)
     assert [line.get_marker() for line in std.lines[1:]] == ["o", "s"], "told apart without colour"
+
+
+def test_reliability_shows_intervals_beside_the_std_hollow():
+    series = {"all": curves([0.1], [0.1]), "some": curves([0.1], [0.1])._replace(interval_coverage=np.array(NOMINAL))}
+    coverage = plots.reliability(series).axes[2]
+    hollow = [line for line in coverage.lines if line.get_fillstyle() == "none" and len(line.get_ydata())]
+    assert [line.get_marker() for line in hollow] == ["s"]
+    np.testing.assert_allclose(hollow[0].get_ydata(), NOMINAL)
+    np.testing.assert_allclose(hollow[0].get_xdata(), coverage.lines[2].get_xdata())
+    assert [text.get_text() for text in coverage.get_legend().get_texts()] == ["Gaussian", "intervals"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import nn
 
 from equipoise.aggregate import GaussianMixture
 from equipoise.model import VAE, Scaling
-from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise
+from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, ResidualQuantiles
 from equipoise.store import (
     StoreError,
     load_mixture,
@@ -47,6 +47,9 @@ def test_a_loaded_model_is_the_saved_one(tmp_path, noise, architecture):
     if noise == "predicted":
         vae.predict_variance(torch.tensor(0.1), torch.tensor(0.05), calibration_shape=(3, 8, 8))
         nn.init.normal_(vae.noise.network.output.weight)
+        statistic = ResidualQuantiles()
+        statistic.update(torch.randn(50, 3))
+        vae.noise.calibrate_intervals(statistic)
     else:
         noise.update(0.1 * torch.randn(4, 3, 8, 8))
         vae.noise = noise
@@ -58,6 +61,19 @@ def test_a_loaded_model_is_the_saved_one(tmp_path, noise, architecture):
     mine, theirs = vae.eval().reconstruct(vae.scaling(raw)), loaded.reconstruct(loaded.scaling(raw))
     assert torch.equal(mine.mean, theirs.mean)
     assert torch.equal(mine.std, theirs.std)
+    assert all(map(torch.equal, vae.interval(vae.scaling(raw), 0.9), loaded.interval(loaded.scaling(raw), 0.9)))
+
+
+def test_files_from_before_the_intervals_are_read(tmp_path):
+    vae = VAE.build((6,), latent_dim=2).eval()
+    vae.predict_variance(torch.tensor(0.1), torch.tensor(0.1))
+    description = vae.description()
+    del description["noise"]["interval_points"]
+    write_tensors(tmp_path / "model.safetensors", "model", vae.state_dict(), description)
+    loaded = load_model(tmp_path / "model.safetensors")
+    x = torch.randn(3, 6)
+    assert torch.equal(loaded.reconstruct(x).std, vae.reconstruct(x).std)
+    assert loaded.noise.interval_factor(2.0) == 2.0
 
 
 def test_own_networks_are_saved_and_loaded(tmp_path):

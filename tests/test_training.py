@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from equipoise.data import load
+from equipoise.metrics.calibration import NOMINAL_COVERAGE, varying_dimensions
 from equipoise.model import VAE
 from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, PredictedNoise
 from equipoise.objectives import Elbo
@@ -240,6 +241,37 @@ def test_recalibration_makes_held_out_residuals_standard(digits):
             likelihood = model.decode(model.encode(x).sample(torch.Generator().manual_seed(seed)))
             ratios.append(((x - likelihood.mean) / likelihood.std).square().mean())
     assert torch.stack(ratios).mean() == pytest.approx(1.0, rel=0.05)
+
+
+def standardised(model, split, varying):
+    x = model.scaling(torch.from_numpy(split[:]))
+    with torch.no_grad():
+        seen = model.reconstruct(x)
+    return ((x - seen.mean) / seen.std)[:, varying].abs()
+
+
+def test_recalibration_by_coverage(digits):
+    """Of the same networks: the mean stays, one std holds .683 of the errors, and intervals hold their share."""
+    config = replace(QUICK, width=16, learning_rate=5e-3, stage_1_epochs=12, stage_2_epochs=8, floor=0.01)
+    varying = varying_dimensions(torch.from_numpy(digits.train[:]))
+    assert 0.5 < varying.float().mean() < 0.9  # some pixels never vary: they do not count
+    plain, recorder = fit(digits, config)[0], Recorder()
+    model, _ = fit(digits, replace(config, recalibrate="coverage"), sinks=[recorder])
+    x = model.scaling(torch.from_numpy(digits.test[:]))
+    with torch.no_grad():
+        assert torch.equal(model.reconstruct(x).mean, plain.reconstruct(x).mean)
+        scale = model.reconstruct(x).std / plain.reconstruct(x).std
+        for ours, theirs in zip(model.interval(x, 0.9), plain.interval(x, 0.9), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(scale, scale[0, 0, 0, 0].expand_as(scale))
+    assert scale.mean() == pytest.approx(plain.noise.interval_factor(1.0), rel=1e-4)
+    assert any("Recalibrated the predicted std on 162 held-out examples" in text for text in recorder.messages)
+    validation, test = (standardised(model, split, varying) for split in (digits.validation, digits.test))
+    for k, nominal in enumerate(NOMINAL_COVERAGE, start=1):
+        factor = model.noise.interval_factor(float(k))
+        assert (validation <= factor).float().mean() == pytest.approx(nominal, abs=2e-3)
+        assert (test <= factor).float().mean() == pytest.approx(nominal, abs=0.02)
+    assert (test <= 1).float().mean() == pytest.approx(0.683, abs=0.02)
 
 
 def test_a_trained_model_takes_stage_2_only(digits):

@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from equipoise.data.varying import varying_dimensions as varying_dimensions
 from equipoise.estimate import Estimate, jackknife
 from equipoise.model import VAE
 
@@ -31,7 +32,6 @@ RELIABILITY_BINS = 20
 PIT_BINS = 20
 REMOVED = np.arange(100) / 100
 """Shares of the values that are removed, for the sparsification curves."""
-VARYING_TAIL = 0.05
 
 GROUPS = 10
 """Groups of examples for the jackknife."""
@@ -78,6 +78,9 @@ class Calibration(NamedTuple):
         coverage_1: share of the values with a residual of at most 1 predicted std; see ``NOMINAL_COVERAGE``.
         coverage_2: the same for 2 std.
         coverage_3: the same for 3 std.
+        interval_coverage_1: share of the values in the model's own interval for the share of 1 std of a Gaussian.
+        interval_coverage_2: the same for 2 std.
+        interval_coverage_3: the same for 3 std.
         standardised_var: mean of ((x - m) / std)^2: 1 if right, above 1 where the std are too small (over-confident),
             below 1 where they are too large.
         normalised_calibration_error: ENCE, mean of abs(RMV - RMSE) / RMV over 20 bins; 0 if right.
@@ -92,6 +95,9 @@ class Calibration(NamedTuple):
     coverage_1: Estimate
     coverage_2: Estimate
     coverage_3: Estimate
+    interval_coverage_1: Estimate
+    interval_coverage_2: Estimate
+    interval_coverage_3: Estimate
     standardised_var: Estimate
     normalised_calibration_error: Estimate
     pit_histogram_error: Estimate
@@ -115,7 +121,11 @@ class NoiseCalibration(NamedTuple):
 
 
 @torch.no_grad()
-def calibration(residual: Float[Tensor, "batch *event"], std: Float[Tensor, "..."]) -> Calibration:
+def calibration(
+    residual: Float[Tensor, "batch *event"],
+    std: Float[Tensor, "..."],
+    interval_factors: tuple[float, float, float] = (1.0, 2.0, 3.0),
+) -> Calibration:
     r"""Compare predicted standard deviations with the residuals that came.
 
     .. math:: \mathrm{ENCE} = \frac1{20} \sum_b \frac{|\mathrm{RMV}_b - \mathrm{RMSE}_b|}{\mathrm{RMV}_b}, \qquad
@@ -135,6 +145,8 @@ def calibration(residual: Float[Tensor, "batch *event"], std: Float[Tensor, "...
     Args:
         residual: x - m, finite, (B, \*); examples are independent of each other, their dimensions need not be.
         std: predicted, positive and finite, of the same shape and unit.
+        interval_factors: half widths, in predicted std, of the intervals that should hold the shares of 1, 2 and 3 std;
+            those of a Gaussian unless given.
 
     Returns:
         Figures and curves. Errors that are all zero are covered in full, with an ENCE of 1 and an AUSE of 0.
@@ -151,7 +163,7 @@ def calibration(residual: Float[Tensor, "batch *event"], std: Float[Tensor, "...
             "expected residuals and std of one shape, (examples, dimensions) or more axes, none of them empty, "
             f"got {tuple(residual.shape)} and {tuple(std.shape)}"
         )
-    sums = _Sums(residual.device)
+    sums = _Sums(residual.device, interval_factors)
     sums.update(residual.flatten(1), std.flatten(1))
     return sums.calibration()
 
@@ -178,7 +190,8 @@ def noise_calibration(model: VAE, batches: Iterable[Tensor], varying: Bool[Tenso
         raise ValueError(f"varying must have the shape of one example, {model.shape}, got {tuple(varying.shape)}")
     device = next(model.parameters()).device
     among = varying.flatten().to(device)
-    every, some = _Sums(device), _Sums(device)
+    one, two, three = (model.noise.interval_factor(k) for k in (1.0, 2.0, 3.0))
+    every, some = (_Sums(device, (one, two, three)) for _ in range(2))
     for raw in batches:
         x = model.scaling(raw)
         seen = model.reconstruct(x)
@@ -189,43 +202,12 @@ def noise_calibration(model: VAE, batches: Iterable[Tensor], varying: Bool[Tenso
     return NoiseCalibration(every.calibration(), some.calibration() if among.any() else None)
 
 
-def varying_dimensions(x: Shaped[Tensor, "batch *event"]) -> Bool[Tensor, "*event"]:
-    r"""Tell the dimensions that vary over the examples from those that hardly do, as the border pixels of MNIST.
-
-    A dimension varies if the central 90 % of its values spread over more than one grey level (whole numbers) or are
-    not all the same (real numbers).
-
-    Args:
-        x: raw data, (B, \*); a few thousand examples suffice.
-
-    Returns:
-        True where the data vary, of one example's shape.
-
-    Raises:
-        ValueError: if there are no examples.
-
-    Example:
-        >>> varying_dimensions(torch.tensor([[0, 10, 7], [0, 20, 7], [0, 30, 8]]))
-        tensor([False,  True, False])
-    """
-    n = len(x)
-    if n == 0:
-        raise ValueError("no examples, so nothing varies; give at least one")
-    tail = int(VARYING_TAIL * n)
-    step = 0 if x.is_floating_point() else 1
-    # In blocks, because kthvalue also makes an index of 8 bytes for each value.
-    spreads = [
-        part.kthvalue(n - tail, dim=0).values - part.kthvalue(1 + tail, dim=0).values
-        for part in torch.split(x.flatten(1), max(1, BLOCK // n), dim=1)
-    ]
-    return (torch.cat(spreads) > step).view(x.shape[1:])
-
-
 class _Sums:
     """What the figures follow from, by group of the jackknife; the first column of each histogram counts."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, interval_factors: tuple[float, float, float]) -> None:
         self.n = 0
+        self.interval_factors = interval_factors
         self.per_example: list[Tensor] = []
         self.by_std = torch.zeros(3, GROUPS, CELLS, dtype=torch.float64, device=device)  # count, var, squared error
         self.by_error = torch.zeros(2, GROUPS, CELLS, dtype=torch.float64, device=device)  # count, squared error
@@ -242,7 +224,7 @@ class _Sums:
                     "expected finite residuals and positive, finite std, got residuals from "
                     f"{float(r.min()):g} to {float(r.max()):g} and std from {float(s.min()):g} to {float(s.max()):g}"
                 )
-            within = [(z.abs() <= k).double().mean(1) for k in (1, 2, 3)]
+            within = [(z.abs() <= k).double().mean(1) for k in (1.0, 2.0, 3.0, *self.interval_factors)]
             self.per_example.append(torch.stack([*within, z.square().mean(1)]))
             group = (self.n + torch.arange(len(r), device=r.device))[:, None] % GROUPS
             self.by_std += _histogram(group, _cell(s), CELLS, s.square(), squared)
@@ -264,12 +246,15 @@ class _Sums:
         def sparsification(groups: NDArray[np.int64] | slice) -> Sparsification:
             return _sparsification(by_std[:, groups].sum(1), by_error[:, groups].sum(1))
 
-        per_example = torch.cat(self.per_example, 1)
+        means = [Estimate.of_mean(row) for row in torch.cat(self.per_example, 1)]
         return Calibration(
-            coverage_1=Estimate.of_mean(per_example[0]),
-            coverage_2=Estimate.of_mean(per_example[1]),
-            coverage_3=Estimate.of_mean(per_example[2]),
-            standardised_var=Estimate.of_mean(per_example[3]),
+            coverage_1=means[0],
+            coverage_2=means[1],
+            coverage_3=means[2],
+            interval_coverage_1=means[3],
+            interval_coverage_2=means[4],
+            interval_coverage_3=means[5],
+            standardised_var=means[6],
             normalised_calibration_error=over_groups(
                 lambda groups: _normalised_calibration_error(_reliability(by_std[:, groups].sum(1)))
             ),

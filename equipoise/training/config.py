@@ -72,8 +72,9 @@ class TrainConfig:
     stage_2_gradients: Literal["stop", "joint"] = "stop"
     """Stage 2: 'stop' keeps the predicted variance from bending the mean; 'joint' trains all on eq. (11), as the
     paper does."""
-    recalibrate: Literal["none", "scale", "dimension"] = "none"
-    """After stage 2, rescale the predicted std on the validation set: one scale, or one per dimension."""
+    recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none"
+    """After stage 2, rescale the predicted std on the validation set: one scale or one per dimension of highest
+    likelihood, or one that has .683 of the errors within one std ('coverage')."""
 
     stage_1_epochs: int = 10
     """Epoch limit of stage 1, one learned variance. From Python, 0 adds stage 2 to a model trained before."""

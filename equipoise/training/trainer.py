@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from equipoise.data import Batches, Data, Subset
+from equipoise.data.varying import varying_dimensions
 from equipoise.model import VAE
-from equipoise.noise import DimensionNoise, GlobalNoise, PredictedNoise, ResidualVariance
+from equipoise.noise import DimensionNoise, GlobalNoise, PredictedNoise, ResidualQuantiles, ResidualVariance
 from equipoise.objectives import (
     BatchVarianceElbo,
     DetachedVarianceElbo,
@@ -41,6 +42,7 @@ from equipoise.training.logging import Row, Sink
 
 DISPLAY_SECONDS = 1.0
 EVALUATION_BATCH = 1000
+VARYING_EXAMPLES = 2000
 
 
 class NotFiniteError(ArithmeticError):
@@ -353,8 +355,8 @@ class Trainer:
                 f"Optimal noise variance, eq. (10): {var:.4g} (std {math.sqrt(var):.4g}), an exact pass over "
                 f"{len(self.data.train):,} examples."
             )
-        elif self.config.recalibrate != "none":
-            said.append(self._recalibrate())
+        else:
+            said += self._recalibrate()
         test = self.evaluate(self.test_batches)
         on_floor = f", {test.floor_share:.0%} of the variances on their floor" if test.floor_share else ""
         said.append(
@@ -383,15 +385,37 @@ class Trainer:
             statistic.update(terms.residual)
         return statistic.var
 
-    def _recalibrate(self) -> str:
+    def _recalibrate(self) -> list[str]:
+        """Fit what the options ask for, and the intervals in any case, to held-out data."""
         noise = cast(PredictedNoise, self.model.noise)
-        generator = torch.Generator(self.fabric.device).manual_seed(self.config.seed + 3)
-        statistic = ResidualVariance(tuple(noise.calibration.shape)).to(self.fabric.device)
-        for terms in self._terms(self.validation_batches, generator):
-            statistic.update(terms.residual * torch.exp(-0.5 * terms.log_var))
-        noise.recalibrate(statistic)
-        scale = float((0.5 * noise.calibration).exp().mean())
-        return f"Recalibrated the predicted std on {len(self.data.validation):,} held-out examples: x {scale:.3f}."
+        held_out, said = f"{len(self.data.validation):,} held-out examples", []
+        if self.config.recalibrate in ("scale", "dimension"):
+            generator = torch.Generator(self.fabric.device).manual_seed(self.config.seed + 3)
+            statistic = ResidualVariance(tuple(noise.calibration.shape)).to(self.fabric.device)
+            for terms in self._terms(self.validation_batches, generator):
+                statistic.update(terms.residual * torch.exp(-0.5 * terms.log_var))
+            noise.recalibrate(statistic)
+        varying = varying_dimensions(examples(self.data.train, VARYING_EXAMPLES, self.fabric.device))
+        if varying.any():
+            noise.calibrate_intervals(self._standardised(varying), rescale=self.config.recalibrate == "coverage")
+            factors = ", ".join(f"{noise.interval_factor(k):.2f}" for k in (1.0, 2.0, 3.0))
+            said.append(f"Within {factors} predicted std lie .683, .954 and .997 of the errors of {held_out}.")
+        if self.config.recalibrate != "none":
+            scale = float((0.5 * noise.calibration).exp().mean())
+            said.insert(0, f"Recalibrated the predicted std on {held_out}: x {scale:.3f}.")
+        return said
+
+    @torch.no_grad()
+    def _standardised(self, varying: Tensor) -> ResidualQuantiles:
+        """Residuals of the reconstructions, beside which std and intervals are shown, and not of samples of z."""
+        statistic = ResidualQuantiles().to(self.fabric.device)
+        self.model.eval()
+        for raw in self.validation_batches.epoch(0):
+            x = self._to_model_units(raw)
+            seen = self.model.reconstruct(x)
+            statistic.update(((x - seen.mean) / seen.std)[:, varying])
+        self.model.train()
+        return statistic
 
     @torch.no_grad()
     def _terms(self, batches: Batches, generator: torch.Generator) -> Iterator[Terms]:
