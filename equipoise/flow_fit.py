@@ -6,8 +6,8 @@ An invertible network f bends the codes until a mixture, eq. (13), describes the
     u = m + L f(w), \quad w = L^{-1} (z - m)
 
 where m and :math:`L L^T` are the mean and the covariance of the mixture. f is a masked autoregressive flow of the
-library zuko: Papamakarios, Pavlakou and Murray (2017), *Masked autoregressive flow for density estimation*. It starts as
-the identity, so that the fit starts from the mixture; a mixture of one is the usual base, a Gaussian.
+library zuko: Papamakarios, Pavlakou and Murray (2017), *Masked autoregressive flow for density estimation*. It starts
+as the identity, so that the fit starts from the mixture; a mixture of one is the usual base, a Gaussian.
 """
 
 from collections.abc import Callable, Sequence

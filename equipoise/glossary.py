@@ -52,7 +52,6 @@ TERMS: dict[str, Term] = {
     "prior": Term("prior"),
     "gaussian": Term("one Gaussian"),
     "mixture": Term("mixture"),
-    "mixture=auto": Term("mixture, K chosen"),
     "flow": Term("flow"),
     "aggregate": Term("aggregate posterior"),
     "frechet_distance": Term(
@@ -149,8 +148,8 @@ def term(key: str) -> Term:
         title = f"IWAE-{n_samples}" + (f", first {first}" if first else "") + (", mixture as p(z)" if mixture else "")
         meaning = f"Importance-weighted lower bound on log p(x), {n_samples} samples of z each: tighter than the ELBO."
         return Term(title, "nats", meaning, "higher")
-    if mixture := re.fullmatch(r"mixture=(\d+)", key):
-        return Term(f"mixture of {int(mixture[1]):,}")
+    if mixture := re.fullmatch(r"mixture=(?:(\d+)|auto)", key):
+        return Term(f"mixture of {int(mixture[1]):,}" if mixture[1] else "mixture of chosen K")
     return TERMS.get(key) or Term(key.replace("_", " ").capitalize())
 
 

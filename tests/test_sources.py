@@ -30,7 +30,7 @@ def run(data, trained, tmp_path):
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     config = equipoise.TrainConfig(
-        latent_dim=3, width=4, stage_1_epochs=4, stage_2_epochs=0, batch_size=64, learning_rate=5e-3, n_components=3
+        latent_dim=3, width=8, stage_1_epochs=12, stage_2_epochs=0, batch_size=64, learning_rate=5e-3, n_components=3
     )
     return train(data, config, tmp_path_factory.mktemp("sources") / "run")
 
