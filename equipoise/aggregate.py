@@ -292,6 +292,21 @@ class GaussianMixture(LatentDistribution):
         """Dimension d of the codes."""
         return self.means.shape[1]
 
+    def moments(self) -> Moments:
+        r"""Mean and covariance, in closed form.
+
+        .. math:: \mu = \sum_k \pi_k \mu_k, \qquad
+            \Sigma = \sum_k \pi_k \bigl(\Sigma_k + (\mu_k - \mu)(\mu_k - \mu)^T\bigr)
+
+        Returns:
+            Mean (d,) and covariance (d, d), in the dtype of the mixture.
+        """
+        mean = self.weights @ self.means
+        spread = self.means - mean
+        between = (self.weights[:, None] * spread).mT @ spread
+        within = torch.einsum("k,kij->ij", self.weights, self.covariances)
+        return Moments(mean, within + between)
+
     def log_prob(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, " batch"]:
         """Log-density of each code, eq. (13).
 

@@ -37,6 +37,12 @@ PAPER_ITEMS = (
     "beyond-size",
 )
 RUN_HELP = "run folder, or hf:owner/name of a published one"
+SOURCES_HELP = (
+    "the run's own mixture; mixture=K, such as mixture=500, or mixture=auto, where held-out codes choose K; flow, a "
+    "normalising flow (extra 'flow'); gaussian, with the mixture's moments; prior, N(0, I); aggregate, the "
+    "exact aggregate posterior of the training data (noisy reconstructions). mixture=... and flow need the training "
+    "data once: they are fitted when first asked for, and kept in RUN"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -149,10 +155,9 @@ def _sample_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="source",
-        choices=["mixture", "prior", "aggregate"],
+        metavar="NAME",
         default="mixture",
-        help="where codes come from: the mixture fitted to the aggregate posterior (the default), the prior N(0, I), "
-        "or the exact aggregate posterior of the training data (noisy reconstructions)",
+        help=f"where codes come from (mixture): {SOURCES_HELP}",
     )
     parser.add_argument("-n", type=int, default=64, help="number of samples (64)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same samples (0)")
@@ -185,6 +190,15 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
         default=[],
         metavar="SECTION",
         help="only some of likelihood, samples, latent, noise, outliers; the others are kept as they were",
+    )
+    parser.add_argument(
+        "--from",
+        dest="sources",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="judge more sources of codes than prior, gaussian and mixture in the sections samples and latent, such as "
+        "mixture=auto flow; 'equipoise sample --help' has their names",
     )
     parser.add_argument(
         "--features",
@@ -401,6 +415,7 @@ def _evaluate(options: Namespace) -> None:
             test=test,
             against=against,
             sections=options.sections,
+            sources=options.sources,
             features=options.features,
             n_samples=options.n,
             importance_samples=options.importance_samples,
@@ -497,8 +512,8 @@ def _paper(options: Namespace) -> None:
 
 
 def _sample(options: Namespace) -> None:
-    from equipoise.aggregate import StandardNormal
     from equipoise.outputs import torch_generator, write_samples
+    from equipoise.sources import code_source, file_stem
     from equipoise.training.run import Run, sample_aggregate
 
     if options.n < 1:
@@ -506,15 +521,16 @@ def _sample(options: Namespace) -> None:
     run = Run(options.run)
     model, generator = run.model(), torch_generator(options.seed)
     with _terminal() as terminal:
-        if options.source == "prior":
-            codes = StandardNormal(model.latent_dim).sample(options.n, generator)
-        elif options.source == "mixture":
-            codes = run.mixture().sample(options.n, generator)
-        else:
+        if options.source == "aggregate":  # of which only what is drawn need be encoded
             data = _data_of(run, terminal, options.data_dir)
             codes = sample_aggregate(model, data.train, options.n, generator)
+        else:
+            source = code_source(
+                run, model, options.source, lambda: _data_of(run, terminal, options.data_dir), terminal.progress
+            )
+            codes = source.sample(options.n, generator)
         folder = Path(options.out) if options.out else run.folder / "samples"
-        files = write_samples(model, codes, options.source, folder, generator, noise=options.noise)
+        files = write_samples(model, codes, file_stem(options.source), folder, generator, noise=options.noise)
         terminal.message("\n".join(map(str, files)))
 
 

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,22 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from equipoise import plots
-from equipoise.aggregate import ACTIVE_UNIT_VAR, GaussianMixture, StandardNormal
+from equipoise.aggregate import ACTIVE_UNIT_VAR, GaussianMixture, LatentDistribution, StandardNormal
 from equipoise.data import Batches, Data, Subset
 from equipoise.estimate import Estimate
 from equipoise.gaussian import Gaussian, standard_normal_log_prob
+from equipoise.glossary import term
 from equipoise.metrics.calibration import noise_calibration, varying_dimensions
 from equipoise.metrics.features import FeatureExtractor, cached_features, features_of, load_features
 from equipoise.metrics.latent import code_log_likelihood, latent_plane, latent_units, single_gaussian
 from equipoise.metrics.likelihood import Likelihood, bits_per_dimension, iwae, likelihood
-from equipoise.metrics.memorisation import Memorisation, as_vectors, memorisation
+from equipoise.metrics.memorisation import as_vectors, memorisation
 from equipoise.metrics.outliers import model_scores, outlier_detection, outlier_scores
 from equipoise.metrics.samples import sample_quality
-from equipoise.model import VAE, CodeSource, encode_all
+from equipoise.model import VAE, encode_all
 from equipoise.noise import PredictedNoise
 from equipoise.outputs import write_figures
 from equipoise.provenance import versions
-from equipoise.store import StoreError, read_json, write_json
+from equipoise.sources import check_source, code_source
+from equipoise.store import StoreError, file_checksum, read_json, write_json
 from equipoise.training.config import ConfigError
 from equipoise.training.run import Run
 from equipoise.training.trainer import make_fabric
@@ -42,7 +44,7 @@ PAPER_SAMPLES, PAPER_EXAMPLES = 20, 500
 BATCH = 500
 SHOWN_IMAGES, SHOWN_CODES = 36, 1000
 ROWS = ("real", "reconstruction", "prior", "gaussian", "mixture")
-"""Of the table of samples: training data, decoded test data, and three sources of codes."""
+"""Of the table of samples: training data, decoded test data, and three sources of codes; more on demand."""
 MAX_SHARED = 0.1
 """Share of the examples to judge by that may be in the training data, as duplicates are."""
 COPIES_SOUGHT = 1000
@@ -51,7 +53,7 @@ PLANE_POINTS, PLANE_EXAMPLES, VARYING_EXAMPLES = 96, 5000, 5000
 SWEEP = np.geomspace(0.1, 10, 81)
 """Multiples of the optimal variance at which the closed-form curve is drawn."""
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int | None], None]
 
 
 class Examples(NamedTuple):
@@ -73,6 +75,7 @@ def evaluate(
     test: Examples | None = None,
     against: Examples | None = None,
     sections: Sequence[str] = (),
+    sources: Sequence[str] = (),
     features: str | nn.Module = "auto",
     n_samples: int = 10_000,
     importance_samples: int = PAPER_SAMPLES,
@@ -95,6 +98,8 @@ def evaluate(
         test: other examples to judge it on; the data's own test part if None.
         against: examples of another kind, for the section ``outliers``.
         sections: some of :data:`SECTIONS`; if empty, all, ``outliers`` only with ``against``.
+        sources: more densities of codes to judge in the sections ``samples`` and ``latent``, by the names of
+            :func:`equipoise.sources.code_source`; what is not there yet is fitted.
         features: of the Fréchet distances, see :func:`equipoise.metrics.features.load_features`; 'auto' takes
             'efficientnet-lite0' for images and 'columns' for tables.
         n_samples: images in each row of the section ``samples``, or as many as there are test examples if they are
@@ -104,7 +109,7 @@ def evaluate(
         seed: of all random draws; that of the run if None.
         model: the run's model, where it has networks of the user's own.
         download: fetch the weights of ``features="inception"`` if they are not there.
-        progress: told of the position in each long part: label, done, total.
+        progress: told of the position in each long part: label, done, total if known.
         on_section: told of each section when it is done: its name and JSON values.
         command: command line, kept in the file.
 
@@ -113,12 +118,13 @@ def evaluate(
 
     Raises:
         ConfigError: if an argument is out of its domain.
+        ImportError: if a source of codes needs a library that is missing.
     """
     config = run.config()
     test, seed = test or Examples("test", data.test), config.seed if seed is None else seed
     chosen = tuple(sections) or tuple(name for name in SECTIONS if name != "outliers" or against is not None)
     run.check_data(data)
-    _refuse(chosen, test, against, data, n_samples, importance_samples, seed)
+    _refuse(chosen, sources, test, against, data, n_samples, importance_samples, seed)
     model = (model or run.model()).eval().cpu()
     for examples in filter(None, (test, against)):
         for first in range(0, len(examples.raw), BATCH):
@@ -128,11 +134,19 @@ def evaluate(
     device = make_fabric(config).device
     if model.architecture in ("conv", "residual"):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # faster
+    model.to(device)
+    judged = [name for name in dict.fromkeys(sources) if name not in ROWS and {"samples", "latent"} & set(chosen)]
     evaluation = _Evaluation(
         run=run,
         data=data,
-        model=model.to(device),
+        model=model,
         mixture=run.mixture().to(device),
+        more={
+            name: code_source(
+                run, model, name, lambda: data, lambda label, done, total, _: progress(f"Fitting {label}", done, total)
+            )
+            for name in judged
+        },
         device=device,
         test=test,
         against=against,
@@ -172,6 +186,7 @@ class _Elsewhere:
 
 def _refuse(
     sections: Sequence[str],
+    sources: Sequence[str],
     test: Examples,
     against: Examples | None,
     data: Data,
@@ -183,6 +198,11 @@ def _refuse(
     problems = [
         f"there is no section {name!r}; choose from {', '.join(SECTIONS)}" for name in sections if name not in SECTIONS
     ]
+    for name in sources:
+        try:
+            check_source(name)
+        except ConfigError as error:
+            problems += error.problems
     if "outliers" in sections and against is None:
         problems.append("the section outliers needs examples of another kind: give --against OTHER_DATA")
     if importance_samples < 1:
@@ -222,7 +242,11 @@ def _kept(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         before = read_json(file)
         same = all(before["about"][key] == about[key] for key in ("model", "mixture", "data"))
         # What is computed now has today's versions; each section keeps its own date and command.
-        return before | {"about": about | {"sections": dict(before["about"]["sections"])}} if same else None
+        return (
+            before | {"about": about | {name: before["about"][name] | about[name] for name in ("sections", "sources")}}
+            if same
+            else None
+        )
     except (OSError, StoreError, KeyError, TypeError, ValueError):
         return None
 
@@ -235,6 +259,7 @@ class _Evaluation:
     data: Data
     model: VAE
     mixture: GaussianMixture
+    more: dict[str, LatentDistribution]
     device: torch.device
     test: Examples
     against: Examples | None
@@ -257,12 +282,16 @@ class _Evaluation:
                 "test_sha256": self.test.raw.sha256(),
                 "n_test": len(self.test.raw),
             },
-            "model": hashlib.sha256(self.run.model_file.read_bytes()).hexdigest(),
-            "mixture": hashlib.sha256(self.run.mixture_file.read_bytes()).hexdigest(),
+            "model": file_checksum(self.run.model_file),
+            "mixture": file_checksum(self.run.mixture_file),
             "n_components": self.mixture.n_components,
             "device": str(self.device),
             "versions": versions(),
             "sections": {},
+            "sources": {
+                name: {"n_components": density.n_components} if isinstance(density, GaussianMixture) else {}
+                for name, density in self.more.items()
+            },
         }
 
     def likelihood(self) -> dict[str, Any]:
@@ -308,21 +337,22 @@ class _Evaluation:
             "feature_dimension": self.extractor.dimension,
             "reference": {"examples": self.test.name, "n": len(reference)},
         }
-        for done, row in enumerate(ROWS):
+        rows = (*ROWS, *self.more)
+        for done, row in enumerate(rows):
             features = self._features(row)
-            self.progress(f"Distances of {row}", done, len(ROWS))
+            self.progress(f"Distances of {row}", done, len(rows))
             quality = sample_quality(features, reference, self.seed)
             found[row] = {"frechet_distance": quality.frechet, "kernel_distance": quality.kernel}
-        self.progress("Distances", len(ROWS), len(ROWS))
+        self.progress("Distances", len(rows), len(rows))
         if self.data.kind == "image":
             self._draw_samples()
         return found
 
     def _draw_samples(self) -> None:
-        """Test data beside samples from the prior and from the mixture."""
+        """Test data beside samples from the prior, from the mixture and from further sources."""
         shown = {"test data": torch.from_numpy(self._some(self.test.raw, SHOWN_IMAGES)[:]).to(self.device)}
-        for row in ("prior", "mixture"):
-            shown[row] = next(self._generated(row, SHOWN_IMAGES))
+        for row in ("prior", "mixture", *self.more):
+            shown[term(row).title] = next(self._generated(row, SHOWN_IMAGES))
         sets = {title: self.model.scaling(raw).cpu().numpy() for title, raw in shown.items()}
         plots.save(plots.samples_compared(sets), self.figures / "samples-compared.png")
 
@@ -330,6 +360,7 @@ class _Evaluation:
         """What the codes are like, and whether the mixture copies training data."""
         posterior = encode_all(self.model, self._batches("Encoding test data", self.test.raw))
         units = latent_units(posterior)
+        codes = posterior.sample(self._generator("codes"))
         found = {
             "kl_mixture_prior": self.mixture.kl_to_prior(generator=self._generator("kl")),
             "active_units": {
@@ -339,7 +370,7 @@ class _Evaluation:
                 "n": len(self.test.raw),
             },
             "rate_per_unit": [unit.rate for unit in units],
-            "code_log_likelihood": code_log_likelihood(posterior.sample(self._generator("codes")), self.mixture),
+            **self._code_log_likelihood(codes),
             "memorisation": self._memorisation(),
         }
         if self.model.latent_dim > 1:
@@ -366,7 +397,16 @@ class _Evaluation:
             plots.save(figure, self.figures / "latent.png")
         return found
 
-    def _memorisation(self) -> Memorisation:
+    def _code_log_likelihood(self, codes: Tensor) -> dict[str, Any]:
+        """Codes of the test data under each density, and the gain of further ones over the mixture, code by code."""
+        found: dict[str, Any] = code_log_likelihood(codes, self.mixture)._asdict()
+        log_probs = {name: source.log_prob(codes) for name, source in self.more.items()}
+        found |= {name: Estimate.of_mean(log_prob) for name, log_prob in log_probs.items()}
+        mixed = self.mixture.log_prob(codes)
+        gains = {name: Estimate.of_mean(log_prob - mixed) for name, log_prob in log_probs.items()}
+        return {"code_log_likelihood": found, **({"code_gain": gains} if gains else {})}
+
+    def _memorisation(self) -> dict[str, Any]:
         """Distances between decoded means, in model units: there a copy is a copy, for blur is on either side."""
         test, model, generator = self._some(self.test.raw, COPIES_SOUGHT), self.model, self._generator("copies")
         training = (
@@ -374,13 +414,22 @@ class _Evaluation:
         )
         # Drawn, not their means: codes of the mixture have the noise of the posteriors in them, too.
         unseen = encode_all(model, self._batches("Encoding test data", test)).sample(generator)
-        vectors = {
-            "samples": as_vectors([model.generate(COPIES_SOUGHT, self.mixture, generator).mean]),
-            "training": as_vectors(map(model.decode_mean, training)),
-            "test_reconstructions": as_vectors(map(model.decode_mean, torch.split(unseen, BATCH))),
-            "test": as_vectors(model.scaling(x) for x in self._batches("Test data", test)),
-        }
-        return memorisation(**{name: values.to(self.device) for name, values in vectors.items()})
+        judge = partial(
+            memorisation,
+            training=as_vectors(map(model.decode_mean, training)),
+            test_reconstructions=as_vectors(map(model.decode_mean, torch.split(unseen, BATCH))),
+            test=as_vectors(model.scaling(x) for x in self._batches("Test data", test)),
+        )
+
+        def samples(source: LatentDistribution) -> Tensor:
+            return as_vectors([model.generate(COPIES_SOUGHT, source, generator).mean])
+
+        found: dict[str, Any] = judge(samples(self.mixture))._asdict()
+        for name, source in self.more.items():
+            generator = self._generator(f"copies {name}")
+            of_source = judge(samples(source))
+            found[name] = {"samples": of_source.samples, "closer": of_source.closer, "copied": of_source.copied}
+        return found
 
     def noise(self) -> dict[str, Any]:
         """Whether the predicted std is the error that is found, over all dimensions and over those that vary."""
@@ -464,10 +513,11 @@ class _Evaluation:
             yield self._observed(self.model.reconstruct(self.model.scaling(raw)), generator)
 
     def _generated(self, row: str, n: int) -> Iterator[Tensor]:
-        sources: dict[str, CodeSource] = {
+        sources: dict[str, LatentDistribution] = {
             "prior": StandardNormal(self.model.latent_dim).to(self.device),
             "gaussian": single_gaussian(self.mixture),
             "mixture": self.mixture,
+            **self.more,
         }
         generator = self._generator("samples")
         for first in range(0, n, BATCH):

@@ -55,6 +55,8 @@ TERMS: dict[str, Term] = {
     "prior": Term("prior"),
     "gaussian": Term("one Gaussian"),
     "mixture": Term("mixture"),
+    "flow": Term("flow"),
+    "aggregate": Term("aggregate posterior"),
     "frechet_distance": Term(
         "Fréchet distance", "", "Distance of the features' means and covariances from those of real images.", "lower"
     ),
@@ -69,6 +71,9 @@ TERMS: dict[str, Term] = {
         "Log-likelihood of the codes", "nats", "How well each density explains codes of held-out data.", "higher"
     ),
     "gain": Term("mixture over one Gaussian"),
+    "code_gain": Term(
+        "Log-likelihood over the run's mixture", "nats", "Gain on the same codes, whose error is smaller.", "higher"
+    ),
     "memorisation": Term(
         "Distance to the training data", "", "Median distance to the nearest decoded training example, in model units."
     ),
@@ -139,6 +144,8 @@ def term(key: str) -> Term:
         'KL(mixture, prior)'
         >>> term("iwae_20_first_500_mixture").title
         'IWAE-20, first 500, mixture as p(z)'
+        >>> term("mixture=500").title
+        'mixture of 500'
         >>> term("some_new_figure").title
         'Some new figure'
     """
@@ -147,6 +154,8 @@ def term(key: str) -> Term:
         title = f"IWAE-{n_samples}" + (f", first {first}" if first else "") + (", mixture as p(z)" if mixture else "")
         meaning = f"Importance-weighted lower bound on log p(x), {n_samples} samples of z each: tighter than the ELBO."
         return Term(title, "nats", meaning, "higher")
+    if mixture := re.fullmatch(r"mixture=(?:(\d+)|auto)", key):
+        return Term(f"mixture of {int(mixture[1]):,}" if mixture[1] else "mixture of chosen K")
     return TERMS.get(key) or Term(key.replace("_", " ").capitalize())
 
 
@@ -269,5 +278,11 @@ def warnings_of(evaluation: dict[str, Any]) -> Iterator[str]:
             f"The Fréchet distances rest on {n:,} examples and {samples['feature_dimension']:,} features: with no more "
             "examples than features they are far too high. Compare them only at the same N."
         )
-    if evaluation.get("latent", {}).get("memorisation", {}).get("copied"):
-        yield "Samples single out training examples more than reconstructions of unseen data do: they may be copies."
+    memorisation = evaluation.get("latent", {}).get("memorisation", {})
+    by_source = {"mixture": memorisation} | {key: part for key, part in memorisation.items() if isinstance(part, dict)}
+    for source, part in by_source.items():
+        if part.get("copied"):
+            yield (
+                f"Samples ({term(source).title}) single out training examples more than reconstructions of unseen data "
+                "do: they may be copies."
+            )

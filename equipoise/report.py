@@ -84,6 +84,9 @@ MAIN_FIGURES: tuple[Keys, ...] = (
     ("outliers", "combined", "auroc"),
 )
 
+OF_MIXTURE = ("closer", "copied")
+"""Measures that speak of the run's own mixture where no case is named."""
+
 STYLE = """
 :root { color-scheme: light dark; --text: #1a1a1a; --soft: #5a5a5a; --line: #d5d5d5; --page: #fff; --mark: #fff3d6 }
 @media (prefers-color-scheme: dark) {
@@ -239,7 +242,8 @@ def _figure_table(caption: str, figures: dict[Keys, Any]) -> Element:
         else:
             rows = [_tag("tr", _tag("th", entry.title, scope="rowgroup", colspan="3")), note]
             for case, figure in cases.items():
-                name = ", ".join(term(part).title for part in case) or "data as they are"
+                bare = term("mixture").title if key in OF_MIXTURE else "data as they are"
+                name = ", ".join(term(part).title for part in case) or bare
                 rows.append(_row(name, figure, entry.unit, "case"))
         bodies.append(_tag("tbody", *rows))
     return _tag("table", _tag("caption", caption), _tag("thead", head), *bodies)

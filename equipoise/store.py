@@ -20,6 +20,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.flow_fit import CodeFlow
 from equipoise.model import VAE, Scaling
 from equipoise.networks import build_decoder, build_encoder
 from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, NoiseModel, PredictedNoise
@@ -157,6 +158,18 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
     if metadata.get("sha256") != _checksum(tensors):
         raise StoreError(f"{path} was altered after it was written: its checksum differs.")
     return tensors, json.loads(metadata["description"])
+
+
+def file_checksum(path: Path) -> str:
+    """Tell a file from any other.
+
+    Args:
+        path: the file.
+
+    Returns:
+        SHA-256 of its bytes, hexadecimal.
+    """
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
@@ -333,3 +346,36 @@ def load_mixture(path: Path) -> tuple[GaussianMixture, dict[str, Any]]:
     """
     tensors, description = read_tensors(path, "mixture")
     return GaussianMixture(**tensors), description
+
+
+def save_flow(path: Path, flow: CodeFlow, description: dict[str, Any]) -> None:
+    """Save a flow fitted to the aggregate posterior.
+
+    Args:
+        path: file to write, usually RUN/flow.safetensors.
+        flow: fitted.
+        description: how it was fitted, JSON values.
+    """
+    write_tensors(path, "flow", flow.state_dict(), {"flow": flow.description(), **description})
+
+
+def load_flow(path: Path) -> tuple[CodeFlow, dict[str, Any]]:
+    """Load a flow, on the CPU.
+
+    Args:
+        path: file that :func:`save_flow` wrote.
+
+    Returns:
+        The flow and how it was fitted.
+
+    Raises:
+        StoreError: if the file is damaged or does not fit.
+        ImportError: if the library of the extra ``flow`` is missing.
+    """
+    tensors, description = read_tensors(path, "flow")
+    options = description.pop("flow")
+    K, d = options.pop("n_components"), options.pop("latent_dim")
+    blank = GaussianMixture(torch.full((K,), 1 / K), torch.zeros(K, d), torch.eye(d).repeat(K, 1, 1))
+    flow = CodeFlow(blank, **options)
+    fill(flow, tensors, str(path))
+    return flow.requires_grad_(False).eval(), description

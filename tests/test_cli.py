@@ -88,17 +88,40 @@ def test_the_test_figures_are_in_the_evaluation(trained):
     assert section["elbo"]["value"] == pytest.approx(last["test_elbo"], abs=4 * section["elbo"]["standard_error"])
 
 
-@pytest.mark.parametrize("source", ["mixture", "prior", "aggregate"])
+@pytest.mark.parametrize("source", ["mixture", "prior", "aggregate", "gaussian", "mixture=4"])
 def test_samples(trained, tmp_path, source):
+    stem = source.replace("=", "-")
     for folder in (tmp_path / "a", tmp_path / "b"):
         main(["sample", str(trained[0].folder), "--from", source, "-n", "7", "--seed", "3", "--out", str(folder)])
-    samples = np.load(tmp_path / "a" / f"{source}.npy")
+    samples = np.load(tmp_path / "a" / f"{stem}.npy")
     assert samples.shape == (7, 1, 8, 8)
     assert samples.dtype == np.uint8
     assert samples.max() <= 16
-    assert np.array_equal(samples, np.load(tmp_path / "b" / f"{source}.npy"))
-    assert (np.load(tmp_path / "a" / f"{source}-std.npy") > 0).all()
-    assert (tmp_path / "a" / f"{source}.png").is_file()
+    assert np.array_equal(samples, np.load(tmp_path / "b" / f"{stem}.npy"))
+    assert (np.load(tmp_path / "a" / f"{stem}-std.npy") > 0).all()
+    assert (tmp_path / "a" / f"{stem}.png").is_file()
+
+
+def test_a_flow_is_fitted_once_drawn_from_and_judged(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0].folder, folder)
+    done = run("sample", folder, "--from", "flow", "-n", 7, "--out", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "a" / "flow.npy").shape == (7, 1, 8, 8)
+    fitted = (folder / "flow.safetensors").read_bytes()
+    done = run("evaluate", folder, "--from", "mixture=4", "flow", "--sections", "latent")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "flow.safetensors").read_bytes() == fitted
+    for part in ("Log-likelihood of the codes, flow", "Closer than reconstructions, mixture of 4"):
+        assert part in " ".join(done.stdout.replace("│", " ").split()), done.stdout
+    found = json.loads((folder / "evaluation.json").read_text())["latent"]
+    assert found["code_log_likelihood"]["flow"]["n"] == 180
+
+
+def test_a_source_that_is_none_is_refused_with_the_choices(trained, capsys):
+    for command in (["sample"], ["evaluate"]):
+        printed = refused(*command, trained[0].folder, "--from", "mixture=0", capsys=capsys)
+        assert "no source of codes 'mixture=0'; choose from mixture, mixture=K" in printed
 
 
 def test_pixel_noise_is_added_on_demand(trained, tmp_path):
@@ -192,7 +215,12 @@ def test_a_run_from_python_does_not_take_other_data_for_its_own(tmp_path, capsys
     run_from_python = equipoise.train(data, config, tmp_path / "run")
     main(["sample", str(run_from_python.folder), "-n", "4"])  # needs no data
     assert np.load(tmp_path / "run" / "samples" / "mixture.npy").shape == (4, 5)
-    for command in (["sample", "--from", "aggregate"], ["reconstruct"], ["train", "--resume"]):
+    for command in (
+        ["sample", "--from", "aggregate"],
+        ["sample", "--from", "flow"],
+        ["reconstruct"],
+        ["train", "--resume"],
+    ):
         name, *rest = command
         arguments = [name, *rest, run_from_python.folder] if name == "train" else [name, run_from_python.folder, *rest]
         assert "trained from Python" in refused(*arguments, capsys=capsys)

@@ -12,7 +12,7 @@ import equipoise
 from equipoise.aggregate import GaussianMixture
 from equipoise.data import Subset
 from equipoise.evaluation import BATCH, ROWS, SECTIONS, Examples, evaluate
-from equipoise.glossary import leaves
+from equipoise.glossary import leaves, warnings_of
 from equipoise.model import encode_all
 from equipoise.store import save_mixture
 from equipoise.training.config import ConfigError
@@ -229,6 +229,44 @@ def test_a_mixture_of_one_component_per_training_example_is_found_out(run, digit
     assert found["closer"]["value"] > honest["closer"]["value"]
 
 
+def test_further_sources_are_judged_beside_the_runs_own(run, digits, found):
+    sources = ["mixture=3", "flow", "mixture=1455", "prior"]
+    more = evaluate(
+        run,
+        digits,
+        sections=["samples", "latent"],
+        sources=sources,
+        features=Projections(),
+        progress=lambda *step: None,
+    )
+    judged = ["mixture=3", "flow", "mixture=1455"]
+    assert more["about"]["sources"] == {
+        "mixture=3": {"n_components": 3},
+        "flow": {},
+        "mixture=1455": {"n_components": 1455},
+    }
+    for name in judged:
+        assert more["samples"][name]["frechet_distance"]["n"] == 180
+    assert {row: more["samples"][row] for row in ROWS} == {row: found["samples"][row] for row in ROWS}
+    latent = more["latent"]
+    codes, gain = latent["code_log_likelihood"], latent["code_gain"]
+    assert list(gain) == judged
+    for name in judged:
+        assert gain[name]["value"] == pytest.approx(codes[name]["value"] - codes["mixture"]["value"], abs=1e-4)
+    assert gain["flow"]["value"] > -3 * gain["flow"]["standard_error"]  # it starts from the mixture
+    assert gain["mixture=1455"]["value"] < 0  # a component per code: overfitted, and found out below
+    memorised = latent["memorisation"]
+    assert memorised["mixture=1455"]["copied"]
+    assert not memorised["flow"]["copied"]
+    assert memorised["closer"] == found["latent"]["memorisation"]["closer"]
+    warnings = list(warnings_of(more))
+    assert any("(mixture of 1,455) single out" in text for text in warnings)
+    assert not any("(flow) single out" in text for text in warnings)
+    kept = evaluate(run, digits, sections=["noise"])
+    assert kept["about"]["sources"] == more["about"]["sources"]
+    assert kept["samples"] == more["samples"]
+
+
 def test_a_table_is_compared_in_its_columns(table, tmp_path):
     data = equipoise.load_data(table)
     config = equipoise.TrainConfig(latent_dim=2, width=4, stage_1_epochs=10, stage_2_epochs=0, n_components=2)
@@ -263,9 +301,12 @@ def test_each_batch_of_a_table_gets_noise_of_its_own(tmp_path):
 def test_wrong_arguments_are_refused_before_anything_is_written(run, digits):
     before = run.evaluation_file.stat().st_mtime_ns if run.evaluation_file.exists() else None
     with pytest.raises(
-        ConfigError, match=r"no section 'latnet'(.|\n)*at least 1(.|\n)*the seed(.|\n)*at least 4"
+        ConfigError,
+        match=r"no section 'latnet'(.|\n)*no source of codes 'flows'(.|\n)*at least 1(.|\n)*the seed(.|\n)*at least 4",
     ) as error:
-        evaluate(run, digits, sections=["latnet", "samples"], n_samples=3, importance_samples=0, seed=-1)
+        evaluate(
+            run, digits, sections=["latnet", "samples"], sources=["flows"], n_samples=3, importance_samples=0, seed=-1
+        )
     assert "likelihood, samples, latent, noise, outliers" in str(error.value)
     with pytest.raises(ConfigError, match="--against"):
         evaluate(run, digits, sections=["outliers"])

@@ -47,7 +47,12 @@ def full_evaluation():
             "kl_mixture_prior": estimate(5.321),
             "active_units": {"value": 14, "of": 16, "threshold": 0.01, "n": 180},
             "rate_per_unit": [estimate(0.25), estimate(3.5)],
-            "memorisation": {"samples": estimate(4.625), "closer": estimate(0.53), "copied": False},
+            "memorisation": {
+                "samples": estimate(4.625),
+                "closer": estimate(0.53),
+                "copied": False,
+                "mixture=1000": {"samples": estimate(3.375), "closer": estimate(0.9375), "copied": False},
+            },
         },
         "noise": {
             name: {key: estimate(0.5 + i / 16 + j / 128, 0.0012) for j, key in enumerate(noise)}
@@ -149,6 +154,12 @@ def test_rows_say_what_they_are_of(folder):
     rows = ["Fréchet distance", "Lower is better.", "prior", "72.125", "mixture", "74.125", "Kernel distance"]
     places = [samples.index(row) for row in rows]
     assert places == sorted(places)
+    latent = text[text.index("Closer than") : text.index("Noise: results")]
+    closer = [format_figure(estimate(value)) for value in (0.53, 0.9375)]
+    rows = ["Closer than", "\nmixture\n", closer[0], "mixture of 1,000", closer[1], "Copies"]
+    places = [latent.index(row) for row in rows]
+    assert places == sorted(places)
+    assert "data as they are" not in latent
 
 
 def test_the_page_is_whole_and_needs_nothing_else(folder):
@@ -219,7 +230,8 @@ def test_other_figures_and_sections_are_shown_plainly(folder):
     [
         (lambda e: e["likelihood"].update(noise_floor_var=0.15), "near its floor, 0.15"),
         (lambda e: e["samples"].update(feature_dimension=10_000), "far too high"),
-        (lambda e: e["latent"]["memorisation"].update(copied=True), "may be copies"),
+        (lambda e: e["latent"]["memorisation"].update(copied=True), "(mixture) single out"),
+        (lambda e: e["latent"]["memorisation"]["mixture=1000"].update(copied=True), "(mixture of 1,000) single out"),
     ],
 )
 def test_warnings_stand_where_they_are_due(folder, change, warning):
@@ -291,6 +303,8 @@ def test_figures_have_the_digits_that_their_errors_allow(figure, text):
         (("dequantised", "iwae_50_mixture"), ("iwae_50_mixture", ("dequantised",))),
         (("memorisation", "samples"), ("memorisation", ("samples",))),
         (("memorisation", "closer"), ("closer", ())),
+        (("memorisation", "mixture=500", "closer"), ("closer", ("mixture=500",))),
+        (("memorisation", "flow", "samples"), ("memorisation", ("flow", "samples"))),
         (("all", "nobody_knows"), ("nobody_knows", ("all",))),
     ],
 )

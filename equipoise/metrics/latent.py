@@ -88,11 +88,8 @@ def single_gaussian(mixture: GaussianMixture) -> GaussianMixture:
         >>> single_gaussian(halves).covariances
         tensor([[[2.]]])
     """
-    mean = mixture.weights @ mixture.means
-    spread = mixture.means - mean
-    between = (mixture.weights[:, None] * spread).mT @ spread
-    within = torch.einsum("k,kij->ij", mixture.weights, mixture.covariances)
-    return GaussianMixture(torch.ones_like(mixture.weights[:1]), mean[None], (within + between)[None])
+    mean, covariance = mixture.moments()
+    return GaussianMixture(torch.ones_like(mixture.weights[:1]), mean[None], covariance[None])
 
 
 class CodeLogLikelihood(NamedTuple):

@@ -115,7 +115,7 @@ def as_vectors(batches: Iterable[Tensor]) -> Float[Tensor, "n vector"]:
         batches: (B, \*) each, on one device.
 
     Returns:
-        (N, at most 1024), float32, on the CPU; always by the same projection.
+        (N, at most 1024), float32, on the device of the batches; always by the same projection.
 
     Raises:
         ValueError: if there are no batches.
@@ -129,7 +129,7 @@ def as_vectors(batches: Iterable[Tensor]) -> Float[Tensor, "n vector"]:
                 projection = torch.randn(vectors.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
                 projection = projection.to(vectors.device)
             vectors = vectors @ projection
-        parts.append(vectors.cpu())
+        parts.append(vectors)
     if not parts:
         raise ValueError("there are no examples to compare; give at least one batch")
     return torch.cat(parts)

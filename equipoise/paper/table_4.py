@@ -58,9 +58,9 @@ def compute(lab: Lab) -> dict[str, Any]:
     some = data.test.take(slice(n))
     reference = cached_features(extractor, some, Batches(some, BATCH, device).epoch()).to(device)
     n_judged = min(JUDGED, n)
-    training_images = as_vectors(map(model.decode_mean, torch.split(training.mean, BATCH))).to(device)
-    unseen = as_vectors([model.decode_mean(held_out[:n_judged])]).to(device)
-    test_images = as_vectors([model.scaling(torch.from_numpy(data.test[:n_judged]).to(device))]).to(device)
+    training_images = as_vectors(map(model.decode_mean, torch.split(training.mean, BATCH)))
+    unseen = as_vectors([model.decode_mean(held_out[:n_judged])])
+    test_images = as_vectors([model.scaling(torch.from_numpy(data.test[:n_judged]).to(device))])
 
     rows: dict[str, Any] = {}
     for K in (K for K in size.components if len(codes) >= K):
@@ -69,11 +69,11 @@ def compute(lab: Lab) -> dict[str, Any]:
         rows[str(K)] = {"seconds": round(time.perf_counter() - started, 1), "components_floored": fit.n_floored} | (
             _judge(model, fit.mixture, n, extractor, reference, held_out, generator)
         )
-        shown = as_vectors([model.generate(n_judged, fit.mixture, generator).mean]).to(device)
+        shown = as_vectors([model.generate(n_judged, fit.mixture, generator).mean])
         rows[str(K)]["copies"] = memorisation(shown, training_images, unseen, test_images).closer._asdict()
     exact = AggregatePosterior(*training)
     rows["exact, one per image"] = _judge(model, exact, n, extractor, reference, held_out, generator)
-    shown = as_vectors([model.generate(n_judged, exact, generator).mean]).to(device)
+    shown = as_vectors([model.generate(n_judged, exact, generator).mean])
     rows["exact, one per image"]["copies"] = memorisation(shown, training_images, unseen, test_images).closer._asdict()
     return {"set": spec.data, "n_codes": len(codes), "n_images": len(data.train), "n_samples": n, "rows": rows}
 

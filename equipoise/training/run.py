@@ -193,7 +193,7 @@ def train(
     fit = fit_aggregate(model, data, config, trainer.fabric.device, on_mixture)
     model.cpu()
     save_model(run.model_file, model)
-    save_mixture(run.mixture_file, fit.mixture, _describe_fit(fit, config))
+    save_mixture(run.mixture_file, fit.mixture, describe_mixture(fit, config))
     for sink in all_sinks:
         for text in _fit_messages(fit):
             sink.message(text)
@@ -273,7 +273,7 @@ def sample_aggregate(model: VAE, array: Subset, n: int, generator: torch.Generat
         Codes, (n, d).
     """
     rows = torch.randint(len(array), (n,), generator=generator, device=generator.device).cpu().numpy()
-    return _encode(model, array.take(rows), generator.device).sample(generator)
+    return encode_examples(model, array.take(rows), generator.device).sample(generator)
 
 
 def fit_aggregate(
@@ -296,14 +296,14 @@ def fit_aggregate(
         The mixture and how it was found.
     """
     generator = torch.Generator(device).manual_seed(config.seed + 4)
-    posterior = _encode(model, data.train, device)
+    posterior = encode_examples(model, data.train, device)
     codes = posterior.sample(generator)
     if config.mixture_fit == "variational":
         n_components = min(32, len(codes)) if config.n_components == "auto" else config.n_components
         return fit_variational_mixture(codes, n_components, generator=generator)
     held_out = None
     if config.n_components == "auto":
-        held_out = _encode(model, data.validation, device).sample(generator)
+        held_out = encode_examples(model, data.validation, device).sample(generator)
     exact = config.mixture_from == "moments"
     return fit_mixture(
         posterior.mean if exact else codes,
@@ -315,7 +315,17 @@ def fit_aggregate(
     )
 
 
-def _encode(model: VAE, examples: Subset, device: torch.device) -> Gaussian:
+def encode_examples(model: VAE, examples: Subset, device: torch.device) -> Gaussian:
+    """Posterior q(z|x) of every example.
+
+    Args:
+        model: in evaluation mode, on the device.
+        examples: raw.
+        device: where to compute.
+
+    Returns:
+        Means and log-variances, (N, d).
+    """
     return encode_all(model, Batches(examples, EVALUATION_BATCH, device).epoch())
 
 
@@ -415,7 +425,16 @@ def _fit_messages(fit: MixtureFit) -> list[str]:
     return said
 
 
-def _describe_fit(fit: MixtureFit, config: TrainConfig) -> dict[str, Any]:
+def describe_mixture(fit: MixtureFit, config: TrainConfig) -> dict[str, Any]:
+    """Say how a mixture was fitted, for its file.
+
+    Args:
+        fit: what :func:`fit_aggregate` returned.
+        config: its options.
+
+    Returns:
+        JSON values.
+    """
     return {
         "fit": config.mixture_fit,
         "from": config.mixture_from,
