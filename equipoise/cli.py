@@ -33,6 +33,7 @@ USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 PAPER_ITEMS = (
     *(f"table-{number}" for number in range(1, 5)),
     *(f"figure-{number}" for number in range(1, 5)),
+    "beyond-codes",
     "beyond-noise",
     "beyond-size",
 )
@@ -271,6 +272,7 @@ def _paper_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--budget", choices=["tiny", "small", "full"], default="small", help="how long to train (small)"
     )
+    parser.add_argument("--epochs", type=int, metavar="N", help="of every model, in place of the budget's")
     parser.add_argument("--runs", default="runs/paper", metavar="FOLDER", help="folder of the models (runs/paper)")
     parser.add_argument("--out", default="results", metavar="FOLDER", help="folder of the JSON (results)")
     parser.add_argument("--page", default="docs/results.md", metavar="FILE", help="page to write (docs/results.md)")
@@ -485,8 +487,11 @@ def _paper(options: Namespace) -> None:
         for name in names
         if name not in PAPER_ITEMS
     ]
-    if options.jobs < 1:
-        problems.append(f"--jobs must be at least 1, got {options.jobs}")
+    problems += [
+        f"--{name} must be at least 1, got {value}"
+        for name in ("jobs", "epochs")
+        if (value := getattr(options, name)) is not None and value < 1
+    ]
     if problems:
         raise ConfigError(problems)
     from equipoise.paper.protocol import Lab
@@ -499,6 +504,7 @@ def _paper(options: Namespace) -> None:
             Path(options.runs),
             options.data_dir,
             options.jobs,
+            options.epochs,
             options.seed,
             options.features,
             page.parent / "images" / "paper",

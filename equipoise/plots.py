@@ -270,12 +270,12 @@ def density_rows(
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.3 * across + 0.6, 2.2 * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), across, sharex=True, sharey=True, squeeze=False)
-        for axes, (title, densities) in zip(grid, rows.items(), strict=True):
+        for row, (axes, (title, densities)) in enumerate(zip(grid, rows.items(), strict=True)):
             top = max(float(values.max()) for values in densities.values())
             for axis, (name, values) in zip(axes, densities.items(), strict=True):
                 clipped = np.maximum(values, top - NATS_BELOW_PEAK)
                 axis.pcolormesh(x, y, clipped, vmin=top - NATS_BELOW_PEAK, vmax=top, cmap=DENSITY_MAP, rasterized=True)
-                axis.set(aspect="equal", title=name if axes is grid[0] else "")
+                axis.set(aspect="equal", title="" if row else name)
             axes[0].set_ylabel(title)
     return figure
 
@@ -405,7 +405,7 @@ def variance_sweep(
     Returns:
         The figure; the points are marked where they are few.
     """
-    across = min(2, len(measures))
+    across = 3 if len(measures) == 3 else min(2, len(measures))
     rows = math.ceil(len(measures) / across)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.6 * across + (across == 1), 2.8 * rows), layout="constrained")

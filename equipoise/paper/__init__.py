@@ -7,6 +7,7 @@ Each has ``specs(lab)``, the models it needs; ``compute(lab)``, its figures as J
 from types import ModuleType
 
 from equipoise.paper import (
+    beyond_codes,
     beyond_noise,
     beyond_size,
     figure_1,
@@ -28,6 +29,7 @@ ITEMS: dict[str, ModuleType] = {
     "figure-2": figure_2,
     "figure-3": figure_3,
     "figure-4": figure_4,
+    "beyond-codes": beyond_codes,
     "beyond-noise": beyond_noise,
     "beyond-size": beyond_size,
 }

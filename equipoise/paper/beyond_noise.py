@@ -30,14 +30,14 @@ def compute(lab: Lab) -> dict[str, Any]:
             "bits_per_dim": found["likelihood"].get("bits_per_dim"),
             "frechet_mixture": found["samples"]["mixture"]["frechet_distance"],
             "frechet_reconstruction": found["samples"]["reconstruction"]["frechet_distance"],
-            **{name: figure for name, figure in varying.items() if name.startswith("coverage")},
+            **{name: figure for name, figure in varying.items() if "coverage" in name},
         }
     return {"rows": rows}
 
 
 def markdown(found: dict[str, Any]) -> str:
     """A table for each data set."""
-    head = ["MSE", "MSE / learned", "bits per dimension", "Fréchet, mixture", "within 1 std", "2 std", "3 std"]
+    head = ["MSE", "MSE / learned", "bits per dimension", "Fréchet, mixture", "within 1, 2, 3 std", "intervals"]
     parts = []
     for data, rows in found["rows"].items():
         base = rows["learned"]["mse"]["value"]
@@ -48,9 +48,15 @@ def markdown(found: dict[str, Any]) -> str:
                 f"{row['mse']['value'] / base:.3f}",
                 row["bits_per_dim"],
                 row["frechet_mixture"],
-                *(estimate(row, f"coverage_{k}") for k in (1, 2, 3)),
+                *(_shares(row, prefix) for prefix in ("", "interval_")),
             ]
             for method, row in rows.items()
         ]
         parts.append(table([SET_TITLES[data], *head], lines))
     return "\n\n".join(parts)
+
+
+def _shares(row: dict[str, Any], prefix: str) -> str | None:
+    """Coverage at 1, 2 and 3 std in one cell."""
+    found = [estimate(row, f"{prefix}coverage_{k}") for k in (1, 2, 3)]
+    return " ".join(f"{share['value']:.3f}".lstrip("0") for share in found) if all(found) else None

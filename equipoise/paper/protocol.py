@@ -8,12 +8,13 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from equipoise.data import Data, load
 from equipoise.evaluation import evaluate
@@ -85,10 +86,8 @@ SET_TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "celeba": "Cel
 _THREE = {name: name for name in SET_TITLES}
 BUDGETS = {
     "tiny": Budget({"mnist": "digits"}, {"mnist": 4}, (2, 8), 2000, 10),
-    "small": Budget(_THREE, {"mnist": 10, "fashion-mnist": 10, "celeba": 10}, (32, 100, 500, 1000, 2000), 20_000, 20),
-    "full": Budget(
-        _THREE, {"mnist": 40, "fashion-mnist": 40, "celeba": 40}, (32, 100, 500, 1000, 2000, 10_000), 50_000, 50
-    ),
+    "small": Budget(_THREE, dict.fromkeys(_THREE, 6), (8, 32, 128, 512), 10_000, 20),
+    "full": Budget(_THREE, dict.fromkeys(_THREE, 40), (32, 100, 500, 1000, 2000, 10_000), 50_000, 50),
 }
 SHARE_OF_STAGE_1 = 0.7
 
@@ -105,17 +104,23 @@ class Spec:
         method: one of :data:`METHODS`.
         options: more options, over those of the method.
         brief: leave out the importance-weighted bound over the whole test set, which costs the most.
+        sources: more densities of codes to judge, see :func:`equipoise.sources.code_source`.
     """
 
     data: str
     method: str
     options: tuple[tuple[str, Any], ...] = ()
     brief: bool = False
+    sources: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """Name of the run folder."""
         return "-".join([self.data, self.method, *(f"{key}={value}" for key, value in self.options)])
+
+
+def _silent(_: str) -> None:
+    """Say nothing; a function that other processes can be handed."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ class Lab:
         runs: folder of the run folders.
         data_dir: where to look for the data sets first.
         jobs: models that are trained at once, in processes of their own.
+        epochs: of every method on every data set, in place of the budget's; None keeps those.
         seed: of all of them.
         features: that samples are compared in, see :func:`equipoise.metrics.features.load_features`.
         images: folder for figures.
@@ -138,11 +144,12 @@ class Lab:
     runs: Path
     data_dir: str | None = None
     jobs: int = 1
+    epochs: int | None = None
     seed: int = 0
     features: str = FEATURES
     images: Path = Path("docs/images/paper")
     sinks: tuple[Sink, ...] = ()
-    message: Callable[[str], None] = lambda text: None
+    message: Callable[[str], None] = _silent
     loaded: dict[str, Data] = field(default_factory=dict)
 
     @property
@@ -195,10 +202,21 @@ class Lab:
         """
         recipe = read_recipe(shipped_recipes()[self.size.sets[spec.data]])
         recipe.pop("data")
-        epochs = self.size.epochs[spec.data]
+        epochs = self.epochs_of(spec.data)
         first = round(SHARE_OF_STAGE_1 * epochs) if spec.method in TWO_STAGES else epochs
         stages = {"stage_1_epochs": first, "stage_2_epochs": epochs - first, "tolerance": 0.0, "seed": self.seed}
         return make_config(recipe | stages, METHODS[spec.method] | dict(spec.options))
+
+    def epochs_of(self, data: str) -> int:
+        """Epochs of every method on a data set.
+
+        Args:
+            data: the paper's name.
+
+        Returns:
+            Those of both stages together.
+        """
+        return self.epochs or self.size.epochs[data]
 
     def run(self, spec: Spec) -> Run:
         """The run folder of a model.
@@ -233,22 +251,34 @@ class Lab:
             ConfigError: if a run folder holds a model with other options.
         """
         wanted = _without_repeats(spec for spec in specs if spec.data in self.size.sets)
-        missing = [spec for spec in wanted if not self._is_done(spec)]
+        # The longest first, so that none is left to run alone at the end.
+        missing = sorted((spec for spec in wanted if not self._is_done(spec)), key=self._steps, reverse=True)
         if self.jobs == 1 or len(missing) < 2:
             for number, spec in enumerate(missing, 1):
                 self.message(f"Model {number} of {len(missing)}: {spec.name}")
                 self._make(spec)
             return
         with ProcessPoolExecutor(min(self.jobs, len(missing)), mp_context=get_context("spawn")) as pool:
-            arguments = (self.budget, self.runs, self.data_dir, self.jobs, self.seed, self.features)
-            futures = {pool.submit(_make_alone, *arguments, spec): spec for spec in missing}
+            lab = replace(self, jobs=1, sinks=(), message=_silent, loaded={})
+            futures = {pool.submit(_make_alone, lab, spec, self.jobs): spec for spec in missing}
+            problems = []
             try:
                 for number, future in enumerate(as_completed(futures), 1):
-                    seconds = future.result()
-                    self.message(f"Model {number} of {len(missing)}: {futures[future].name}, {seconds:.0f} s")
-            except BaseException:
+                    name = f"Model {number} of {len(missing)}: {futures[future].name}"
+                    if error := future.exception():  # the others go on
+                        problems.append(f"{futures[future].name}: {error}")
+                        self.message(f"{name} failed: {error}")
+                    else:
+                        self.message(f"{name}, {future.result():.0f} s")
+            except KeyboardInterrupt:
                 pool.shutdown(cancel_futures=True)
                 raise
+            if problems:
+                raise ConfigError(problems)
+
+    def _steps(self, spec: Spec) -> int:
+        config = self.config(spec)
+        return (config.stage_1_epochs + config.stage_2_epochs) * len(self.data(spec.data).train) // config.batch_size
 
     def _is_done(self, spec: Spec) -> bool:
         run = self.run(spec)
@@ -257,7 +287,8 @@ class Lab:
         self._check(run, spec)
         found = self.evaluation(spec)
         whole = spec.brief or self.config(spec).objective in DETERMINISTIC or "iwae_20" in found.get("likelihood", {})
-        return whole and all(section in found for section in sections_of(spec))
+        judged = all(source in found.get("samples", {}) for source in spec.sources)
+        return whole and judged and all(section in found for section in sections_of(spec))
 
     def _check(self, run: Run, spec: Spec) -> None:
         was, wanted = run.config(), self.config(spec)
@@ -286,6 +317,7 @@ class Lab:
             run,
             data,
             sections=sections_of(spec),
+            sources=spec.sources,
             features=self.features,
             # Without a density, q(z|x) being a point, the bound tells nothing.
             brief=spec.brief or config.objective in DETERMINISTIC,
@@ -305,19 +337,20 @@ def sections_of(spec: Spec) -> tuple[str, ...]:
 
 
 def _without_repeats(specs: Iterable[Spec]) -> list[Spec]:
-    """Each run once; not brief if anyone needs it whole."""
+    """Each run once, with all that anyone needs of it."""
     found: dict[str, Spec] = {}
     for spec in specs:
-        if spec.name not in found or found[spec.name].brief:
-            found[spec.name] = spec
+        other = found.get(spec.name, spec)
+        sources = tuple(dict.fromkeys(other.sources + spec.sources))
+        found[spec.name] = replace(spec, brief=spec.brief and other.brief, sources=sources)
     return list(found.values())
 
 
-def _make_alone(
-    budget: str, runs: Path, data_dir: str | None, jobs: int, seed: int, features: str, spec: Spec
-) -> float:
-    """Make a model in a process of its own; return the seconds."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+def _make_alone(lab: Lab, spec: Spec, jobs: int) -> float:
+    """Make a model in a process of its own, with its share of the cores; return the seconds."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    torch.set_num_threads(threads)
     started = time.perf_counter()
-    Lab(budget, runs, data_dir, 1, seed, features)._make(spec)
+    with threadpool_limits(threads):
+        lab._make(spec)
     return time.perf_counter() - started

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.paper import ITEMS
-from equipoise.paper.protocol import BUDGETS, Lab
+from equipoise.paper.protocol import Lab
 from equipoise.provenance import data_record, provenance
 from equipoise.store import read_json, whole_file, write_json
 
@@ -44,9 +44,11 @@ def make_items(lab: Lab, names: Sequence[str], out: Path) -> list[Path]:
         specs = [spec for spec in item.specs(lab) if spec.data in lab.sets]
         seconds = {spec.name: _seconds(lab, spec) for spec in specs}
         about = provenance() | {
-            "command": f"equipoise paper {name} --budget {lab.budget}",
+            "command": f"equipoise paper {name} --budget {lab.budget}"
+            + (f" --epochs {lab.epochs}" if lab.epochs else ""),
             "item": name,
             "budget": lab.budget,
+            "epochs": {data: lab.epochs_of(data) for data in dict.fromkeys(spec.data for spec in specs)},
             "seed": lab.seed,
             "features": lab.features,
             "data": {data: data_record(lab.data(data)) for data in dict.fromkeys(spec.data for spec in specs)},
@@ -106,9 +108,8 @@ def write_page(out: Path, page: Path, images: Path) -> Path:
 
 def _origin(found: dict[str, Any]) -> str:
     """Command, machine, versions and time of an item, in a sentence."""
-    epochs = BUDGETS[found["budget"]].epochs
     seconds = found["seconds"]
-    trained = ", ".join(f"{data} {epochs[data]}" for data in found["data"])
+    trained = ", ".join(f"{found['data'][data]['name']} {epochs}" for data, epochs in found["epochs"].items())
     return (
         f"`{found['command']}`, seed {found['seed']}, epochs: {trained}; {found['machine']}, "
         f"torch {found['versions']['torch']}, {found['date']}; {seconds['training'] / 60:.0f} min of training and "
