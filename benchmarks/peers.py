@@ -22,6 +22,7 @@ already, with the same options, data, versions and start, are not trained again.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import logging
@@ -33,7 +34,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from provenance import provenance
 from pythae.models import RAE_L2, VAE, WAE_MMD, RAE_L2_Config, VAEConfig, WAE_MMD_Config
 from pythae.models.base.base_utils import ModelOutput
 from pythae.models.nn import BaseDecoder, BaseEncoder
@@ -45,6 +45,7 @@ from equipoise.aggregate import StandardNormal
 from equipoise.data import Batches, load
 from equipoise.metrics.features import cached_features, features_of, load_features
 from equipoise.metrics.samples import sample_quality
+from equipoise.provenance import provenance
 from equipoise.training.config import make_config, read_recipe, shipped_recipes
 from equipoise.training.run import fit_aggregate, make_model
 from equipoise.training.trainer import Trainer
@@ -65,26 +66,28 @@ MODELS = [
 class Encoder(BaseEncoder):
     """equipoise's encoder under pythae's names; an autoencoder takes the mean only."""
 
-    def __init__(self, network):
+    def __init__(self, model):
         super().__init__()
-        self.network = network
+        self.model = copy.deepcopy(model)
+        del self.model.decoder
 
     def forward(self, x):
         """Map images to codes."""
-        mean, log_var = self.network(x).chunk(2, dim=1)
-        return ModelOutput(embedding=mean, log_covariance=log_var)
+        posterior = self.model.encode(x)
+        return ModelOutput(embedding=posterior.mean, log_covariance=posterior.log_var)
 
 
 class Decoder(BaseDecoder):
-    """Likewise the decoder."""
+    """Likewise the decoder, with its bounds."""
 
-    def __init__(self, network):
+    def __init__(self, model):
         super().__init__()
-        self.network = network
+        self.model = copy.deepcopy(model)
+        del self.model.encoder
 
     def forward(self, z):
         """Map codes to images."""
-        return ModelOutput(reconstruction=self.network(z))
+        return ModelOutput(reconstruction=self.model.decode_mean(z))
 
 
 class Images:
@@ -127,9 +130,7 @@ def train_pythae(kind, data, config, settings):
     """The pipeline and the samplers of pythae."""
     model_class, config_class = PYTHAE[kind]
     ours = start(data, config)
-    model = model_class(
-        config_class(input_dim=data.shape, latent_dim=ours.latent_dim), Encoder(ours.encoder), Decoder(ours.decoder)
-    )
+    model = model_class(config_class(input_dim=data.shape, latent_dim=ours.latent_dim), Encoder(ours), Decoder(ours))
     train, validation, test = (scaled(ours, part) for part in (data.train, data.validation, data.test))
     sizes = {
         "num_epochs": config.stage_1_epochs,
@@ -232,8 +233,10 @@ def judge(images, data, scaling, extractor, reference, seed):
 def fingerprint(model, data):
     """Of the untrained networks: what they make of a few images and codes."""
     with torch.no_grad():
-        codes = model.encoder(scaled(model, data.test.take(slice(8))))
-        made = torch.cat([codes.flatten(), model.decoder(codes[:, : model.latent_dim]).flatten()])
+        posterior = model.encode(scaled(model, data.test.take(slice(8))))
+        made = torch.cat(
+            [posterior.mean.flatten(), posterior.log_var.flatten(), model.decode_mean(posterior.mean).flatten()]
+        )
     return hashlib.sha256(made.numpy().tobytes()).hexdigest()[:16]
 
 
