@@ -1,0 +1,317 @@
+"""equipoise against pythae on MNIST: the same networks, start, data, batch size and epochs, judged by one protocol.
+
+    python benchmarks/peers.py --data-dir DATA --threads 1
+
+pythae's requirements contain a backport that Python no longer needs, so it has an environment of its own:
+
+    python -m venv peers && . peers/bin/activate
+    pip install -c constraints.txt -e .
+    pip install --no-deps pythae==0.1.2
+    pip install -c constraints.txt cloudpickle imageio "pydantic>=2" scipy tqdm
+
+Every model starts from the networks of `make_model` with the recipe of the data. pythae's have its default weights of
+the loss and its own trainer, which keeps the epoch of the best validation loss:
+
+- ``pythae-*``: Adam at a constant 1e-3;
+- ``pythae-*-scheduled``: the optimiser of equipoise, AdamW with betas (.9, .99), its peak rate, warm-up over the first
+  epoch and cosine decay. pythae moves the rate once an epoch, so the first one has the mean rate of the warm-up, and it
+  does not clip gradients.
+
+Samples and reconstructions (of the code's mean) are the decoder's means, as 8-bit images. Models that are in the JSON
+already, with the same options, data, versions and start, are not trained again.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import logging
+import tempfile
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from pythae.models import RAE_L2, VAE, WAE_MMD, RAE_L2_Config, VAEConfig, WAE_MMD_Config
+from pythae.models.base.base_utils import ModelOutput
+from pythae.models.nn import BaseDecoder, BaseEncoder
+from pythae.pipelines import TrainingPipeline
+from pythae.samplers import GaussianMixtureSampler, GaussianMixtureSamplerConfig, NormalSampler
+from pythae.trainers import BaseTrainerConfig, CoupledOptimizerTrainerConfig
+
+from equipoise.aggregate import StandardNormal
+from equipoise.data import Batches, load
+from equipoise.metrics.features import cached_features, features_of, load_features
+from equipoise.metrics.samples import sample_quality
+from equipoise.provenance import provenance
+from equipoise.training.config import make_config, read_recipe, shipped_recipes
+from equipoise.training.run import fit_aggregate, make_model
+from equipoise.training.trainer import Trainer
+
+BATCH = 500
+N_SAMPLES = 10_000
+PYTHAE = {"vae": (VAE, VAEConfig), "wae-mmd": (WAE_MMD, WAE_MMD_Config), "rae-l2": (RAE_L2, RAE_L2_Config)}
+OURS = "equipoise"
+TWO_STAGES = "equipoise-two-stages"
+MODELS = [
+    OURS,
+    *(f"pythae-{kind}" for kind in PYTHAE),
+    *(f"pythae-{kind}-scheduled" for kind in PYTHAE),
+    TWO_STAGES,
+]
+
+
+class Encoder(BaseEncoder):
+    """equipoise's encoder under pythae's names; an autoencoder takes the mean only."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        del self.model.decoder
+
+    def forward(self, x):
+        """Map images to codes."""
+        posterior = self.model.encode(x)
+        return ModelOutput(embedding=posterior.mean, log_covariance=posterior.log_var)
+
+
+class Decoder(BaseDecoder):
+    """Likewise the decoder, with its bounds."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        del self.model.encoder
+
+    def forward(self, z):
+        """Map codes to images."""
+        return ModelOutput(reconstruction=self.model.decode_mean(z))
+
+
+class Images:
+    """Images that a trained model makes, in model units, and the seconds that it took to get there."""
+
+    def __init__(self, reconstruction, prior, mixture, seconds):
+        self.rows = {"reconstruction": reconstruction, "prior": prior, "mixture": mixture}
+        self.seconds = seconds
+
+
+def start(data, config):
+    """Untrained networks, every time the same."""
+    torch.manual_seed(config.seed)
+    np.random.seed(config.seed)  # noqa: NPY002 (scikit-learn's mixture in pythae draws from it)
+    return make_model(data, config)
+
+
+def train_equipoise(data, config):
+    """Algorithm 1, and a mixture fitted to the aggregate posterior."""
+    model = start(data, config)
+    clock = Clock()
+    Trainer(model, data, config).fit()
+    clock.lap("training")
+    model.eval()
+    mixture = fit_aggregate(model, data, config, torch.device("cpu")).mixture
+    clock.lap("mixture")
+    sources = {"prior": StandardNormal(model.latent_dim), "mixture": mixture}
+    generator = torch.Generator().manual_seed(config.seed)
+    batches = range(min(N_SAMPLES, len(data.test)) // BATCH)
+    with torch.no_grad():
+        made = {
+            row: torch.cat([model.generate(BATCH, source, generator).mean for _ in batches])
+            for row, source in sources.items()
+        }
+        reconstruction = torch.cat([model.reconstruct(x).mean for x in scaled(model, data.test).split(BATCH)])
+    return Images(reconstruction, made["prior"], made["mixture"], clock.seconds)
+
+
+def train_pythae(kind, data, config, settings):
+    """The pipeline and the samplers of pythae."""
+    model_class, config_class = PYTHAE[kind]
+    ours = start(data, config)
+    model = model_class(config_class(input_dim=data.shape, latent_dim=ours.latent_dim), Encoder(ours), Decoder(ours))
+    train, validation, test = (scaled(ours, part) for part in (data.train, data.validation, data.test))
+    sizes = {
+        "num_epochs": config.stage_1_epochs,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": BATCH,
+        "seed": config.seed,
+        "no_cuda": True,
+    }
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "rae-l2":  # an optimiser each for encoder and decoder
+            both = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in settings.items()}
+            trainer = CoupledOptimizerTrainerConfig(output_dir=folder, **sizes, **both)
+        else:
+            trainer = BaseTrainerConfig(output_dir=folder, **sizes, **settings)
+        TrainingPipeline(model=model, training_config=trainer)(train, validation)
+        weights = next(Path(folder).glob("*/final_model/model.pt"))
+        model.load_state_dict(torch.load(weights, weights_only=True)["model_state_dict"])
+    clock.lap("training")
+    model.eval()
+    mixture = GaussianMixtureSampler(model, GaussianMixtureSamplerConfig(n_components=config.n_components))
+    mixture.fit(train)
+    clock.lap("mixture")
+    n = min(N_SAMPLES, len(data.test))
+    with torch.no_grad():
+        return Images(
+            torch.cat([model.predict(x).recon_x for x in test.split(BATCH)]),
+            NormalSampler(model).sample(n),
+            mixture.sample(n),
+            clock.seconds,
+        )
+
+
+class Clock:
+    """Seconds between laps."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+        self.seconds = {}
+
+    def lap(self, name):
+        """End one."""
+        now = time.perf_counter()
+        self.seconds[name] = round(now - self.last, 1)
+        self.last = now
+
+
+def scaled(model, part):
+    """Images in model units."""
+    return model.scaling(torch.from_numpy(part[:]))
+
+
+def optimiser(config, is_scheduled):
+    """Settings of pythae's trainer."""
+    if not is_scheduled:
+        return {"optimizer_cls": "Adam", "learning_rate": 1e-3}
+    epochs = config.stage_1_epochs
+    schedule = {  # steps 0 (half of the peak), 1 (peak), ..., epochs (zero, after the last epoch)
+        "max_lr": config.learning_rate,
+        "total_steps": epochs + 1,
+        "pct_start": 2 / (epochs + 1),
+        "div_factor": 2.0,
+        "cycle_momentum": False,
+    }
+    return {
+        "optimizer_cls": "AdamW",
+        "optimizer_params": {"betas": (0.9, 0.99), "weight_decay": config.weight_decay},
+        "learning_rate": config.learning_rate,
+        "scheduler_cls": "OneCycleLR",
+        "scheduler_params": schedule,
+    }
+
+
+def train(name, data, config):
+    """Any of the models."""
+    if name == OURS:
+        return train_equipoise(data, config)
+    if name == TWO_STAGES:
+        first = round(0.7 * config.stage_1_epochs)
+        epochs = {"stage_1_epochs": first, "stage_2_epochs": config.stage_1_epochs - first}
+        return train_equipoise(data, replace(config, **epochs))
+    kind = name.removeprefix("pythae-").removesuffix("-scheduled")
+    return train_pythae(kind, data, config, optimiser(config, name.endswith("-scheduled")))
+
+
+def judge(images, data, scaling, extractor, reference, seed):
+    """The figures of a model."""
+    x = scaling(torch.from_numpy(data.test[:]))
+    found = {"test_mse": float((images.rows["reconstruction"] - x).square().mean()), "seconds": images.seconds}
+    for row, means in images.rows.items():
+        features = features_of(extractor, scaling.restore_levels(means).split(BATCH))
+        quality = sample_quality(features, reference, seed)
+        found[row] = {
+            "frechet_distance": quality.frechet._asdict(),
+            "kernel_distance": quality.kernel._asdict(),
+        }
+    return found
+
+
+def fingerprint(model, data):
+    """Of the untrained networks: what they make of a few images and codes."""
+    with torch.no_grad():
+        posterior = model.encode(scaled(model, data.test.take(slice(8))))
+        made = torch.cat(
+            [posterior.mean.flatten(), posterior.log_var.flatten(), model.decode_mean(posterior.mean).flatten()]
+        )
+    return hashlib.sha256(made.numpy().tobytes()).hexdigest()[:16]
+
+
+def table(rows):
+    """Markdown; in brackets the ratio to ours."""
+    lines = [
+        "| | test MSE | Fréchet distance, reconstructions | prior | mixture | kernel distance, mixture | training, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in rows.items():
+        cells = [f"{found['test_mse']:.5f}{_ratio(found, rows, lambda row: row['test_mse'])}"]
+        for row in ("reconstruction", "prior", "mixture"):
+            distance = found[row]["frechet_distance"]
+            ratio = _ratio(found, rows, lambda other, row=row: other[row]["frechet_distance"]["value"])
+            cells.append(f"{distance['value']:.1f} ± {distance['standard_error']:.1f}{ratio}")
+        kernel = found["mixture"]["kernel_distance"]
+        cells.append(f"{kernel['value']:.4f} ± {kernel['standard_error']:.4f}")
+        cells.append(f"{found['seconds']['training']:.0f}{_ratio(found, rows, lambda row: row['seconds']['training'])}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _ratio(found, rows, figure):
+    if OURS not in rows or found is rows[OURS]:
+        return ""
+    return f" ({figure(found) / figure(rows[OURS]):.2f})"
+
+
+def main():
+    """Train what is not in the JSON yet, and compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("results/benchmark-peers-mnist.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.disable(logging.INFO)
+    recipe = read_recipe(shipped_recipes()["mnist"])
+    data = load(recipe.pop("data"), data_dir=options.data_dir)
+    changes = {"stage_1_epochs": options.epochs, "stage_2_epochs": 0, "tolerance": 0.0, "accelerator": "cpu"}
+    config = make_config(recipe | changes)
+    model = start(data, config)
+    extractor = load_features("efficientnet-lite0", data)
+
+    about = provenance(data=data, options=config.as_dict())
+    about["versions"]["pythae"] = version("pythae")
+    about |= {
+        "threads": options.threads,
+        "n_samples": min(N_SAMPLES, len(data.test)),
+        "features": extractor.name,
+        "start": fingerprint(model, data),
+        "pythae_optimisers": {
+            "": optimiser(config, is_scheduled=False),
+            "scheduled": optimiser(config, is_scheduled=True),
+        },
+    }
+    about = json.loads(json.dumps(about))
+    before = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    is_same = all(before.get(key) == value for key, value in about.items() if key not in ("command", "date"))
+    rows = before["rows"] if is_same else {}
+
+    reference = cached_features(extractor, data.test, Batches(data.test, BATCH).epoch())
+    for name in options.models:
+        if name in rows:
+            continue
+        images = train(name, data, config)
+        rows[name] = judge(images, data, model.scaling, extractor, reference, config.seed)
+        rows = {name: rows[name] for name in MODELS if name in rows}
+        options.out.parent.mkdir(exist_ok=True)
+        options.out.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        print(name, json.dumps(rows[name]), flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
