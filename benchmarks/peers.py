@@ -48,7 +48,7 @@ from equipoise.metrics.samples import sample_quality
 from equipoise.provenance import provenance
 from equipoise.training.config import make_config, read_recipe, shipped_recipes
 from equipoise.training.run import fit_aggregate, make_model
-from equipoise.training.trainer import Trainer
+from equipoise.training.trainer import Trainer, make_fabric
 
 BATCH = 500
 N_SAMPLES = 10_000
@@ -112,17 +112,20 @@ def train_equipoise(data, config):
     Trainer(model, data, config).fit()
     clock.lap("training")
     model.eval()
-    mixture = fit_aggregate(model, data, config, torch.device("cpu")).mixture
+    device = make_fabric(config).device
+    mixture = fit_aggregate(model, data, config, device).mixture
     clock.lap("mixture")
-    sources = {"prior": StandardNormal(model.latent_dim), "mixture": mixture}
-    generator = torch.Generator().manual_seed(config.seed)
+    sources = {"prior": StandardNormal(model.latent_dim).to(device), "mixture": mixture}
+    generator = torch.Generator(device).manual_seed(config.seed)
     batches = range(min(N_SAMPLES, len(data.test)) // BATCH)
     with torch.no_grad():
         made = {
-            row: torch.cat([model.generate(BATCH, source, generator).mean for _ in batches])
+            row: torch.cat([model.generate(BATCH, source, generator).mean.cpu() for _ in batches])
             for row, source in sources.items()
         }
-        reconstruction = torch.cat([model.reconstruct(x).mean for x in scaled(model, data.test).split(BATCH)])
+        reconstruction = torch.cat(
+            [model.reconstruct(model.scaling(raw)).mean.cpu() for raw in Batches(data.test, BATCH, device).epoch()]
+        )
     return Images(reconstruction, made["prior"], made["mixture"], clock.seconds)
 
 
@@ -137,7 +140,7 @@ def train_pythae(kind, data, config, settings):
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": BATCH,
         "seed": config.seed,
-        "no_cuda": True,
+        "no_cuda": make_fabric(config).device.type != "cuda",
     }
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -157,9 +160,9 @@ def train_pythae(kind, data, config, settings):
     n = min(N_SAMPLES, len(data.test))
     with torch.no_grad():
         return Images(
-            torch.cat([model.predict(x).recon_x for x in test.split(BATCH)]),
-            NormalSampler(model).sample(n),
-            mixture.sample(n),
+            torch.cat([model.predict(x.to(mixture.device)).recon_x.cpu() for x in test.split(BATCH)]),
+            NormalSampler(model).sample(n).cpu(),
+            mixture.sample(n).cpu(),
             clock.seconds,
         )
 
@@ -271,6 +274,7 @@ def main():
     parser.add_argument("--data-dir")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-peers-mnist.json"))
     options = parser.parse_args()
@@ -278,7 +282,7 @@ def main():
     logging.disable(logging.INFO)
     recipe = read_recipe(shipped_recipes()["mnist"])
     data = load(recipe.pop("data"), data_dir=options.data_dir)
-    changes = {"stage_1_epochs": options.epochs, "stage_2_epochs": 0, "tolerance": 0.0, "accelerator": "cpu"}
+    changes = {"stage_1_epochs": options.epochs, "stage_2_epochs": 0, "tolerance": 0.0, "accelerator": options.accelerator}
     config = make_config(recipe | changes)
     model = start(data, config)
     extractor = load_features("efficientnet-lite0", data)

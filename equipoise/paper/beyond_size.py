@@ -19,7 +19,7 @@ CHANGES: dict[str, tuple[tuple[str, Any], ...]] = {
 
 def changes(lab: Lab) -> dict[str, tuple[tuple[str, Any], ...]]:
     """Changes by name, and half and twice the epochs."""
-    epochs = lab.size.epochs["mnist"]
+    epochs = lab.epochs_of("mnist")
     return CHANGES | {f"{n} epochs": (("stage_1_epochs", n),) for n in (max(1, epochs // 2), 2 * epochs)}
 
 
