@@ -196,9 +196,9 @@ def fit_flow(
         raise ValueError("the codes are not all finite: encode with the last good checkpoint")
     start = GaussianMixture(*(values.to(mean) for values in (base.weights, base.means, base.covariances)))
     device = mean.device
+    seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
     with torch.random.fork_rng(devices=[]):  # zuko's weights come from the global generator of the CPU
-        seed = torch.randint(2**31 - 1, (), generator=generator, device=device)
-        torch.default_generator.manual_seed(int(seed))
+        torch.default_generator.manual_seed(seed)
         flow = CodeFlow(start, n_transforms, hidden)
     optimizer = torch.optim.AdamW(flow.parameters(), learning_rate)
     steps = epochs * -(-n // batch_size)
