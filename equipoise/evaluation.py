@@ -242,11 +242,8 @@ def _kept(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         before = read_json(file)
         same = all(before["about"][key] == about[key] for key in ("model", "mixture", "data"))
         # What is computed now has today's versions; each section keeps its own date and command.
-        return (
-            before | {"about": about | {name: before["about"][name] | about[name] for name in ("sections", "sources")}}
-            if same
-            else None
-        )
+        earlier = {name: before["about"].get(name, {}) | about[name] for name in ("sections", "sources")}
+        return before | {"about": about | earlier} if same else None
     except (OSError, StoreError, KeyError, TypeError, ValueError):
         return None
 
@@ -421,13 +418,12 @@ class _Evaluation:
             test=as_vectors(model.scaling(x) for x in self._batches("Test data", test)),
         )
 
-        def samples(source: LatentDistribution) -> Tensor:
+        def samples(source: LatentDistribution, generator: torch.Generator) -> Tensor:
             return as_vectors([model.generate(COPIES_SOUGHT, source, generator).mean])
 
-        found: dict[str, Any] = judge(samples(self.mixture))._asdict()
+        found: dict[str, Any] = judge(samples(self.mixture, generator))._asdict()
         for name, source in self.more.items():
-            generator = self._generator(f"copies {name}")
-            of_source = judge(samples(source))
+            of_source = judge(samples(source, self._generator(f"copies {name}")))
             found[name] = {"samples": of_source.samples, "closer": of_source.closer, "copied": of_source.copied}
         return found
 

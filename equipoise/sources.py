@@ -99,6 +99,8 @@ def code_source(
         return mixture if name == "mixture" else single_gaussian(mixture)
     path = run.folder / f"{file_stem(name)}.safetensors"
     fitted_to = {"model": file_checksum(run.model_file)}
+    if name == "flow":  # which starts from the mixture
+        fitted_to["mixture"] = file_checksum(run.mixture_file)
     with contextlib.suppress(StoreError):  # absent, damaged, or of another version
         kept, description = load_flow(path) if name == "flow" else load_mixture(path)
         if description.items() >= fitted_to.items():
@@ -123,8 +125,12 @@ def code_source(
                 generator=generator,
                 on_epoch=lambda step: progress("flow", step.epoch, step.epochs, f"{step.held_out:.3f} nats per code"),
             )
-            history = [epoch._asdict() for epoch in flow_fit.history]
-            save_flow(path, flow_fit.flow, told({"best_epoch": flow_fit.best_epoch, "history": history}))
+            _, history, best_epoch, held_out = flow_fit
+            save_flow(
+                path,
+                flow_fit.flow,
+                told({"epochs": len(history), "best_epoch": best_epoch, "held_out": held_out}),
+            )
             return flow_fit.flow.to(home)
         count = name.removeprefix("mixture=")
         options = replace(config, n_components="auto" if count == "auto" else int(count), mixture_fit="em")
