@@ -282,7 +282,12 @@ def main():
     logging.disable(logging.INFO)
     recipe = read_recipe(shipped_recipes()["mnist"])
     data = load(recipe.pop("data"), data_dir=options.data_dir)
-    changes = {"stage_1_epochs": options.epochs, "stage_2_epochs": 0, "tolerance": 0.0, "accelerator": options.accelerator}
+    changes = {
+        "stage_1_epochs": options.epochs,
+        "stage_2_epochs": 0,
+        "tolerance": 0.0,
+        "accelerator": options.accelerator,
+    }
     config = make_config(recipe | changes)
     model = start(data, config)
     extractor = load_features("efficientnet-lite0", data)

@@ -86,7 +86,7 @@ SET_TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "celeba": "Cel
 _THREE = {name: name for name in SET_TITLES}
 BUDGETS = {
     "tiny": Budget({"mnist": "digits"}, {"mnist": 4}, (2, 8), 2000, 10),
-    "small": Budget(_THREE, dict.fromkeys(_THREE, 6), (8, 32, 128, 512), 10_000, 20),
+    "small": Budget(_THREE, dict.fromkeys(_THREE, 6), (32, 100, 500, 1000, 2000, 10_000), 20_000, 8),
     "full": Budget(_THREE, dict.fromkeys(_THREE, 40), (32, 100, 500, 1000, 2000, 10_000), 50_000, 50),
 }
 SHARE_OF_STAGE_1 = 0.7
