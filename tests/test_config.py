@@ -3,6 +3,7 @@ from dataclasses import fields
 import pytest
 
 from equipoise.training.config import (
+    OBJECTIVE_OPTIONS,
     ConfigError,
     TrainConfig,
     make_config,
@@ -72,6 +73,12 @@ def test_all_problems_come_in_one_message():
         ({"validation_fraction": 1.0}, "validation_fraction"),
         ({"n_components": 0}, "n_components must be at least 1"),
         ({"clip": 0.5}, "multiple above 1"),
+        ({"objective": "vae", "stage_2_epochs": 5}, "objective=vae has no stage 2"),
+        ({"objective": "wae-mmd", "noise": "global", "noise_var": None}, "one with a fixed variance"),
+        ({"objective": "sigma-vae", "noise": "dimension"}, "optimal for each batch"),
+        ({"objective": "rae-l2", "beta": 2}, "has no beta"),
+        ({"penalty": 3}, "objective=elbo has none"),
+        ({"objective": "dip-vae-iii"}, "'dip-vae-i' or 'dip-vae-ii'"),
         ({"architecture": "transformer"}, "'auto' or 'mlp' or 'conv' or 'residual'"),
         ({"compile": "perhaps"}, "true or false"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
@@ -118,3 +125,17 @@ def test_wrong_recipes(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         read_recipe(path)
+
+
+def test_an_objective_brings_what_it_needs():
+    """Over a recipe's options if the user names it, but never over the user's own."""
+    recipe = {"latent_dim": 3, "stage_2_epochs": 5}
+    config = make_config(recipe, {"objective": "vae"})
+    assert (config.noise, config.noise_var, config.stage_2_epochs, config.latent_dim) == ("fixed", 0.5, 0, 3)
+    assert make_config({}, {"objective": "beta-vae"}).noise_var == 1.0
+    assert make_config({}, {"objective": "beta-vae", "noise_var": 2}).noise_var == 2.0
+    assert make_config({"objective": "rae-l2"}).stage_2_epochs == 0
+    with pytest.raises(ConfigError, match="no stage 2"):
+        make_config({"objective": "vae", "stage_2_epochs": 5})
+    for name, options in OBJECTIVE_OPTIONS.items():
+        assert make_config({}, {"objective": name}).problems() == [], options

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -134,3 +136,26 @@ def test_data_in_another_unit_are_refused(quantum, raw, message):
 def test_scaling_needs_a_positive_scale(scale):
     with pytest.raises(ValueError, match="positive, finite scale"):
         Scaling(torch.tensor(0.0), torch.tensor(scale))
+
+
+def test_means_stay_within_the_bounds_and_find_back():
+    """A mean beyond a bound is at it, and keeps the gradient that would bring it back, but no other."""
+    vae = VAE.build((1, 8, 8), latent_dim=2, width=2, mean_bounds=(0.0, 1.0))
+    torch.nn.init.zeros_(vae.decoder.output.weight)
+    bias = vae.decoder.output.bias
+    for outside, bound in ((-0.3, 0.0), (1.3, 1.0)):
+        torch.nn.init.constant_(bias, outside)
+        mean = vae.decode_mean(torch.zeros(4, 2))
+        assert bool((mean == bound).all())
+        for target, moves in ((0.5, True), (bound, False)):
+            (gradient,) = torch.autograd.grad((vae.decode_mean(torch.zeros(4, 2)) - target).square().sum(), bias)
+            assert bool(gradient.abs().sum() > 0) is moves
+            assert not moves or torch.sign(gradient) == math.copysign(1, outside)  # descent goes back inside
+
+
+def test_a_deterministic_posterior_is_a_point():
+    vae = VAE.build((1, 8, 8), latent_dim=2, width=2, deterministic=True)
+    x = torch.rand(3, 1, 8, 8)
+    posterior = vae.encode(x)
+    torch.testing.assert_close(posterior.sample(), posterior.mean, atol=1e-3, rtol=0)
+    assert float(posterior.std.max()) == pytest.approx(math.exp(-10), rel=1e-5)

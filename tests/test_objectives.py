@@ -4,7 +4,18 @@ import torch
 from equipoise.gaussian import Gaussian
 from equipoise.model import VAE
 from equipoise.noise import FixedNoise, GlobalNoise, PredictedNoise, ResidualVariance
-from equipoise.objectives import DetachedVarianceElbo, Elbo, importance_weighted_bound
+from equipoise.objectives import (
+    IMQ_SCALES,
+    BatchVarianceElbo,
+    DetachedVarianceElbo,
+    DipVaeI,
+    DipVaeII,
+    Elbo,
+    RaeL2,
+    WaeMmd,
+    importance_weighted_bound,
+    maximum_mean_discrepancy,
+)
 from tests.oracles import Ppca, linear_gaussian_data, ppca_vae
 
 
@@ -194,3 +205,134 @@ def test_a_planted_noise_map_is_recovered():
     found = (0.5 * noise(torch.tensor([[0.0], [1.0]]))).exp()
     torch.testing.assert_close(found, torch.tensor([[0.4, 0.05], [0.05, 0.4]]), rtol=0.05, atol=0)
     assert torch.isfinite(loss)
+
+
+def parameter_gradients(objective, x):
+    """Of the encoder and the decoder, by the mean loss of a batch, with the same draw each time."""
+    loss = objective(x, torch.Generator().manual_seed(0)).loss.mean()
+    return torch.autograd.grad(loss, [*objective.model.encoder.parameters(), *objective.model.decoder.parameters()])
+
+
+def small_vae(noise=None, **traits):
+    torch.manual_seed(0)
+    return VAE.build((1, 8, 8), latent_dim=3, width=2, noise=noise, **traits)
+
+
+def test_a_beta_is_a_variance():
+    """beta = 2 at variance 0.5 is twice the loss of beta = 1 at variance 1, the paper's beta-VAE, up to a constant."""
+    x = torch.rand(6, 1, 8, 8)
+    weighted = parameter_gradients(Elbo(small_vae(FixedNoise(0.5)), beta=2.0), x)
+    plain = parameter_gradients(Elbo(small_vae(FixedNoise(1.0))), x)
+    for mine, theirs in zip(weighted, plain, strict=True):
+        torch.testing.assert_close(mine, 2 * theirs)
+
+
+def test_beta_changes_the_loss_and_not_the_bound():
+    x, vae = torch.rand(6, 1, 8, 8), small_vae(FixedNoise(0.5))
+    plain, weighted = (Elbo(vae, beta)(x, torch.Generator().manual_seed(0)) for beta in (1.0, 4.0))
+    torch.testing.assert_close(weighted.elbo, plain.elbo)
+    torch.testing.assert_close(weighted.loss, plain.loss + 3 * plain.kl)
+
+
+def test_batch_variance_is_optimal_for_the_batch():
+    """Its bound is that of no smaller and no larger variance, D/2 log of the mean squared error in closed form."""
+    x, vae = torch.rand(6, 1, 8, 8), small_vae()
+    terms = BatchVarianceElbo(vae)(x, torch.Generator().manual_seed(0))
+    mse = terms.residual.square().mean()
+    expected = -0.5 * 64 * (torch.log(2 * torch.pi * mse) + 1)
+    torch.testing.assert_close(terms.log_likelihood.mean(), expected)
+    for factor in (0.8, 1.25):
+        vae.noise = FixedNoise(float(factor * mse))
+        other = Elbo(vae)(x, torch.Generator().manual_seed(0))
+        assert other.log_likelihood.mean() < terms.log_likelihood.mean()
+
+
+def test_gradients_of_the_batch_variance_are_those_at_its_value():
+    """The bound is flat in the variance at the optimum, so that its own gradient adds nothing."""
+    x, vae = torch.rand(6, 1, 8, 8), small_vae()
+    mine = parameter_gradients(BatchVarianceElbo(vae), x)
+    mse = BatchVarianceElbo(vae)(x, torch.Generator().manual_seed(0)).residual.square().mean()
+    theirs = parameter_gradients(Elbo(small_vae(FixedNoise(float(mse)))), x)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def dip_penalty(objective, x):
+    plain = Elbo(objective.model)(x, torch.Generator().manual_seed(0))
+    terms = objective(x, torch.Generator().manual_seed(0))
+    penalties = terms.loss - plain.loss
+    torch.testing.assert_close(penalties, penalties[:1].expand_as(penalties), rtol=1e-3, atol=1e-3)
+    return penalties.mean(), terms.posterior
+
+
+def test_dip_penalties_are_those_of_the_covariance():
+    x, vae = torch.rand(40, 1, 8, 8), small_vae(FixedNoise(0.5))
+    for objective, diagonal in ((DipVaeI(vae, 3.0), 30.0), (DipVaeII(vae, 3.0), 3.0)):
+        penalty, posterior = dip_penalty(objective, x)
+        covariance = posterior.mean.mT.cov(correction=0)
+        if isinstance(objective, DipVaeII):
+            covariance = covariance + posterior.var.mean(0).diag()
+        off = covariance - covariance.diagonal().diag()
+        expected = 3.0 * off.square().sum() + diagonal * (covariance.diagonal() - 1).square().sum()
+        torch.testing.assert_close(penalty, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_dip_vae_ii_is_content_with_the_prior():
+    """A posterior that is the prior for every input has the covariance I; to DIP-VAE-I its means do not vary at all."""
+    vae = small_vae(FixedNoise(0.5))
+    torch.nn.init.zeros_(vae.encoder.output.weight)
+    x = torch.rand(8, 1, 8, 8)
+    assert dip_penalty(DipVaeII(vae), x)[0].abs() < 1e-3
+    torch.testing.assert_close(dip_penalty(DipVaeI(vae), x)[0], torch.tensor(300.0), rtol=1e-5, atol=1e-2)
+
+
+def test_maximum_mean_discrepancy_is_the_double_sum():
+    z, prior = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+
+    def kernel(a, b):
+        return sum(6 * s / (6 * s + float((a - b).square().sum())) for s in IMQ_SCALES)
+
+    within = sum(kernel(z[i], z[j]) + kernel(prior[i], prior[j]) for i in range(7) for j in range(7) if i != j)
+    between = sum(kernel(a, b) for a in z for b in prior)
+    assert float(maximum_mean_discrepancy(z, prior)) == pytest.approx(within / 42 - 2 * between / 49, rel=1e-9)
+
+
+def test_maximum_mean_discrepancy_is_zero_on_average_for_one_distribution():
+    values = torch.stack([maximum_mean_discrepancy(torch.randn(50, 4), torch.randn(50, 4)) for _ in range(300)])
+    assert abs(float(values.mean())) < 4 * float(values.std()) / 300**0.5
+    assert maximum_mean_discrepancy(torch.randn(50, 4) + 1, torch.randn(50, 4)) > 5 * values.std()
+
+
+def test_maximum_mean_discrepancy_has_gradients_where_codes_coincide():
+    z = torch.zeros(5, 2, dtype=torch.float64, requires_grad=True)
+    maximum_mean_discrepancy(z, torch.ones(5, 2, dtype=torch.float64)).backward()
+    assert torch.isfinite(z.grad).all()
+    free = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    prior = torch.randn(5, 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda codes: maximum_mean_discrepancy(codes, prior), free)
+
+
+def test_wae_is_squared_error_and_discrepancy():
+    vae = small_vae(FixedNoise(0.5), deterministic=True)
+    x = torch.rand(9, 1, 8, 8)
+    terms = WaeMmd(vae, penalty=7.0)(x, torch.Generator().manual_seed(0))
+    prior = torch.empty(9, 3).normal_(generator=torch.Generator().manual_seed(0))
+    expected = terms.squared_error + 7.0 * maximum_mean_discrepancy(terms.posterior.mean, prior)
+    torch.testing.assert_close(terms.loss, expected)
+
+
+def test_rae_draws_nothing_and_weighs_codes_and_weights():
+    vae = small_vae(FixedNoise(0.5), deterministic=True)
+    x = torch.rand(9, 1, 8, 8)
+    first, second = (RaeL2(vae, 0.5, 0.1)(x, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    torch.testing.assert_close(first.loss, second.loss)
+    weights = sum(p.detach().square().sum() for p in vae.decoder.parameters())
+    codes = first.posterior.mean.square().sum(1)
+    torch.testing.assert_close(first.loss, first.squared_error + 0.25 * codes + 0.1 * weights)
+
+
+@pytest.mark.parametrize("objective", [BatchVarianceElbo, DipVaeI, DipVaeII, WaeMmd, RaeL2])
+def test_objectives_train_both_networks(objective):
+    gradients = parameter_gradients(objective(small_vae(FixedNoise(0.5))), torch.rand(9, 1, 8, 8))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert sum(float(gradient.abs().sum()) > 0 for gradient in gradients) > 0.8 * len(gradients)

@@ -272,3 +272,15 @@ def test_nothing_in_the_package_loads_pickle():
     assert loads
     assert all("weights_only=True" in arguments for arguments in loads)
     assert "allow_pickle=True" not in source
+
+
+def test_traits_of_a_model_are_kept(tmp_path):
+    vae = VAE.build((1, 8, 8), latent_dim=2, width=2, mean_bounds=(0.0, 1.0), deterministic=True)
+    save_model(tmp_path / "model.safetensors", vae)
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert (loaded.mean_bounds, loaded.deterministic) == ((0.0, 1.0), True)
+    tensors, description = read_tensors(tmp_path / "model.safetensors", "model")
+    del description["mean_bounds"], description["deterministic"]  # a file from before there were such traits
+    write_tensors(tmp_path / "older.safetensors", "model", tensors, description)
+    older = load_model(tmp_path / "older.safetensors")
+    assert (older.mean_bounds, older.deterministic) == (None, False)
