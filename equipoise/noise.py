@@ -429,8 +429,8 @@ class PredictedNoise(NoiseModel):
             scale = common
         self.calibration = (self.calibration + scale.log()).to(self.calibration.dtype)
         if self.interval_factors is not None:  # the intervals stay, as far as one factor for all can tell
-            kept = self.interval_factors / scale.sqrt()
-            self.interval_factors = kept.to(self.calibration.dtype) if scale.ndim == 0 else None
+            one_scale = scale.ndim == 0
+            self.interval_factors = (self.interval_factors / scale.sqrt()).to(self.calibration) if one_scale else None
 
     @torch.no_grad()
     def calibrate_intervals(self, standardised: ResidualQuantiles, *, rescale: bool = False) -> None:
