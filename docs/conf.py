@@ -16,7 +16,7 @@ import equipoise
 project, author = "equipoise", "the equipoise authors"
 release = version = equipoise.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "results-notes.md"]
 
 html_theme, html_title = "furo", "equipoise"
 html_copy_source = html_show_copyright = html_show_sphinx = False

@@ -281,10 +281,10 @@ def density_rows(
 
 
 def bars(groups: dict[str, dict[str, list[float]]], names: list[str]) -> Figure:
-    """Bars on a logarithmic scale, a panel for each group (the paper's figure 2).
+    """Bars, a panel for each group (the paper's figure 2).
 
     Args:
-        groups: by title of the panel, then of the series; one value for each of ``names``, positive.
+        groups: by title of the panel, then of the series; one value for each of ``names``.
         names: under the bars.
 
     Returns:
@@ -300,7 +300,7 @@ def bars(groups: dict[str, dict[str, list[float]]], names: list[str]) -> Figure:
                 places = np.arange(len(values)) + (i - (len(series) - 1) / 2) * width
                 axis.bar(places, values, width, color=color, label=name)
             axis.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
-            axis.set(title=title, yscale="log", ylabel="Fréchet distance")
+            axis.set(title=title, ylabel="Fréchet distance")
         figure.axes[0].legend(frameon=False)
     return figure
 
@@ -394,6 +394,7 @@ def variance_sweep(
     noise_vars: Float[np.ndarray, " n"],
     measures: dict[str, dict[str, Float[np.ndarray, " n"]]],
     learned_var: float,
+    learned: dict[str, dict[str, float]] | None = None,
 ) -> Figure:
     """Measures against the noise variance, with the learned one marked (the paper's figure 1).
 
@@ -401,6 +402,7 @@ def variance_sweep(
         noise_vars: (n,), ascending, squared model units; of one model's closed form, or of n trained models.
         measures: a panel each, by label and unit such as "Fréchet distance"; up to three lines each, by name, (n,).
         learned_var: the optimum, eq. (10), squared model units.
+        learned: values of a model that learned its variance, by label and name as in ``measures``, drawn as stars.
 
     Returns:
         The figure; the points are marked where they are few.
@@ -415,6 +417,8 @@ def variance_sweep(
             for (name, values), (color, dashes, marker) in zip(lines.items(), LINES, strict=False):
                 few = len(noise_vars) < SETTLED_FROM
                 axis.plot(noise_vars, values, color=color, ls=dashes, marker=marker if few else "", label=name)
+                if learned:
+                    axis.plot(learned_var, learned[label][name], "*", ms=13, mfc=color, mec="white", zorder=3)
             axis.legend(frameon=False)
     return figure
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from equipoise import plots
 from equipoise.paper.markdown import table
@@ -39,20 +40,27 @@ def compute(lab: Lab) -> dict[str, Any]:
             "frechet_mixture": found["samples"]["mixture"]["frechet_distance"],
             "kl_mixture_prior": found["latent"]["kl_mixture_prior"],
         }
-    ordered = sorted(rows.values(), key=lambda row: row["noise_var"])
-
-    def line(key: str) -> Any:  # noqa: ANN401 (an array)
-        return np.array([row[key]["value"] for row in ordered])
-
-    measures = {
-        "ELBO, nats": {"test data": line("elbo")},
-        "Fréchet distance": {"prior": line("frechet_prior"), "mixture": line("frechet_mixture")},
-        "KL(mixture, prior), nats": {"mixture": line("kl_mixture_prior")},
-    }
-    noise_vars = np.array([row["noise_var"] for row in ordered])
-    figure = plots.variance_sweep(noise_vars, measures, rows["learned"]["noise_var"])
-    plots.save(figure, lab.images / "figure-1.png")
+    plots.save(draw(rows), lab.images / "figure-1.png")
     return {"rows": rows}
+
+
+def draw(rows: dict[str, Any]) -> Figure:
+    """The figure: a line through the fixed variances, and a star for the learned one."""
+    panels = {
+        "ELBO, nats": {"test data": "elbo"},
+        "Fréchet distance": {"prior": "frechet_prior", "mixture": "frechet_mixture"},
+        "KL(mixture, prior), nats": {"mixture": "kl_mixture_prior"},
+    }
+    fixed = sorted((row for name, row in rows.items() if name != "learned"), key=lambda row: row["noise_var"])
+    measures = {
+        label: {name: np.array([row[key]["value"] for row in fixed]) for name, key in lines.items()}
+        for label, lines in panels.items()
+    }
+    stars = {
+        label: {name: rows["learned"][key]["value"] for name, key in lines.items()} for label, lines in panels.items()
+    }
+    noise_vars = np.array([row["noise_var"] for row in fixed])
+    return plots.variance_sweep(noise_vars, measures, rows["learned"]["noise_var"], stars)
 
 
 def markdown(found: dict[str, Any]) -> str:

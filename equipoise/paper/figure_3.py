@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from equipoise import plots
+from equipoise.glossary import CURVES
 from equipoise.paper.markdown import estimate, table
-from equipoise.paper.protocol import SET_TITLES, TITLES, Lab, Spec
+from equipoise.paper.protocol import SET_TITLES, TITLES, WITH_NOISE, Lab, Spec
 
 TITLE = "Figure 3: where reconstructions cannot be trusted"
 TEXT = (
@@ -25,7 +26,7 @@ WITHOUT_INPUTS = ("celeba",)
 
 def specs(lab: Lab) -> list[Spec]:
     """Models of the figure."""
-    return [Spec(data, method) for data in lab.sets for method in METHODS]
+    return [Spec(data, method, sections=WITH_NOISE) for data in lab.sets for method in METHODS]
 
 
 @torch.no_grad()
@@ -33,7 +34,8 @@ def compute(lab: Lab) -> dict[str, Any]:
     """Calibration by data set and method; and the figures."""
     rows: dict[str, Any] = {}
     for spec in specs(lab):
-        rows.setdefault(spec.data, {})[spec.method] = lab.evaluation(spec)["noise"].get("varying")
+        found = lab.evaluation(spec)["noise"].get("varying") or {}
+        rows.setdefault(spec.data, {})[spec.method] = {name: part for name, part in found.items() if name not in CURVES}
     for data in lab.sets:
         model = lab.model(Spec(data, PICTURED))
         x = model.scaling(torch.from_numpy(lab.data(data).test[:SHOWN]).to(lab.device))

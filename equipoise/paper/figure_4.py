@@ -16,7 +16,7 @@ METHOD = "pixel-low"
 
 def specs(lab: Lab) -> list[Spec]:
     """Models of the figure."""
-    return [Spec(data, METHOD) for data in lab.sets]
+    return [Spec(data, METHOD, sections=("likelihood",), brief=True) for data in lab.sets]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from typing import Any
 
 from equipoise.glossary import format_figure
 
-NONE = "–"  # noqa: RUF001 (a dash)  # noqa: RUF001 (a dash)
+NONE = "–"  # noqa: RUF001 (a dash)  # noqa: RUF001 (a dash)  # noqa: RUF001 (a dash)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -59,8 +59,7 @@ TITLES = {
 }
 PAPERS_FIVE = ("learned", "vae", "beta-vae", "dip-vae", "wae")
 NEIGHBOURS = ("dip-vae-i", "sigma-vae", "gradient", "rae")
-PER_PIXEL = ("pixel", "pixel-joint", "pixel-low")
-TWO_STAGES = PER_PIXEL
+TWO_STAGES = ("pixel", "pixel-joint", "pixel-low")
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,7 @@ BUDGETS = {
 SHARE_OF_STAGE_1 = 0.7
 
 SECTIONS = ("likelihood", "samples", "latent")
+WITH_NOISE = (*SECTIONS, "noise")
 FEATURES = "efficientnet-lite0"
 
 
@@ -104,6 +104,7 @@ class Spec:
         method: one of :data:`METHODS`.
         options: more options, over those of the method.
         brief: leave out the importance-weighted bound over the whole test set, which costs the most.
+        sections: of the evaluation that are needed.
         sources: more densities of codes to judge, see :func:`equipoise.sources.code_source`.
     """
 
@@ -111,6 +112,7 @@ class Spec:
     method: str
     options: tuple[tuple[str, Any], ...] = ()
     brief: bool = False
+    sections: tuple[str, ...] = SECTIONS
     sources: tuple[str, ...] = ()
 
     @property
@@ -288,7 +290,7 @@ class Lab:
         found = self.evaluation(spec)
         whole = spec.brief or self.config(spec).objective in DETERMINISTIC or "iwae_20" in found.get("likelihood", {})
         judged = all(source in found.get("samples", {}) for source in spec.sources)
-        return whole and judged and all(section in found for section in sections_of(spec))
+        return whole and judged and all(section in found for section in spec.sections)
 
     def _check(self, run: Run, spec: Spec) -> None:
         was, wanted = run.config(), self.config(spec)
@@ -316,24 +318,12 @@ class Lab:
         evaluate(
             run,
             data,
-            sections=sections_of(spec),
+            sections=spec.sections,
             sources=spec.sources,
             features=self.features,
             # Without a density, q(z|x) being a point, the bound tells nothing.
             brief=spec.brief or config.objective in DETERMINISTIC,
         )
-
-
-def sections_of(spec: Spec) -> tuple[str, ...]:
-    """Sections of the evaluation that a model needs.
-
-    Args:
-        spec: the model.
-
-    Returns:
-        Their names.
-    """
-    return (*SECTIONS, "noise") if spec.method in PER_PIXEL or spec.method == "learned" else SECTIONS
 
 
 def _without_repeats(specs: Iterable[Spec]) -> list[Spec]:
@@ -342,7 +332,8 @@ def _without_repeats(specs: Iterable[Spec]) -> list[Spec]:
     for spec in specs:
         other = found.get(spec.name, spec)
         sources = tuple(dict.fromkeys(other.sources + spec.sources))
-        found[spec.name] = replace(spec, brief=spec.brief and other.brief, sources=sources)
+        sections = tuple(dict.fromkeys(other.sections + spec.sections))
+        found[spec.name] = replace(spec, brief=spec.brief and other.brief, sections=sections, sources=sources)
     return list(found.values())
 
 

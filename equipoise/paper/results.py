@@ -1,6 +1,7 @@
 """Make the items: train, evaluate, write ``results/ITEM-BUDGET.json`` and the page that shows them."""
 
 import json
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,12 +96,12 @@ def write_page(out: Path, page: Path, images: Path) -> Path:
             shown.pop("tiny", None)
         if not shown:
             continue
-        parts.append(f"## {item.TITLE}\n\n{item.TEXT}\n")
+        parts.append(f"## {item.TITLE}\n\n{_wrapped(item.TEXT)}\n")
         pictures = sorted(images.glob(f"{name}.png")) + sorted(images.glob(f"{name}-*.png"))
         parts += [f"![{item.TITLE}]({picture.relative_to(page.parent).as_posix()})\n" for picture in pictures]
         for budget, found in shown.items():
             link = f"[{name}-{budget}.json](../{out.name}/{name}-{budget}.json)"
-            parts.append(f"{_origin(found)} ({link}):\n\n{item.markdown(found)}\n")
+            parts.append(f"{_wrapped(f'{_origin(found)} ({link}):')}\n\n{item.markdown(found)}\n")
     with whole_file(page) as temporary:
         temporary.write_text("\n".join(parts), encoding="utf-8")
     return page
@@ -115,6 +116,10 @@ def _origin(found: dict[str, Any]) -> str:
         f"torch {found['versions']['torch']}, {found['date']}; {seconds['training'] / 60:.0f} min of training and "
         f"{(seconds['evaluation'] + seconds['item']) / 60:.0f} of evaluation, models that tables share included"
     )
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

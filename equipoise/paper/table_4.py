@@ -35,7 +35,7 @@ FROM_RANDOM_CODES = 1000
 
 def spec_of(lab: Lab) -> Spec:
     """The model: CelebA's, or that of the last data set there is."""
-    return Spec(lab.sets[-1], "learned")
+    return Spec(lab.sets[-1], "learned", brief=True, sections=("likelihood",))
 
 
 def specs(lab: Lab) -> list[Spec]:
