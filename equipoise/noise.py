@@ -536,7 +536,7 @@ def bounded(values: Tensor, low: float, high: float) -> Tensor:
         The values, those beyond a bound replaced by it.
 
     Example:
-        >>> bounded(torch.tensor([-0.2, 0.4, 1.3]), 0.1, 1)
+        >>> bounded(torch.tensor([-0.2, 0.4, 1.3]), 0.1, 1.0)
         tensor([0.1000, 0.4000, 1.0000])
     """
     return -lower_bound(-lower_bound(values, values.new_full((), low)), values.new_full((), -high))
