@@ -23,6 +23,8 @@ from equipoise.training.config import (
     shipped_recipes,
     type_name,
 )
+from equipoise.training.preemption import EXIT_CODE as PREEMPTED
+from equipoise.training.preemption import Preempted
 
 if TYPE_CHECKING:
     from equipoise.data import Data, Subset
@@ -49,7 +51,8 @@ SOURCES_HELP = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
-    Exits with 0 when all went well, 2 for wrong input, 1 for a failure on the way, 130 when interrupted.
+    Exits with 0 when all went well, 2 for wrong input, 1 for a failure on the way, 130 when interrupted, 143 when
+    SIGTERM stopped a training.
 
     Args:
         arguments: without the program's name; those of the process if None.
@@ -63,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         COMMANDS[options.command].run(options)
     except KeyboardInterrupt:
         _fail(f"interrupted; {COMMANDS[options.command].after_interruption}", INTERRUPTED)
+    except Preempted as error:
+        _fail(f"{error}; {COMMANDS[options.command].after_interruption}", PREEMPTED)
     except ArithmeticError as error:
         _fail(str(error), FAILURE)
     except (ValueError, ImportError) as error:
@@ -121,7 +126,12 @@ class Command(NamedTuple):
 
 def _train_arguments(parser: ArgumentParser) -> None:
     parser.epilog = "\n".join(
-        ["options for --set and recipes, with their defaults:"]
+        [
+            "SIGTERM, by which clusters take machines back, stops the training with a checkpoint and the exit code 143;",
+            "'equipoise train --resume RUN' goes on from that very step, and ends as if nothing had happened.",
+            "",
+            "options for --set and recipes, with their defaults:",
+        ]
         + [_describe_option(field.name, field.default) for field in fields(TrainConfig)]
     )
     parser.add_argument(
@@ -599,7 +609,7 @@ COMMANDS = {
         "train a model and fit the mixture",
         _train_arguments,
         _train,
-        "the run goes on from its last epoch with 'equipoise train --resume RUN'",
+        "go on from the last checkpoint with 'equipoise train --resume RUN'",
     ),
     "evaluate": Command(
         "measure a run by one fixed protocol, on held-out data",
@@ -616,7 +626,7 @@ COMMANDS = {
         "reproduce the paper's tables and figures",
         _paper_arguments,
         _paper,
-        "models that were finished are kept, and the one in hand goes on from its last epoch when called again",
+        "models that were finished are kept, and the one in hand goes on from its last checkpoint when called again",
     ),
     "push": Command("publish a run on the Hugging Face hub", _push_arguments, _push),
 }

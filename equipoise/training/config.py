@@ -115,6 +115,9 @@ class TrainConfig:
     """Device: 'auto' takes a CUDA GPU where there is one."""
     compile: bool = False
     """Compile the networks with torch.compile, which delays the start of each stage."""
+    checkpoint_seconds: float = 0.0
+    """In epochs longer than this, also write a checkpoint within the epoch every so many seconds; 0 writes one after
+    each epoch only. SIGTERM brings one at once in any case."""
     tracker: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
     """Experiment tracker that takes the options and each epoch's figures, besides metrics.jsonl (needs the 'track'
     extra). All are local unless their own environment variables, such as WANDB_MODE=online, say otherwise."""
@@ -211,6 +214,7 @@ _AT_LEAST: dict[str, float] = {
     "clip": 0,
     "n_components": 1,
     "seed": 0,
+    "checkpoint_seconds": 0,
     "image_size": 8,
 }
 

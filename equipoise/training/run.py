@@ -164,6 +164,7 @@ def train(
 
     Raises:
         StoreError: if the folder holds a run already, or there is nothing to resume.
+        Preempted: if SIGTERM came while an epoch was under way; the run goes on from there with ``resume=True``.
 
     Example:
         >>> run = equipoise.train(equipoise.load_data("digits"))  # doctest: +SKIP

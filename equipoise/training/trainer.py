@@ -7,6 +7,7 @@ device: running sums stay there and are read about once a second, for the displa
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -39,6 +40,7 @@ from equipoise.training.clipping import RelativeClipping
 from equipoise.training.config import TrainConfig
 from equipoise.training.diagnostics import SplitFigures, range_warning, warnings_for
 from equipoise.training.logging import Row, Sink
+from equipoise.training.preemption import Preempted, Sigterm
 
 DISPLAY_SECONDS = 1.0
 EVALUATION_BATCH = 1000
@@ -56,15 +58,17 @@ class Position(NamedTuple):
         epoch: epochs done since the start.
         step: optimiser steps done since the start.
         stage_step: optimiser steps done in this stage.
+        batch: batches done in the epoch under way.
     """
 
     epoch: int = 0
     step: int = 0
     stage_step: int = 0
+    batch: int = 0
 
 
 class RunningMeans:
-    """Sums over an epoch that stay on the device until they are read.
+    """Sums over an epoch that stay on the device until they are read, and the time they took.
 
     Args:
         device: of the batches.
@@ -77,6 +81,7 @@ class RunningMeans:
         self.count = 0
         self.log_var_range = torch.tensor([math.inf, -math.inf], device=device)
         self.first_bad_step = torch.full((), -1, device=device)
+        self.started = time.perf_counter()
 
     @torch.no_grad()
     def add(self, terms: Terms, step: int) -> None:
@@ -121,6 +126,25 @@ class RunningMeans:
         means["noise_std"] = math.sqrt(means["noise_var"])
         return means
 
+    @property
+    def seconds(self) -> float:
+        """Time since the first batch, without that between an interruption and :meth:`load_state_dict`."""
+        return time.perf_counter() - self.started
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and seconds so far."""
+        return vars(self) | {"started": -self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Args:
+            state: what :meth:`state_dict` returned, its tensors on any device.
+        """
+        for name, value in state.items():
+            setattr(self, name, value.to(self.sums.device) if isinstance(value, Tensor) else value)
+        self.started += time.perf_counter()
+
 
 class Trainer:
     """Train a model by Algorithm 1.
@@ -155,6 +179,7 @@ class Trainer:
         self.fabric = fabric or make_fabric(config)
         self.schedule = StageSchedule(config.stage_1_epochs, config.stage_2_epochs, config.tolerance, config.patience)
         self.position = Position()
+        self.sigterm = Sigterm()
         self.history: list[Row] = []
         self.optimal_var: Tensor | None = None
         self.average: AveragedModel | None = None
@@ -165,6 +190,7 @@ class Trainer:
         self.validation_batches = Batches(data.validation, EVALUATION_BATCH, device)
         self.test_batches = Batches(data.test, EVALUATION_BATCH, device)
         self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.means = RunningMeans(device)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -174,6 +200,8 @@ class Trainer:
     def fit(self, *, resume: bool = False) -> list[Row]:
         """Train until the schedule has finished.
 
+        With a folder, and in the main thread, SIGTERM stops it after the step in hand and a checkpoint.
+
         Args:
             resume: go on from the newest whole checkpoint in the folder; from the start if there is none yet.
 
@@ -182,7 +210,12 @@ class Trainer:
 
         Raises:
             StoreError: if all checkpoints are damaged, or were made with other data or options.
+            Preempted: on SIGTERM.
         """
+        with self.sigterm if self.folder else nullcontext():
+            return self._fit(resume)
+
+    def _fit(self, resume: bool) -> list[Row]:
         self._look_at_data()
         is_restored = resume and self._restore()
         try:
@@ -282,11 +315,10 @@ class Trainer:
 
     def _epoch(self) -> None:
         """Train for an epoch, validate, let the schedule decide, and write it all down."""
-        stage, started = self.schedule.stage, time.perf_counter()
-        means = self._train_epoch()
-        train = means.read(math.prod(self.model.shape), stage)
-        self._show(train)
-        seconds = time.perf_counter() - started
+        stage = self.schedule.stage
+        self._train_epoch()
+        train = self._read_and_show()
+        seconds = self.means.seconds
         figures = self.evaluate(self.validation_batches)
         decision = self.schedule.observe(figures.noise_var, figures.elbo)
         row: Row = {
@@ -294,7 +326,7 @@ class Trainer:
             "stage": int(stage),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 3),
-            "examples_per_second": round(means.count / seconds, 1),
+            "examples_per_second": round(self.means.count / seconds, 1),
             **{f"train_{name}": value for name, value in train.items()},
             **{f"validation_{name}": getattr(figures, name) for name in _LOGGED},
             "validation_noise_std": math.sqrt(figures.noise_var),
@@ -315,11 +347,13 @@ class Trainer:
             self._message(text)
         self._save()
 
-    def _train_epoch(self) -> RunningMeans:
-        stage, model = self.schedule.stage, self.model
-        means = RunningMeans(self.fabric.device)
-        shown = time.monotonic()
-        for raw in self.train_batches.epoch(self.position.epoch):
+    def _train_epoch(self) -> None:
+        """Train on the batches of the epoch that are left."""
+        model = self.model
+        if self.position.batch == 0:
+            self.means = RunningMeans(self.fabric.device)
+        shown = saved = time.monotonic()
+        for raw in self.train_batches.epoch(self.position.epoch, self.position.batch):
             terms: Terms = self.objective(self._to_model_units(raw), self.generator)
             self.optimizer.zero_grad()
             self.fabric.backward(terms.loss.mean())
@@ -328,17 +362,21 @@ class Trainer:
             self.optimizer.step()
             self.scheduler.step()
             # Before the closed form moves on: the terms refer to the variance they were computed with.
-            means.add(terms, self.position.step)
+            self.means.add(terms, self.position.step)
             model.noise.update(terms.residual)
             if self.average:
                 self.average.update_parameters(model)
-            epoch, step, stage_step = self.position
-            self.position = Position(epoch, step + 1, stage_step + 1)
-            if time.monotonic() - shown > DISPLAY_SECONDS:
-                self._show(means.read(math.prod(model.shape), stage))
-                shown = time.monotonic()
-        self.position = self.position._replace(epoch=self.position.epoch + 1)
-        return means
+            epoch, step, stage_step, batch = self.position
+            self.position = Position(epoch, step + 1, stage_step + 1, batch + 1)
+            now = time.monotonic()
+            is_save_due = self.sigterm.received or 0 < self.config.checkpoint_seconds < now - saved
+            if is_save_due or now - shown > DISPLAY_SECONDS:
+                self._read_and_show()  # and refuse to save what comes of a loss that is not finite
+                shown = now
+            if is_save_due:
+                self._save()
+                saved = now
+        self.position = self.position._replace(epoch=self.position.epoch + 1, batch=0)
 
     def _end_stage(self, ended: Stage, decision: Decision, figures: SplitFigures) -> tuple[dict[str, float], list[str]]:
         """Average weights, find the exact closed form or recalibrate; return test figures and what to tell."""
@@ -433,23 +471,27 @@ class Trainer:
         here = self.schedule.epochs.get(self.schedule.stage, 0) * self.steps_per_epoch - self.position.stage_step
         return self.position.step + here + sum(ahead) * self.steps_per_epoch
 
-    def _show(self, figures: dict[str, float]) -> None:
+    def _read_and_show(self) -> dict[str, float]:
         stage = self.schedule.stage
+        figures = self.means.read(math.prod(self.model.shape), stage)
         in_stage = max(1, math.ceil(self.position.stage_step / self.steps_per_epoch))
         label = f"stage {stage:d} epoch {in_stage}/{self.schedule.epochs[stage]}"
         for sink in self.sinks:
             sink.step(self.position.step, self._total_steps(), label, figures)
+        return figures
 
     def _message(self, text: str) -> None:
         for sink in self.sinks:
             sink.message(text)
 
     def _save(self) -> None:
+        """Write a checkpoint, and stop there if SIGTERM has come."""
         if self.folder is None:
             return
         finished = self.schedule.stage is Stage.FINISHED
         state = {
             "position": list(self.position),
+            "means": self.means.state_dict(),
             "schedule": self.schedule.state_dict(),
             "history": self.history,
             "optimal_var": self.optimal_var,
@@ -466,7 +508,9 @@ class Trainer:
             "config": self.config.as_dict(),
             "fingerprint": self.data.fingerprint,
         }
-        save_checkpoint(self.folder, self.position.step, state)
+        path = save_checkpoint(self.folder, self.position.step, state)
+        if self.sigterm.received:
+            raise Preempted(f"stopped by SIGTERM after step {self.position.step}, with the checkpoint {path}")
 
     def _restore(self) -> bool:
         """Stand where the newest whole checkpoint was taken, if there is one."""
@@ -474,7 +518,7 @@ class Trainer:
             raise StoreError("There is no folder to resume from.")
         checkpoint = load_checkpoint(self.folder)
         if checkpoint is None:
-            self._message("No epoch had ended when the run was stopped: starting anew.")
+            self._message("The run was stopped before its first checkpoint: starting anew.")
             return False
         path, state, refused = checkpoint
         for reason in refused:
@@ -483,10 +527,13 @@ class Trainer:
             raise StoreError(
                 f"{path} was trained on other data (fingerprint {state['fingerprint'][:12]}...); give the same."
             )
-        changed = [name for name, value in self.config.as_dict().items() if state["config"].get(name) != value]
+        was = TrainConfig().as_dict() | state["config"]  # which an older version may have written
+        changed = [name for name, value in self.config.as_dict().items() if was[name] != value]
         if changed:
             raise StoreError(f"{path} was trained with other values of {', '.join(changed)}; resume with the same.")
         self.position = Position(*state["position"])
+        if self.position.batch:
+            self.means.load_state_dict(state["means"])
         self.schedule.load_state_dict(state["schedule"])
         self.history = state["history"]
         self.optimal_var = state["optimal_var"]
@@ -504,7 +551,8 @@ class Trainer:
         torch.set_rng_state(state["global_generator"])
         if state["cuda_generators"]:
             torch.cuda.set_rng_state_all(state["cuda_generators"])
-        self._message(f"Resumed {path.name}, after {self.position.epoch} epochs.")
+        within = f" and {self.position.batch} of {len(self.train_batches)} batches" if self.position.batch else ""
+        self._message(f"Resumed {path.name}, after {self.position.epoch} epochs{within}.")
         return True
 
 
