@@ -1,10 +1,14 @@
 """The loop, the stages it obeys, and what a kill leaves behind."""
 
+import errno
 import json
 import math
+import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +25,12 @@ from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, PredictedNo
 from equipoise.objectives import Elbo
 from equipoise.store import StoreError
 from equipoise.training import run as run_module
+from equipoise.training import trainer as trainer_module
 from equipoise.training.checkpoint import load_checkpoint
 from equipoise.training.config import ConfigError, TrainConfig
 from equipoise.training.diagnostics import SplitFigures, range_warning, warnings_for
 from equipoise.training.logging import JsonlSink, read_rows
+from equipoise.training.preemption import Preempted
 from equipoise.training.run import Run, make_model, train
 from equipoise.training.trainer import NotFiniteError, Trainer, parameter_groups
 from tests.oracles import Ppca, linear_gaussian_data
@@ -42,16 +48,16 @@ QUICK = TrainConfig(
 
 
 class Recorder:
-    """A sink that keeps what it is told, and may interrupt the run as a kill would."""
+    """A sink that keeps what it is told, and may interrupt the run as a kill or a cluster would."""
 
-    def __init__(self, stop_after=None):
-        self.rows, self.messages, self.stop_after = [], [], stop_after
+    def __init__(self, stop_after=None, at_step=None):
+        self.rows, self.messages, self.stop_after, self.at_step = [], [], stop_after, at_step or {}
 
     def start(self, total_steps, done_steps, history):
         self.total_steps = total_steps
 
     def step(self, done_steps, total_steps, label, figures):
-        pass
+        self.at_step.get(done_steps, lambda: None)()
 
     def epoch(self, row):
         self.rows.append(row)
@@ -134,6 +140,163 @@ def test_a_killed_run_resumes_bit_for_bit(digits, tmp_path, killed_after, extra)
     assert [row["epoch"] for row in trainer.history] == [1, 2, 3, 4, 5]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+@pytest.fixture
+def every_step(monkeypatch):
+    """Sinks are told of every step, and not about once a second."""
+    monkeypatch.setattr(trainer_module, "DISPLAY_SECONDS", -1.0)
+
+
+def sigterm():
+    """Twice, as from schedulers that signal a process and then its group."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def without_times(rows):
+    times = ("seconds", "examples_per_second")
+    return [{name: value for name, value in row.items() if name not in times} for row in rows]
+
+
+def standing(trainer):
+    """Where a trainer ended: tensors, and plain values."""
+    optimizer = trainer.optimizer.state_dict()
+    tensors = {
+        "model": trainer.model.state_dict(),
+        "optimizer": optimizer["state"],
+        "clipping": trainer.clipping.state_dict(),
+        "generators": [trainer.generator.get_state(), torch.get_rng_state()],
+    }
+    values = [optimizer["param_groups"], trainer.scheduler.state_dict(), trainer.schedule.state_dict()]
+    return tensors, values, trainer.position, without_times(trainer.history)
+
+
+def assert_same_standing(ours, theirs):
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0)
+    assert ours[1:] == theirs[1:]
+
+
+def resume(data, config, folder, recorder=None):
+    torch.manual_seed(123)  # the resumed process need not have the same weights to start with
+    trainer = Trainer(make_model(data, config), data, config, folder=folder, sinks=[recorder or Recorder()])
+    trainer.fit(resume=True)
+    return trainer
+
+
+@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "noise": "dimension"}], ids=["plain", "average"])
+def test_a_preempted_run_stops_at_a_step_and_resumes_bit_for_bit(digits, tmp_path, every_step, extra):
+    """SIGTERM comes in both stages, in the last step before the switch and before the end, and in validations."""
+    config = replace(QUICK, **extra)
+    whole = standing(fit(digits, config)[1])
+    for signalled, stopped, epoch, batch in (
+        (1, 2, 0, 2),
+        (16, 17, 1, 5),
+        (24, 24, 2, 0),  # as the epoch ends
+        (35, 36, 2, 12),  # in the last step of stage 1
+        (36, 36, 3, 0),  # as the epoch ends at which the stage switches
+        (40, 41, 3, 5),
+        (59, 60, 4, 12),
+    ):
+        folder, before = tmp_path / str(signalled), signal.getsignal(signal.SIGTERM)
+        with pytest.raises(
+            Preempted, match=rf"stopped by SIGTERM after step {stopped}, .*step-0+{stopped}\."
+        ) as caught:
+            fit(digits, config, folder=folder, sinks=[Recorder(at_step={signalled: sigterm})])
+        assert caught.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) is before
+        position = load_checkpoint(folder).state["position"]
+        assert (position[0], position[1], position[3]) == (epoch, stopped, batch)
+        assert_same_standing(standing(resume(digits, config, folder)), whole)
+
+
+def test_sigterm_in_the_last_validation_stops_before_the_mixture_is_fitted(digits, tmp_path, every_step):
+    with pytest.raises(Preempted, match="after step 60"):
+        train(digits, QUICK, tmp_path / "run", sinks=[Recorder(at_step={60: sigterm})])
+    assert not (tmp_path / "run" / "aggregate.safetensors").exists()
+    run = train(digits, QUICK, tmp_path / "run", resume=True)
+    whole = train(digits, QUICK, tmp_path / "whole")
+    assert run.model_file.read_bytes() == whole.model_file.read_bytes()
+    assert run.mixture_file.read_bytes() == whole.mixture_file.read_bytes()
+
+
+@pytest.mark.parametrize("where", ["thread", "no folder"])
+def test_sigterm_is_left_alone_where_it_cannot_be_taken(digits, tmp_path, every_step, where):
+    before, seen = signal.getsignal(signal.SIGTERM), []
+    recorder = Recorder(at_step={1: lambda: seen.append(signal.getsignal(signal.SIGTERM))})
+    config = replace(QUICK, stage_1_epochs=1, stage_2_epochs=0)
+    if where == "thread":
+        thread = threading.Thread(target=fit, args=(digits, config), kwargs={"folder": tmp_path, "sinks": [recorder]})
+        thread.start()
+        thread.join()
+    else:
+        fit(digits, config, sinks=[recorder])
+    assert seen == [before]
+    assert len(recorder.rows) == 1
+
+
+@pytest.mark.parametrize("is_torn", [False, True])
+def test_checkpoints_within_an_epoch_save_all_steps_but_the_last_from_a_kill(digits, tmp_path, every_step, is_torn):
+    config = replace(QUICK, checkpoint_seconds=1e-9)
+    with pytest.raises(KeyboardInterrupt):
+        fit(digits, config, folder=tmp_path, sinks=[Recorder(at_step={40: interrupt})])
+    if is_torn:
+        newest = max(tmp_path.glob("step-*"))
+        newest.write_bytes(newest.read_bytes()[:-100])
+    recorder = Recorder()
+    resumed = standing(resume(digits, config, tmp_path, recorder))
+    told = "\n".join(recorder.messages)
+    assert f"after 3 epochs and {2 if is_torn else 3} of 12 batches" in told
+    assert ("Passed over a damaged checkpoint" in told) == is_torn
+    assert_same_standing(resumed, standing(fit(digits, QUICK)[1]))
+
+
+@pytest.mark.parametrize("trouble", ["full disk", "not finite"])
+def test_sigterm_in_trouble_keeps_the_checkpoint_before(digits, tmp_path, every_step, monkeypatch, trouble):
+    torch.manual_seed(0)
+    model = make_model(digits, QUICK)
+
+    def full_disk():
+        monkeypatch.setattr("os.fsync", lambda _fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        sigterm()
+
+    @torch.no_grad()
+    def not_finite():
+        model.decoder.output.bias.fill_(math.nan)
+        sigterm()
+
+    at_step = {16: full_disk if trouble == "full disk" else not_finite}
+    trainer = Trainer(model, digits, QUICK, folder=tmp_path, sinks=[Recorder(at_step=at_step)])
+    with pytest.raises((OSError, NotFiniteError), match="no space left|at step 16"):
+        trainer.fit()
+    monkeypatch.undo()
+    assert [file.stem for file in tmp_path.iterdir()] == ["step-000000012"]
+    assert_same_standing(standing(resume(digits, QUICK, tmp_path)), standing(fit(digits, QUICK)[1]))
+
+
+def test_resuming_within_an_epoch_goes_on_with_the_dropout_of_own_networks(table, tmp_path, every_step):
+    data, config = load(table), replace(QUICK, latent_dim=2)
+
+    def model():
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.2), nn.Linear(16, 4))
+        return make_model(data, config, encoder, nn.Linear(2, 6))
+
+    trainer = Trainer(model(), data, config)
+    trainer.fit()
+    whole, steps = standing(trainer), trainer.steps_per_epoch
+    for signalled in (1, 3 * steps - 1, 3 * steps + 1):  # stops in stage 1, in the last step before the switch, stage 2
+        folder = tmp_path / str(signalled)
+        with pytest.raises(Preempted):
+            Trainer(model(), data, config, folder=folder, sinks=[Recorder(at_step={signalled: sigterm})]).fit()
+        resumed = Trainer(model(), data, config, folder=folder)
+        torch.rand(7)
+        resumed.fit(resume=True)
+        assert_same_standing(standing(resumed), whole)
 
 
 def test_resuming_restores_the_random_states_of_own_networks(table, tmp_path):
@@ -475,10 +638,6 @@ def test_options_for_images_are_refused_for_tables(table, tmp_path):
 
 
 def test_a_full_disk_stops_the_run_with_its_last_checkpoint(digits, tmp_path, monkeypatch):
-    import errno
-
-    from equipoise.training import trainer as trainer_module
-
     real, calls = trainer_module.save_checkpoint, []
 
     def full(folder, steps_done, state):
@@ -537,6 +696,35 @@ def test_a_process_killed_at_any_moment_resumes_to_the_same_model(tmp_path):
     whole = Run(tmp_path / "whole").model().state_dict()
     for name, tensor in killed.model().state_dict().items():
         assert torch.equal(tensor, whole[name]), name
+
+
+def test_a_process_preempted_at_any_moment_resumes_to_the_same_run(tmp_path):
+    """The command itself: exit code, message, and the bytes of the model."""
+    command = [sys.executable, "-m", "equipoise", "train"]
+    small = ["latent_dim=2", "width=4", "batch_size=8", "stage_1_epochs=3", "stage_2_epochs=3", "tolerance=0"]
+    options = ["--quiet", "--set", "n_components=2", "accelerator=cpu", *small]
+    subprocess.run([*command, "--out", tmp_path / "whole", *options], check=True, capture_output=True)
+    whole, run = Run(tmp_path / "whole"), Run(tmp_path / "preempted")
+    arguments = ["--out", run.folder, *options]
+    for rows in (1, 4):  # once in each stage
+        with subprocess.Popen(
+            [*command, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            while len(run.history()) < rows:
+                assert process.poll() is None
+                time.sleep(0.01)
+            delay = random.uniform(0, run.history()[-1]["seconds"])
+            time.sleep(delay)
+            process.send_signal(signal.SIGTERM)
+            told = process.communicate()[1]
+        assert process.returncode == 143, (delay, told)
+        assert "stopped by SIGTERM after step" in told
+        assert "go on from the last checkpoint with 'equipoise train --resume RUN'" in told
+        arguments = ["--quiet", "--resume", run.folder]
+    subprocess.run([*command, *arguments], check=True, capture_output=True)
+    for name in ("model.safetensors", "aggregate.safetensors"):
+        assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert without_times(run.history()) == without_times(whole.history())
 
 
 # Warnings that save a day
