@@ -127,7 +127,7 @@ class Command(NamedTuple):
 def _train_arguments(parser: ArgumentParser) -> None:
     parser.epilog = "\n".join(
         [
-            "SIGTERM, by which clusters take machines back, stops the training with a checkpoint and the exit code 143;",
+            "SIGTERM, by which clusters take machines back, stops the training with a checkpoint and exit code 143;",
             "'equipoise train --resume RUN' goes on from that very step, and ends as if nothing had happened.",
             "",
             "options for --set and recipes, with their defaults:",

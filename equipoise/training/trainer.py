@@ -284,6 +284,11 @@ class Trainer:
         """Faster for our convolutions; a user's own networks get the usual layout, which their views rely on."""
         return self.model.architecture in ("conv", "residual")
 
+    def _place_model(self) -> None:
+        self.model.to(self.fabric.device)
+        if self._is_channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
     def _enter_stage(self) -> None:
         """Make the objective, optimiser and learning-rate schedule of the stage."""
         config, stage = self.config, self.schedule.stage
@@ -301,8 +306,7 @@ class Trainer:
             ],
             milestones=[warm_up],
         )
-        if self._is_channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._place_model()
         if config.compile:
             self.model.encoder.compile()
             self.model.decoder.compile()
@@ -539,7 +543,7 @@ class Trainer:
         self.optimal_var = state["optimal_var"]
         self.model.noise = build_noise(state["noise"], self.model)
         self.model.load_state_dict(state["model"])
-        self.model.to(self.fabric.device)
+        self._place_model()  # in the layout, too: convolutions round by it, and the mixture is still to be fitted
         self.generator.set_state(state["generator"])
         if self.schedule.stage is not Stage.FINISHED:
             self._enter_stage()
