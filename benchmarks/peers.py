@@ -47,8 +47,9 @@ from equipoise.metrics.features import cached_features, features_of, load_featur
 from equipoise.metrics.samples import sample_quality
 from equipoise.provenance import provenance
 from equipoise.training.config import make_config, read_recipe, shipped_recipes
+from equipoise.training.engine import choose_device
 from equipoise.training.run import fit_aggregate, make_model
-from equipoise.training.trainer import Trainer, make_fabric
+from equipoise.training.trainer import Trainer
 
 BATCH = 500
 N_SAMPLES = 10_000
@@ -112,7 +113,7 @@ def train_equipoise(data, config):
     Trainer(model, data, config).fit()
     clock.lap("training")
     model.eval()
-    device = make_fabric(config).device
+    device = choose_device(config)
     mixture = fit_aggregate(model, data, config, device).mixture
     clock.lap("mixture")
     sources = {"prior": StandardNormal(model.latent_dim).to(device), "mixture": mixture}
@@ -140,7 +141,7 @@ def train_pythae(kind, data, config, settings):
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": BATCH,
         "seed": config.seed,
-        "no_cuda": make_fabric(config).device.type != "cuda",
+        "no_cuda": choose_device(config).type != "cuda",
     }
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:

@@ -4,6 +4,8 @@ Only the options are imported at the top, so that ``equipoise --help`` does not 
 """
 
 import errno
+import logging
+import os
 import sys
 import textwrap
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from equipoise import __version__
 from equipoise.training.config import (
+    PLACEMENT,
     ConfigError,
     TrainConfig,
     make_config,
@@ -39,6 +42,8 @@ PAPER_ITEMS = (
     "beyond-noise",
     "beyond-size",
 )
+SHORTHANDS = (*PLACEMENT, "precision")
+"""Options of the machine, which have flags of their own."""
 RUN_HELP = "run folder, or hf:owner/name of a published one"
 SOURCES_HELP = (
     "the run's own mixture; mixture=K, such as mixture=500, or mixture=auto, where held-out codes choose K; flow, a "
@@ -149,10 +154,17 @@ def _train_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="RUN", help="folder to write; runs/NAME if left out")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was cut off")
+    for name in SHORTHANDS:
+        metavar = "P" if name == "precision" else "N"
+        parser.add_argument(f"--{_dashed(name)}", metavar=metavar, help=f"short for --set {name}={metavar}")
     _add_data_dir(parser)
     parser.add_argument("--download", action="store_true", help="fetch a named set that is not found (extra 'hub')")
     parser.add_argument("--strict", action="store_true", help="refuse a folder with a file that cannot be read")
     parser.add_argument("--quiet", action="store_true", help="plain lines instead of a progress bar")
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _describe_option(name: str, default: object) -> str:
@@ -301,12 +313,15 @@ def _add_data_dir(parser: ArgumentParser) -> None:
 
 def _train(options: Namespace) -> None:
     from equipoise.data import NAMES
+    from equipoise.training.engine import is_main_process
     from equipoise.training.run import Run, train
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every process
     run_to_resume = Run(options.resume) if options.resume else None
     if run_to_resume:
         _refuse_with_resume(options)
-        config = run_to_resume.config()
+        placement = {name: value for name in PLACEMENT if (value := getattr(options, name))}
+        config = make_config(run_to_resume.config().as_dict(), placement)
         load_options = _load_options_of(run_to_resume, options.data_dir)
     else:
         config, source = _resolve(options)
@@ -316,7 +331,7 @@ def _train(options: Namespace) -> None:
         load_options["source"] = str(Path(source).resolve()) if is_path else source
         if options.data_dir:
             load_options["data_dir"] = str(Path(options.data_dir).expanduser().resolve())
-    with _terminal(quiet=options.quiet) as terminal:
+    with _terminal(quiet=options.quiet, silent=not is_main_process()) as terminal:
         data = _load(load_options, config, terminal)
         terminal.message(f"{data.name}: {_describe_data(data)}.")
         for note in data.notes:
@@ -336,11 +351,12 @@ def _train(options: Namespace) -> None:
                 f"{step.log_likelihood:.3f} nats per code",
             ),
         )
-        _finish(run, data, terminal)
+        if is_main_process():
+            _finish(run, data, terminal)
 
 
 def _refuse_with_resume(options: Namespace) -> None:
-    given = [f"--{name}" for name in ("recipe", "set", "out") if getattr(options, name)]
+    given = [f"--{name}" for name in ("recipe", "set", "out", "precision") if getattr(options, name)]
     if options.data:
         given.append(options.data)
     if given:
@@ -359,8 +375,9 @@ def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
         f"--set needs KEY=VALUE, got {item!r}; the data go before --set" for item in options.set if "=" not in item
     ]
     pairs = (item.split("=", 1) for item in options.set if "=" in item)
+    flags = {name: value for name in SHORTHANDS if (value := getattr(options, name))}
     try:
-        config = make_config(values, {key.strip(): value for key, value in pairs})
+        config = make_config(values, {key.strip(): value for key, value in pairs} | flags)
     except ConfigError as error:
         raise ConfigError([*malformed, *error.problems]) from None
     if malformed:
@@ -589,10 +606,14 @@ def _load_options_of(run: "Run", data_dir: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _terminal(quiet: bool = False) -> Iterator["Terminal"]:
-    """A live terminal if there is one, otherwise plain lines."""
+def _terminal(quiet: bool = False, silent: bool = False) -> Iterator["Terminal"]:
+    """A live terminal if there is one, otherwise plain lines; nothing where another process speaks for this one."""
     from equipoise.terminal import LiveTerminal, PlainTerminal
 
+    if silent:
+        with open(os.devnull, "w") as nowhere:
+            yield PlainTerminal(nowhere)
+        return
     if quiet or not sys.stdout.isatty():
         yield PlainTerminal()
         return

@@ -35,8 +35,8 @@ from equipoise.provenance import versions
 from equipoise.sources import check_source, code_source
 from equipoise.store import StoreError, file_checksum, read_json, write_json
 from equipoise.training.config import ConfigError
+from equipoise.training.engine import choose_device
 from equipoise.training.run import Run
-from equipoise.training.trainer import make_fabric
 
 SECTIONS = ("likelihood", "samples", "latent", "noise", "outliers")
 PAPER_SAMPLES, PAPER_EXAMPLES = 20, 500
@@ -131,7 +131,7 @@ def evaluate(
             model.scaling.check(torch.from_numpy(examples.raw[first : first + BATCH]))
     place = run if test.raw is data.test else _Elsewhere(run, test.name)
     write_figures(run, data, model)
-    device = make_fabric(config).device
+    device = choose_device(config)
     if model.architecture in ("conv", "residual"):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # faster
     model.to(device)

@@ -9,7 +9,7 @@ so they share one record of two tensors, the mean and the logarithm of the varia
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,45 @@ def sum_dimensions(values: Float[Tensor, "batch *event"]) -> Float[Tensor, " bat
         One value per example, (B,).
     """
     return values.flatten(1).sum(1) if values.ndim > 1 else values
+
+
+class SharedGenerator(NamedTuple):
+    """A source of randomness for one of several processes, each with a part of the same batch.
+
+    Every process draws for the whole batch, from equal generators, and takes the rows of its own examples: what an
+    example gets does not depend on the number of processes.
+
+    Args:
+        generator: equal in all processes.
+        n: examples of the whole batch.
+        rank: number of this process, whose examples are the rows ``rank``, ``rank + world_size``, ... of the batch.
+        world_size: number of processes.
+    """
+
+    generator: torch.Generator
+    n: int
+    rank: int
+    world_size: int
+
+
+Randomness: TypeAlias = torch.Generator | SharedGenerator | None
+"""Where draws come from; None is torch's global generator."""
+
+
+def standard_normal_like(values: Tensor, generator: Randomness = None) -> Tensor:
+    r"""Draw from the standard normal distribution.
+
+    Args:
+        values: (B, \*), whose shape, dtype and device the draws get.
+        generator: source of randomness, on the device of ``values``.
+
+    Returns:
+        (B, \*).
+    """
+    if not isinstance(generator, SharedGenerator):
+        return torch.empty_like(values).normal_(generator=generator)
+    whole = values.new_empty(generator.n, *values.shape[1:]).normal_(generator=generator.generator)
+    return whole[generator.rank :: generator.world_size]
 
 
 class Gaussian(NamedTuple):
@@ -76,17 +115,16 @@ class Gaussian(NamedTuple):
         scaled = (x - self.mean).square() * torch.exp(-self.log_var)
         return -0.5 * sum_dimensions(scaled + self.log_var + LOG_2PI)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, generator: Randomness = None) -> Tensor:
         r"""Draw one reparametrised sample per example, mean + std * epsilon.
 
         Args:
-            generator: source of randomness, on the device of ``mean``; the global one if None.
+            generator: source of randomness, on the device of ``mean``.
 
         Returns:
             (B, \*), differentiable with respect to ``mean`` and ``log_var``.
         """
-        epsilon = torch.empty_like(self.mean).normal_(generator=generator)
-        return self.mean + torch.exp(0.5 * self.log_var) * epsilon
+        return self.mean + torch.exp(0.5 * self.log_var) * standard_normal_like(self.mean, generator)
 
     def kl(self) -> Float[Tensor, " batch"]:
         r"""Kullback-Leibler divergence to the standard normal prior, the last term of eq. (4).

@@ -16,13 +16,15 @@ Each maps codes z (B, d) to a log-variance that broadcasts against the data (B, 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 NoiseUpdate = Literal["closed-form", "gradient"]
+AllReduce: TypeAlias = Callable[[Tensor], Tensor]
+"""Sum of a tensor over processes, the same in all of them."""
 
 MIN_VAR = 1e-10
 """Smallest variance of any model, in squared units of data of order one: float32 cannot resolve a smaller residual."""
@@ -59,16 +61,32 @@ class ResidualVariance(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, residual: Float[Tensor, "batch *event"], keep: float = 1.0) -> None:
+    def update(
+        self, residual: Float[Tensor, "batch *event"], keep: float = 1.0, all_reduce: AllReduce | None = None
+    ) -> None:
         r"""Add a batch.
 
         Args:
             residual: x - m(z), (B, \*), in the unit of the data.
             keep: factor on everything seen before; below one, old batches are forgotten exponentially.
+            all_reduce: if given, ``residual`` is this process's part of the batch, and the sums of all are added.
         """
         squared = residual.square().sum(0, dtype=torch.float64).sum_to_size(self.sum.shape)
+        count: float | Tensor = residual.numel() / self.sum.numel()
+        if all_reduce is not None:
+            totals = all_reduce(torch.cat([squared.flatten(), squared.new_tensor([count])]))
+            squared, count = totals[:-1].view_as(squared), totals[-1]
         self.sum.mul_(keep).add_(squared)
-        self.count.mul_(keep).add_(residual.numel() / self.sum.numel())
+        self.count.mul_(keep).add_(count)
+
+    def all_reduce(self, all_reduce: AllReduce) -> None:
+        """Take in what other processes have seen.
+
+        Args:
+            all_reduce: sums over the processes.
+        """
+        self.sum.copy_(all_reduce(self.sum))
+        self.count.copy_(all_reduce(self.count))
 
     @property
     def var(self) -> Tensor:
@@ -114,6 +132,14 @@ class ResidualQuantiles(nn.Module):
         cell = size.view(torch.int32) >> self.SHIFT  # floats that are not negative have the order of their bits
         self.counts += torch.bincount(cell, minlength=len(self.counts))
 
+    def all_reduce(self, all_reduce: AllReduce) -> None:
+        """Take in what other processes have seen.
+
+        Args:
+            all_reduce: sums over the processes.
+        """
+        self.counts.copy_(all_reduce(self.counts))
+
     def quantile(self, share: Float[Tensor, " shares"]) -> Float[Tensor, " shares"]:
         """Smallest size that at least the given shares of the residuals do not exceed.
 
@@ -148,11 +174,12 @@ class NoiseModel(nn.Module, ABC):
             Natural logarithm of the variance; broadcasts to (B, \*).
         """
 
-    def update(self, residual: Tensor) -> None:
+    def update(self, residual: Tensor, all_reduce: AllReduce | None = None) -> None:
         r"""Take a training batch into the closed form (10); does nothing where the model has none.
 
         Args:
             residual: x - m(z) with z sampled from q(z|x), (B, \*).
+            all_reduce: if given, ``residual`` is this process's part of the batch.
         """
 
     def set_var(self, var: Tensor) -> None:
@@ -251,7 +278,7 @@ class _SharedNoise(NoiseModel):
             return lower_bound(self.log_var, self.log_var.new_tensor(math.log(self.min_var)))
         return self.log_var
 
-    def update(self, residual: Tensor) -> None:
+    def update(self, residual: Tensor, all_reduce: AllReduce | None = None) -> None:
         r"""Alternate, as Algorithm 1 does: after a step on the networks, sigma^2 becomes the closed form (10).
 
         Within an epoch the sum over all N examples is a running one over about the last ``memory`` batches,
@@ -260,12 +287,13 @@ class _SharedNoise(NoiseModel):
 
         Args:
             residual: x - m(z) with z sampled from q(z|x), (B, \*).
+            all_reduce: if given, ``residual`` is this process's part of the batch.
         """
         if self.update_rule == "closed-form":
-            self.running.update(residual, keep=1 - 1 / self.memory)
+            self.running.update(residual, 1 - 1 / self.memory, all_reduce)
             self.set_var(self.running.var)
         elif not self.running.count:
-            self.running.update(residual)
+            self.running.update(residual, all_reduce=all_reduce)
             self.set_var(self.running.var)
 
     @torch.no_grad()

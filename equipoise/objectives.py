@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from equipoise.gaussian import Gaussian, standard_normal_log_prob, sum_dimensions
+from equipoise.gaussian import Gaussian, Randomness, standard_normal_like, standard_normal_log_prob, sum_dimensions
 from equipoise.noise import MIN_VAR, PredictedNoise
 
 
@@ -94,7 +94,7 @@ class Objective(nn.Module, ABC):
         self.model = model
 
     @abstractmethod
-    def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
+    def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
         r"""Evaluate the objective with one sample of z per example.
 
         Args:
@@ -137,7 +137,7 @@ class Elbo(Objective):
         super().__init__(model)
         self.beta = beta
 
-    def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
+    def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
         """Evaluate the bound with one sample of z per example."""
         posterior = self.model.encode(x)
         terms = self._terms(x, posterior, self.model.decode(posterior.sample(generator)))
@@ -170,7 +170,7 @@ class DetachedVarianceElbo(Objective):
                 f"DetachedVarianceElbo trains a PredictedNoise, the model has {type(model.noise).__name__}; use Elbo."
             )
 
-    def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
+    def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
         """Evaluate both parts with the same sample of z."""
         noise = cast(PredictedNoise, self.model.noise)
         posterior = self.model.encode(x)
@@ -201,7 +201,7 @@ class BatchVarianceElbo(Objective):
     (2021), *Simple and effective VAE training with calibrated decoders*.
     """
 
-    def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
+    def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
         """Evaluate the bound at the batch's optimal variance."""
         posterior = self.model.encode(x)
         mean = self.model.decode_mean(posterior.sample(generator))
@@ -228,7 +228,7 @@ class _DipVae(Elbo):
         self.off_diagonal = off_diagonal
         self.diagonal = diagonal_ratio * off_diagonal
 
-    def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
+    def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
         """Evaluate bound and penalty with one sample of z per example; the penalty is the same for all examples."""
         terms = super().forward(x, generator)
         covariance = self._covariance(terms.posterior)
@@ -295,13 +295,13 @@ class WaeMmd(Objective):
         super().__init__(model)
         self.penalty = penalty
 
-    def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
+    def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
         """Evaluate squared error and distance; the distance is the same for all examples."""
         posterior = self.model.encode(x)
         z = posterior.mean
         likelihood = self.model.decode(z)
         error = sum_dimensions((x - likelihood.mean).square())
-        distance = maximum_mean_discrepancy(z, torch.empty_like(z).normal_(generator=generator))
+        distance = maximum_mean_discrepancy(z, standard_normal_like(z, generator))
         return self._terms(x, posterior, likelihood)._replace(loss=error + self.penalty * distance)
 
 
@@ -352,7 +352,7 @@ class RaeL2(Objective):
         self.code_penalty = code_penalty
         self.weight_penalty = weight_penalty
 
-    def forward(self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None) -> Terms:
+    def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
         """Evaluate squared error and penalties; nothing is drawn."""
         posterior = self.model.encode(x)
         z = posterior.mean

@@ -16,8 +16,8 @@ from equipoise.metrics.latent import single_gaussian
 from equipoise.model import VAE
 from equipoise.store import StoreError, file_checksum, load_flow, load_mixture, save_flow, save_mixture
 from equipoise.training.config import ConfigError
+from equipoise.training.engine import choose_device
 from equipoise.training.run import Run, describe_mixture, encode_examples, fit_aggregate
-from equipoise.training.trainer import make_fabric
 
 CHOICES = "mixture, mixture=K such as mixture=500, mixture=auto, flow, gaussian, prior, aggregate"
 
@@ -105,7 +105,7 @@ def code_source(
         kept, description = load_flow(path) if name == "flow" else load_mixture(path)
         if description.items() >= fitted_to.items():
             return kept.to(home)
-    config, given, device = run.config(), data(), make_fabric(run.config()).device
+    config, given, device = run.config(), data(), choose_device(run.config())
     run.check_data(given)
     model.to(device)
     try:

@@ -99,6 +99,19 @@ class Batches:
     def __len__(self) -> int:
         return self.count
 
+    def size(self, batch: int) -> int:
+        """Examples in a batch, those of all processes together.
+
+        Args:
+            batch: from 0.
+
+        Returns:
+            ``batch_size * world_size``, but for the last batch, which has what is left.
+        """
+        usual = self.batch_size * self.world_size
+        is_last = batch == self.count - 1 and not self.drop_last
+        return len(self.examples) - usual * batch if is_last else usual
+
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
         r"""Go through the examples once.
 

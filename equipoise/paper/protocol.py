@@ -21,9 +21,9 @@ from equipoise.evaluation import evaluate
 from equipoise.model import VAE
 from equipoise.store import read_json
 from equipoise.training.config import DETERMINISTIC, ConfigError, TrainConfig, make_config, read_recipe, shipped_recipes
+from equipoise.training.engine import choose_device
 from equipoise.training.logging import Sink
 from equipoise.training.run import Run, train
-from equipoise.training.trainer import make_fabric
 
 METHODS: dict[str, dict[str, Any]] = {
     "learned": {"stage_2_epochs": 0},
@@ -167,7 +167,7 @@ class Lab:
     @property
     def device(self) -> torch.device:
         """Where models are evaluated."""
-        return make_fabric(TrainConfig()).device
+        return choose_device(TrainConfig())
 
     def model(self, spec: Spec) -> VAE:
         """Load a model.

@@ -33,6 +33,10 @@ OBJECTIVE_OPTIONS: dict[str, dict[str, Any]] = {
 1."""
 DETERMINISTIC = ("wae-mmd", "rae-l2")
 """Objectives whose encoder is no distribution."""
+PLACEMENT = ("devices", "num_nodes")
+"""Options that may change when a run is resumed: they say where it runs, not what it does."""
+COUPLED = ("dip-vae-i", "dip-vae-ii", "wae-mmd", "sigma-vae")
+"""Objectives with a term of a whole batch, which a process with a part of it cannot compute."""
 PENALISED = ("dip-vae-i", "dip-vae-ii", "wae-mmd", "rae-l2")
 
 
@@ -86,7 +90,7 @@ class TrainConfig:
     """... for this many epochs in a row. tolerance=0 always runs to the epoch limits."""
 
     batch_size: int = 256
-    """Examples per step."""
+    """Examples per step, over all processes."""
     learning_rate: float = 2e-3
     """Peak of the learning rate of stage 1: linear warm-up, cosine decay."""
     stage_2_learning_rate: float = 1e-3
@@ -113,6 +117,11 @@ class TrainConfig:
     """Arithmetic of the networks; likelihoods and noise statistics stay in float32 and float64."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Device: 'auto' takes a CUDA GPU where there is one."""
+    devices: int | Literal["auto"] = 1
+    """Processes on this machine, one per GPU, or per share of the CPU; each takes its part of every batch. 'auto' takes
+    all GPUs."""
+    num_nodes: int = 1
+    """Machines with as many processes each; see the guide on scaling for how they find one another."""
     compile: bool = False
     """Compile the networks with torch.compile, which delays the start of each stage."""
     checkpoint_seconds: float = 0.0
@@ -173,8 +182,26 @@ class TrainConfig:
         if self.noise == "fixed" and self.stage_2_epochs > 0:
             found.append("noise=fixed has no learned variance to hand to stage 2; set stage_2_epochs=0")
         found += self._problems_of_objective()
+        if isinstance(self.devices, int) and self.devices > 0:
+            found += self.problems_of_sharing(self.devices * self.num_nodes)
         if self.recalibrate != "none" and self.stage_2_epochs == 0:
             found.append(f"recalibrate={self.recalibrate} rescales the variance of stage 2, but stage_2_epochs=0")
+        return found
+
+    def problems_of_sharing(self, processes: int) -> list[str]:
+        """What keeps a batch from being divided among processes.
+
+        Args:
+            processes: how many.
+
+        Returns:
+            One sentence each, with what to do; empty if all is well.
+        """
+        found = []
+        if processes > 1 and self.objective in COUPLED:
+            found.append(f"objective={self.objective} needs whole batches; train it in one process (devices=1)")
+        if processes > 0 and self.batch_size % processes:
+            found.append(f"batch_size={self.batch_size} must be a multiple of the {processes} processes")
         return found
 
     def _problems_of_objective(self) -> list[str]:
@@ -214,6 +241,8 @@ _AT_LEAST: dict[str, float] = {
     "clip": 0,
     "n_components": 1,
     "seed": 0,
+    "devices": 1,
+    "num_nodes": 1,
     "checkpoint_seconds": 0,
     "image_size": 8,
 }

@@ -18,11 +18,12 @@ class Preempted(SystemExit):
 
     Args:
         message: where the training stopped.
+        code: exit code; 0 for the other processes of a distributed training, of which the first one speaks for all.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, code: int = EXIT_CODE) -> None:
         super().__init__(message)
-        self.code = EXIT_CODE
+        self.code = code
 
 
 class Sigterm:

@@ -3,6 +3,7 @@
 import datetime
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from equipoise.store import (
     write_json,
 )
 from equipoise.training.config import DETERMINISTIC, ConfigError, TrainConfig, make_config
+from equipoise.training.engine import in_main_process, launch, make_fabric
 from equipoise.training.logging import JsonlSink, Row, Sink, read_rows
 from equipoise.training.trackers import TRACKERS, is_installed
-from equipoise.training.trainer import EVALUATION_BATCH, Trainer, examples, make_fabric
+from equipoise.training.trainer import EVALUATION_BATCH, Trainer, examples
 
 MIN_TRAIN = 20
 """Fewer training examples than this do not make a mixture, let alone a model."""
@@ -147,6 +149,9 @@ def train(
 
     A configuration that does not fit the data is a ``ConfigError``, and then no folder is made.
 
+    With several ``devices``, the program that calls this is started again for each, unless ``torchrun`` or ``fabric
+    run`` has done so; all of them return, and the first one alone has written the folder and told the sinks.
+
     Args:
         data: what :func:`equipoise.load_data` returned.
         config: options; the defaults if None.
@@ -173,6 +178,41 @@ def train(
     config = config or TrainConfig()
     check_fit(data, config)
     fabric = make_fabric(config)
+    launch(fabric)
+    run = Run(in_main_process(fabric, partial(_open_folder, data, out, resume)))
+    if fabric.broadcast(data.fingerprint) != data.fingerprint:
+        raise StoreError(f"Process {fabric.global_rank} has found other data in {data.source} than process 0.")
+    # Everything that can refuse the input has run: only now does a folder appear.
+    torch.manual_seed(config.seed)
+    model = make_model(data, config, encoder, decoder)
+    all_sinks: list[Sink] = []
+    if fabric.is_global_zero:
+        if not resume:
+            write_json(run.config_file, _settings(data, config, model, data_options, command))
+        all_sinks = [JsonlSink(run.metrics_file), *sinks]
+        if config.tracker != "none":
+            all_sinks.append(TRACKERS[config.tracker](run.folder, config.as_dict()))
+    else:
+        torch.manual_seed(config.seed + fabric.global_rank)  # dropout in own networks differs between processes
+    trainer = Trainer(model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric)
+    trainer.fit(resume=resume)
+    model.eval()
+    fit = fit_aggregate(model, data, config, trainer.fabric.device, on_mixture)
+    model.cpu()
+
+    def save() -> None:
+        save_model(run.model_file, model)
+        save_mixture(run.mixture_file, fit.mixture, describe_mixture(fit, config))
+
+    in_main_process(fabric, save)
+    for sink in all_sinks:
+        for text in _fit_messages(fit):
+            sink.message(text)
+    return run
+
+
+def _open_folder(data: Data, out: str | Path | None, resume: bool) -> Path:
+    """Choose the folder of a run, and refuse one that is not for it."""
     run = Run(out) if out else Run(_free_folder(data.name))
     if resume:
         run.check_data(data)
@@ -180,25 +220,7 @@ def train(
             raise StoreError(f"{run.folder} is trained and has no checkpoints to go on from; train into another --out.")
     elif run.config_file.exists():
         raise StoreError(f"{run.folder} holds a run already: resume it with --resume, or choose another --out.")
-    # Everything that can refuse the input has run: only now does a folder appear.
-    torch.manual_seed(config.seed)
-    model = make_model(data, config, encoder, decoder)
-    if not resume:
-        write_json(run.config_file, _settings(data, config, model, data_options, command))
-    all_sinks: list[Sink] = [JsonlSink(run.metrics_file), *sinks]
-    if config.tracker != "none":
-        all_sinks.append(TRACKERS[config.tracker](run.folder, config.as_dict()))
-    trainer = Trainer(model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric)
-    trainer.fit(resume=resume)
-    model.eval()
-    fit = fit_aggregate(model, data, config, trainer.fabric.device, on_mixture)
-    model.cpu()
-    save_model(run.model_file, model)
-    save_mixture(run.mixture_file, fit.mixture, describe_mixture(fit, config))
-    for sink in all_sinks:
-        for text in _fit_messages(fit):
-            sink.message(text)
-    return run
+    return run.folder
 
 
 def make_model(

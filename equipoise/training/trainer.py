@@ -4,10 +4,12 @@ One optimiser step is: forward through the objective, backward, step, closed for
 device: running sums stay there and are read about once a second, for the display, and when an epoch ends.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from equipoise.data import Batches, Data, Subset
 from equipoise.data.varying import varying_dimensions
+from equipoise.gaussian import Randomness, SharedGenerator
 from equipoise.model import VAE
 from equipoise.noise import DimensionNoise, GlobalNoise, PredictedNoise, ResidualQuantiles, ResidualVariance
 from equipoise.objectives import (
@@ -37,14 +40,17 @@ from equipoise.stages import Decision, Stage, StageSchedule, floor_var
 from equipoise.store import StoreError, build_noise
 from equipoise.training.checkpoint import load_checkpoint, save_checkpoint
 from equipoise.training.clipping import RelativeClipping
-from equipoise.training.config import TrainConfig
+from equipoise.training.config import PLACEMENT, ConfigError, TrainConfig
 from equipoise.training.diagnostics import SplitFigures, range_warning, warnings_for
+from equipoise.training.engine import all_reduce, gather, in_main_process, make_fabric
 from equipoise.training.logging import Row, Sink
 from equipoise.training.preemption import Preempted, Sigterm
 
 DISPLAY_SECONDS = 1.0
 EVALUATION_BATCH = 1000
 VARYING_EXAMPLES = 2000
+AGREEMENT_STEPS = 10
+"""Processes ask each other every so many steps whether one of them is to stop, or a checkpoint is due."""
 
 
 class NotFiniteError(ArithmeticError):
@@ -101,49 +107,59 @@ class RunningMeans:
         is_first_bad = ~torch.isfinite(terms.loss.sum()) & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(is_first_bad, step)
 
-    def read(self, dimensions: int, stage: Stage) -> dict[str, float]:
-        """Averages so far; the only place that waits for the device.
+    def read(self, dimensions: int, stage: Stage, all_reduce: Callable[..., Tensor]) -> dict[str, float]:
+        """Averages so far, over all processes; the only place that waits for the device.
 
         Args:
             dimensions: of one example, to turn the squared error into an error per dimension.
             stage: for the error message.
+            all_reduce: combines a tensor over processes, by "sum" or "max".
 
         Returns:
-            elbo, log_likelihood, kl in nats per example; mse, noise_var and noise_std in model units.
+            elbo, log_likelihood, kl in nats per example; mse, noise_var and noise_std in model units; n, the number of
+            examples.
 
         Raises:
             NotFiniteError: if a loss was not finite.
         """
-        if (bad := int(self.first_bad_step)) >= 0:
-            low, high = self.log_var_range.tolist()
+        count, is_bad = self.sums.new_tensor([self.count]), (self.first_bad_step >= 0).double()[None]
+        *sums, n, n_bad = all_reduce(torch.cat([self.sums, count, is_bad])).tolist()
+        if n_bad:
+            signs = self.log_var_range.new_tensor([-1.0, 1.0])  # the lowest is the highest of the negatives
+            low, high = (all_reduce(self.log_var_range * signs, "max") * signs).tolist()
+            bad_step = int(all_reduce(self.first_bad_step, "max"))
             raise NotFiniteError(
-                f"The loss stopped being finite in stage {stage:d} at step {bad}; until then the log-variance of the "
-                f"noise lay in [{low:.2f}, {high:.2f}]. Checkpoints are from before it. Try a lower "
+                f"The loss stopped being finite in stage {stage:d} at step {bad_step}; until then the log-variance of "
+                f"the noise lay in [{low:.2f}, {high:.2f}]. Checkpoints are from before it. Try a lower "
                 "learning_rate, or, in stage 2, a higher floor."
             )
-        means = dict(zip(self.NAMES, (self.sums / self.count).tolist(), strict=True))
+        means = {name: value / n for name, value in zip(self.NAMES, sums, strict=True)}
         means["mse"] = means.pop("squared_error") / dimensions
         means["noise_std"] = math.sqrt(means["noise_var"])
-        return means
+        return means | {"n": n}
 
     @property
     def seconds(self) -> float:
-        """Time since the first batch, without that between an interruption and :meth:`load_state_dict`."""
+        """Time since the first batch, without that between an interruption and :meth:`unpack`."""
         return time.perf_counter() - self.started
 
-    def state_dict(self) -> dict[str, Any]:
-        """Sums and seconds so far."""
-        return vars(self) | {"started": -self.seconds}
+    def pack(self) -> Tensor:
+        """Everything in one tensor, which is exact, (10,), float64."""
+        others = [self.count, self.first_bad_step.item(), self.seconds]
+        return torch.cat([self.sums, self.log_var_range.double(), self.sums.new_tensor(others)]).cpu()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+    def unpack(self, packed: Tensor) -> None:
+        """Go on where :meth:`pack` was called.
 
         Args:
-            state: what :meth:`state_dict` returned, its tensors on any device.
+            packed: what it returned, (P, 10), of one process, or of several to take over from.
         """
-        for name, value in state.items():
-            setattr(self, name, value.to(self.sums.device) if isinstance(value, Tensor) else value)
-        self.started += time.perf_counter()
+        n = len(self.NAMES)
+        self.sums.copy_(packed[:, :n].sum(0))
+        self.log_var_range.copy_(torch.stack([packed[:, n].min(), packed[:, n + 1].max()]))
+        self.count = int(packed[:, n + 2].sum())
+        self.first_bad_step.fill_(packed[:, n + 3].max())
+        self.started = time.perf_counter() - float(packed[:, n + 4].max())
 
 
 class Trainer:
@@ -155,9 +171,10 @@ class Trainer:
         config: options.
         folder: where checkpoints go; None keeps none.
         sinks: what takes in the figures.
-        fabric: engine; made from the configuration if None.
+        fabric: engine, launched; made from the configuration if None.
 
     Raises:
+        ConfigError: if the objective or the batch cannot be divided among processes.
         ValueError: if the data are too few or too small for the configuration.
     """
 
@@ -180,22 +197,27 @@ class Trainer:
         self.schedule = StageSchedule(config.stage_1_epochs, config.stage_2_epochs, config.tolerance, config.patience)
         self.position = Position()
         self.sigterm = Sigterm()
+        self.objective: Any = None
+        self.optimizer: Any = None
         self.history: list[Row] = []
         self.optimal_var: Tensor | None = None
         self.average: AveragedModel | None = None
+        self.all_reduce = partial(all_reduce, self.fabric)
+        self.sum_over_processes = self.all_reduce if self.fabric.world_size > 1 else None
         device = self.fabric.device
         model.to(device)
-        batch_size = min(config.batch_size, len(data.train))
-        self.train_batches = Batches(data.train, batch_size, device, seed=config.seed)
-        self.validation_batches = Batches(data.validation, EVALUATION_BATCH, device)
-        self.test_batches = Batches(data.test, EVALUATION_BATCH, device)
+        if problems := config.problems_of_sharing(self.fabric.world_size):  # a number that torchrun may have chosen
+            raise ConfigError(problems)
+        self.train_batches = self._batches(data.train, min(config.batch_size, len(data.train)), seed=config.seed)
+        self.validation_batches = self._batches(data.validation, EVALUATION_BATCH)
+        self.test_batches = self._batches(data.test, EVALUATION_BATCH)
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.means = RunningMeans(device)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps in an epoch."""
-        return math.ceil(len(self.data.train) / self.train_batches.batch_size)
+        return len(self.train_batches)
 
     def fit(self, *, resume: bool = False) -> list[Row]:
         """Train until the schedule has finished.
@@ -245,26 +267,48 @@ class Trainer:
         model = self._evaluated_model()
         objective = Elbo(model).eval()
         generator = torch.Generator(self.fabric.device).manual_seed(self.config.seed + 1)
-        means, posterior_means = RunningMeans(self.fabric.device), []
-        floor_share = torch.zeros((), device=self.fabric.device)
+        means = RunningMeans(self.fabric.device)
+        floor_share = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
+        unit_sums = torch.zeros(2, model.latent_dim, dtype=torch.float64, device=self.fabric.device)
         with torch.no_grad():
-            for raw in batches.epoch(0):
-                x = self._to_model_units(raw)
-                terms = objective(x, generator)
+            for batch, raw in enumerate(batches.epoch(0)):
+                terms = objective(self._to_model_units(raw), self._shared(generator, batches, batch))
                 means.add(terms, self.position.step)
-                floor_share += model.noise.floor_share(terms.log_var) * len(x)
-                posterior_means.append(terms.posterior.mean)
+                floor_share += model.noise.floor_share(terms.log_var) * len(raw)
+                posterior_mean = terms.posterior.mean.double()
+                unit_sums += torch.stack([posterior_mean.sum(0), posterior_mean.square().sum(0)])
         objective.train()
-        figures = means.read(math.prod(model.shape), self.schedule.stage)
+        figures = means.read(math.prod(model.shape), self.schedule.stage, self.all_reduce)
+        n = int(figures["n"])
+        unit_sum, unit_squares = self.all_reduce(unit_sums)
         return SplitFigures(
-            n=means.count,
+            n=n,
             elbo=figures["elbo"],
             log_likelihood=figures["log_likelihood"],
             kl=figures["kl"],
             mse=figures["mse"],
             noise_var=figures["noise_var"],
-            floor_share=float(floor_share) / means.count,
-            unit_var=torch.cat(posterior_means).var(0).cpu(),
+            floor_share=float(self.all_reduce(floor_share)) / n,
+            unit_var=((unit_squares - unit_sum.square() / n) / (n - 1)).float().cpu(),
+        )
+
+    def _batches(self, examples: Subset, batch_size: int, seed: int | None = None) -> Batches:
+        """This process's part of batches that have ``batch_size`` examples over all processes."""
+        rank, world_size = self.fabric.global_rank, self.fabric.world_size
+        share = math.ceil(batch_size / world_size)
+        return Batches(examples, share, self.fabric.device, seed=seed, rank=rank, world_size=world_size)
+
+    def _shared(self, generator: torch.Generator, batches: Batches, batch: int) -> Randomness:
+        """The source of a batch's draws, which do not depend on the number of processes."""
+        rank, world_size = self.fabric.global_rank, self.fabric.world_size
+        return generator if world_size == 1 else SharedGenerator(generator, batches.size(batch), rank, world_size)
+
+    def _agree(self, *wishes: bool) -> list[bool]:
+        """What any process wishes, so that all do the same."""
+        if self.fabric.world_size == 1:
+            return list(wishes)
+        return (
+            self.all_reduce(torch.tensor(wishes, dtype=torch.int32, device=self.fabric.device), "max").bool().tolist()
         )
 
     def _look_at_data(self) -> None:
@@ -310,6 +354,8 @@ class Trainer:
         if config.compile:
             self.model.encoder.compile()
             self.model.decoder.compile()
+        self.objective = self.optimizer = None  # hooks of the stage before, which synchronise gradients, go with them
+        gc.collect()
         self.objective, self.optimizer = self.fabric.setup(objective, optimizer)
         self.clipping = RelativeClipping(config.clip).to(self.fabric.device)
         self.average = None
@@ -322,7 +368,7 @@ class Trainer:
         stage = self.schedule.stage
         self._train_epoch()
         train = self._read_and_show()
-        seconds = self.means.seconds
+        n, seconds = train.pop("n"), self.means.seconds
         figures = self.evaluate(self.validation_batches)
         decision = self.schedule.observe(figures.noise_var, figures.elbo)
         row: Row = {
@@ -330,7 +376,7 @@ class Trainer:
             "stage": int(stage),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 3),
-            "examples_per_second": round(self.means.count / seconds, 1),
+            "examples_per_second": round(n / seconds, 1),
             **{f"train_{name}": value for name, value in train.items()},
             **{f"validation_{name}": getattr(figures, name) for name in _LOGGED},
             "validation_noise_std": math.sqrt(figures.noise_var),
@@ -353,28 +399,34 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         """Train on the batches of the epoch that are left."""
-        model = self.model
+        model, batches, processes = self.model, self.train_batches, self.fabric.world_size
         if self.position.batch == 0:
             self.means = RunningMeans(self.fabric.device)
         shown = saved = time.monotonic()
-        for raw in self.train_batches.epoch(self.position.epoch, self.position.batch):
-            terms: Terms = self.objective(self._to_model_units(raw), self.generator)
+        for raw in batches.epoch(self.position.epoch, self.position.batch):
+            epoch, step, stage_step, batch = self.position
+            terms: Terms = self.objective(self._to_model_units(raw), self._shared(self.generator, batches, batch))
             self.optimizer.zero_grad()
-            self.fabric.backward(terms.loss.mean())
+            # The engine averages over processes: this is the mean over the whole batch, whatever the parts.
+            self.fabric.backward(terms.loss.sum() / (batches.size(batch) / processes))
             if self.config.clip:
                 self.clipping.clip(self.objective.parameters())
             self.optimizer.step()
             self.scheduler.step()
             # Before the closed form moves on: the terms refer to the variance they were computed with.
-            self.means.add(terms, self.position.step)
-            model.noise.update(terms.residual)
+            self.means.add(terms, step)
+            model.noise.update(terms.residual, self.sum_over_processes)
             if self.average:
                 self.average.update_parameters(model)
-            epoch, step, stage_step, batch = self.position
             self.position = Position(epoch, step + 1, stage_step + 1, batch + 1)
+            if processes > 1 and (batch + 1) % AGREEMENT_STEPS:
+                continue
             now = time.monotonic()
-            is_save_due = self.sigterm.received or 0 < self.config.checkpoint_seconds < now - saved
-            if is_save_due or now - shown > DISPLAY_SECONDS:
+            is_save_due, is_show_due = self._agree(
+                self.sigterm.received or 0 < self.config.checkpoint_seconds < now - saved,
+                now - shown > DISPLAY_SECONDS,
+            )
+            if is_save_due or is_show_due:
                 self._read_and_show()  # and refuse to save what comes of a loss that is not finite
                 shown = now
             if is_save_due:
@@ -425,6 +477,7 @@ class Trainer:
         statistic = ResidualVariance(self.model.noise.statistic_shape).to(self.fabric.device)
         for terms in self._terms(self.train_batches, generator):
             statistic.update(terms.residual)
+        statistic.all_reduce(self.all_reduce)
         return statistic.var
 
     def _recalibrate(self) -> list[str]:
@@ -436,6 +489,7 @@ class Trainer:
             statistic = ResidualVariance(tuple(noise.calibration.shape)).to(self.fabric.device)
             for terms in self._terms(self.validation_batches, generator):
                 statistic.update(terms.residual * torch.exp(-0.5 * terms.log_var))
+            statistic.all_reduce(self.all_reduce)
             noise.recalibrate(statistic)
         varying = varying_dimensions(examples(self.data.train, VARYING_EXAMPLES, self.fabric.device))
         if varying.any():
@@ -456,14 +510,15 @@ class Trainer:
             x = self._to_model_units(raw)
             seen = self.model.reconstruct(x)
             statistic.update(((x - seen.mean) / seen.std)[:, varying])
+        statistic.all_reduce(self.all_reduce)
         self.model.train()
         return statistic
 
     @torch.no_grad()
     def _terms(self, batches: Batches, generator: torch.Generator) -> Iterator[Terms]:
         objective = Elbo(self.model).eval()
-        for raw in batches.epoch(0):
-            yield objective(self._to_model_units(raw), generator)
+        for batch, raw in enumerate(batches.epoch(0)):
+            yield objective(self._to_model_units(raw), self._shared(generator, batches, batch))
         objective.train()
 
     def _evaluated_model(self) -> VAE:
@@ -477,7 +532,7 @@ class Trainer:
 
     def _read_and_show(self) -> dict[str, float]:
         stage = self.schedule.stage
-        figures = self.means.read(math.prod(self.model.shape), stage)
+        figures = self.means.read(math.prod(self.model.shape), stage, self.all_reduce)
         in_stage = max(1, math.ceil(self.position.stage_step / self.steps_per_epoch))
         label = f"stage {stage:d} epoch {in_stage}/{self.schedule.epochs[stage]}"
         for sink in self.sinks:
@@ -495,7 +550,7 @@ class Trainer:
         finished = self.schedule.stage is Stage.FINISHED
         state = {
             "position": list(self.position),
-            "means": self.means.state_dict(),
+            "means": gather(self.fabric, self.means.pack()),
             "schedule": self.schedule.state_dict(),
             "history": self.history,
             "optimal_var": self.optimal_var,
@@ -507,20 +562,24 @@ class Trainer:
             "clipping": None if finished else self.clipping.state_dict(),
             "generator": self.generator.get_state(),
             # The global ones serve a user's own networks, such as dropout.
-            "global_generator": torch.get_rng_state(),
-            "cuda_generators": torch.cuda.get_rng_state_all() if self.fabric.device.type == "cuda" else [],
+            "global_generators": gather(self.fabric, torch.get_rng_state()),
+            "cuda_generators": (
+                gather(self.fabric, torch.cuda.get_rng_state()) if self.fabric.device.type == "cuda" else None
+            ),
             "config": self.config.as_dict(),
             "fingerprint": self.data.fingerprint,
         }
-        path = save_checkpoint(self.folder, self.position.step, state)
-        if self.sigterm.received:
-            raise Preempted(f"stopped by SIGTERM after step {self.position.step}, with the checkpoint {path}")
+        path = in_main_process(self.fabric, partial(save_checkpoint, self.folder, self.position.step, state))
+        (is_stopped,) = self._agree(self.sigterm.received)
+        if is_stopped:
+            message = f"stopped by SIGTERM after step {self.position.step}, with the checkpoint {path}"
+            raise Preempted(message) if self.fabric.is_global_zero else Preempted(message, code=0)
 
     def _restore(self) -> bool:
         """Stand where the newest whole checkpoint was taken, if there is one."""
         if self.folder is None:
             raise StoreError("There is no folder to resume from.")
-        checkpoint = load_checkpoint(self.folder)
+        checkpoint = in_main_process(self.fabric, partial(load_checkpoint, self.folder))
         if checkpoint is None:
             self._message("The run was stopped before its first checkpoint: starting anew.")
             return False
@@ -532,12 +591,14 @@ class Trainer:
                 f"{path} was trained on other data (fingerprint {state['fingerprint'][:12]}...); give the same."
             )
         was = TrainConfig().as_dict() | state["config"]  # which an older version may have written
-        changed = [name for name, value in self.config.as_dict().items() if was[name] != value]
+        changed = [
+            name for name, value in self.config.as_dict().items() if was[name] != value and name not in PLACEMENT
+        ]
         if changed:
             raise StoreError(f"{path} was trained with other values of {', '.join(changed)}; resume with the same.")
         self.position = Position(*state["position"])
         if self.position.batch:
-            self.means.load_state_dict(state["means"])
+            self._restore_means(state["means"])
         self.schedule.load_state_dict(state["schedule"])
         self.history = state["history"]
         self.optimal_var = state["optimal_var"]
@@ -552,12 +613,31 @@ class Trainer:
             self.clipping.load_state_dict(state["clipping"])
             if self.average:
                 self.average.load_state_dict(state["average"])
-        torch.set_rng_state(state["global_generator"])
-        if state["cuda_generators"]:
-            torch.cuda.set_rng_state_all(state["cuda_generators"])
+        self._restore_generators(state)
         within = f" and {self.position.batch} of {len(self.train_batches)} batches" if self.position.batch else ""
         self._message(f"Resumed {path.name}, after {self.position.epoch} epochs{within}.")
         return True
+
+    def _restore_means(self, packed: Tensor) -> None:
+        """Take back this process's sums, or, where the processes are as many no longer, leave all to the first."""
+        rank = self.fabric.global_rank
+        if len(packed) == self.fabric.world_size:
+            self.means.unpack(packed[rank : rank + 1])
+        elif rank == 0:
+            self.means.unpack(packed)
+
+    def _restore_generators(self, state: dict[str, Any]) -> None:
+        """Take back this process's global generators; processes that are new keep those of their start."""
+        rank, states = self.fabric.global_rank, state["global_generators"]
+        if len(states) != self.fabric.world_size:
+            self._message(
+                f"The checkpoint was written by {len(states)} processes, now there are {self.fabric.world_size}: the "
+                "same batches and draws, summed in another order."
+            )
+        if rank < len(states):
+            torch.set_rng_state(states[rank])
+            if state["cuda_generators"] is not None and self.fabric.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_generators"][rank])
 
 
 _LOGGED = ("elbo", "log_likelihood", "kl", "mse", "noise_var")
@@ -627,23 +707,3 @@ def parameter_groups(model: VAE, learning_rate: float, weight_decay: float) -> l
         {"params": variances, "lr": 10 * learning_rate, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def make_fabric(config: TrainConfig) -> Fabric:
-    """Make the engine.
-
-    Args:
-        config: options ``accelerator`` and ``precision``.
-
-    Returns:
-        Fabric on one device. Apple's MPS is not chosen by 'auto': it has no float64, which eq. (10) sums in.
-
-    Raises:
-        ValueError: if CUDA is asked for and absent.
-    """
-    accelerator = config.accelerator
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise ValueError("accelerator=cuda, but torch finds no CUDA GPU; use accelerator=auto or cpu.")
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    return Fabric(accelerator=accelerator, devices=1, precision=config.precision)

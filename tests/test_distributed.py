@@ -1,0 +1,244 @@
+"""Several processes: the same curve as one, killed and resumed bit for bit, on one host and on two."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from equipoise.data import load
+from equipoise.gaussian import Gaussian, SharedGenerator
+from equipoise.noise import GlobalNoise, PredictedNoise
+from equipoise.training.config import ConfigError, make_config
+from equipoise.training.engine import in_main_process
+from equipoise.training.run import Run, make_model
+from equipoise.training.trainer import RunningMeans, Trainer
+from tests.test_training import assert_same_files, without_times
+
+TRAIN = [sys.executable, "-m", "equipoise", "train"]
+# 1,455 examples in batches of 96: the last one has 15, which two processes cannot halve.
+OPTIONS = [
+    *("--quiet", "--set", "latent_dim=4", "width=4", "batch_size=96", "stage_1_epochs=3", "stage_2_epochs=3"),
+    *("tolerance=0", "recalibrate=scale", "n_components=4", "accelerator=cpu"),
+]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run_command(*command):
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def trained(folder, *more):
+    done = run_command(*TRAIN, "--out", folder, *OPTIONS, *more)
+    assert done.returncode == 0, done.stderr
+    return Run(folder)
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("two") / "run", "--devices", "2")
+
+
+def assert_close_runs(ours, theirs, tolerance=1e-4):
+    for row, other in zip(without_times(ours.history()), without_times(theirs.history()), strict=True):
+        assert row.pop("decision") == other.pop("decision")
+        assert row == pytest.approx(other, rel=tolerance)
+    weights, others = ours.model().state_dict(), theirs.model().state_dict()
+    torch.testing.assert_close(weights, others, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(ours.mixture().state_dict(), theirs.mixture().state_dict(), rtol=1e-2, atol=1e-3)
+
+
+def test_two_processes_give_the_curve_of_one(by_two, tmp_path):
+    """Loss, eq. (10), both stages, recalibration, evaluation and mixture, though the last batch is odd."""
+    one = trained(tmp_path / "one")
+    assert_close_runs(by_two, one)
+    assert [row["stage"] for row in one.history()] == [1, 1, 1, 2, 2, 2]
+    assert by_two.settings()["options"] == one.settings()["options"] | {"devices": 2}
+
+
+def test_processes_stopped_and_killed_resume_bit_for_bit(by_two, tmp_path):
+    """SIGTERM in stage 1 ends both with a checkpoint at the step in hand; SIGKILL in stage 2; then to the end."""
+    run, arguments = Run(tmp_path / "run"), ["--out", tmp_path / "run", *OPTIONS, "--devices", "2"]
+    for rows, number, code in ((1, signal.SIGTERM, 143), (4, signal.SIGKILL, -signal.SIGKILL)):
+        with subprocess.Popen(
+            [*TRAIN, *map(str, arguments)],
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            while len(run.history()) < rows:
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.005)
+            time.sleep(random.uniform(0, run.history()[-1]["seconds"]))
+            process.send_signal(number)
+            told = process.communicate()[1]
+        assert process.returncode == code, told
+        assert number is signal.SIGKILL or "stopped by SIGTERM after step" in told
+        assert not run.model_file.exists()
+        arguments = ["--quiet", "--resume", run.folder]
+    done = run_command(*TRAIN, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert_same_files(run, by_two)
+    assert without_times(run.history()) == without_times(by_two.history())
+
+
+def test_another_number_of_processes_may_go_on(by_two, tmp_path):
+    run = Run(tmp_path / "run")
+    with subprocess.Popen([*TRAIN, "--out", run.folder, *OPTIONS], env=ENVIRONMENT, stdout=subprocess.DEVNULL) as one:
+        while len(run.history()) < 2:
+            assert one.poll() is None
+            time.sleep(0.005)
+        one.send_signal(signal.SIGTERM)
+    done = run_command(*TRAIN, "--quiet", "--resume", run.folder, "--devices", "2")
+    assert done.returncode == 0, done.stderr
+    assert "written by 1 processes, now there are 2" in done.stdout
+    assert_close_runs(run, by_two)
+
+
+def test_torchrun_is_another_way_to_start(by_two, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = run_command(*torchrun, "-m", "equipoise", "train", "--out", tmp_path / "run", *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    assert_same_files(Run(tmp_path / "run"), by_two)
+    assert done.stdout.count("Test set") == 2, "one process speaks, once per stage"
+
+
+def test_wrong_input_is_told_before_there_are_processes(tmp_path):
+    done = run_command(
+        *TRAIN, "--out", tmp_path / "run", "--devices", "2", "--set", "objective=wae-mmd", "batch_size=9"
+    )
+    assert done.returncode == 2
+    assert "objective=wae-mmd needs whole batches" in done.stderr
+    assert "batch_size=9 must be a multiple of the 2 processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_number_of_processes_chosen_by_torchrun_is_checked_too():
+    data = load("digits")
+    config = make_config({"objective": "dip-vae-i"})
+    with pytest.raises(ConfigError, match="objective=dip-vae-i needs whole batches"):
+        Trainer(make_model(data, config), data, config, fabric=SimpleNamespace(world_size=2))
+
+
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 2**32))
+def test_draws_do_not_depend_on_the_number_of_processes(n, world_size, seed):
+    def draw(generator, rows):
+        return Gaussian(torch.zeros(rows, 3), torch.zeros(())).sample(generator)
+
+    whole = draw(torch.Generator().manual_seed(seed), n)
+    for rank in range(world_size):
+        shared = SharedGenerator(torch.Generator().manual_seed(seed), n, rank, world_size)
+        mine = whole[rank::world_size]
+        assert torch.equal(draw(shared, len(mine)), mine)
+
+
+@given(st.integers(2, 40), st.integers(0, 2**32))
+def test_eq_10_over_parts_is_eq_10_over_the_whole(n, seed):
+    residual = torch.randn(n, 5, generator=torch.Generator().manual_seed(seed))
+    parts = [residual[::2], residual[1::2]]
+    whole, shared = GlobalNoise(), GlobalNoise()
+    whole.update(residual)
+    sums = [torch.stack([part.double().square().sum(), torch.tensor(float(part.numel()) / 1)]) for part in parts]
+    shared.update(parts[0], lambda mine: mine + sums[1])
+    torch.testing.assert_close(shared(torch.zeros(1, 2)), whole(torch.zeros(1, 2)), rtol=1e-6, atol=1e-6)
+
+
+def test_running_means_survive_a_checkpoint_exactly_and_a_change_of_processes():
+    model = make_model(load("digits"), make_config({"width": 4}))
+    from equipoise.objectives import Elbo
+
+    each = []
+    for part in range(2):
+        means = RunningMeans(torch.device("cpu"))
+        for step in range(3):
+            x = torch.rand(5 + part, 1, 8, 8, generator=torch.Generator().manual_seed(10 * part + step))
+            means.add(Elbo(model)(x, torch.Generator().manual_seed(step)), step)
+        each.append(means)
+    packed = torch.stack([means.pack() for means in each])
+    again, joined = RunningMeans(torch.device("cpu")), RunningMeans(torch.device("cpu"))
+    again.unpack(packed[:1])
+    joined.unpack(packed)
+
+    def read(means):
+        return means.read(64, 1, lambda values, operation="sum": values)
+
+    assert torch.equal(again.pack()[:-1], packed[0, :-1])  # all but the seconds
+    assert read(again) == read(each[0])
+    n = [read(means)["n"] for means in each]
+    assert read(joined)["n"] == sum(n) == 33
+    expected = sum(read(means)["elbo"] * count for means, count in zip(each, n, strict=True)) / sum(n)
+    assert read(joined)["elbo"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_error_of_the_main_process_is_raised_in_all():
+    def full():
+        raise OSError(28, "No space left on device", "file")
+
+    class Other:
+        """Process 1 of 2, which is told what process 0 came to."""
+
+        world_size, is_global_zero = 2, False
+
+        @staticmethod
+        def broadcast(mine):
+            try:
+                full()
+            except OSError as error:
+                return None, error
+
+    with pytest.raises(OSError, match="No space left on device: 'file'"):
+        in_main_process(Other(), full)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.name != "posix" or not shutil.which("ip") or os.geteuid() != 0, reason="makes network namespaces"
+)
+def test_two_hosts(by_two, tmp_path):
+    """Two network namespaces joined by a cable stand for two hosts, each with a folder of its own."""
+    names = [f"eq-{uuid.uuid4().hex[:6]}" for _ in range(2)]
+    ends = [f"veth{name[3:]}" for name in names]
+    try:
+        for name in names:
+            if (made := run_command("ip", "netns", "add", name)).returncode:
+                pytest.skip(f"network namespaces are not allowed here: {made.stderr}")
+        run_command("ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        hosts = []
+        for number, (name, end) in enumerate(zip(names, ends, strict=True)):
+            run_command("ip", "link", "set", end, "netns", name)
+            inside = ["ip", "netns", "exec", name]
+            run_command(*inside, "ip", "addr", "add", f"10.77.0.{number + 1}/24", "dev", end)
+            for device in (end, "lo"):
+                run_command(*inside, "ip", "link", "set", device, "up")
+            environment = ENVIRONMENT | {
+                "MASTER_ADDR": "10.77.0.1",
+                "MASTER_PORT": "29500",
+                "NODE_RANK": str(number),
+                "GLOO_SOCKET_IFNAME": end,
+            }
+            out = tmp_path / f"host-{number}" / "run"
+            command = [*inside, *TRAIN, "--out", str(out), *OPTIONS, "--devices", "1", "--num-nodes", "2"]
+            hosts.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        for host in hosts:
+            told = host.communicate(timeout=300)[1]
+            assert host.returncode == 0, told
+    finally:
+        for name in names:
+            run_command("ip", "netns", "del", name)
+    assert_same_files(Run(tmp_path / "host-0" / "run"), by_two)
+    assert not (tmp_path / "host-1").exists(), "only the first process writes"
+
+
+def test_the_run_of_two_processes_is_like_any_other(by_two):
+    assert isinstance(by_two.model().noise, PredictedNoise)
+    assert by_two.mixture().n_components == 4
