@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _fail(f"interrupted; {COMMANDS[options.command].after_interruption}", INTERRUPTED)
     except Preempted as error:
-        _fail(f"{error}; {COMMANDS[options.command].after_interruption}", PREEMPTED)
+        if error.code == PREEMPTED:
+            _fail(f"{error}; {COMMANDS[options.command].after_interruption}", PREEMPTED)
     except ArithmeticError as error:
         _fail(str(error), FAILURE)
     except (ValueError, ImportError) as error:

@@ -56,6 +56,8 @@ def test_processes_share_each_epoch_evenly(n, batch_size, world_size, seed, drop
     ]
     visits = [seen(batches, epoch) for batches in ranks]
     assert {len(visit) for visit in visits} == {len(ranks[0])}
+    for batch in range(len(ranks[0])):
+        assert ranks[-1].size(batch) == sum(len(visit[batch]) for visit in visits)
     sizes = [len(batch) for visit in visits for batch in visit]
     assert 0 < min(sizes) <= max(sizes) <= batch_size + (world_size > 1)
     visited = sorted(x for visit in visits for batch in visit for x in batch)

@@ -8,16 +8,18 @@ import subprocess
 import sys
 import time
 import uuid
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_fabric import Fabric
 
 from equipoise.data import load
 from equipoise.gaussian import Gaussian, SharedGenerator
 from equipoise.noise import GlobalNoise, PredictedNoise
+from equipoise.objectives import Elbo
+from equipoise.stages import Stage
 from equipoise.training.config import ConfigError, make_config
 from equipoise.training.engine import in_main_process
 from equipoise.training.run import Run, make_model
@@ -123,11 +125,24 @@ def test_wrong_input_is_told_before_there_are_processes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+class SecondOfTwo(Fabric):
+    """Process 1 of 2; process 0 is made up."""
+
+    world_size, is_global_zero = 2, False
+
+    def __init__(self, sent=None):
+        super().__init__(accelerator="cpu", devices=1)
+        self.sent = sent
+
+    def broadcast(self, obj, src=0):
+        return self.sent
+
+
 def test_a_number_of_processes_chosen_by_torchrun_is_checked_too():
     data = load("digits")
     config = make_config({"objective": "dip-vae-i"})
     with pytest.raises(ConfigError, match="objective=dip-vae-i needs whole batches"):
-        Trainer(make_model(data, config), data, config, fabric=SimpleNamespace(world_size=2))
+        Trainer(make_model(data, config), data, config, fabric=SecondOfTwo())
 
 
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 2**32))
@@ -155,8 +170,6 @@ def test_eq_10_over_parts_is_eq_10_over_the_whole(n, seed):
 
 def test_running_means_survive_a_checkpoint_exactly_and_a_change_of_processes():
     model = make_model(load("digits"), make_config({"width": 4}))
-    from equipoise.objectives import Elbo
-
     each = []
     for part in range(2):
         means = RunningMeans(torch.device("cpu"))
@@ -170,7 +183,7 @@ def test_running_means_survive_a_checkpoint_exactly_and_a_change_of_processes():
     joined.unpack(packed)
 
     def read(means):
-        return means.read(64, 1, lambda values, operation="sum": values)
+        return means.read(64, Stage.SHARED_VARIANCE, lambda values, operation="sum": values)
 
     assert torch.equal(again.pack()[:-1], packed[0, :-1])  # all but the seconds
     assert read(again) == read(each[0])
@@ -181,23 +194,13 @@ def test_running_means_survive_a_checkpoint_exactly_and_a_change_of_processes():
 
 
 def test_an_error_of_the_main_process_is_raised_in_all():
-    def full():
-        raise OSError(28, "No space left on device", "file")
+    def never():
+        raise AssertionError("process 1 has nothing to do")
 
-    class Other:
-        """Process 1 of 2, which is told what process 0 came to."""
-
-        world_size, is_global_zero = 2, False
-
-        @staticmethod
-        def broadcast(mine):
-            try:
-                full()
-            except OSError as error:
-                return None, error
-
+    full = OSError(28, "No space left on device", "file")
     with pytest.raises(OSError, match="No space left on device: 'file'"):
-        in_main_process(Other(), full)
+        in_main_process(SecondOfTwo((None, full)), never)
+    assert in_main_process(SecondOfTwo(("path", None)), never) == "path"
 
 
 @pytest.mark.slow

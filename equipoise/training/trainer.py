@@ -635,9 +635,9 @@ class Trainer:
                 "same batches and draws, summed in another order."
             )
         if rank < len(states):
-            torch.set_rng_state(states[rank])
+            torch.set_rng_state(states[rank].clone())  # torch reads from the start of the storage, row or not
             if state["cuda_generators"] is not None and self.fabric.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda_generators"][rank])
+                torch.cuda.set_rng_state(state["cuda_generators"][rank].clone())
 
 
 _LOGGED = ("elbo", "log_likelihood", "kl", "mse", "noise_var")
