@@ -28,6 +28,7 @@ from torch import Tensor
 from equipoise.aggregate import GaussianMixture
 from equipoise.estimate import Estimate
 from equipoise.gaussian import LOG_2PI, Gaussian
+from equipoise.processes import ALONE, Processes
 
 # Smallest variance of a component in any direction, relative to that of all codes: a std of 1/1000 of theirs.
 # Without it the likelihood has no bound (a component shrinks onto one code). Posterior noise keeps the codes
@@ -37,6 +38,9 @@ FLOOR = 1e-6
 EMPTY = 1e-3
 # k-means, which starts EM, runs on this many codes per component, and on no fewer than this many in all.
 START_CODES_PER_COMPONENT, START_CODES = 50, 10_000
+# Before all codes, EM runs on this many per component and unit, and on no fewer than this many in all, if all
+# are at least so many times more.
+SUBSAMPLE_CODES_PER_COMPONENT_AND_UNIT, SUBSAMPLE_CODES, SUBSAMPLE_SHARE = 200, 100_000, 5
 # "auto" holds out a tenth of the codes, at most this many: their mean likelihood is known to about 0.03 nats.
 HELD_OUT_CODES = 20_000
 # The largest K that "auto" tries: the paper's 500 for CelebA, as a power of two.
@@ -85,13 +89,15 @@ class EMStep(NamedTuple):
 
     Args:
         n_components: K of the mixture that is being fitted.
-        iteration: from 1.
+        iteration: from 1, and from 1 again when a fit to a subsample is over.
         log_likelihood: mean over the codes, of the mixture before the step, nats per code.
+        n_codes: number of codes that the iteration saw, over all processes.
     """
 
     n_components: int
     iteration: int
     log_likelihood: float
+    n_codes: int
 
 
 class MixtureFit(NamedTuple):
@@ -131,9 +137,11 @@ def fit_mixture(
     max_iter: int = 200,
     dtype: torch.dtype = torch.float64,
     chunk_size: int | None = None,
+    subsample: int | Literal["auto"] | None = "auto",
+    device: torch.device | str | None = None,
+    processes: Processes | None = None,
     generator: torch.Generator | None = None,
     on_iteration: Callable[[EMStep], None] | None = None,
-    all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> MixtureFit:
     r"""Fit eq. (13) by expectation-maximisation.
 
@@ -173,10 +181,16 @@ def fit_mixture(
         max_iter: most iterations, at least 1.
         dtype: precision of the two matrix products; sums over chunks and parameters are float64 in any case.
         chunk_size: codes per chunk; None is 2048 on the CPU, for its caches, and 16384 elsewhere.
-        generator: source of randomness, on the device of ``codes``; the global one if None.
+        subsample: number of random codes on which EM runs first, until it converges there, so that few passes
+            over all codes are left. "auto" is the larger of 100,000 and 200 K d, for at least five times as
+            many codes and without a ``start``; else, and with None, EM runs on all codes from the first
+            iteration. Both phases obey ``tol`` and ``max_iter``; the history is that of the second.
+        device: where to compute; None is where the codes are. Codes that are elsewhere go there by the chunk.
+        processes: those that share the work, if each holds a part of the codes (at least one); all get the same
+            mixture. Random subsets take a share from each, and ``held_out`` is a part too. ``start`` and the
+            options must be the same in all; seed the ``generator`` differently.
+        generator: source of randomness, on the device; the global one if None.
         on_iteration: called after each iteration, for instance to show progress.
-        all_reduce: returns the sum of a tensor over processes, for when each holds a part of the codes. It
-            needs a ``start``, the same in all.
 
     Returns:
         The mixture and the history of the fit.
@@ -190,49 +204,70 @@ def fit_mixture(
         >>> fit = fit_mixture(codes, n_components=1)
         >>> fit.mixture.means, fit.mixture.covariances
         (tensor([[2.]], dtype=torch.float64), tensor([[[5.0000]]], dtype=torch.float64))
+
+        Codes on disk are read as they are needed, however many there are:
+
+        >>> import numpy as np, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.save(f"{folder}/codes.npy", np.float32([[-1], [1], [3], [5]]))
+        ...     fit = fit_mixture(np.load(f"{folder}/codes.npy", mmap_mode="r"), n_components=1)
+        >>> fit.mixture.means
+        tensor([[2.]], dtype=torch.float64)
     """
-    _check_options(n_components, start, floor, tol, max_iter, all_reduce)
-    rows = _Rows.of(codes, log_vars, chunk_size)
-    test_codes = None if held_out is None else _Rows.of(held_out, None, chunk_size).draw(generator)
-    if test_codes is not None and (test_codes.shape[1] != rows.dim or len(test_codes) < 2):
-        raise ValueError(f"expected held_out codes (M, {rows.dim}), M > 1, got {tuple(test_codes.shape)}")
-    if test_codes is not None and not test_codes.isfinite().all():
-        raise ValueError("held_out codes are not all finite: encode with the last good checkpoint")
+    _check_options(n_components, start, floor, tol, max_iter, subsample)
+    if subsample == "auto" and start is not None:
+        subsample = None
+    processes = processes or ALONE
+    rows = _Rows.of(codes, log_vars, chunk_size, device)
+    test_codes = None if held_out is None else _Rows.of(held_out, None, chunk_size, rows.device).draw(generator)
     if start is not None and start.latent_dim != rows.dim:
         raise ValueError(f"expected a start of dimension {rows.dim}, got {start.latent_dim}")
+    n_codes = sum(processes.counts(rows.count, rows.device))
     if n_components == "auto" and test_codes is None:
-        rows, test_rows = rows.split(rows.count - min(rows.count // 10, HELD_OUT_CODES), generator)
-        if test_rows.count < 2:
-            raise ValueError(f'"auto" needs 20 codes to hold some out, got {rows.count}: choose n_components')
+        n_test = min(n_codes // 10, HELD_OUT_CODES)
+        if n_test < 2:
+            raise ValueError(f'"auto" needs 20 codes to hold some out, got {n_codes}: choose n_components')
+        n_codes -= n_test
+        rows, test_rows = _split(rows, n_codes, processes, generator)
         test_codes = test_rows.draw(generator)
-    if n_components != "auto" and all_reduce is None:
-        _check_enough(rows, n_components)
+    if n_components != "auto" and n_codes < n_components:
+        raise _too_few(n_codes, n_components)
+    if test_codes is not None:
+        test_codes = processes.gather(test_codes)  # all score all of them, hence all decide alike
+        _check_held_out(test_codes, rows.dim)
 
-    whitening = _whiten(rows, all_reduce)
+    whitening = _whiten(rows, processes)
     floor = max(floor, 1e3 * torch.finfo(dtype).eps)
 
-    def fit(K: int) -> MixtureFit:
-        first = _k_means(rows, whitening, K, generator) if start is None else whitening.components(start)
+    def iterate(rows: _Rows, first: _Components) -> MixtureFit:
         components, n_floored = _clip(first, floor)
         log_likelihoods: list[float] = []
         converged = False
         while not converged and len(log_likelihoods) < max_iter:
             statistics = _statistics(rows, whitening, components, dtype)
-            if all_reduce is not None:
-                statistics = SufficientStatistics(*map(all_reduce, statistics))
+            statistics = SufficientStatistics(*map(processes.all_reduce, statistics))
             log_likelihoods.append((statistics.log_likelihood / statistics.n_codes).item() + whitening.log_det)
             components, n_floored = _clip(_maximise(statistics), floor)
             if on_iteration is not None:
-                on_iteration(EMStep(K, len(log_likelihoods), log_likelihoods[-1]))
+                K, n = len(components.weights), int(statistics.n_codes)
+                on_iteration(EMStep(K, len(log_likelihoods), log_likelihoods[-1], n))
             converged = len(log_likelihoods) > 1 and abs(log_likelihoods[-1] - log_likelihoods[-2]) < tol
         mixture = whitening.mixture(components)
         return MixtureFit(mixture, tuple(log_likelihoods), converged, len(log_likelihoods), n_floored, {})
+
+    def fit(K: int) -> MixtureFit:
+        first = _k_means(rows, whitening, K, processes, generator) if start is None else whitening.components(start)
+        n_first = _first_phase(subsample, n_codes, K, rows.dim)
+        if n_first < n_codes:
+            subset, _ = _split(rows, n_first, processes, generator)
+            first = whitening.components(iterate(subset.load(), first).mixture)
+        return iterate(rows, first)
 
     if test_codes is None:
         return fit(int(n_components))
     if n_components != "auto":
         return _search(fit, [n_components], test_codes)
-    largest = max(1, min(MAX_COMPONENTS, rows.count // (2 * (rows.dim + 1))))
+    largest = max(1, min(MAX_COMPONENTS, n_codes // (2 * (rows.dim + 1))))
     return _search(fit, [2**i for i in range(largest.bit_length())], test_codes)
 
 
@@ -268,9 +303,10 @@ def fit_variational_mixture(
     from sklearn.mixture import BayesianGaussianMixture
 
     _check_options(n_components, None, floor, tol, max_iter, None)
-    rows = _Rows.of(codes, None, None)
-    _check_enough(rows, n_components)
-    whitening = _whiten(rows, None)
+    rows = _Rows.of(codes, None, None, None)
+    if rows.count < n_components:
+        raise _too_few(rows.count, n_components)
+    whitening = _whiten(rows, ALONE)
     z = rows.draw(None)
     model = BayesianGaussianMixture(
         n_components=n_components, reg_covar=floor, tol=tol, max_iter=max_iter, random_state=_seed(generator)
@@ -305,53 +341,83 @@ def _search(fit: Callable[[int], MixtureFit], candidates: Sequence[int], test_co
 
 @dataclass(frozen=True)
 class _Rows:
-    """Those rows of the codes (or of the posteriors) that a mask selects, read in chunks."""
+    """The codes (or posteriors) of this process, or those that a mask selects, read in chunks."""
 
     codes: Codes
     log_vars: Codes | None
     chunk_size: int
-    mask: Tensor  # (N,), on the CPU
+    device: torch.device
+    count: int
+    mask: Tensor | None = None  # (N,), on the CPU
 
     @classmethod
-    def of(cls, codes: Codes, log_vars: Codes | None, chunk_size: int | None) -> "_Rows":
+    def of(
+        cls, codes: Codes, log_vars: Codes | None, chunk_size: int | None, device: torch.device | str | None
+    ) -> "_Rows":
         shape = tuple(codes.shape)
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"expected codes of shape (N, d), neither zero, got {shape}; flatten each to a vector")
         if log_vars is not None and tuple(log_vars.shape) != shape:
             raise ValueError(f"expected log_vars of the codes' shape {shape}, got {tuple(log_vars.shape)}")
+        if device is None:
+            device = codes.device if isinstance(codes, Tensor) else "cpu"
+        device = torch.device(device)
         if chunk_size is None:
-            chunk_size = 16384 if isinstance(codes, Tensor) and codes.device.type != "cpu" else 2048
+            chunk_size = 2048 if device.type == "cpu" else 16384
         if chunk_size < 1:
             raise ValueError(f"expected chunk_size >= 1, got {chunk_size}")
-        return cls(codes, log_vars, min(chunk_size, shape[0]), torch.ones(shape[0], dtype=torch.bool))
-
-    @property
-    def count(self) -> int:
-        return int(self.mask.sum())
+        return cls(codes, log_vars, min(chunk_size, shape[0]), device, shape[0])
 
     @property
     def dim(self) -> int:
         return self.codes.shape[1]
 
+    def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield codes, and log-variances if there are any, (B, d) each, float64."""
+        for first in range(0, self.codes.shape[0], self.chunk_size):
+            chosen = slice(first, first + self.chunk_size)
+            mask = None if self.mask is None else self.mask[chosen]
+            if mask is None or mask.any():
+                codes = _to_float64(self.codes[chosen], mask, self.device)
+                log_vars = None if self.log_vars is None else _to_float64(self.log_vars[chosen], mask, self.device)
+                yield codes, log_vars
+
     def chunks(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield codes, and variances if there are any, (B, d) each, float64."""
-        for first in range(0, len(self.mask), self.chunk_size):
-            chosen = slice(first, first + self.chunk_size)
-            mask = self.mask[chosen]
-            codes = _to_float64(self.codes[chosen])[mask]
-            yield codes, None if self.log_vars is None else _to_float64(self.log_vars[chosen])[mask].exp()
+        for codes, log_vars in self.parts():
+            yield codes, None if log_vars is None else log_vars.exp()
 
     def draw(self, generator: torch.Generator | None) -> Tensor:
         """Return the codes in one tensor; of posteriors, one sample of each."""
-        return torch.cat([z if var is None else Gaussian(z, var.log()).sample(generator) for z, var in self.chunks()])
+        drawn = [z if log_var is None else Gaussian(z, log_var).sample(generator) for z, log_var in self.parts()]
+        return torch.cat([self._none(), *drawn])
+
+    def load(self) -> "_Rows":
+        """Return the same rows, held in memory."""
+        parts = list(self.parts())
+        codes = torch.cat([self._none(), *(z for z, _ in parts)])
+        log_vars = [log_var for _, log_var in parts if log_var is not None]
+        return replace(self, codes=codes, log_vars=torch.cat(log_vars) if log_vars else None, mask=None)
 
     def split(self, n: int, generator: torch.Generator | None) -> tuple["_Rows", "_Rows"]:
         """Split into n random rows and the others."""
+        n = min(n, self.count)
         device = "cpu" if generator is None else generator.device
-        order = torch.randperm(self.count, generator=generator, device=device).cpu()
-        chosen = torch.zeros_like(self.mask)
-        chosen[self.mask.nonzero().flatten()[order[:n]]] = True
-        return replace(self, mask=chosen), replace(self, mask=self.mask & ~chosen)
+        picked = torch.zeros(self.count, dtype=torch.bool)
+        picked[torch.randperm(self.count, generator=generator, device=device)[:n].cpu()] = True
+        rest = ~picked
+        if self.mask is not None:
+            none = torch.zeros_like(self.mask)
+            picked, rest = (none.masked_scatter(self.mask, chosen) for chosen in (picked, rest))
+        return replace(self, mask=picked, count=n), replace(self, mask=rest, count=self.count - n)
+
+    def _none(self) -> Tensor:
+        return torch.empty(0, self.dim, dtype=torch.float64, device=self.device)
+
+
+def _split(rows: _Rows, n: int, processes: Processes, generator: torch.Generator | None) -> tuple[_Rows, _Rows]:
+    """Split the rows of all processes into n random ones and the others."""
+    return rows.split(processes.share(n, processes.counts(rows.count, rows.device)), generator)
 
 
 class _Components(NamedTuple):
@@ -404,25 +470,24 @@ class _Whitening(NamedTuple):
         )
 
 
-def _whiten(rows: _Rows, all_reduce: Callable[[Tensor], Tensor] | None) -> _Whitening:
+def _whiten(rows: _Rows, processes: Processes) -> _Whitening:
     """Find the mean and covariance of all codes in two passes, and check that the codes can be fitted."""
-    reduce = all_reduce or (lambda values: values)
-    totals: Any = 0
+    totals = torch.zeros(2 + rows.dim, dtype=torch.float64, device=rows.device)
     for z, var in rows.chunks():
         finite = z.isfinite().all(1) if var is None else (z.isfinite() & var.isfinite()).all(1)
         totals += torch.cat([torch.stack([finite.sum(), (~finite).sum()]), z.sum(0)])
-    count, n_bad, *_ = totals = reduce(totals)
+    count, n_bad, *_ = totals = processes.all_reduce(totals)
     if n_bad > 0:
         raise ValueError(
             f"{int(n_bad)} of {int(count + n_bad)} codes are not finite: the training that gave them "
             "diverged; encode with its last good checkpoint"
         )
     centre = totals[2:] / count
-    scatter: Any = 0
+    scatter = torch.zeros(rows.dim, rows.dim, dtype=torch.float64, device=rows.device)
     for z, var in rows.chunks():
         centred = z - centre
         scatter += centred.mT @ centred if var is None else centred.mT @ centred + var.sum(0).diag()
-    covariance = reduce(scatter) / count
+    covariance = processes.all_reduce(scatter) / count
     std = covariance.diagonal().sqrt()
     std = torch.where(std > 1e-12 * centre.abs(), std, 0.0)  # below it is the rounding error of the mean
     if not std.max() > 0:
@@ -513,13 +578,15 @@ def _clip(components: _Components, floor: float) -> tuple[_Components, int]:
     return components._replace(covariances=covariances), int(low.sum())
 
 
-def _k_means(rows: _Rows, whitening: _Whitening, K: int, generator: torch.Generator | None) -> _Components:
+def _k_means(
+    rows: _Rows, whitening: _Whitening, K: int, processes: Processes, generator: torch.Generator | None
+) -> _Components:
     """Start: the clusters of a random subset, and the covariance within them, shared by all."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    subset, _ = rows.split(max(START_CODES, START_CODES_PER_COMPONENT * K), generator)
-    w = whitening.apply(subset.draw(generator))
+    subset, _ = _split(rows, max(START_CODES, START_CODES_PER_COMPONENT * K), processes, generator)
+    w = processes.gather(whitening.apply(subset.draw(generator)))
     model = KMeans(K, n_init=1, max_iter=50, random_state=_seed(generator))
     with warnings.catch_warnings():  # fewer distinct codes than clusters: EM revives the empty ones
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -528,7 +595,17 @@ def _k_means(rows: _Rows, whitening: _Whitening, K: int, generator: torch.Genera
     means = torch.as_tensor(model.cluster_centers_, device=w.device)
     within = w - means[labels]
     covariance = within.mT @ within / len(w)
-    return _Components(labels.bincount(minlength=K).to(w) / len(w), means, covariance.expand(K, -1, -1))
+    components = _Components(labels.bincount(minlength=K).to(w) / len(w), means, covariance.expand(K, -1, -1))
+    # All have found clusters, in the time that they would have waited; those of rank 0 count.
+    return _Components(*map(processes.broadcast, components))
+
+
+def _first_phase(subsample: int | str | None, n_codes: int, K: int, d: int) -> int:
+    """Return the number of codes on which EM runs first, all of them if that is not worth while."""
+    if subsample == "auto":
+        subsample = max(SUBSAMPLE_CODES, SUBSAMPLE_CODES_PER_COMPONENT_AND_UNIT * K * d)
+        return subsample if n_codes >= SUBSAMPLE_SHARE * subsample else n_codes
+    return n_codes if subsample is None else int(subsample)
 
 
 def _seed(generator: torch.Generator | None) -> int:
@@ -540,11 +617,17 @@ def _symmetric(matrices: Tensor) -> Tensor:
     return (matrices + matrices.mT) / 2
 
 
-def _to_float64(values: Any) -> Tensor:  # noqa: ANN401 - a tensor, or what NumPy can convert
+def _to_float64(values: Any, mask: Tensor | None, device: torch.device) -> Tensor:  # noqa: ANN401 - or an array
+    """Return rows, or those that a mask selects, on the device."""
     if isinstance(values, Tensor):
-        return values.detach().double()
+        rows = values.detach() if mask is None else values.detach()[mask]
+        return rows.to(device, torch.float64)
+    array = np.asarray(values)
     # np.array copies, as torch warns of arrays that are read-only, such as memory-mapped ones.
-    return torch.from_numpy(np.array(values, np.float64))
+    rows = torch.from_numpy(np.array(array if mask is None else array[mask.numpy()], np.float64))
+    if device.type == "cuda":  # the next chunk is read while this one travels and is used
+        rows = rows.pin_memory()
+    return rows.to(device, non_blocking=True)
 
 
 def _check_options(
@@ -553,7 +636,7 @@ def _check_options(
     floor: float,
     tol: float,
     max_iter: int,
-    all_reduce: Callable[[Tensor], Tensor] | None,
+    subsample: int | str | None,
 ) -> None:
     problems = []
     if isinstance(n_components, str) and n_components != "auto":
@@ -568,15 +651,23 @@ def _check_options(
         problems.append(f"tol is not negative, got {tol}")
     if max_iter < 1:
         problems.append(f"max_iter is at least 1, got {max_iter}")
-    if all_reduce is not None and start is None:
-        problems.append("all_reduce needs a start, the same in all processes: fit a subset of the codes in one first")
+    if isinstance(subsample, str) and subsample != "auto":
+        problems.append(f'subsample is a number, "auto" or None, got "{subsample}"')
+    if isinstance(subsample, int) and subsample < 1:
+        problems.append(f"subsample is at least 1, got {subsample}")
     if problems:
         raise ValueError("; ".join(problems))
 
 
-def _check_enough(rows: _Rows, n_components: int) -> None:
-    if rows.count < n_components:
-        raise ValueError(
-            f"expected at least one code per component, got {rows.count} codes for {n_components}: "
-            "encode more examples or ask for fewer components"
-        )
+def _check_held_out(test_codes: Tensor, d: int) -> None:
+    if test_codes.shape[1] != d or len(test_codes) < 2:
+        raise ValueError(f"expected held_out codes (M, {d}), M > 1, got {tuple(test_codes.shape)}")
+    if not test_codes.isfinite().all():
+        raise ValueError("held_out codes are not all finite: encode with the last good checkpoint")
+
+
+def _too_few(n_codes: int, n_components: int) -> ValueError:
+    return ValueError(
+        f"expected at least one code per component, got {n_codes} codes for {n_components}: "
+        "encode more examples or ask for fewer components"
+    )

@@ -1,6 +1,8 @@
 """EM against scikit-learn's from the same start, against closed forms, and its invariances."""
 
 import math
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -10,11 +12,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as ScikitLearnMixture
 
+from equipoise import mixture_fit
 from equipoise.aggregate import AggregatePosterior, GaussianMixture
+from equipoise.estimate import Estimate
 from equipoise.mixture_fit import FLOOR, fit_mixture, fit_variational_mixture
+from equipoise.processes import Processes
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def seeded(seed=0):
@@ -119,28 +127,171 @@ def test_chunks_do_not_matter(log_vars):
         assert fit.log_likelihoods == pytest.approx(expected.log_likelihoods, rel=1e-11)
 
 
-def test_processes_do_not_matter():
-    """Two processes (threads here) with a third and two thirds of the codes find the mixture of all."""
-    codes = clusters()
-    start = a_start(codes, 3)
-    parts, barrier, shared = (codes[:200], codes[200:]), Barrier(2), {}
+def in_processes(fit_part, parts):
+    """Return ``fit_part(part, processes)`` of each part, in threads that stand for processes."""
+    barrier, shared = Barrier(len(parts)), {}
 
-    def fit_part(rank):
+    def run(rank):
         def all_reduce(values):
             shared[rank] = values
             barrier.wait()
-            total = shared[0] + shared[1]
+            total = sum(shared[other] for other in range(len(parts)))
             barrier.wait()
             return total
 
-        return fit_mixture(parts[rank], 3, start=start, max_iter=9, all_reduce=all_reduce)
+        try:
+            return fit_part(parts[rank], Processes(rank, len(parts), all_reduce))
+        except BaseException:
+            barrier.abort()
+            raise
 
-    with ThreadPoolExecutor(2) as pool:
-        fits = list(pool.map(fit_part, range(2)))
-    expected = fit_mixture(codes, 3, start=start, max_iter=9)
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(run, range(len(parts))))
+
+
+@pytest.mark.parametrize("log_vars", [None, normal(600, 2, seed=7)])
+def test_processes_do_not_matter(log_vars):
+    """Three processes with unequal parts of the codes find the mixture of all."""
+    codes = clusters()
+    start = a_start(codes, 3)
+    rows = (slice(0, 10), slice(10, 200), slice(200, 600))
+
+    def fit_part(part, processes):
+        some = None if log_vars is None else log_vars[part]
+        return fit_mixture(codes[part], 3, log_vars=some, start=start, max_iter=9, processes=processes)
+
+    fits = in_processes(fit_part, rows)
+    expected = fit_mixture(codes, 3, log_vars=log_vars, start=start, max_iter=9)
     for fit in fits:
         assert_same(fit.mixture, expected.mixture, rtol=1e-9, atol=1e-10)
         assert fit.log_likelihoods == pytest.approx(expected.log_likelihoods, rel=1e-11)
+
+
+@pytest.mark.parametrize("n_components", [4, "auto"])
+@pytest.mark.parametrize("subsample", ["auto", 1000])
+def test_processes_find_a_start_together(n_components, subsample):
+    """Each has clusters that the other lacks, yet both end with the mixture of all, K included."""
+    codes = clusters(N=4000, distance=15.0)
+    order = codes[:, 0].argsort()
+
+    def fit_part(part, processes):
+        options = {"subsample": subsample, "processes": processes, "generator": seeded(processes.rank)}
+        return fit_mixture(codes[part], n_components, **options)
+
+    one, other = in_processes(fit_part, (order[:1500], order[1500:]))
+    assert_same(one.mixture, other.mixture, rtol=0.0, atol=0.0)
+    assert one.log_likelihoods == other.log_likelihoods
+    assert one.held_out == other.held_out
+    assert list(one.held_out) == ([1, 2, 4, 8] if n_components == "auto" else [])
+    alone = fit_mixture(codes, 4, tol=0.0, start=one.mixture, max_iter=50)
+    assert one.mixture.n_components == 4
+    assert alone.log_likelihoods[-1] == pytest.approx(alone.log_likelihoods[0], abs=0.01)
+
+
+def test_processes_score_the_held_out_codes_of_all():
+    codes, held_out = clusters(), clusters(seed=20)
+    parts = (slice(0, 100), slice(100, 600))
+    fits = in_processes(
+        lambda part, processes: fit_mixture(codes[part], 4, held_out=held_out[part], processes=processes), parts
+    )
+    expected = Estimate.of_mean(fits[0].mixture.log_prob(held_out))
+    for fit in fits:
+        assert fit.held_out[4].value == pytest.approx(expected.value)
+        assert fit.held_out[4].standard_error == pytest.approx(expected.standard_error)
+
+
+ONE_OF_TWO = """
+import sys
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import distributed
+
+from equipoise.aggregate import GaussianMixture
+from equipoise.mixture_fit import fit_mixture
+from equipoise.processes import Processes
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+def all_reduce(values):
+    distributed.all_reduce(values)
+    return values
+
+half = np.array_split(np.load(f"{folder}/codes.npy", mmap_mode="r"), [250])[rank]
+processes = Processes(rank, 2, all_reduce)
+start = GaussianMixture(**load_file(f"{folder}/start.safetensors"))
+given = fit_mixture(half, 3, start=start, max_iter=9, processes=processes)
+found = fit_mixture(half, "auto", subsample=300, processes=processes, generator=torch.Generator().manual_seed(rank))
+for name, fit in {"given": given, "found": found}.items():
+    state = {key: value.contiguous() for key, value in fit.mixture.state_dict().items()}
+    save_file(state, f"{folder}/{name}-{rank}.safetensors")
+distributed.destroy_process_group()
+"""
+
+
+def test_two_real_processes(tmp_path):
+    """With half of the codes each and sums through gloo: the mixture of one process with all."""
+    codes = clusters(distance=15.0).float()
+    start = a_start(codes.double(), 3)
+    np.save(tmp_path / "codes.npy", codes.numpy())
+    save_file(start.state_dict(), tmp_path / "start.safetensors")
+    children = [subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    expected = fit_mixture(codes, 3, start=start, max_iter=9).mixture
+    for name in ("given", "found"):
+        one, other = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        if name == "given":
+            assert_same(GaussianMixture(**one), expected, rtol=1e-9, atol=1e-10)
+        else:
+            assert one["weights"].tolist() == pytest.approx([0.25] * 4, abs=0.05)
+
+
+def test_first_phase_needs_fewer_passes_over_all_codes():
+    codes = clusters(N=20_000, d=3, distance=2.0)
+    seen = {None: [], 2000: []}
+    fits = {
+        subsample: fit_mixture(codes, 4, subsample=subsample, tol=1e-5, generator=seeded(), on_iteration=steps.append)
+        for subsample, steps in seen.items()
+    }
+    whole, first = fits[None], fits[2000]
+    assert {step.n_codes for step in seen[None]} == {20_000}
+    assert {step.n_codes for step in seen[2000]} == {2000, 20_000}
+    assert first.converged
+    assert first.n_iterations < whole.n_iterations / 2
+    assert first.log_likelihoods[-1] == pytest.approx(whole.log_likelihoods[-1], abs=1e-3)
+    on_all = [step.log_likelihood for step in seen[2000] if step.n_codes == 20_000]
+    assert first.log_likelihoods == tuple(on_all)
+
+
+def test_first_phase_of_posteriors():
+    """Subsampled rows keep their variances."""
+    means, log_vars = clusters(N=3000), normal(3000, 2, seed=9)
+    first = fit_mixture(means, 4, log_vars=log_vars, subsample=1000, tol=1e-6, generator=seeded())
+    whole = fit_mixture(means, 4, log_vars=log_vars, subsample=None, tol=1e-6, generator=seeded())
+    assert first.log_likelihoods[0] == pytest.approx(whole.log_likelihoods[-1], abs=0.05)
+    assert first.log_likelihoods[-1] == pytest.approx(whole.log_likelihoods[-1], abs=1e-4)
+
+
+def test_no_first_phase_where_it_would_not_pay(monkeypatch):
+    """By default: not with few codes, nor from a start that was given."""
+    codes = clusters()
+    for subsample in ("auto", 600, 10**6):
+        fit = fit_mixture(codes, 3, subsample=subsample, generator=seeded())
+        assert_same(fit.mixture, fit_mixture(codes, 3, subsample=None, generator=seeded()).mixture, rtol=0, atol=0)
+    monkeypatch.setattr(mixture_fit, "SUBSAMPLE_CODES", 100)
+    monkeypatch.setattr(mixture_fit, "SUBSAMPLE_CODES_PER_COMPONENT_AND_UNIT", 1)
+    seen = []
+    fit_mixture(codes, 3, generator=seeded(), on_iteration=seen.append)
+    assert {step.n_codes for step in seen} == {100, 600}
+    start, seen = a_start(codes, 3), []
+    fit_mixture(codes, 3, start=start, on_iteration=seen.append)
+    assert {step.n_codes for step in seen} == {600}
+    assert seen[0].log_likelihood == pytest.approx(start.log_prob(codes).mean().item(), rel=1e-12)
+    fit_mixture(codes, 3, start=start, subsample=100, generator=seeded(), on_iteration=seen.append)
+    assert {step.n_codes for step in seen} == {100, 600}
 
 
 @pytest.mark.parametrize("K", [1, 4])
@@ -355,6 +506,37 @@ def test_reads_what_gives_slices(tmp_path):
         assert_same(fit_mixture(same, 3, generator=seeded()).mixture, expected.mixture, rtol=0.0, atol=0)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_device(tmp_path, device):
+    """Codes on disk are streamed to the device, and the mixture is there."""
+    codes = clusters().float()
+    np.save(tmp_path / "codes.npy", codes.numpy())
+    expected = fit_mixture(codes, 3, start=a_start(codes.double(), 3), max_iter=9).mixture
+    for source in (np.load(tmp_path / "codes.npy", mmap_mode="r"), codes):
+        fit = fit_mixture(source, 3, start=a_start(codes.double(), 3), max_iter=9, chunk_size=100, device=device)
+        assert fit.mixture.means.device.type == device
+        assert_same(fit.mixture.cpu(), expected, rtol=1e-9, atol=1e-10)
+    fit = fit_mixture(codes, "auto", device=device, subsample=100, generator=torch.Generator(device).manual_seed(0))
+    assert fit.mixture.means.device.type == device
+
+
+def test_reads_only_slices_of_chunks():
+    """Of a file on disk, no more than a chunk is in memory at a time, except for the subsets."""
+
+    class OnDisk:
+        shape = (600, 2)
+        longest = 0
+
+        def __getitem__(self, rows):
+            self.longest = max(self.longest, rows.stop - rows.start)
+            return codes[rows]
+
+    codes, source = clusters(), OnDisk()
+    fit = fit_mixture(source, 3, chunk_size=50, generator=seeded())
+    assert source.longest == 50
+    assert fit.log_likelihoods == pytest.approx(fit_mixture(codes, 3, generator=seeded()).log_likelihoods)
+
+
 def test_leaves_codes_and_start_alone():
     codes = clusters()
     start = a_start(codes, 3)
@@ -436,7 +618,7 @@ def test_refuses_codes(fit, codes, n_components, message):
         ({"held_out": spoiled(math.nan)}, "held_out codes are not all finite"),
         ({"start": a_start(clusters(), 3)}, "start has 3 components, but n_components is 2"),
         ({"start": a_start(clusters(d=3), 2)}, "start of dimension 2, got 3"),
-        ({"all_reduce": lambda values: values}, "all_reduce needs a start"),
+        ({"subsample": 0}, "subsample is at least 1, got 0"),
         ({"n_components": "auto", "start": a_start(clusters(), 3)}, "n_components is auto"),
     ],
 )

@@ -1,0 +1,111 @@
+"""Several processes, each with a part of the examples: what they need of each other, made from sums alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that work together; all must call the same methods in the same order.
+
+    Args:
+        rank: number of this process, from 0.
+        size: how many there are.
+        all_reduce: returns the sum of a tensor over all processes, in all of them; it may sum in place. The
+            tensors are on the device of the examples, integer or float64.
+
+    Raises:
+        ValueError: if the rank is not one of ``size``.
+
+    Example:
+        With ``torch.distributed``, once its process group is initialised:
+
+        >>> from torch import distributed
+        >>> def all_reduce(values):
+        ...     distributed.all_reduce(values)
+        ...     return values
+        >>> def processes():
+        ...     return Processes(distributed.get_rank(), distributed.get_world_size(), all_reduce)
+
+        With Lightning Fabric:
+
+        >>> from functools import partial
+        >>> def processes(fabric):
+        ...     return Processes(fabric.global_rank, fabric.world_size, partial(fabric.all_reduce, reduce_op="sum"))
+    """
+
+    rank: int
+    size: int
+    all_reduce: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"expected a rank from 0 to below size = {self.size}, got {self.rank}")
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        """Return the values of rank 0, in all processes.
+
+        Args:
+            values: of the same shape and type in all.
+
+        Returns:
+            A new tensor.
+        """
+        own = values.clone(memory_format=torch.contiguous_format)
+        return self.all_reduce(own if self.rank == 0 else own.zero_())
+
+    def counts(self, n: int, device: torch.device) -> list[int]:
+        """Tell all processes how many examples each of them has.
+
+        Args:
+            n: number in this process.
+            device: where the sum is taken.
+
+        Returns:
+            The numbers, in the order of the ranks.
+
+        Raises:
+            ValueError: if the ranks are not 0, 1, ... ``size`` - 1.
+        """
+        own = torch.zeros(2, self.size, dtype=torch.int64, device=device)
+        own[0, self.rank], own[1, self.rank] = 1, n
+        present, counts = self.all_reduce(own).tolist()
+        if present != [1] * self.size:
+            raise ValueError(f"expected one process of each rank from 0 to {self.size - 1}, got {present}")
+        return counts  # type: ignore[no-any-return]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the rows of all processes, in the order of the ranks, in all of them.
+
+        Args:
+            values: rows of this process, (n, ...), n being free to differ.
+
+        Returns:
+            All rows, (n_0 + n_1 + ..., ...).
+        """
+        counts = self.counts(len(values), values.device)
+        first = sum(counts[: self.rank])
+        rows = values.new_zeros(sum(counts), *values.shape[1:])
+        rows[first : first + len(values)] = values
+        return self.all_reduce(rows)
+
+    def share(self, n: int, counts: list[int]) -> int:
+        """Say how many of n examples this process has to give, if all give in proportion to what they have.
+
+        Args:
+            n: wanted from all; more than there are means all of them.
+            counts: how many each process has.
+
+        Returns:
+            The number from this process. Those of all processes add up to n.
+        """
+        total, before = sum(counts), sum(counts[: self.rank])
+        n = min(n, total)
+        return n * (before + counts[self.rank]) // total - n * before // total
+
+
+ALONE = Processes(rank=0, size=1, all_reduce=lambda values: values)
+"""One process, which has all examples."""
