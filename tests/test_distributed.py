@@ -56,7 +56,8 @@ def assert_close_runs(ours, theirs, tolerance=1e-4):
         assert row == pytest.approx(other, rel=tolerance)
     weights, others = ours.model().state_dict(), theirs.model().state_dict()
     torch.testing.assert_close(weights, others, rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(ours.mixture().state_dict(), theirs.mixture().state_dict(), rtol=1e-2, atol=1e-3)
+    # Fits from random starts, which may end elsewhere; their moments are those of the codes, wherever.
+    torch.testing.assert_close(ours.mixture().moments(), theirs.mixture().moments(), rtol=1e-2, atol=1e-2)
 
 
 def test_two_processes_give_the_curve_of_one(by_two, tmp_path):

@@ -5,6 +5,7 @@ Everything here is the same with one process, where it costs nothing.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from equipoise.processes import Processes
 from equipoise.training.config import TrainConfig
 
 T = TypeVar("T")
@@ -104,6 +106,18 @@ def all_reduce(fabric: Fabric, values: Tensor, operation: Literal["sum", "max"] 
     operations = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
     torch.distributed.all_reduce(combined, operations[operation])
     return combined.to(values.device)
+
+
+def processes_of(fabric: Fabric) -> Processes:
+    """Name the processes to the mathematics, which knows no engine.
+
+    Args:
+        fabric: the engine.
+
+    Returns:
+        This process among them.
+    """
+    return Processes(fabric.global_rank, fabric.world_size, partial(all_reduce, fabric))
 
 
 def gather(fabric: Fabric, values: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
 from equipoise.data import Batches, Data, Subset
-from equipoise.gaussian import Gaussian
+from equipoise.gaussian import Gaussian, SharedGenerator
 from equipoise.hub import run_folder
 from equipoise.mixture_fit import EMStep, MixtureFit, fit_mixture, fit_variational_mixture
 from equipoise.model import VAE, Scaling, encode_all
 from equipoise.networks import Architecture, default_architecture
 from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, NoiseModel
+from equipoise.processes import ALONE, Processes
 from equipoise.provenance import data_record, versions
 from equipoise.store import (
     StoreError,
@@ -30,7 +31,7 @@ from equipoise.store import (
     write_json,
 )
 from equipoise.training.config import DETERMINISTIC, ConfigError, TrainConfig, make_config
-from equipoise.training.engine import in_main_process, launch, make_fabric
+from equipoise.training.engine import in_main_process, launch, make_fabric, processes_of
 from equipoise.training.logging import JsonlSink, Row, Sink, read_rows
 from equipoise.training.trackers import TRACKERS, is_installed
 from equipoise.training.trainer import EVALUATION_BATCH, Trainer, examples
@@ -197,7 +198,7 @@ def train(
     trainer = Trainer(model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric)
     trainer.fit(resume=resume)
     model.eval()
-    fit = fit_aggregate(model, data, config, trainer.fabric.device, on_mixture)
+    fit = fit_aggregate(model, data, config, fabric.device, on_mixture, processes_of(fabric))
     model.cpu()
 
     def save() -> None:
@@ -305,6 +306,7 @@ def fit_aggregate(
     config: TrainConfig,
     device: torch.device,
     on_iteration: Callable[[EMStep], None] | None = None,
+    processes: Processes = ALONE,
 ) -> MixtureFit:
     """Fit a Gaussian mixture to the aggregate posterior of the training set, eq. (13).
 
@@ -314,20 +316,28 @@ def fit_aggregate(
         config: options ``n_components``, ``mixture_fit`` and ``mixture_from``.
         device: where to compute.
         on_iteration: told of each iteration of EM.
+        processes: those that share the work, each encoding its part of the examples.
 
     Returns:
         The mixture and how it was found.
     """
     generator = torch.Generator(device).manual_seed(config.seed + 4)
-    posterior = encode_examples(model, data.train, device)
-    codes = posterior.sample(generator)
+
+    def encode(examples: Subset) -> tuple[Gaussian, Tensor]:
+        """Posteriors of this process's part, and a sample of each, the same whatever the number of processes."""
+        posterior = encode_examples(model, examples, device, processes)
+        if processes.size == 1:
+            return posterior, posterior.sample(generator)
+        return posterior, posterior.sample(SharedGenerator(generator, len(examples), processes.rank, processes.size))
+
+    posterior, codes = encode(data.train)
     if config.mixture_fit == "variational":
-        n_components = min(32, len(codes)) if config.n_components == "auto" else config.n_components
-        return fit_variational_mixture(codes, n_components, generator=generator)
-    held_out = None
-    if config.n_components == "auto":
-        held_out = encode_examples(model, data.validation, device).sample(generator)
+        n_components = min(32, len(data.train)) if config.n_components == "auto" else config.n_components
+        return fit_variational_mixture(processes.gather(codes), n_components, generator=generator)
+    held_out = encode(data.validation)[1] if config.n_components == "auto" else None
     exact = config.mixture_from == "moments"
+    if processes.rank:
+        generator.manual_seed(config.seed + 4 + processes.rank)  # for random subsets, to which each gives a share
     return fit_mixture(
         posterior.mean if exact else codes,
         config.n_components,
@@ -335,21 +345,24 @@ def fit_aggregate(
         held_out=held_out,
         generator=generator,
         on_iteration=on_iteration,
+        processes=processes,
     )
 
 
-def encode_examples(model: VAE, examples: Subset, device: torch.device) -> Gaussian:
-    """Posterior q(z|x) of every example.
+def encode_examples(model: VAE, examples: Subset, device: torch.device, processes: Processes = ALONE) -> Gaussian:
+    """Posterior q(z|x) of every example, or of this process's part of them.
 
     Args:
         model: in evaluation mode, on the device.
         examples: raw.
         device: where to compute.
+        processes: each takes every ``size``-th example.
 
     Returns:
         Means and log-variances, (N, d).
     """
-    return encode_all(model, Batches(examples, EVALUATION_BATCH, device).epoch())
+    batches = Batches(examples, EVALUATION_BATCH, device, rank=processes.rank, world_size=processes.size)
+    return encode_all(model, batches.epoch())
 
 
 def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> None:
