@@ -80,26 +80,38 @@ class RunningMeans:
         self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
         self.count = 0
         self.log_var_range = torch.tensor([math.inf, -math.inf], device=device)
-        self.first_bad_step = torch.full((), -1, device=device)
+        self.first_bad_step = -1
         self.started = time.perf_counter()
+        self._checks: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     @torch.no_grad()
     def add(self, terms: Terms, step: int) -> None:
-        """Add a batch.
+        """Add a batch; what can wait is left to :meth:`read`, for every little operation takes its time.
 
         Args:
             terms: its objective.
             step: optimiser steps done, to name the one at which the loss stopped being finite.
         """
         noise_var = terms.log_var.exp().mean().expand_as(terms.kl)
-        values = (terms.elbo, terms.log_likelihood, terms.kl, terms.squared_error, noise_var)
-        self.sums += torch.stack(values).sum(1, dtype=torch.float64)
+        values = (terms.elbo, terms.log_likelihood, terms.kl, terms.squared_error, noise_var, terms.loss)
+        sums = torch.stack(values).sum(1, dtype=torch.float64)
+        self.sums += sums[:-1]
         self.count += len(terms.kl)
-        low, high = torch.aminmax(terms.log_var)
-        self.log_var_range[0] = torch.fmin(self.log_var_range[0], low)
-        self.log_var_range[1] = torch.fmax(self.log_var_range[1], high)
-        is_first_bad = ~torch.isfinite(terms.loss.sum()) & (self.first_bad_step < 0)
-        self.first_bad_step.masked_fill_(is_first_bad, step)
+        self._checks.append((step, sums[-1], *torch.aminmax(terms.log_var)))
+
+    def _check(self) -> None:
+        """Take in the batches since the last look: range of the log-variance, first loss that was not finite."""
+        if not self._checks:
+            return
+        steps, losses, lows, highs = zip(*self._checks, strict=True)
+        self._checks = []
+        low = torch.stack(lows).nan_to_num(math.inf, math.inf, -math.inf).min()
+        high = torch.stack(highs).nan_to_num(-math.inf, math.inf, -math.inf).max()
+        low, high = torch.minimum(self.log_var_range[0], low), torch.maximum(self.log_var_range[1], high)
+        self.log_var_range = torch.stack([low, high])
+        bad = torch.stack(losses).isfinite().logical_not().tolist()
+        if self.first_bad_step < 0 and any(bad):
+            self.first_bad_step = steps[bad.index(True)]
 
     def read(self, dimensions: int, stage: Stage) -> dict[str, float]:
         """Averages so far; the only place that waits for the device.
@@ -114,7 +126,8 @@ class RunningMeans:
         Raises:
             NotFiniteError: if a loss was not finite.
         """
-        if (bad := int(self.first_bad_step)) >= 0:
+        self._check()
+        if (bad := self.first_bad_step) >= 0:
             low, high = self.log_var_range.tolist()
             raise NotFiniteError(
                 f"The loss stopped being finite in stage {stage:d} at step {bad}; until then the log-variance of the "
@@ -133,7 +146,9 @@ class RunningMeans:
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and seconds so far."""
-        return vars(self) | {"started": -self.seconds}
+        self._check()
+        state = {name: value for name, value in vars(self).items() if name != "_checks"}
+        return state | {"started": -self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken.
@@ -356,13 +371,14 @@ class Trainer:
         model = self.model
         if self.position.batch == 0:
             self.means = RunningMeans(self.fabric.device)
+        parameters = list(self.objective.parameters())
         shown = saved = time.monotonic()
         for raw in self.train_batches.epoch(self.position.epoch, self.position.batch):
             terms: Terms = self.objective(self._to_model_units(raw), self.generator)
             self.optimizer.zero_grad()
             self.fabric.backward(terms.loss.mean())
             if self.config.clip:
-                self.clipping.clip(self.objective.parameters())
+                self.clipping.clip(parameters)
             self.optimizer.step()
             self.scheduler.step()
             # Before the closed form moves on: the terms refer to the variance they were computed with.
