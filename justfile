@@ -39,6 +39,14 @@ check: lint test docs
 # The benchmarks whose JSON lies in results/
 bench data_dir:
     python benchmarks/mixture_em.py
+    python benchmarks/iwae_cost.py
+    python benchmarks/footprint.py --data-dir {{data_dir}}
     python benchmarks/training_loop.py --data-dir {{data_dir}}
     python benchmarks/stage_two.py mnist --data-dir {{data_dir}}
     python benchmarks/stage_two.py fashion-mnist --data-dir {{data_dir}}
+
+# The benchmarks against pythae, in the environment that benchmarks/peers.py describes
+bench-peers data_dir:
+    python benchmarks/throughput.py --data-dir {{data_dir}}
+    python benchmarks/time_to_quality.py --data-dir {{data_dir}} --epochs 4 8 12 --precisions bf16
+    python benchmarks/peers.py --data-dir {{data_dir}} --threads 1

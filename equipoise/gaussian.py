@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -112,8 +112,11 @@ class Gaussian(NamedTuple):
         Returns:
             (B,), nats, summed over the dimensions, constants included.
         """
-        scaled = (x - self.mean).square() * torch.exp(-self.log_var)
-        return -0.5 * sum_dimensions(scaled + self.log_var + LOG_2PI)
+        squared = nn.functional.mse_loss(self.mean, x, reduction="none")  # one pass over the data, and one back
+        precision, normaliser = torch.exp(-self.log_var), self.log_var + LOG_2PI
+        if self.log_var.ndim == 0:  # eq. (8), whose variance stands before the sum
+            return -0.5 * (sum_dimensions(squared) * precision + x.shape[1:].numel() * normaliser)
+        return -0.5 * sum_dimensions(squared * precision + normaliser)
 
     def sample(self, generator: Randomness = None) -> Tensor:
         r"""Draw one reparametrised sample per example, mean + std * epsilon.

@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from equipoise.gaussian import sum_dimensions
+
 NoiseUpdate = Literal["closed-form", "gradient"]
 AllReduce: TypeAlias = Callable[[Tensor], Tensor]
 """Sum of a tensor over processes, the same in all of them."""
@@ -71,7 +73,10 @@ class ResidualVariance(nn.Module):
             keep: factor on everything seen before; below one, old batches are forgotten exponentially.
             all_reduce: if given, ``residual`` is this process's part of the batch, and the sums of all are added.
         """
-        squared = residual.square().sum(0, dtype=torch.float64).sum_to_size(self.sum.shape)
+        squared = residual.square()
+        if not self.sum.ndim:
+            squared = sum_dimensions(squared)  # so few that float32 is enough; float64 is slow on many devices
+        squared = squared.sum(0, dtype=torch.float64).sum_to_size(self.sum.shape)
         count: float | Tensor = residual.numel() / self.sum.numel()
         if all_reduce is not None:
             totals = all_reduce(torch.cat([squared.flatten(), squared.new_tensor([count])]))
@@ -514,19 +519,23 @@ def _interpolate(factors: Tensor, n_std: float) -> float:
     return float(low + (position - below) * (high - low))
 
 
-class _LowerBound(torch.autograd.Function):
-    """max(values, bound), whose gradient below the bound is kept where descent would raise the value."""
+class _Clamp(torch.autograd.Function):
+    """Values within bounds; the gradient of one beyond them is kept where descent would bring it back."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bound: Tensor) -> Tensor:  # noqa: ANN401 (torch's own context type)
-        ctx.save_for_backward(values < bound)
-        return torch.maximum(values, bound)
+    def forward(ctx: Any, values: Tensor, low: Tensor | float, high: float | None) -> Tensor:  # noqa: ANN401 (torch's own context type)
+        clamped = values.clamp(low, high)  # type: ignore[arg-type] # a tensor and None serve
+        ctx.save_for_backward(values, clamped)
+        return clamped
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:  # noqa: ANN401
         (gradient,) = gradients
-        (below,) = ctx.saved_tensors
-        return torch.where(below & (gradient > 0), 0.0, gradient), None
+        values, clamped = ctx.saved_tensors
+        # Descent moves a value further out where excess and gradient differ in sign: where their product is negative.
+        # The kernel of a ReLU's gradient is a quarter of the time of torch.where on a CPU.
+        product = (values - clamped) * gradient
+        return torch.ops.aten.threshold_backward(gradient, product, -torch.finfo(product.dtype).tiny), None, None
 
 
 def lower_bound(values: Tensor, bound: Tensor) -> Tensor:
@@ -548,8 +557,7 @@ def lower_bound(values: Tensor, bound: Tensor) -> Tensor:
         >>> raw.grad  # descent raises the second: kept; it would lower the first: dropped
         tensor([ 0., -1.,  1.])
     """
-    apply = cast(Callable[[Tensor, Tensor], Tensor], _LowerBound.apply)
-    return apply(values, bound)
+    return _clamp(values, bound, None)
 
 
 def bounded(values: Tensor, low: float, high: float) -> Tensor:
@@ -567,4 +575,7 @@ def bounded(values: Tensor, low: float, high: float) -> Tensor:
         >>> bounded(torch.tensor([-0.2, 0.4, 1.3]), 0.1, 1.0)
         tensor([0.1000, 0.4000, 1.0000])
     """
-    return -lower_bound(-lower_bound(values, values.new_full((), low)), values.new_full((), -high))
+    return _clamp(values, low, high)
+
+
+_clamp = cast(Callable[[Tensor, Tensor | float, float | None], Tensor], _Clamp.apply)

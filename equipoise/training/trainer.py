@@ -86,26 +86,38 @@ class RunningMeans:
         self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
         self.count = 0
         self.log_var_range = torch.tensor([math.inf, -math.inf], device=device)
-        self.first_bad_step = torch.full((), -1, device=device)
+        self.first_bad_step = -1
         self.started = time.perf_counter()
+        self._checks: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     @torch.no_grad()
     def add(self, terms: Terms, step: int) -> None:
-        """Add a batch.
+        """Add a batch; what can wait is left to :meth:`read`, for every little operation takes its time.
 
         Args:
             terms: its objective.
             step: optimiser steps done, to name the one at which the loss stopped being finite.
         """
         noise_var = terms.log_var.exp().mean().expand_as(terms.kl)
-        values = (terms.elbo, terms.log_likelihood, terms.kl, terms.squared_error, noise_var)
-        self.sums += torch.stack(values).sum(1, dtype=torch.float64)
+        values = (terms.elbo, terms.log_likelihood, terms.kl, terms.squared_error, noise_var, terms.loss)
+        sums = torch.stack(values).sum(1, dtype=torch.float64)
+        self.sums += sums[:-1]
         self.count += len(terms.kl)
-        low, high = torch.aminmax(terms.log_var)
-        self.log_var_range[0] = torch.fmin(self.log_var_range[0], low)
-        self.log_var_range[1] = torch.fmax(self.log_var_range[1], high)
-        is_first_bad = ~torch.isfinite(terms.loss.sum()) & (self.first_bad_step < 0)
-        self.first_bad_step.masked_fill_(is_first_bad, step)
+        self._checks.append((step, sums[-1], *torch.aminmax(terms.log_var)))
+
+    def _check(self) -> None:
+        """Take in the batches since the last look: range of the log-variance, first loss that was not finite."""
+        if not self._checks:
+            return
+        steps, losses, lows, highs = zip(*self._checks, strict=True)
+        self._checks = []
+        low = torch.stack(lows).nan_to_num(math.inf, math.inf, -math.inf).min()
+        high = torch.stack(highs).nan_to_num(-math.inf, math.inf, -math.inf).max()
+        low, high = torch.minimum(self.log_var_range[0], low), torch.maximum(self.log_var_range[1], high)
+        self.log_var_range = torch.stack([low, high])
+        bad = torch.stack(losses).isfinite().logical_not().tolist()
+        if self.first_bad_step < 0 and any(bad):
+            self.first_bad_step = steps[bad.index(True)]
 
     def read(self, dimensions: int, stage: Stage, all_reduce: Callable[..., Tensor]) -> dict[str, float]:
         """Averages so far, over all processes; the only place that waits for the device.
@@ -122,12 +134,13 @@ class RunningMeans:
         Raises:
             NotFiniteError: if a loss was not finite.
         """
-        count, is_bad = self.sums.new_tensor([self.count]), (self.first_bad_step >= 0).double()[None]
+        self._check()
+        count, is_bad = self.sums.new_tensor([self.count]), self.sums.new_tensor([self.first_bad_step >= 0])
         *sums, n, n_bad = all_reduce(torch.cat([self.sums, count, is_bad])).tolist()
         if n_bad:
             signs = self.log_var_range.new_tensor([-1.0, 1.0])  # the lowest is the highest of the negatives
             low, high = (all_reduce(self.log_var_range * signs, "max") * signs).tolist()
-            bad_step = int(all_reduce(self.first_bad_step, "max"))
+            bad_step = int(all_reduce(self.sums.new_tensor([self.first_bad_step]), "max"))
             raise NotFiniteError(
                 f"The loss stopped being finite in stage {stage:d} at step {bad_step}; until then the log-variance of "
                 f"the noise lay in [{low:.2f}, {high:.2f}]. Checkpoints are from before it. Try a lower "
@@ -145,7 +158,8 @@ class RunningMeans:
 
     def pack(self) -> Tensor:
         """Everything in one tensor, which is exact, (10,), float64."""
-        others = [self.count, self.first_bad_step.item(), self.seconds]
+        self._check()
+        others = [self.count, self.first_bad_step, self.seconds]
         return torch.cat([self.sums, self.log_var_range.double(), self.sums.new_tensor(others)]).cpu()
 
     def unpack(self, packed: Tensor) -> None:
@@ -158,7 +172,7 @@ class RunningMeans:
         self.sums.copy_(packed[:, :n].sum(0))
         self.log_var_range.copy_(torch.stack([packed[:, n].min(), packed[:, n + 1].max()]))
         self.count = int(packed[:, n + 2].sum())
-        self.first_bad_step.fill_(packed[:, n + 3].max())
+        self.first_bad_step = int(packed[:, n + 3].max())
         self.started = time.perf_counter() - float(packed[:, n + 4].max())
 
 
@@ -402,6 +416,7 @@ class Trainer:
         model, batches, processes = self.model, self.train_batches, self.fabric.world_size
         if self.position.batch == 0:
             self.means = RunningMeans(self.fabric.device)
+        parameters = list(self.objective.parameters())
         shown = saved = time.monotonic()
         for raw in batches.epoch(self.position.epoch, self.position.batch):
             epoch, step, stage_step, batch = self.position
@@ -410,7 +425,7 @@ class Trainer:
             # The engine averages over processes: this is the mean over the whole batch, whatever the parts.
             self.fabric.backward(terms.loss.sum() / (batches.size(batch) / processes))
             if self.config.clip:
-                self.clipping.clip(self.objective.parameters())
+                self.clipping.clip(parameters)
             self.optimizer.step()
             self.scheduler.step()
             # Before the closed form moves on: the terms refer to the variance they were computed with.

@@ -1,0 +1,72 @@
+"""Cost of the importance-weighted bound, K = 20, against a bare forward pass of the decoder over as many codes.
+
+    python benchmarks/iwae_cost.py
+
+In turns, on images of MNIST's size with the networks of its recipe, untrained: the weights do not matter. After stage 2
+a pass is that of two networks, mean and variance. Of several numbers of codes at once, the fastest counts.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from equipoise.metrics.likelihood import iwae
+from equipoise.model import VAE
+from equipoise.provenance import provenance
+
+N, K, ROUNDS = 500, 20, 7
+AT_ONCE = (128, 256, 500, 1000)
+
+
+def timed(run, *arguments):
+    """Seconds."""
+    started = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - started
+
+
+def compare(model, networks):
+    """Codes per second of both, and their ratio."""
+    x = torch.rand(N, *model.shape)
+    z = torch.randn(N * K, model.latent_dim)
+
+    @torch.no_grad()
+    def decode(n):
+        for codes in z.split(n):
+            for network in networks:
+                network(codes)
+
+    def one_round():
+        return {"bound": timed(iwae, model, [x], K)} | {n: timed(decode, n) for n in AT_ONCE}
+
+    rounds = [one_round() for _ in range(ROUNDS + 1)][1:]
+    speeds = {name: round(N * K / statistics.median(one[name] for one in rounds)) for name in rounds[0]}
+    best = max(AT_ONCE, key=speeds.get)
+    return {
+        "bound_codes_per_second": speeds["bound"],
+        "decoder_codes_per_second": {str(n): speeds[n] for n in AT_ONCE},
+        "ratio": round(statistics.median(one[best] / one["bound"] for one in rounds), 3),
+    }
+
+
+def main():
+    """Compare and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("results/benchmark-iwae-cost.json"))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = VAE.build((1, 28, 28), latent_dim=16, mean_bounds=(0.0, 1.0)).eval()
+    rows = {"stage 1": compare(model, [model.decoder])}
+    model.predict_variance(torch.tensor(0.01), torch.tensor(0.01))
+    rows["stage 2"] = compare(model.eval(), [model.decoder, model.noise.network])
+    print(json.dumps(rows, indent=2))
+    about = {"threads": torch.get_num_threads(), "examples": N, "importance_samples": K, "rounds": ROUNDS}
+    options.out.write_text(json.dumps(provenance() | about | {"rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

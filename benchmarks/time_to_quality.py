@@ -1,0 +1,116 @@
+"""How long until samples are as good as the best that pythae reaches in ten epochs of MNIST.
+
+    python benchmarks/time_to_quality.py --data-dir DATA        (in the environment that peers.py describes)
+
+Of pythae's models WAE-MMD with its Gaussian mixture has the lowest Fréchet distance, see
+results/benchmark-peers-mnist.json; here it is trained again, by peers.py's own function. Ours is trained for budgets of
+a few epochs, each with its whole schedule, from the same networks. Seconds are those of training, validation and fit
+of the mixture: of 32 components, as pythae's, and of 256, which `mixture=auto` chooses on these data. Rows that are in
+the JSON already, with the same versions, options, data and threads, are not made again.
+"""
+
+import argparse
+import json
+import logging
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from peers import BATCH, N_SAMPLES, Clock, optimiser, start, train_pythae
+from tables import time_to_quality
+
+from equipoise.data import Batches, load
+from equipoise.metrics.features import cached_features, features_of, load_features
+from equipoise.metrics.samples import sample_quality
+from equipoise.provenance import provenance
+from equipoise.training.config import make_config, read_recipe, shipped_recipes
+from equipoise.training.run import fit_aggregate
+from equipoise.training.trainer import Trainer, make_fabric
+
+THEIRS = "pythae WAE-MMD, 10 epochs"
+PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed"}
+BUDGETS = {
+    f"equipoise, {epochs} epochs, {precision}": (epochs, precision)
+    for precision in PRECISIONS
+    for epochs in range(2, 13)
+}
+COMPONENTS = (32, 256)
+
+
+def make_theirs(data, config):
+    """Samples and seconds of pythae."""
+    images = train_pythae("wae-mmd", data, config, optimiser(config, is_scheduled=False))
+    seconds = images.seconds
+    return seconds["training"], {COMPONENTS[0]: (images.rows["mixture"], seconds["mixture"])}
+
+
+def make_ours(data, config):
+    """Seconds of training, and samples and seconds of each mixture."""
+    model = start(data, config)
+    clock = Clock()
+    Trainer(model, data, config).fit()
+    clock.lap("training")
+    model.eval()
+    device = make_fabric(config).device
+    n, made = min(N_SAMPLES, len(data.test)), {}
+    for K in COMPONENTS:
+        clock.lap("")
+        mixture = fit_aggregate(model, data, replace(config, n_components=K), device).mixture
+        clock.lap("mixture")
+        generator = torch.Generator(device).manual_seed(config.seed)
+        with torch.no_grad():
+            means = [model.generate(BATCH, mixture, generator).mean.cpu() for _ in range(n // BATCH)]
+        made[K] = torch.cat(means), clock.seconds["mixture"]
+    return clock.seconds["training"], made
+
+
+def main():
+    """Make the rows that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir")
+    parser.add_argument("--epochs", nargs="+", type=int, default=[4, 6], help="budgets of ours")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmark-time-to-quality.json"))
+    options = parser.parse_args()
+    logging.disable(logging.INFO)
+    recipe = read_recipe(shipped_recipes()["mnist"])
+    data = load(recipe.pop("data"), data_dir=options.data_dir)
+    config = make_config(
+        recipe | {"stage_1_epochs": 10, "stage_2_epochs": 0, "tolerance": 0.0, "accelerator": options.accelerator}
+    )
+    about = provenance(data=data, options=config.as_dict())
+    about["versions"]["pythae"] = version("pythae")
+    about |= {"threads": torch.get_num_threads(), "n_samples": min(N_SAMPLES, len(data.test))}
+    about = json.loads(json.dumps(about))
+    before = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    is_same = all(before.get(key) == value for key, value in about.items() if key not in ("command", "date"))
+    rows = before["rows"] if is_same else {}
+
+    extractor = load_features("efficientnet-lite0", data)
+    reference = cached_features(extractor, data.test, Batches(data.test, BATCH).epoch())
+    scaling = start(data, config).scaling
+    wanted = {THEIRS: (make_theirs, config)}
+    for name, (epochs, precision) in BUDGETS.items():
+        if epochs in options.epochs and precision in options.precisions:
+            wanted[name] = (make_ours, replace(config, stage_1_epochs=epochs, precision=PRECISIONS[precision]))
+    for name, (make, its_config) in wanted.items():
+        if name in rows:
+            continue
+        training_seconds, made = make(data, its_config)
+        mixtures = []
+        for K, (means, seconds) in made.items():
+            features = features_of(extractor, scaling.restore_levels(means).split(BATCH))
+            frechet = sample_quality(features, reference, config.seed).frechet
+            mixtures.append({"components": K, "seconds": seconds, "frechet_distance": frechet._asdict()})
+        rows[name] = {"training_seconds": training_seconds, "mixtures": mixtures}
+        rows = {name: rows[name] for name in (THEIRS, *BUDGETS) if name in rows}
+        options.out.parent.mkdir(exist_ok=True)
+        options.out.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        print(name, json.dumps(rows[name]), flush=True)
+    print(time_to_quality(about | {"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
