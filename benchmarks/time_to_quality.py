@@ -25,8 +25,9 @@ from equipoise.metrics.features import cached_features, features_of, load_featur
 from equipoise.metrics.samples import sample_quality
 from equipoise.provenance import provenance
 from equipoise.training.config import make_config, read_recipe, shipped_recipes
+from equipoise.training.engine import choose_device
 from equipoise.training.run import fit_aggregate
-from equipoise.training.trainer import Trainer, make_fabric
+from equipoise.training.trainer import Trainer
 
 THEIRS = "pythae WAE-MMD, 10 epochs"
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed"}
@@ -52,7 +53,7 @@ def make_ours(data, config):
     Trainer(model, data, config).fit()
     clock.lap("training")
     model.eval()
-    device = make_fabric(config).device
+    device = choose_device(config)
     n, made = min(N_SAMPLES, len(data.test)), {}
     for K in COMPONENTS:
         clock.lap("")

@@ -409,7 +409,7 @@ def importance_weighted_bounds(
     observed = [x] if observed is None else observed
     max_rows = max_rows or (256 if x.device.type == "cpu" else 4096)
     if len(x) > max_rows:
-        parts = zip(x.split(max_rows), *(seen.split(max_rows) for seen in observed), strict=True)
+        parts = zip(*(torch.split(each, max_rows) for each in (x, *observed)), strict=True)
         bounds = partial(importance_weighted_bounds, model, max_rows=max_rows)
         return torch.cat([bounds(x, n_samples, log_priors, generator, observed=seen) for x, *seen in parts], 2)
     posterior = model.encode(x)
