@@ -21,7 +21,7 @@ from torch import nn
 from equipoise.data import load
 from equipoise.metrics.calibration import NOMINAL_COVERAGE, varying_dimensions
 from equipoise.model import VAE
-from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, PredictedNoise
+from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, PredictedNoise, ResidualVariance
 from equipoise.objectives import Elbo
 from equipoise.store import StoreError
 from equipoise.training import run as run_module
@@ -804,3 +804,47 @@ def test_the_public_names_resolve():
     assert run_module.train is equipoise.train
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = equipoise.nonsense
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_sums_are_as_good_as_float64_whatever_the_networks_compute_in(precision, stage):
+    """ELBO, its parts and eq. (10) from the very means and variances that the networks gave."""
+    rng = np.random.default_rng(0)
+    data = load(rng.integers(0, 256, (600, 3, 32, 32), dtype=np.uint8))
+    epochs = {"stage_1_epochs": 1, "stage_2_epochs": 1} if stage == 2 else {"stage_1_epochs": 1, "stage_2_epochs": 0}
+    config = replace(QUICK, precision=precision, **epochs)
+    seen = []
+
+    class Seen(Recorder):
+        def step(self, done_steps, total_steps, label, figures):
+            self.figures = figures
+
+    trainer = Trainer(make_model(data, config), data, config, sinks=[recorder := Seen()])
+    add = trainer_module.RunningMeans.add
+
+    def keep(means, terms, step):
+        if terms.loss.requires_grad:  # training, and not an evaluation
+            # The shared variance is a buffer, which the closed form moves in place.
+            seen.append((trainer.schedule.stage, terms._replace(log_var=terms.log_var.clone())))
+        add(means, terms, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.RunningMeans, "add", keep)
+        trainer.fit()
+    terms = [each for at, each in seen if at == stage]
+    assert len(terms) == 4  # of 600 examples 486 are left for training, in batches of 128
+    residual = torch.cat([each.residual for each in terms]).double()
+    log_var = torch.cat([each.log_var.expand_as(each.residual) for each in terms]).double()
+    mean, code_log_var = (torch.cat([each.posterior[i] for each in terms]).detach().double() for i in range(2))
+    log_likelihood = -0.5 * (residual.square() / log_var.exp() + log_var + math.log(2 * math.pi)).flatten(1).sum(1)
+    kl = 0.5 * (mean.square() + code_log_var.exp() - 1 - code_log_var).sum(1)
+    figures = recorder.figures
+    assert figures["log_likelihood"] == pytest.approx(float(log_likelihood.mean()), rel=1e-6)
+    assert figures["kl"] == pytest.approx(float(kl.mean()), rel=1e-5, abs=1e-6)
+    assert figures["elbo"] == pytest.approx(float((log_likelihood - kl).mean()), rel=1e-6)
+    assert figures["mse"] == pytest.approx(float(residual.square().mean()), rel=1e-6)
+    statistic = ResidualVariance()
+    for each in terms:
+        statistic.update(each.residual)
+    assert float(statistic.var) == pytest.approx(float(residual.square().mean()), rel=1e-7)
