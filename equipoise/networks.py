@@ -269,9 +269,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             nn.GroupNorm(math.gcd(channels, 8), channels),
-            nn.GELU(),
+            GELU(),
             nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GELU(),
+            GELU(),
             nn.Conv2d(channels, channels, 3, padding=1),
         )
 

@@ -1,9 +1,13 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.networks import (
+    GELU,
+    ConvTranspose2d,
     build_decoder,
     build_encoder,
     default_architecture,
@@ -25,6 +29,25 @@ def test_every_image_size_goes_in_and_comes_out(architecture, channels, height, 
     parameters = encoder(torch.zeros(2, *shape))
     assert parameters.shape == (2, 2 * latent_dim)
     assert decoder(parameters[:, :latent_dim]).shape == (2, *shape)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "layer", [GELU(), ConvTranspose2d(6, 3, 4, stride=2, padding=1, output_padding=(0, 1))], ids=["GELU", "transposed"]
+)
+def test_layers_that_are_quicker_compute_what_torchs_do(layer, layout):
+    layer = copy.deepcopy(layer).to(memory_format=layout)
+    reference = copy.deepcopy(layer)
+    reference.__class__ = type(layer).__base__
+    found = []
+    for module in (layer, reference):
+        x = torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
+        y = module(x.requires_grad_())
+        assert y.is_contiguous(memory_format=layout)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(parameter.grad for parameter in module.parameters())])
+    for ours, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["mlp", "conv", "residual"])

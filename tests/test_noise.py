@@ -17,6 +17,7 @@ from equipoise.noise import (
     PredictedNoise,
     ResidualQuantiles,
     ResidualVariance,
+    bounded,
     lower_bound,
 )
 
@@ -160,6 +161,14 @@ def test_a_variance_below_its_floor_can_leave_it():
 def test_lower_bound_gradients_away_from_the_bound():
     values = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v: lower_bound(v, v.new_tensor(0.0)), (values,))
+
+
+@given(st.floats(-3, 3, width=32), st.sampled_from([-2.0, -1e-6, 0.0, 1e-6, 2.0]))
+def test_bounds_keep_the_gradients_that_bring_a_value_back(value, gradient):
+    raw = torch.tensor([value], requires_grad=True)
+    (found,) = torch.autograd.grad(bounded(raw, -1.0, 1.0), raw, torch.tensor([gradient]))
+    descent_leads_further_out = (value < -1 and gradient > 0) or (value > 1 and gradient < 0)
+    assert found == torch.tensor(0.0 if descent_leads_further_out else gradient)
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from equipoise.gaussian import Gaussian
+from equipoise.gaussian import Gaussian, standard_normal_log_prob
 from equipoise.model import VAE
 from equipoise.noise import FixedNoise, GlobalNoise, PredictedNoise, ResidualVariance
 from equipoise.objectives import (
@@ -14,6 +14,7 @@ from equipoise.objectives import (
     RaeL2,
     WaeMmd,
     importance_weighted_bound,
+    importance_weighted_bounds,
     maximum_mean_discrepancy,
 )
 from tests.oracles import Ppca, linear_gaussian_data, ppca_vae
@@ -84,6 +85,17 @@ def test_importance_weighted_bound_draws_exactly_as_many_samples_as_asked():
     vae.decoder.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
     importance_weighted_bound(vae, torch.zeros(2, 6), 7, max_rows=6)
     assert rows == [6, 6, 2]
+
+
+def test_importance_weighted_bound_of_more_examples_than_rows(generator):
+    x, ppca, vae = exact_model()
+    vae.noise.log_var = ppca.var.log()
+    bounds = importance_weighted_bounds(
+        vae, x[:50], 3, [standard_normal_log_prob], generator, observed=[x[:50], x[50:100]], max_rows=8
+    )
+    torch.testing.assert_close(bounds[0, 0], ppca.log_prob(x[:50]), rtol=1e-9, atol=1e-9)
+    assert bounds.shape == (2, 1, 50)
+    assert (bounds[1] < bounds[0]).double().mean() > 0.9  # of other examples, from codes that are not theirs
 
 
 def test_importance_weighted_bound_is_stable_for_thousands_of_samples(generator):
