@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from equipoise.data import Batches, Data, Subset
+from equipoise.data import Batches, Data, ExampleSet, StreamBatches, batches_of
 from equipoise.data.varying import varying_dimensions
 from equipoise.model import VAE
 from equipoise.noise import DimensionNoise, GlobalNoise, PredictedNoise, ResidualQuantiles, ResidualVariance
@@ -186,7 +186,7 @@ class Trainer:
         device = self.fabric.device
         model.to(device)
         batch_size = min(config.batch_size, len(data.train))
-        self.train_batches = Batches(data.train, batch_size, device, seed=config.seed)
+        self.train_batches = batches_of(data.train, batch_size, device, seed=config.seed)
         self.validation_batches = Batches(data.validation, EVALUATION_BATCH, device)
         self.test_batches = Batches(data.test, EVALUATION_BATCH, device)
         self.generator = torch.Generator(device).manual_seed(config.seed)
@@ -460,7 +460,7 @@ class Trainer:
         return statistic
 
     @torch.no_grad()
-    def _terms(self, batches: Batches, generator: torch.Generator) -> Iterator[Terms]:
+    def _terms(self, batches: Batches | StreamBatches, generator: torch.Generator) -> Iterator[Terms]:
         objective = Elbo(self.model).eval()
         for raw in batches.epoch(0):
             yield objective(self._to_model_units(raw), generator)
@@ -563,17 +563,18 @@ class Trainer:
 _LOGGED = ("elbo", "log_likelihood", "kl", "mse", "noise_var")
 
 
-def examples(array: Subset, n: int, device: torch.device) -> Tensor:
-    r"""Take a few examples, evenly spread over an array.
+def examples(part: ExampleSet, n: int, device: torch.device) -> Tensor:
+    r"""Take a few examples, evenly spread over an array, or over the first ones of a stream.
 
     Args:
-        array: one split of the data.
+        part: one split of the data.
         n: how many, or all if there are fewer.
         device: where to put them.
 
     Returns:
         Raw data, (n, \*).
     """
+    array = part.at_hand
     index = np.linspace(0, len(array) - 1, min(n, len(array))).astype(np.int64)
     return torch.from_numpy(array[index]).to(device)
 
