@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from equipoise.aggregate import StandardNormal as StandardNormal
     from equipoise.data import Data as Data
     from equipoise.data import load as load_data  # noqa: F401 (re-exported under a clearer name)
+    from equipoise.data import load_stream as load_stream
     from equipoise.estimator import VAEEstimator as VAEEstimator
     from equipoise.evaluation import evaluate as evaluate
     from equipoise.gaussian import Gaussian as Gaussian
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "equipoise.aggregate": ("AggregatePosterior", "GaussianMixture", "StandardNormal"),
-    "equipoise.data": ("Data", "load_data"),
+    "equipoise.data": ("Data", "load_data", "load_stream"),
     "equipoise.estimator": ("VAEEstimator",),
     "equipoise.evaluation": ("evaluate",),
     "equipoise.gaussian": ("Gaussian",),

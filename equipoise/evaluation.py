@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from equipoise import plots
 from equipoise.aggregate import ACTIVE_UNIT_VAR, GaussianMixture, LatentDistribution, StandardNormal
-from equipoise.data import Batches, Data, Subset
+from equipoise.data import Batches, Data, ExampleSet, Stream, Subset, batches_of
 from equipoise.estimate import Estimate
 from equipoise.gaussian import Gaussian, standard_normal_log_prob
 from equipoise.glossary import term
@@ -102,8 +102,8 @@ def evaluate(
             :func:`equipoise.sources.code_source`; what is not there yet is fitted.
         features: of the Fréchet distances, see :func:`equipoise.metrics.features.load_features`; 'auto' takes
             'efficientnet-lite0' for images and 'columns' for tables.
-        n_samples: images in each row of the section ``samples``, or as many as there are test examples if they are
-            fewer.
+        n_samples: images in each row of the section ``samples``, or as many as there are test examples, or training
+            examples at hand, if they are fewer.
         importance_samples: K of the importance-weighted bound over the whole test set.
         brief: of the likelihood, only what takes seconds: no importance-weighted bounds over the whole test set.
         seed: of all random draws; that of the run if None.
@@ -152,7 +152,7 @@ def evaluate(
         against=against,
         features=features,
         download=download,
-        n_samples=min(n_samples, len(test.raw)),
+        n_samples=min(n_samples, len(test.raw), len(data.train.at_hand)),
         importance_samples=0 if brief else importance_samples,
         seed=seed,
         progress=progress,
@@ -229,11 +229,15 @@ def _refuse(
         raise ConfigError(problems)
 
 
-def _shared(examples: Subset, others: Subset) -> float:
-    """Share of examples that are among others, value for value."""
-    seen = {hash(row.tobytes()) for first in range(0, len(others), BATCH) for row in others[first : first + BATCH]}
-    rows = (row for first in range(0, len(examples), BATCH) for row in examples[first : first + BATCH])
-    return sum(hash(row.tobytes()) in seen for row in rows) / len(examples)
+def _shared(examples: Subset, others: ExampleSet) -> float:
+    """Share of examples that are among others, value for value; in memory for the examples alone."""
+
+    def hashes(part: ExampleSet) -> Iterator[int]:
+        return (hash(row.numpy().tobytes()) for batch in batches_of(part, BATCH).epoch() for row in batch)
+
+    sought = list(hashes(examples))
+    found = set(sought).intersection(hashes(others))
+    return sum(each in found for each in sought) / len(sought)
 
 
 def _kept(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
@@ -373,7 +377,8 @@ class _Evaluation:
         if self.model.latent_dim > 1:
             plane = latent_plane(
                 encode_all(
-                    self.model, self._batches("Encoding training data", self._some(self.data.train, PLANE_EXAMPLES))
+                    self.model,
+                    self._batches("Encoding training data", self._some(self.data.train.at_hand, PLANE_EXAMPLES)),
                 ),
                 self.mixture,
                 self._generator("plane"),
@@ -404,10 +409,14 @@ class _Evaluation:
         return {"code_log_likelihood": found, **({"code_gain": gains} if gains else {})}
 
     def _memorisation(self) -> dict[str, Any]:
-        """Distances between decoded means, in model units: there a copy is a copy, for blur is on either side."""
+        """Distances between decoded means, in model units: there a copy is a copy, for blur is on either side.
+
+        Of a stream, only the training examples at hand are compared with.
+        """
         test, model, generator = self._some(self.test.raw, COPIES_SOUGHT), self.model, self._generator("copies")
         training = (
-            model.encode(model.scaling(x)).mean for x in self._batches("Decoding training data", self.data.train)
+            model.encode(model.scaling(x)).mean
+            for x in self._batches("Decoding training data", self.data.train.at_hand)
         )
         # Drawn, not their means: codes of the mixture have the noise of the posteriors in them, too.
         unseen = encode_all(model, self._batches("Encoding test data", test)).sample(generator)
@@ -422,6 +431,8 @@ class _Evaluation:
             return as_vectors([model.generate(COPIES_SOUGHT, source, generator).mean])
 
         found: dict[str, Any] = judge(samples(self.mixture, generator))._asdict()
+        if isinstance(self.data.train, Stream):  # copies of the others are not found
+            found["n_training"] = len(self.data.train.at_hand)
         for name, source in self.more.items():
             of_source = judge(samples(source, self._generator(f"copies {name}")))
             found[name] = {"samples": of_source.samples, "closer": of_source.closer, "copied": of_source.copied}
@@ -429,7 +440,7 @@ class _Evaluation:
 
     def noise(self) -> dict[str, Any]:
         """Whether the predicted std is the error that is found, over all dimensions and over those that vary."""
-        varying = varying_dimensions(torch.from_numpy(self._some(self.data.train, VARYING_EXAMPLES)[:]))
+        varying = varying_dimensions(torch.from_numpy(self._some(self.data.train.at_hand, VARYING_EXAMPLES)[:]))
         found = noise_calibration(self.model, self._batches("Noise", self.test.raw), varying)
         parts = {"all": found.all_dimensions, "varying": found.varying_dimensions}
         series = {name: part for name, part in parts.items() if part is not None}
@@ -489,7 +500,7 @@ class _Evaluation:
             if row == "test":
                 features = self._real_features(label, self._some(self.test.raw, n))
             elif row == "real":
-                features = self._real_features(label, self._some(self.data.train, n))
+                features = self._real_features(label, self._some(self.data.train.at_hand, n))
             else:
                 images = self._reconstructed(n) if row == "reconstruction" else self._generated(row, n)
                 features = features_of(self.extractor, self._track(label, images, math.ceil(n / BATCH)))

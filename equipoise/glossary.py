@@ -279,6 +279,8 @@ def warnings_of(evaluation: dict[str, Any]) -> Iterator[str]:
             "examples than features they are far too high. Compare them only at the same N."
         )
     memorisation = evaluation.get("latent", {}).get("memorisation", {})
+    if "n_training" in memorisation:
+        yield f"Copies were sought among the first {memorisation['n_training']:,} training examples of the stream only."
     by_source = {"mixture": memorisation} | {key: part for key, part in memorisation.items() if isinstance(part, dict)}
     for source, part in by_source.items():
         if part.get("copied"):

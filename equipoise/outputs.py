@@ -34,7 +34,7 @@ def write_figures(run: Run, data: Data, model: VAE) -> None:
     plots.save(plots.training_curves(run.history()), run.figures / "training.png")
     count = SHOWN_IMAGES if data.kind == "image" else SHOWN_TRAINING_ROWS
     codes = run.mixture().sample(count, torch_generator(seed))
-    real = data.train[:SHOWN_TRAINING_ROWS] if data.kind == "table" else None
+    real = data.train.at_hand[:SHOWN_TRAINING_ROWS] if data.kind == "table" else None
     write_samples(model, codes, "mixture", run.figures, torch_generator(seed), real=real, arrays=False)
     write_reconstructions(model, data.test[:SHOWN_IMAGES], run.figures)
 

@@ -1,23 +1,39 @@
-"""Names, folders, arrays and Hugging Face data sets, as one record; batches in a reproducible order.
+"""Names, folders, arrays, streams and Hugging Face data sets, as one record; batches in a reproducible order.
 
-:func:`load` finds and checks the examples and returns a :class:`Data`; :class:`Batches` feeds them to a
-device. ``Batches`` and ``epoch_order`` are resolved on first use: they need torch, loading does not.
+:func:`load` and :func:`load_stream` find and check the examples and return a :class:`Data`; :func:`batches_of` feeds
+them to a device. What comes from ``batches`` is resolved on first use: it needs torch, loading does not.
 """
 
 from typing import TYPE_CHECKING
 
-from equipoise.data.dataset import Data, Split, Subset, split
-from equipoise.data.loading import load, load_examples
+from equipoise.data.dataset import Data, ExampleSet, Split, Subset, split
+from equipoise.data.loading import load, load_examples, load_stream
 from equipoise.data.named import NAMES
+from equipoise.data.stream import Stream
 
 if TYPE_CHECKING:
-    from equipoise.data.batches import Batches, epoch_order
+    from equipoise.data.batches import Batches, StreamBatches, batches_of, epoch_order
 
-__all__ = ["NAMES", "Batches", "Data", "Split", "Subset", "epoch_order", "load", "load_examples", "split"]
+__all__ = [
+    "NAMES",
+    "Batches",
+    "Data",
+    "ExampleSet",
+    "Split",
+    "Stream",
+    "StreamBatches",
+    "Subset",
+    "batches_of",
+    "epoch_order",
+    "load",
+    "load_examples",
+    "load_stream",
+    "split",
+]
 
 
 def __getattr__(name: str) -> object:
-    if name in {"Batches", "epoch_order"}:
+    if name in {"Batches", "StreamBatches", "batches_of", "epoch_order"}:
         from equipoise.data import batches
 
         return getattr(batches, name)

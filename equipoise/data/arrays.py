@@ -147,6 +147,22 @@ def prepare(found: Found, test_fraction: float, validation_fraction: float, *, f
     )
 
 
+def as_array(values: object) -> Array:
+    """Make an array of what is one in all but name, where possible without a copy.
+
+    Args:
+        values: an array, a tensor on any device, a data frame, a nested list.
+
+    Returns:
+        The array.
+    """
+    if hasattr(values, "detach"):  # a tensor: torch need not be imported to recognise one
+        tensor = values.detach().cpu()
+        # NumPy knows no bfloat16, and floats are read as float32 in any case.
+        return np.asarray((tensor.float() if tensor.is_floating_point() else tensor).numpy())
+    return np.asarray(values)
+
+
 def examples(values: Array, source: str) -> Array:
     r"""View an array as a table or as images with the channels first.
 

@@ -1,15 +1,18 @@
 """Batches of raw examples on a device, in an order that is a pure function of seed and epoch."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import chain, islice, repeat
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from equipoise.data.dataset import Array, Subset
+from equipoise.data.dataset import Array, ExampleSet, Subset
+from equipoise.data.stream import Stream
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
@@ -27,10 +30,46 @@ def epoch_order(n: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
         >>> torch.equal(epoch_order(5, seed=0, epoch=3), epoch_order(5, seed=0, epoch=3))
         True
     """
+    return torch.randperm(n, generator=_epoch_generator(seed, epoch))
+
+
+def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
     # A hash, because neighbouring seeds and epochs must not share orders, as seed + epoch would.
     mixed = hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:8]
-    generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
-    return torch.randperm(n, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
+
+
+def batches_of(
+    examples: ExampleSet,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> "Batches | StreamBatches":
+    """Batches of whatever training examples are.
+
+    Args:
+        examples: a subset or a stream.
+        batch_size: examples per batch and process.
+        device: where the batches go.
+        seed: shuffle by this seed and the epoch; None for the order of ``examples``.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Returns:
+        Its batches, epoch by epoch.
+
+    Example:
+        >>> import numpy as np
+        >>> batches = batches_of(Subset.whole(np.arange(5.0)[:, None]), batch_size=2, seed=0)
+        >>> len(batches), sum(len(batch) for batch in batches.epoch())
+        (3, 5)
+    """
+    if isinstance(examples, Stream):
+        return StreamBatches(examples, batch_size, device, seed=seed, rank=rank, world_size=world_size)
+    return Batches(examples.at_hand, batch_size, device, seed=seed, rank=rank, world_size=world_size)
 
 
 class Batches:
@@ -75,10 +114,7 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0..{world_size - 1} for a world_size of {world_size}, not {rank}")
+        self.count = _count(len(examples), batch_size, rank, world_size, drop_last=drop_last)
         self.examples = examples if isinstance(examples, Subset) else Subset.whole(examples)
         self.batch_size = batch_size
         self.device = torch.device(device)
@@ -86,13 +122,6 @@ class Batches:
         self.rank = rank
         self.world_size = world_size
         self.drop_last = drop_last
-        fewest = len(self.examples) // world_size  # some processes have one more
-        self.count = fewest // batch_size if drop_last else -(-fewest // batch_size)
-        if not self.count:
-            raise ValueError(
-                f"{len(self.examples)} examples make no batch of {batch_size} for {world_size} processes"
-                + (" with drop_last" if drop_last else "")
-            )
         fits = self.examples.nbytes <= resident_bytes
         self.resident = torch.from_numpy(self.examples[:]).to(self.device) if fits else None
 
@@ -125,8 +154,7 @@ class Batches:
         Raises:
             ValueError: if ``start`` is not in 0..len(self).
         """
-        if not 0 <= start <= self.count:
-            raise ValueError(f"start must be in 0..{self.count}, not {start}")
+        _check_start(start, self.count)
         rows = self._rows(epoch)[start:]
         if self.resident is None:
             return self._stream(rows)
@@ -153,5 +181,150 @@ class Batches:
                 yield ahead.result().to(self.device, non_blocking=True)
 
     def _gather(self, row: Tensor) -> Tensor:
-        batch = torch.from_numpy(self.examples[row.numpy()])
-        return batch.pin_memory() if self.device.type == "cuda" else batch
+        return _pinned(self.examples[row.numpy()], self.device)
+
+
+class StreamBatches:
+    r"""Batches of a stream, which is read from front to back and shuffled through its buffer.
+
+    The order depends on seed, epoch, buffer size and the order of the source, and not on the batches in which the
+    source gives the examples. With a buffer for all of them it is that of :class:`Batches`. With several processes,
+    each reads the whole stream, and gets every ``world_size``-th example of the same shuffled order, in as many
+    batches as the others, as from :class:`Batches`.
+
+    It is read in the thread that takes the batches: the work of a source that is slow is best done in the workers of
+    a ``DataLoader``.
+
+    Args:
+        stream: raw examples.
+        batch_size: examples per batch and process.
+        device: where the batches go.
+        seed: shuffle by this seed and the epoch; None for the order of the source.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: if there would be no batch, or an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        *,
+        seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.count = _count(len(stream), batch_size, rank, world_size)
+        self.stream = stream
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def size(self, batch: int) -> int:
+        """Examples in a batch, those of all processes together; as :meth:`Batches.size`.
+
+        Args:
+            batch: from 0.
+
+        Returns:
+            ``batch_size * world_size``, but for the last batch, which has what is left.
+        """
+        usual = self.batch_size * self.world_size
+        return len(self.stream) - usual * batch if batch == self.count - 1 else usual
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
+        r"""Go through the examples once.
+
+        Args:
+            epoch: which pass, for the order.
+            start: number of batches to leave out, as when resuming within an epoch; they are read all the same.
+
+        Returns:
+            Batches of raw examples on the device, (B, \*).
+
+        Raises:
+            ValueError: if ``start`` is not in 0..len(self).
+        """
+        _check_start(start, self.count)
+        mine = len(range(self.rank, len(self.stream), self.world_size))
+        last = mine - self.batch_size * (self.count - 1)
+        sizes = chain(repeat(self.batch_size, self.count - 1), [last])
+        batches = islice(_recut(self._mine(epoch), sizes), start, None)
+        return (_pinned(batch, self.device).to(self.device, non_blocking=True) for batch in batches)
+
+    def _mine(self, epoch: int) -> Iterator[Array]:
+        """Every ``world_size``-th example of the epoch's order."""
+        pieces = self.stream.batches()
+        if self.seed is not None:
+            pieces = _shuffled(pieces, len(self.stream), self.stream.buffer_size, _epoch_generator(self.seed, epoch))
+        before = 0
+        for piece in pieces:
+            yield piece[(self.rank - before) % self.world_size :: self.world_size]
+            before += len(piece)
+
+
+def _shuffled(pieces: Iterator[Array], n: int, buffer_size: int, generator: torch.Generator) -> Iterator[Array]:
+    """Fill a buffer; then hand out and replace an eighth of it at a time, drawn at random; then what is left."""
+    buffered = min(buffer_size, n)
+    # An eighth: drawing costs the same for any buffer size, and an example stays as long as if drawn one by one.
+    step = max(1, buffered // 8)
+    full, rest = divmod(n - buffered, step)
+    recut = _recut(pieces, chain([buffered], repeat(step, full), [rest] if rest else []))
+    buffer = next(recut)
+    for incoming in recut:
+        drawn = torch.randperm(buffered, generator=generator)[: len(incoming)].numpy()
+        outgoing = buffer[drawn]
+        buffer[drawn] = incoming
+        yield outgoing
+    order = torch.randperm(buffered, generator=generator).numpy()
+    for first in range(0, buffered, step):
+        yield buffer[order[first : first + step]]
+
+
+def _recut(pieces: Iterator[Array], sizes: Iterable[int]) -> Iterator[Array]:
+    """Consecutive examples in arrays of other sizes, which together are as many; then let the pieces end, too."""
+    piece = next(pieces)
+    for size in sizes:
+        whole, filled = np.empty((size, *piece.shape[1:]), piece.dtype), 0
+        while filled < size:
+            if not len(piece):
+                piece = next(pieces)
+            taken, piece = np.split(piece, [size - filled])
+            whole[filled : filled + len(taken)] = taken
+            filled += len(taken)
+        yield whole
+    next(pieces, None)  # a stream that has more than it should says so here
+
+
+def _count(n: int, batch_size: int, rank: int, world_size: int, *, drop_last: bool = False) -> int:
+    """Batches per epoch and process, after a check of what they depend on."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in 0..{world_size - 1} for a world_size of {world_size}, not {rank}")
+    fewest = n // world_size  # some processes have one more
+    count = fewest // batch_size if drop_last else -(-fewest // batch_size)
+    if not count:
+        raise ValueError(
+            f"{n} examples make no batch of {batch_size} for {world_size} processes"
+            + (" with drop_last" if drop_last else "")
+        )
+    return count
+
+
+def _check_start(start: int, count: int) -> None:
+    if not 0 <= start <= count:
+        raise ValueError(f"start must be in 0..{count}, not {start}")
+
+
+def _pinned(values: Array, device: torch.device) -> Tensor:
+    batch = torch.from_numpy(values)
+    return batch.pin_memory() if device.type == "cuda" else batch

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -14,6 +14,21 @@ Channels: TypeAlias = Literal["grey", "rgb"]
 CHECKED_AT_ONCE = 1024
 MAX_VALIDATION = 2000
 """More validation examples than this buy no precision that a learning curve could show."""
+
+
+@runtime_checkable
+class ExampleSet(Protocol):
+    """Training examples: a :class:`Subset`, read in any order, or a :class:`Stream`, read from front to back."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        r"""(N, \*)."""
+
+    @property
+    def at_hand(self) -> "Subset":
+        """Those that can be read in any order: all of a subset, the first ones of a stream."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,6 +92,11 @@ class Subset:
         return (len(self.indices), *self.base.shape[1:])
 
     @property
+    def at_hand(self) -> "Subset":
+        """All of them; see :class:`ExampleSet`."""
+        return self
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes that the examples take once they are read."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
@@ -102,7 +122,8 @@ class Data:
 
     Args:
         name: what the data set is called in reports.
-        train: raw training examples, (N, C, H, W) uint8 or float32, or (N, D) float32.
+        train: raw training examples, (N, C, H, W) uint8 or float32, or (N, D) float32: a :class:`Subset`, or
+            a :class:`Stream` of what is too much to keep.
         validation: raw examples held out of the training part.
         test: raw examples for the final figures: the set's own test part where it has one.
         kind: "image" or "table".
@@ -118,7 +139,7 @@ class Data:
     """
 
     name: str
-    train: Subset
+    train: ExampleSet
     validation: Subset
     test: Subset
     kind: Literal["image", "table"]

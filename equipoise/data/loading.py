@@ -1,22 +1,29 @@
 """``load``: from whatever a user names or holds to checked, split data."""
 
 import difflib
+import hashlib
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from equipoise.data.arrays import Found, Part, prepare
+from equipoise.data.arrays import MIN_EXAMPLES, Found, Part, as_array, prepare
 from equipoise.data.cache import default_cache_dir
-from equipoise.data.dataset import Array, Channels, Data, Subset
+from equipoise.data.dataset import MAX_VALIDATION, Array, Channels, Data, Subset
 from equipoise.data.encoded import ImageReader, Progress, list_images
-from equipoise.data.hub import MIRRORS, hub_set
+from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
 from equipoise.data.named import NAMES, celeba, digits, idx_set
+from equipoise.data.stream import Stream, first_examples, reader
 
 NPZ_KEYS = (("train", "x_train"), ("validation", "x_validation", "x_val"), ("test", "x_test"))
 NPZ_SINGLE_KEYS = ("x", "data", "images")
+AT_HAND = 5000
+"""Training examples of a stream that are kept."""
+MAX_TEST = 10_000
+"""Of a streamed set's own test part: enough for the distances between sets of images."""
 POSSIBLE = f"one of {', '.join(NAMES)}, a folder of images, an .npy or .npz file, or hf:owner/name"
 
 
@@ -82,6 +89,119 @@ def load(
     return data
 
 
+def load_stream(
+    source: object,
+    *,
+    count: int | None = None,
+    validation: object = None,
+    test: object = None,
+    buffer_size: int = 10_000,
+    name: str = "stream",
+    column: str | None = None,
+    image_size: int | None = None,
+    channels: Channels | None = None,
+) -> Data:
+    r"""Train on more examples than can be kept: they come in batches, anew in each epoch, and are never collected.
+
+    What is kept is the beginning: the examples that are held out, and the first 5000 training examples
+    (``data.train.at_hand``), which give units, initial values and pictures. An epoch is one pass. It is shuffled by
+    drawing each next example from a buffer, in an order that is a pure function of seed and epoch; sources that are
+    sorted by class should be mixed beforehand, since a buffer mixes only neighbours. A run resumes exactly, but reads
+    again the part of the epoch that it had done.
+
+    Every pass must give the same examples in the same order; torch's global generator, by which a ``DataLoader``
+    shuffles, is set to a fixed state for each pass. What differs from the beginning known, or in number, is an error.
+
+    Args:
+        source: an iterable of batches that can be gone through repeatedly, such as a ``DataLoader``, or a function
+            that makes one. A batch is an array or tensor, (B, D), (B, H, W), (B, C, H, W) or (B, H, W, C), or a tuple
+            that starts with one. Or a data set of the Hugging Face library, as an object or "hf:owner/name", which is
+            then streamed.
+        count: examples in a pass; None to count them in one more pass.
+        validation: examples held out, as an array or tensor such as ``load_data("photos").validation``; or how many
+            of the first examples of the stream are held out for it; None for a tenth of all, at most 2000.
+        test: likewise, for the final figures; None for the set's own test part where ``source`` names one on the hub.
+        buffer_size: examples in the shuffle buffer; as many bytes are needed as they take.
+        name: what the data set is called in reports.
+        column: of a Hugging Face data set; None for its images, or else its only column of arrays.
+        image_size: as for :func:`load`, for encoded images from Hugging Face.
+        channels: likewise.
+
+    Returns:
+        The data; ``train`` is a :class:`Stream`. ``fingerprint`` covers the examples kept and the number of all, not
+        the others: they would have to be read for it.
+
+    Raises:
+        ValueError: if the source can be gone through only once, or the examples cannot be learned from.
+
+    Example:
+        >>> def batches():
+        ...     rng = np.random.default_rng(0)
+        ...     for _ in range(100):
+        ...         yield rng.normal(size=(64, 5))
+        >>> data = load_stream(batches)
+        >>> data.train, data.validation
+        (Stream(shape=(5120, 5), dtype=float32, buffer_size=10000), Subset(shape=(640, 5), dtype=float32))
+    """
+    if buffer_size < 1:
+        raise ValueError(f"buffer_size must be at least 1, not {buffer_size}")
+    label, notes = f"a stream of type {type(source).__name__}", []
+    if is_hub_table(source) or (isinstance(source, str) and source.startswith("hf:")):
+        found = hub_passes(source, column, image_size, channels)
+        name, label, notes = (found.name if name == "stream" else name), found.source, list(found.notes)
+        count = found.count_rows() if count is None else count
+        source = found.train
+        validation, test = (
+            first_examples(reader(own, found.source)(), most) if given is None and own else given
+            for given, own, most in (
+                (validation, found.validation, MAX_VALIDATION),
+                (test, found.test, MAX_TEST),
+            )
+        )
+    elif isinstance(source, str | Path) or hasattr(source, "shape"):
+        raise ValueError(
+            f"{source if isinstance(source, str | Path) else label} needs no stream: load_data reads files as they are "
+            "needed, and arrays are in memory already. Expected an iterable of batches, a function that makes one, or "
+            "hf:owner/name"
+        )
+    elif column or image_size or channels:
+        raise ValueError(f"{label}: column, image_size and channels are for Hugging Face data; convert the batches")
+    read = reader(source, label)
+    total = sum(len(batch) for _, batch in read()) if count is None else count
+
+    tenth = min(MAX_VALIDATION, max(1, total // 10))
+    tests, validations = (
+        tenth if given is None else given if isinstance(given, int) else 0 for given in (test, validation)
+    )
+    set_aside = tests + validations
+    if min(tests, validations) < 0 or total - set_aside < MIN_EXAMPLES:
+        raise ValueError(
+            f"{label}: {total} examples, of which {tests} are set aside for the test and {validations} for validation, "
+            f"leave fewer than the {MIN_EXAMPLES} needed for training"
+        )
+    kept = min(total, set_aside + AT_HAND)
+    first = first_examples(read(), kept)
+    if len(first) < kept:
+        raise ValueError(f"{label}: only {len(first)} examples, where count={total} was declared")
+    data = prepare(
+        Found(
+            name,
+            label,
+            Part(first[set_aside:]),
+            Part(as_array(validation) if validations == 0 else first[tests:set_aside]),
+            Part(as_array(test) if tests == 0 else first[:tests]),
+        ),
+        0.0,
+        0.0,
+    )
+    stream = Stream(read, first, set_aside, total - set_aside, data.train.at_hand, buffer_size, label)
+    if set_aside:
+        notes.append(f"held out are the first {set_aside} examples of the stream: they should be like the others")
+    notes.append(f"units and initial values come from the first {len(stream.at_hand)} training examples")
+    fingerprint = hashlib.sha256(f"{data.fingerprint} {set_aside} {total}".encode()).hexdigest()
+    return replace(data, train=stream, fingerprint=fingerprint, notes=(*notes, *data.notes))
+
+
 def load_examples(
     source: object,
     shape: tuple[int, ...],
@@ -116,7 +236,7 @@ def load_examples(
     data = prepare(_find(source, data_dir, reader, download=False), 0.0, 0.0, for_training=False)
     if data.shape != shape:
         raise ValueError(f"{data.source} has examples of shape {data.shape}, the model was trained on {shape}")
-    return data.test if len(data.test) else data.train
+    return data.test if len(data.test) else data.train.at_hand
 
 
 def _reader(
@@ -196,16 +316,8 @@ def _npz_keys(found: list[str], source: str) -> list[str]:
 
 def _as_array(source: object) -> Array:
     """An array, tensor, data frame, nested list or map-style data set, as an array."""
-    if isinstance(source, np.ndarray):
-        return source
-    if hasattr(source, "detach"):  # a tensor: torch need not be imported to recognise one
-        tensor = source.detach().cpu()
-        # NumPy knows no bfloat16, and floats are read as float32 in any case.
-        return np.asarray((tensor.float() if tensor.is_floating_point() else tensor).numpy())
-    if hasattr(source, "__array__"):
-        return np.asarray(source)
-    if isinstance(source, list | tuple):
-        return np.asarray(source)
+    if isinstance(source, np.ndarray | list | tuple) or hasattr(source, "detach") or hasattr(source, "__array__"):
+        return as_array(source)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         return _collect(source)
     raise ValueError(
@@ -223,7 +335,7 @@ def _collect(dataset: Any) -> Array:  # noqa: ANN401
                 "expected the example itself, or a tuple that starts with it"
             )
         item = item[0] if isinstance(item, tuple | list) else item
-        return _as_array(item) if hasattr(item, "detach") else np.asarray(item)
+        return as_array(item)
 
     if not len(dataset):
         raise ValueError("the data set is empty")

@@ -106,8 +106,9 @@ class View:
             codes = self.mixture.sample(PLANE_CODES, _generator(0))
             posterior = Gaussian(codes, torch.full_like(codes, POINT_LOG_VAR))
         else:
-            rows = np.random.default_rng(0).permutation(len(self.data.train))[:PLANE_CODES]
-            posterior = encode_all(self.model, Batches(self.data.train.take(np.sort(rows)), BATCH).epoch())
+            train = self.data.train.at_hand
+            rows = np.random.default_rng(0).permutation(len(train))[:PLANE_CODES]
+            posterior = encode_all(self.model, Batches(train.take(np.sort(rows)), BATCH).epoch())
         plane = latent_plane(posterior, self.mixture, _generator(0), PLANE_POINTS)
         axes, full = torch.from_numpy(plane.axes), copy.deepcopy(self.mixture).double()
         return _Map(plane, axes, GaussianMixture(full.weights, full.means @ axes.mT, axes @ full.covariances @ axes.mT))

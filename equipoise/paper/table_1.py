@@ -52,7 +52,7 @@ def compute(lab: Lab) -> dict[str, Any]:
             "kl": found["likelihood"]["kl"],
             "mse": found["likelihood"]["mse"],
         }
-        posterior = encode_all(model, Batches(lab.data(spec.data).train, 1000, lab.device).epoch())
+        posterior = encode_all(model, Batches(lab.data(spec.data).train.at_hand, 1000, lab.device).epoch())
         shown = {
             "aggregate posterior": AggregatePosterior(*posterior),
             f"mixture of {mixture.n_components}": mixture,

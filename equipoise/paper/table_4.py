@@ -49,7 +49,9 @@ def compute(lab: Lab) -> dict[str, Any]:
     spec, size, device = spec_of(lab), lab.size, lab.device
     data, model = lab.data(spec.data), lab.model(spec)
     generator = torch.Generator(device).manual_seed(lab.seed)
-    training, test = (encode_all(model, Batches(part, BATCH, device).epoch()) for part in (data.train, data.test))
+    training, test = (
+        encode_all(model, Batches(part.at_hand, BATCH, device).epoch()) for part in (data.train, data.test)
+    )
     repeats = -(-size.codes // len(data.train))
     drawn = Gaussian(training.mean.repeat(repeats, 1), training.log_var.repeat(repeats, 1)).sample(generator)
     codes, held_out = drawn[: size.codes], test.sample(generator)

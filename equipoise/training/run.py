@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
-from equipoise.data import Batches, Data, Subset
+from equipoise.data import Data, ExampleSet, Stream, batches_of
 from equipoise.gaussian import Gaussian, SharedGenerator
 from equipoise.hub import run_folder
 from equipoise.mixture_fit import EMStep, MixtureFit, fit_mixture, fit_variational_mixture
@@ -154,7 +154,7 @@ def train(
     run`` has done so; all of them return, and the first one alone has written the folder and told the sinks.
 
     Args:
-        data: what :func:`equipoise.load_data` returned.
+        data: what :func:`equipoise.load_data` or :func:`equipoise.load_stream` returned.
         config: options; the defaults if None.
         out: the run folder; ``runs/NAME``, or the next free name after it, if None.
         resume: go on with the run in ``out``.
@@ -284,20 +284,23 @@ def make_noise(data: Data, config: TrainConfig) -> NoiseModel:
     return DimensionNoise(shape, config.noise_update, memory=memory, min_var=data.quantum**2 / 12)
 
 
-def sample_aggregate(model: VAE, array: Subset, n: int, generator: torch.Generator) -> Tensor:
+def sample_aggregate(model: VAE, training: ExampleSet, n: int, generator: torch.Generator) -> Tensor:
     """Draw from the exact aggregate posterior, eq. (12): a random example each, and a sample of its q(z|x).
 
     Args:
         model: in evaluation mode, on the generator's device.
-        array: the training set; only the examples that are drawn are read.
+        training: the training set; only the examples that are drawn are encoded, but all those of a stream.
         n: number of codes.
         generator: source of randomness.
 
     Returns:
         Codes, (n, d).
     """
-    rows = torch.randint(len(array), (n,), generator=generator, device=generator.device).cpu().numpy()
-    return encode_examples(model, array.take(rows), generator.device).sample(generator)
+    rows = torch.randint(len(training), (n,), generator=generator, device=generator.device).cpu()
+    if isinstance(training, Stream):
+        posterior = encode_examples(model, training, generator.device)
+        return Gaussian(*(parameter[rows.to(generator.device)] for parameter in posterior)).sample(generator)
+    return encode_examples(model, training.at_hand.take(rows.numpy()), generator.device).sample(generator)
 
 
 def fit_aggregate(
@@ -323,7 +326,7 @@ def fit_aggregate(
     """
     generator = torch.Generator(device).manual_seed(config.seed + 4)
 
-    def encode(examples: Subset) -> tuple[Gaussian, Tensor]:
+    def encode(examples: ExampleSet) -> tuple[Gaussian, Tensor]:
         """Posteriors of this process's part, and a sample of each, the same whatever the number of processes."""
         posterior = encode_examples(model, examples, device, processes)
         if processes.size == 1:
@@ -349,8 +352,10 @@ def fit_aggregate(
     )
 
 
-def encode_examples(model: VAE, examples: Subset, device: torch.device, processes: Processes = ALONE) -> Gaussian:
+def encode_examples(model: VAE, examples: ExampleSet, device: torch.device, processes: Processes = ALONE) -> Gaussian:
     """Posterior q(z|x) of every example, or of this process's part of them.
+
+    What is kept is 8 d bytes each, 1.3 GB for ten million codes of d = 16.
 
     Args:
         model: in evaluation mode, on the device.
@@ -361,7 +366,7 @@ def encode_examples(model: VAE, examples: Subset, device: torch.device, processe
     Returns:
         Means and log-variances, (N, d).
     """
-    batches = Batches(examples, EVALUATION_BATCH, device, rank=processes.rank, world_size=processes.size)
+    batches = batches_of(examples, EVALUATION_BATCH, device, rank=processes.rank, world_size=processes.size)
     return encode_all(model, batches.epoch())
 
 
