@@ -1,0 +1,206 @@
+"""Peak memory of training, and of listing files, as the number of examples grows.
+
+    python benchmarks/streaming_memory.py [--out results/benchmark-streaming-memory.json]
+
+Examples are 28 x 28 bytes. They come as a stream of batches that are made as they are needed, or from an .npy file that
+is memory-mapped. Each run is a process of its own, which loads the data, trains a small network for one epoch and fits
+a mixture of two to the codes of all examples. Resident memory counts the pages of the mapped file that happen to be
+there; anonymous memory, of Linux's /proc, is what the process needs, sampled every 10 ms.
+
+An .npy file of at most 2 GiB is copied to the device as a whole for the sake of speed, here into the same memory; so
+that limit is also tried at zero, which is how larger files are trained on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+# torch and equipoise.data are imported in the functions: a child reports what it needs beyond its imports.
+from equipoise.provenance import provenance
+
+SIZES = (50_000, 200_000, 800_000)
+NAMES = (20_000, 200_000)
+PIXELS = 28 * 28
+BATCH = 1000
+MAPPED, RESIDENT, STREAM, LISTING = "npy, mapped", "npy, copied to the device", "stream", "names in a folder"
+
+
+def made(n):
+    """Return a function that makes n images in batches, the same ones each time."""
+    import numpy as np
+
+    def batches():
+        rng = np.random.default_rng(0)
+        for first in range(0, n, BATCH):
+            yield rng.integers(0, 256, (min(BATCH, n - first), 28, 28), dtype=np.uint8)
+
+    return batches
+
+
+def status(*names):
+    """Return fields of /proc/self/status in MiB."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return [int(lines[name].split()[0]) / 1024 for name in names]
+
+
+class Peak(threading.Thread):
+    """Largest anonymous and resident memory while a block runs."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.before = status("RssAnon", "VmRSS")
+        self.peak = list(self.before)
+        self.done = threading.Event()
+
+    def run(self):
+        """Sample until told to end."""
+        while not self.done.wait(0.01):
+            self.peak = [max(pair) for pair in zip(self.peak, status("RssAnon", "VmRSS"), strict=True)]
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.join()
+
+
+def measure(kind, n, folder):
+    """Print the peaks of one run; in a process of its own."""
+    if kind == LISTING:
+        from equipoise.data.encoded import list_images
+
+        with Peak() as peak:
+            listing = list_images(folder)
+        n = len(listing.names)
+    else:
+        peak = train(kind, n, folder)
+    anonymous, resident = peak.peak
+    print(
+        json.dumps(
+            {
+                "n": n,
+                "anonymous_before_mib": peak.before[0],
+                "anonymous_peak_mib": anonymous,
+                "resident_peak_mib": resident,
+            }
+        )
+    )
+
+
+def train(kind, n, folder):
+    """Load, train for an epoch and fit the mixture; return the peaks."""
+    import torch
+
+    from equipoise.data import Batches, load, load_stream
+    from equipoise.training.config import TrainConfig
+    from equipoise.training.run import train as run
+
+    torch.set_num_threads(1)
+    if kind == MAPPED:
+        Batches.__init__.__kwdefaults__["resident_bytes"] = 0
+    config = TrainConfig(
+        architecture="mlp",
+        latent_dim=16,
+        width=4,
+        batch_size=BATCH,
+        stage_1_epochs=1,
+        stage_2_epochs=0,
+        n_components=2,
+        accelerator="cpu",
+    )
+    with Peak() as peak, tempfile.TemporaryDirectory() as out:
+        data = load_stream(made(n), count=n) if kind == STREAM else load(folder / f"{n}.npy")
+        run(data, config, Path(out) / "run")
+    return peak
+
+
+def write_npy(file, n):
+    """Write n images without holding them."""
+    import numpy as np
+
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(n, 28, 28))
+    for first, batch in zip(range(0, n, BATCH), made(n)(), strict=True):
+        array[first : first + BATCH] = batch
+    array.flush()
+
+
+def child(kind, n, folder):
+    """Measure in a new process, so that no run inherits another's memory."""
+    command = [sys.executable, __file__, "--measure", kind, str(n), str(folder)]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    row = {"source": kind} | json.loads(done.stdout) | {"seconds": round(time.perf_counter() - began, 1)}
+    print(f"{kind}, {n:,}: {row['anonymous_peak_mib']:.0f} MiB anonymous, {row['seconds']} s", flush=True)
+    return row
+
+
+def slope(rows):
+    """Bytes of anonymous memory per further example, from the smallest run to the largest."""
+    first, last = rows[0], rows[-1]
+    return (last["anonymous_peak_mib"] - first["anonymous_peak_mib"]) * 2**20 / (last["n"] - first["n"])
+
+
+def main():
+    """Run the benchmark, print a table and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/benchmark-streaming-memory.json"))
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--measure", nargs=3, metavar=("KIND", "N", "FOLDER"), help="what the subprocess runs")
+    options = parser.parse_args()
+    if options.measure:
+        kind, n, folder = options.measure
+        measure(kind, int(n), Path(folder))
+        return
+
+    runs = {kind: [] for kind in (STREAM, MAPPED, RESIDENT, LISTING)}
+    with tempfile.TemporaryDirectory() as place:
+        for n in NAMES:
+            folder = Path(place) / str(n)
+            folder.mkdir()
+            for number in range(n):
+                (folder / f"{number:08d}.png").touch()
+            runs[LISTING].append(child(LISTING, n, folder))
+        for n in options.sizes:
+            runs[STREAM].append(child(STREAM, n, place))
+            file = Path(place) / f"{n}.npy"
+            write_npy(file, n)
+            for kind in (MAPPED, RESIDENT):
+                runs[kind].append(child(kind, n, place))
+            file.unlink()
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Peak memory of a process, MiB")
+    for heading in ("source", "examples", "their size", "anonymous before", "anonymous", "resident"):
+        table.add_column(heading, justify="right")
+    for row in (row for rows in runs.values() for row in rows):
+        size = "" if row["source"] == LISTING else f"{row['n'] * PIXELS / 2**20:.0f}"
+        values = (row[f"{name}_mib"] for name in ("anonymous_before", "anonymous_peak", "resident_peak"))
+        table.add_row(row["source"], f"{row['n']:,}", size, *(f"{value:.0f}" for value in values))
+    console = Console()
+    console.print(table)
+    slopes = {kind: slope(rows) for kind, rows in runs.items()}
+    for kind, value in slopes.items():
+        console.print(f"{kind}: {value:.0f} bytes per further example or name")
+    result = provenance() | {
+        "bytes_of_an_example": PIXELS,
+        "bytes_per_further_example": slopes,
+        "runs": [row for rows in runs.values() for row in rows],
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
