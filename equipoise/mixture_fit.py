@@ -40,7 +40,7 @@ EMPTY = 1e-3
 START_CODES_PER_COMPONENT, START_CODES = 50, 10_000
 # Before all codes, EM runs on this many per component and unit, and on no fewer than this many in all, if all
 # are at least so many times more.
-SUBSAMPLE_CODES_PER_COMPONENT_AND_UNIT, SUBSAMPLE_CODES, SUBSAMPLE_SHARE = 200, 100_000, 5
+SUBSAMPLE_CODES_PER_COMPONENT_AND_UNIT, SUBSAMPLE_CODES, SUBSAMPLE_SHARE = 100, 100_000, 5
 # "auto" holds out a tenth of the codes, at most this many: their mean likelihood is known to about 0.03 nats.
 HELD_OUT_CODES = 20_000
 # The largest K that "auto" tries: the paper's 500 for CelebA, as a power of two.
@@ -182,9 +182,10 @@ def fit_mixture(
         dtype: precision of the two matrix products; sums over chunks and parameters are float64 in any case.
         chunk_size: codes per chunk; None is 2048 on the CPU, for its caches, and 16384 elsewhere.
         subsample: number of random codes on which EM runs first, until it converges there, so that few passes
-            over all codes are left. "auto" is the larger of 100,000 and 200 K d, for at least five times as
+            over all codes are left. "auto" is the larger of 100,000 and 100 K d, for at least five times as
             many codes and without a ``start``; else, and with None, EM runs on all codes from the first
-            iteration. Both phases obey ``tol`` and ``max_iter``; the history is that of the second.
+            iteration. The first phase stops at a tenth of ``tol``, or at ``max_iter``; the history is that of the
+            second.
         device: where to compute; None is where the codes are. Codes that are elsewhere go there by the chunk.
         processes: those that share the work, if each holds a part of the codes (at least one); all get the same
             mixture. Random subsets take a share from each, and ``held_out`` is a part too. ``start`` and the
@@ -239,7 +240,7 @@ def fit_mixture(
     whitening = _whiten(rows, processes)
     floor = max(floor, 1e3 * torch.finfo(dtype).eps)
 
-    def iterate(rows: _Rows, first: _Components) -> MixtureFit:
+    def iterate(rows: _Rows, first: _Components, tol: float) -> MixtureFit:
         components, n_floored = _clip(first, floor)
         log_likelihoods: list[float] = []
         converged = False
@@ -260,8 +261,9 @@ def fit_mixture(
         n_first = _first_phase(subsample, n_codes, K, rows.dim)
         if n_first < n_codes:
             subset, _ = _split(rows, n_first, processes, generator)
-            first = whitening.components(iterate(subset.load(), first).mixture)
-        return iterate(rows, first)
+            # A tenth of the tolerance, as iterations cost little here and a plateau would cost passes later.
+            first = whitening.components(iterate(subset.load(), first, tol / 10).mixture)
+        return iterate(rows, first, tol)
 
     if test_codes is None:
         return fit(int(n_components))

@@ -1,0 +1,213 @@
+"""EM over codes on disk: seconds per iteration of one and two processes, memory, and what the first phase saves.
+
+    python benchmarks/mixture_scale.py [--codes 10000000] [--out results/benchmark-mixture-scale.json]
+
+The codes are float32, d = 16, of a planted mixture of 64 clusters that overlap; 32 components are fitted, from
+k-means, as codes of a trained model have no true number either and EM is slow there. Each process has one thread
+and half of the codes, and sums go through gloo. Processes take turns, one and two, within each round.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+DIMENSION, CLUSTERS, COMPONENTS = 16, 64, 32
+ITERATIONS, ROUNDS = 4, 2
+FEWER_CODES, SEEDS = 2_000_000, (0, 1, 2)
+SEED = 0
+
+
+def write_planted_codes(path, N, d, K):
+    """Write codes of K clusters of equal size and different shapes, a piece at a time."""
+    generator = np.random.default_rng(SEED)
+    centres = 0.6 * generator.standard_normal((K, d))
+    shapes = 0.5 * np.eye(d) + 0.5 / d**0.5 * generator.standard_normal((K, d, d))
+    codes = np.lib.format.open_memmap(path, "w+", np.float32, (N, d))
+    for first in range(0, N, 100_000):
+        piece = generator.standard_normal((min(100_000, N - first), d), np.float32)
+        labels = np.arange(len(piece)) % K
+        for k in range(K):
+            piece[labels == k] = centres[k] + piece[labels == k] @ shapes[k].T
+        codes[first : first + len(piece)] = piece
+    codes.flush()
+
+
+def anonymous_mebibytes():
+    """Return the resident memory of this process that no file backs: what mapped codes don't count towards."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
+class PeakMemory(threading.Thread):
+    """Watches the anonymous memory of this process until it is told to stop."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak = 0.0
+        self.stopped = threading.Event()
+
+    def run(self):
+        """Look fifty times a second."""
+        while not self.stopped.wait(0.02):
+            self.peak = max(self.peak, anonymous_mebibytes())
+
+
+def fit_part(task):
+    """Fit this process's part of the codes and print what happened."""
+    import torch
+    from torch import distributed
+
+    from equipoise.mixture_fit import fit_mixture
+    from equipoise.processes import Processes
+
+    torch.set_num_threads(1)
+    rank, size = task["rank"], task["size"]
+    distributed.init_process_group("gloo", init_method=f"file://{task['store']}", rank=rank, world_size=size)
+
+    def all_reduce(values):
+        distributed.all_reduce(values)
+        return values
+
+    codes = np.load(task["path"], mmap_mode="r")[: task["N"]]
+    codes = codes[task["N"] * rank // size : task["N"] * (rank + 1) // size]
+    memory = PeakMemory()
+    before = anonymous_mebibytes()
+    memory.start()
+    distributed.barrier()
+    began, steps = time.perf_counter(), []
+    fit = fit_mixture(
+        codes,
+        COMPONENTS,
+        max_iter=task["max_iter"],
+        subsample=task["subsample"],
+        processes=Processes(rank, size, all_reduce),
+        generator=torch.Generator().manual_seed(task["seed"] * size + rank),
+        on_iteration=lambda step: steps.append((step.n_codes, time.perf_counter() - began, step.log_likelihood)),
+    )
+    seconds = time.perf_counter() - began
+    memory.stopped.set()
+    distributed.destroy_process_group()
+    full = [(when, value) for n_codes, when, value in steps if n_codes == task["N"]]
+    result = {
+        "seconds": seconds,
+        "iterations_on_subsample": len(steps) - len(full),
+        "passes": len(full),
+        "converged": fit.converged,
+        "seconds_at_pass": [when for when, _ in full],
+        "log_likelihoods": [value for _, value in full],
+        "peak_anonymous_mib": memory.peak,
+        "anonymous_mib_before_fit": before,
+    }
+    print(json.dumps(result))
+
+
+def run(size, path, N, *, max_iter, subsample, seed=SEED):
+    """Fit in ``size`` processes; return what rank 0 saw, with the largest memory of any."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = {"size": size, "path": str(path), "N": N, "max_iter": max_iter, "subsample": subsample, "seed": seed}
+        task["store"] = f"{folder}/store"
+        command = [sys.executable, __file__, "--task"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        children = [
+            subprocess.Popen(
+                [*command, json.dumps(task | {"rank": rank})], stdout=subprocess.PIPE, text=True, env=environment
+            )
+            for rank in range(size)
+        ]
+        results = [json.loads(child.communicate()[0]) for child in children]
+    peak = max(result["peak_anonymous_mib"] for result in results)
+    return results[0] | {"peak_anonymous_mib": peak}
+
+
+def time_iterations(path, N):
+    """Return seconds per iteration and memory of one process and of two, in turns."""
+    seconds, memory = {1: [], 2: []}, {}
+    for _ in range(ROUNDS):
+        for size in seconds:
+            result = run(size, path, N, max_iter=ITERATIONS, subsample=None)
+            seconds[size] += np.diff(result["seconds_at_pass"]).tolist()
+            memory[size] = {key: value for key, value in result.items() if "anonymous" in key}
+            print(
+                f"{size} process(es): {statistics.median(seconds[size]):.2f} s per iteration", memory[size], flush=True
+            )
+    medians = {size: statistics.median(times) for size, times in seconds.items()}
+    rows = {
+        str(size): {"seconds_per_iteration": medians[size], "all": seconds[size], **memory[size]} for size in seconds
+    }
+    return {"processes": rows, "ratio": medians[1] / medians[2]}
+
+
+def compare_phases(path, N, seed):
+    """Return passes and seconds to convergence with a first phase and without, in two processes."""
+    found = {}
+    for name, subsample in {"with_first_phase": "auto", "without": None}.items():
+        found[name] = run(2, path, N, max_iter=200, subsample=subsample, seed=seed)
+        print(
+            f"{N:,} codes, seed {seed}, {name}: {found[name]['iterations_on_subsample']} iterations on the subsample, "
+            f"{found[name]['passes']} passes, {found[name]['seconds']:.1f} s, "
+            f"{found[name]['log_likelihoods'][-1]:.4f} nats per code",
+            flush=True,
+        )
+    first, without = found["with_first_phase"], found["without"]
+    goal = min(first["log_likelihoods"][-1], without["log_likelihoods"][-1])
+    for result in found.values():
+        reached = next(i for i, value in enumerate(result["log_likelihoods"]) if value >= goal)
+        result["seconds_to_same_log_likelihood"] = result["seconds_at_pass"][reached]
+    return {
+        "N": N,
+        "seed": seed,
+        **found,
+        "ratio_of_seconds": without["seconds"] / first["seconds"],
+        "ratio_of_seconds_to_same_log_likelihood": without["seconds_to_same_log_likelihood"]
+        / first["seconds_to_same_log_likelihood"],
+        "log_likelihood_difference": first["log_likelihoods"][-1] - without["log_likelihoods"][-1],
+    }
+
+
+def main():
+    """Run the benchmark, print a table and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/benchmark-mixture-scale.json"))
+    parser.add_argument("--codes", type=int, default=10_000_000)
+    parser.add_argument("--task", type=json.loads, help="what a subprocess does")
+    options = parser.parse_args()
+    if options.task:
+        fit_part(options.task)
+        return
+
+    from equipoise.provenance import provenance
+
+    N = options.codes
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "codes.npy"
+        write_planted_codes(path, N, DIMENSION, CLUSTERS)
+        result = provenance() | {
+            "seed": SEED,
+            "N": N,
+            "d": DIMENSION,
+            "K": COMPONENTS,
+            "clusters": CLUSTERS,
+            "mib_on_disk": path.stat().st_size / 2**20,
+            "threads_per_process": 1,
+            "iteration": time_iterations(path, N),
+            "first_phase": [compare_phases(path, N, SEED)]
+            + [compare_phases(path, min(N, FEWER_CODES), seed) for seed in SEEDS],
+        }
+    print(f"one process / two: {result['iteration']['ratio']:.2f}")
+    for row in result["first_phase"]:
+        print(f"{row['N']:,} codes, seed {row['seed']}: without / with a first phase {row['ratio_of_seconds']:.1f}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
