@@ -70,7 +70,7 @@ def main():
             f"stage {stage} times one": round(statistics.median(a / b for a, b in zip(values, base, strict=True)), 3)
             for stage, (values, base) in enumerate(zip(each, speeds[ONE], strict=True), 1)
         }
-        | {"largest relative difference of the curve from one's": largest_difference(curves[ONE], curves[way])}
+        | {"largest relative difference": largest_difference(curves[ONE], curves[way])}
         for way, each in speeds.items()
     }
     print(json.dumps(rows, indent=2))

@@ -93,7 +93,93 @@ def mixture_em(found):
     return table(["", "equipoise, s per iteration", "scikit-learn", "times as fast"], rows)
 
 
-TABLES = [throughput, time_to_quality, footprint, iwae_cost, mixture_em]
+def mixture_scale(found):
+    """Seconds per iteration over all codes, memory, and what a first phase on a subsample saves."""
+    rows = [
+        [
+            f"{found['N']:,} codes, an iteration, {size} process{'es' if size != '1' else ''}",
+            f"{row['seconds_per_iteration']:.1f} s",
+            f"{row['peak_anonymous_mib'] / 1024:.2f} GiB",
+        ]
+        for size, row in found["iteration"]["processes"].items()
+    ]
+    for row in found["first_phase"]:
+        for name, text in {"without": "from the start on all", "with_first_phase": "first on a subsample"}.items():
+            one = row[name]
+            passes = f"{one['passes']} passes over all" + ("" if one["converged"] else ", not converged")
+            cells = [f"{one['seconds']:.0f} s, {passes}", f"{one['peak_anonymous_mib'] / 1024:.2f} GiB"]
+            rows.append([f"{row['N']:,} codes, a fit, seed {row['seed']}, {text}, 2 processes", *cells])
+    return table(["", "time", "anonymous memory, peak of a process"], rows)
+
+
+def cost_scaling(found):
+    """Exponents."""
+    rows = []
+    for part, what in {"em": "an iteration of EM", "training": "a training step"}.items():
+        for name, row in found[part].items():
+            fixed = ", ".join(f"{key} = {value:,}" for key, value in row["fixed"].items())
+            cost = "an epoch of training" if "seconds_per_epoch" in row else what
+            rows.append(
+                [
+                    f"{cost}, {name}",
+                    f"{row['sizes'][0]:,} to {row['sizes'][-1]:,}",
+                    fixed.replace("batch_size", "batch"),
+                    f"{row['exponent']:.2f} ± {row['standard_error']:.2f}",
+                    f"{row['last_two']:.2f}",
+                ]
+            )
+    return table(["cost of", "from, to", "at", "exponent", "of the last two"], rows)
+
+
+def streaming_memory(found):
+    """Peaks, by source and number of examples."""
+    rows = [
+        [
+            row["source"],
+            f"{row['n']:,}",
+            f"{row['anonymous_before_mib']:,.0f}",
+            f"{row['anonymous_peak_mib']:,.0f}",
+            f"{row['resident_peak_mib']:,.0f}",
+        ]
+        for row in found["runs"]
+    ]
+    return table(["source", "examples", "anonymous before, MiB", "anonymous peak, MiB", "resident peak, MiB"], rows)
+
+
+def distributed(found):
+    """Examples per second."""
+    rows = [
+        [
+            way,
+            *(f"{row[f'stage {stage} examples/s']:,.0f} ({row[f'stage {stage} times one']:.2f})" for stage in (1, 2)),
+            f"{row['largest relative difference']:.0e}",
+        ]
+        for way, row in found["rows"].items()
+    ]
+    return table(["", "stage 1, examples/s", "stage 2, examples/s", "largest relative difference of the curve"], rows)
+
+
+TABLES = [
+    throughput,
+    time_to_quality,
+    footprint,
+    iwae_cost,
+    mixture_em,
+    mixture_scale,
+    cost_scaling,
+    streaming_memory,
+    distributed,
+]
+    throughput,
+    time_to_quality,
+    footprint,
+    iwae_cost,
+    mixture_em,
+    mixture_scale,
+    cost_scaling,
+    streaming_memory,
+    distributed,
+]
 
 
 def main():
