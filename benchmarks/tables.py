@@ -170,16 +170,6 @@ TABLES = [
     streaming_memory,
     distributed,
 ]
-    throughput,
-    time_to_quality,
-    footprint,
-    iwae_cost,
-    mixture_em,
-    mixture_scale,
-    cost_scaling,
-    streaming_memory,
-    distributed,
-]
 
 
 def main():
