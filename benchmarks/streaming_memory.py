@@ -4,7 +4,8 @@
 
 Examples are 28 x 28 bytes. They come as a stream of batches that are made as they are needed, or from an .npy file that
 is memory-mapped. Each run is a process of its own, which loads the data, trains a small network for one epoch and fits
-a mixture of two to the codes of all examples. Resident memory counts the pages of the mapped file that happen to be
+a mixture of two to the codes of all examples; one kind of run goes through the batches of an epoch and no more.
+Resident memory counts the pages of the mapped file that happen to be
 there; anonymous memory, of Linux's /proc, is what the process needs, sampled every 10 ms.
 
 An .npy file of at most 2 GiB is copied to the device as a whole for the sake of speed, here into the same memory; so
@@ -29,6 +30,8 @@ NAMES = (20_000, 200_000)
 PIXELS = 28 * 28
 BATCH = 1000
 MAPPED, RESIDENT, STREAM, LISTING = "npy, mapped", "npy, copied to the device", "stream", "names in a folder"
+PASS = "stream, its batches alone"
+KINDS = (PASS, LISTING, STREAM, MAPPED, RESIDENT)
 
 
 def made(n):
@@ -80,6 +83,13 @@ def measure(kind, n, folder):
         with Peak() as peak:
             listing = list_images(folder)
         n = len(listing.names)
+    elif kind == PASS:
+        from equipoise.data import batches_of, load_stream
+
+        with Peak() as peak:
+            data = load_stream(made(n), count=n)
+            seen = sum(len(batch) for batch in batches_of(data.train, BATCH, seed=0).epoch())
+        assert seen == len(data.train)
     else:
         peak = train(kind, n, folder)
     anonymous, resident = peak.peak
@@ -155,6 +165,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-streaming-memory.json"))
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to measure (all)")
     parser.add_argument("--measure", nargs=3, metavar=("KIND", "N", "FOLDER"), help="what the subprocess runs")
     options = parser.parse_args()
     if options.measure:
@@ -162,21 +173,21 @@ def main():
         measure(kind, int(n), Path(folder))
         return
 
-    runs = {kind: [] for kind in (STREAM, MAPPED, RESIDENT, LISTING)}
+    runs = {kind: [] for kind in options.kinds}
     with tempfile.TemporaryDirectory() as place:
-        for n in NAMES:
+        for n in NAMES if LISTING in runs else ():
             folder = Path(place) / str(n)
             folder.mkdir()
             for number in range(n):
                 (folder / f"{number:08d}.png").touch()
             runs[LISTING].append(child(LISTING, n, folder))
         for n in options.sizes:
-            runs[STREAM].append(child(STREAM, n, place))
             file = Path(place) / f"{n}.npy"
-            write_npy(file, n)
-            for kind in (MAPPED, RESIDENT):
+            if {MAPPED, RESIDENT} & runs.keys():
+                write_npy(file, n)
+            for kind in (kind for kind in runs if kind != LISTING):
                 runs[kind].append(child(kind, n, place))
-            file.unlink()
+            file.unlink(missing_ok=True)
 
     from rich.console import Console
     from rich.table import Table
