@@ -42,6 +42,8 @@ PAPER_ITEMS = (
     "beyond-noise",
     "beyond-size",
 )
+LOADING = ("data_dir", "download", "strict", "stream")
+"""Flags of how data are found and read, which a run keeps."""
 SHORTHANDS = (*PLACEMENT, "precision")
 """Options of the machine, which have flags of their own."""
 RUN_HELP = "run folder, or hf:owner/name of a published one"
@@ -160,6 +162,11 @@ def _train_arguments(parser: ArgumentParser) -> None:
         parser.add_argument(f"--{_dashed(name)}", metavar=metavar, help=f"short for --set {name}={metavar}")
     _add_data_dir(parser)
     parser.add_argument("--download", action="store_true", help="fetch a named set that is not found (extra 'hub')")
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="read hf:owner/name, or hf: and a local copy, anew in every epoch instead of keeping it (extra 'hub')",
+    )
     parser.add_argument("--strict", action="store_true", help="refuse a folder with a file that cannot be read")
     parser.add_argument("--quiet", action="store_true", help="plain lines instead of a progress bar")
 
@@ -326,7 +333,7 @@ def _train(options: Namespace) -> None:
         load_options = _load_options_of(run_to_resume, options.data_dir)
     else:
         config, source = _resolve(options)
-        load_options = {name: value for name in ("data_dir", "download", "strict") if (value := getattr(options, name))}
+        load_options = {name: value for name in LOADING if (value := getattr(options, name))}
         # Absolute, so that the run finds its data again from anywhere.
         is_path = source not in NAMES and Path(source).exists()
         load_options["source"] = str(Path(source).resolve()) if is_path else source
@@ -387,8 +394,10 @@ def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
 
 
 def _load(load_options: dict[str, Any], config: TrainConfig, terminal: "Terminal") -> "Data":
-    from equipoise.data import load
+    from equipoise.data import load, load_stream
 
+    if load_options.get("stream"):
+        return load_stream(load_options["source"], image_size=config.image_size, channels=config.channels)
     return load(
         **load_options,
         image_size=config.image_size,

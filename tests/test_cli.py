@@ -307,6 +307,12 @@ def test_bad_input_is_refused_with_a_reason_and_leaves_nothing(case, tmp_path, m
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_needs_no_stream_is_refused_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "digits needs no stream" in refused("train", "digits", "--stream", capsys=capsys)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_named_set_that_is_nowhere_says_what_to_put_where(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("EQUIPOISE_DATA", raising=False)

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equipoise
+from equipoise.cli import main
 from equipoise.data import Batches, Stream, StreamBatches, Subset, batches_of, load, load_stream
 from equipoise.evaluation import evaluate
+from equipoise.store import read_json
 from equipoise.training.config import TrainConfig
-from equipoise.training.run import encode_examples, make_model, sample_aggregate, train
+from equipoise.training.run import Run, encode_examples, make_model, sample_aggregate, train
 from equipoise.training.trainer import Trainer
 
 QUICK = TrainConfig(
@@ -68,6 +70,8 @@ def test_each_example_is_visited_once_an_epoch(n, sizes, buffer_size, batch_size
     ]
     visits = [numbers(batches, 3) for batches in ranks]
     assert {len(visit) for visit in visits} == {len(ranks[0])}
+    for batch in range(len(ranks[0])):
+        assert ranks[0].size(batch) == sum(len(visit[batch]) for visit in visits)
     lengths = [len(batch) for visit in visits for batch in visit]
     assert 0 < min(lengths) <= max(lengths) <= batch_size + (world_size > 1)
     assert sorted(x for visit in visits for batch in visit for x in batch) == list(range(2, n))
@@ -332,6 +336,21 @@ def test_hugging_face_columns_of_arrays(datasets):
     assert np.allclose(np.concatenate(list(data.train.batches())), rows[8:])
     with pytest.raises(ValueError, match="name the column to train on"):
         load_stream(datasets.Dataset.from_dict({"y": list(range(40))}))
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_command_streams_and_finds_its_data_again(datasets, tmp_path):
+    rng = np.random.default_rng(0)
+    features = datasets.Features({"image": datasets.Image()})
+    columns = {"image": list(rng.integers(0, 256, (80, 8, 8), dtype=np.uint8))}
+    path = str(tmp_path / "images.parquet")
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+    run = tmp_path / "run"
+    small = ["--set", "width=2", "latent_dim=2", "stage_1_epochs=1", "stage_2_epochs=0", "n_components=1"]
+    main(["train", f"hf:{path}", "--stream", "--quiet", "--out", str(run), *small])
+    assert Run(run).settings()["data"]["load"] == {"stream": True, "source": f"hf:{path}"}
+    main(["evaluate", str(run), "--sections", "latent", "--quiet"])
+    assert "latent" in read_json(run / "evaluation.json")
 
 
 def test_streaming_says_what_to_install(monkeypatch):
