@@ -128,10 +128,10 @@ def run(size, path, N, *, max_iter, subsample, seed=SEED):
     return results[0] | {"peak_anonymous_mib": peak}
 
 
-def time_iterations(path, N):
+def time_iterations(path, N, rounds):
     """Return seconds per iteration and memory of one process and of two, in turns."""
     seconds, memory = {1: [], 2: []}, {}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for size in seconds:
             result = run(size, path, N, max_iter=ITERATIONS, subsample=None)
             seconds[size] += np.diff(result["seconds_at_pass"]).tolist()
@@ -178,6 +178,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-mixture-scale.json"))
     parser.add_argument("--codes", type=int, default=10_000_000)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the fits to convergence")
+    parser.add_argument(
+        "--whole", action="store_true", help="also fit all codes to convergence, for a quarter of an hour"
+    )
     parser.add_argument("--task", type=json.loads, help="what a subprocess does")
     options = parser.parse_args()
     if options.task:
@@ -198,9 +203,9 @@ def main():
             "clusters": CLUSTERS,
             "mib_on_disk": path.stat().st_size / 2**20,
             "threads_per_process": 1,
-            "iteration": time_iterations(path, N),
-            "first_phase": [compare_phases(path, N, SEED)]
-            + [compare_phases(path, min(N, FEWER_CODES), seed) for seed in SEEDS],
+            "iteration": time_iterations(path, N, options.rounds),
+            "first_phase": [compare_phases(path, N, SEED) for _ in range(options.whole)]
+            + [compare_phases(path, min(N, FEWER_CODES), seed) for seed in options.seeds],
         }
     print(f"one process / two: {result['iteration']['ratio']:.2f}")
     for row in result["first_phase"]:
