@@ -409,9 +409,10 @@ def importance_weighted_bounds(
     observed = [x] if observed is None else observed
     max_rows = max_rows or (256 if x.device.type == "cpu" else 4096)
     if len(x) > max_rows:
-        parts = zip(*(torch.split(each, max_rows) for each in (x, *observed)), strict=True)
         bounds = partial(importance_weighted_bounds, model, max_rows=max_rows)
-        return torch.cat([bounds(x, n_samples, log_priors, generator, observed=seen) for x, *seen in parts], 2)
+        rows = [slice(start, start + max_rows) for start in range(0, len(x), max_rows)]
+        parts = [bounds(x[r], n_samples, log_priors, generator, observed=[seen[r] for seen in observed]) for r in rows]
+        return torch.cat(parts, 2)
     posterior = model.encode(x)
     chunk = max(1, min(n_samples, max_rows // max(1, len(x))))
     total = torch.full((len(observed), len(log_priors), len(x)), -math.inf, dtype=torch.float64, device=x.device)

@@ -47,7 +47,7 @@ from equipoise.training.logging import Row, Sink
 from equipoise.training.preemption import Preempted, Sigterm
 
 DISPLAY_SECONDS = 1.0
-EVALUATION_BATCH = 1000
+EVALUATION_BATCH = 500
 VARYING_EXAMPLES = 2000
 AGREEMENT_STEPS = 10
 """Processes ask each other every so many steps whether one of them is to stop, or a checkpoint is due."""
