@@ -197,6 +197,7 @@ def train(
         torch.manual_seed(config.seed + fabric.global_rank)  # dropout in own networks differs between processes
     trainer = Trainer(model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric)
     trainer.fit(resume=resume)
+    del trainer  # and the training examples that it holds on the device: they are encoded from their source
     model.eval()
     fit = fit_aggregate(model, data, config, fabric.device, on_mixture, processes_of(fabric))
     model.cpu()
