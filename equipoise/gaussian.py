@@ -38,13 +38,13 @@ class SharedGenerator(NamedTuple):
 
     Args:
         generator: equal in all processes.
-        n: examples of the whole batch.
+        batch_size: examples of the whole batch.
         rank: number of this process, whose examples are the rows ``rank``, ``rank + world_size``, ... of the batch.
         world_size: number of processes.
     """
 
     generator: torch.Generator
-    n: int
+    batch_size: int
     rank: int
     world_size: int
 
@@ -65,7 +65,7 @@ def standard_normal_like(values: Tensor, generator: Randomness = None) -> Tensor
     """
     if not isinstance(generator, SharedGenerator):
         return torch.empty_like(values).normal_(generator=generator)
-    whole = values.new_empty(generator.n, *values.shape[1:]).normal_(generator=generator.generator)
+    whole = values.new_empty(generator.batch_size, *values.shape[1:]).normal_(generator=generator.generator)
     return whole[generator.rank :: generator.world_size]
 
 
