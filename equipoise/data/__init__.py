@@ -12,12 +12,13 @@ from equipoise.data.named import NAMES
 from equipoise.data.stream import Stream
 
 if TYPE_CHECKING:
-    from equipoise.data.batches import Batches, StreamBatches, batches_of, epoch_order
+    from equipoise.data.batches import Batches, EpochBatches, StreamBatches, batches_of, epoch_order
 
 __all__ = [
     "NAMES",
     "Batches",
     "Data",
+    "EpochBatches",
     "ExampleSet",
     "Split",
     "Stream",
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in {"Batches", "StreamBatches", "batches_of", "epoch_order"}:
+    if name in {"Batches", "EpochBatches", "StreamBatches", "batches_of", "epoch_order"}:
         from equipoise.data import batches
 
         return getattr(batches, name)

@@ -1,6 +1,7 @@
 """Batches of raw examples on a device, in an order that is a pure function of seed and epoch."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -47,7 +48,7 @@ def batches_of(
     seed: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> "Batches | StreamBatches":
+) -> "EpochBatches":
     """Batches of whatever training examples are.
 
     Args:
@@ -72,15 +73,100 @@ def batches_of(
     return Batches(examples.at_hand, batch_size, device, seed=seed, rank=rank, world_size=world_size)
 
 
-class Batches:
+class EpochBatches(ABC):
+    r"""Batches of raw examples, epoch by epoch, of which each process gets its part.
+
+    All processes get the same number of batches, none empty, and each example is visited once an epoch (unless
+    ``drop_last``); so the last batch may be longer by one than ``batch_size`` for some of them.
+
+    Args:
+        n: number of examples.
+        batch_size: examples per batch and process.
+        device: where the batches go.
+        seed: shuffle by this seed and the epoch; None for the order of the examples, as for evaluation.
+        rank: number of this process.
+        world_size: number of processes.
+        drop_last: leave out the last batch if it is incomplete.
+
+    Raises:
+        ValueError: if there would be no batch, or an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        device: torch.device | str,
+        seed: int | None,
+        rank: int,
+        world_size: int,
+        *,
+        drop_last: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0..{world_size - 1} for a world_size of {world_size}, not {rank}")
+        fewest = n // world_size  # some processes have one more
+        self.count = fewest // batch_size if drop_last else -(-fewest // batch_size)
+        if not self.count:
+            raise ValueError(
+                f"{n} examples make no batch of {batch_size} for {world_size} processes"
+                + (" with drop_last" if drop_last else "")
+            )
+        self.n = n
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.seed = seed
+        self.drop_last = drop_last
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def size(self, batch: int) -> int:
+        """Examples in a batch, those of all processes together.
+
+        Args:
+            batch: from 0.
+
+        Returns:
+            ``batch_size * world_size``, but for the last batch, which has what is left.
+        """
+        usual = self.batch_size * self.world_size
+        is_last = batch == self.count - 1 and not self.drop_last
+        return self.n - usual * batch if is_last else usual
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
+        r"""Go through the examples once.
+
+        Args:
+            epoch: which pass, for the order.
+            start: number of batches to leave out, as when resuming within an epoch; a stream reads them all the same.
+
+        Returns:
+            Batches of raw examples on the device, (B, \*).
+
+        Raises:
+            ValueError: if ``start`` is not in 0..len(self).
+        """
+        if not 0 <= start <= self.count:
+            raise ValueError(f"start must be in 0..{self.count}, not {start}")
+        return self._epoch(epoch, start)
+
+    @abstractmethod
+    def _epoch(self, epoch: int, start: int) -> Iterator[Tensor]:
+        """As :meth:`epoch`, whose arguments have been checked."""
+
+
+class Batches(EpochBatches):
     r"""Batches of raw examples: uint8 stays uint8 until the model scales it on the device.
 
     Examples that fit are copied to the device once and gathered there; others are gathered from the memory
     map by a thread that is one batch ahead. Which of the two happens does not change what is yielded.
 
-    With several processes, each gets every ``world_size``-th example of the same order. All get the same
-    number of batches, none empty, and each example is visited once an epoch (unless ``drop_last``); so the
-    last batch may be longer by one than ``batch_size`` for some of them.
+    With several processes, each gets every ``world_size``-th example of the same order; see :class:`EpochBatches`.
 
     Args:
         examples: raw examples, (N, \*).
@@ -114,47 +200,12 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.count = _count(len(examples), batch_size, rank, world_size, drop_last=drop_last)
+        super().__init__(len(examples), batch_size, device, seed, rank, world_size, drop_last=drop_last)
         self.examples = examples if isinstance(examples, Subset) else Subset.whole(examples)
-        self.batch_size = batch_size
-        self.device = torch.device(device)
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.drop_last = drop_last
         fits = self.examples.nbytes <= resident_bytes
         self.resident = torch.from_numpy(self.examples[:]).to(self.device) if fits else None
 
-    def __len__(self) -> int:
-        return self.count
-
-    def size(self, batch: int) -> int:
-        """Examples in a batch, those of all processes together.
-
-        Args:
-            batch: from 0.
-
-        Returns:
-            ``batch_size * world_size``, but for the last batch, which has what is left.
-        """
-        usual = self.batch_size * self.world_size
-        is_last = batch == self.count - 1 and not self.drop_last
-        return len(self.examples) - usual * batch if is_last else usual
-
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
-        r"""Go through the examples once.
-
-        Args:
-            epoch: which pass, for the order.
-            start: number of batches to leave out, as when resuming within an epoch.
-
-        Returns:
-            Batches of raw examples on the device, (B, \*).
-
-        Raises:
-            ValueError: if ``start`` is not in 0..len(self).
-        """
-        _check_start(start, self.count)
+    def _epoch(self, epoch: int, start: int) -> Iterator[Tensor]:
         rows = self._rows(epoch)[start:]
         if self.resident is None:
             return self._stream(rows)
@@ -184,7 +235,7 @@ class Batches:
         return _pinned(self.examples[row.numpy()], self.device)
 
 
-class StreamBatches:
+class StreamBatches(EpochBatches):
     r"""Batches of a stream, which is read from front to back and shuffled through its buffer.
 
     The order depends on seed, epoch, buffer size and the order of the source, and not on the batches in which the
@@ -217,43 +268,10 @@ class StreamBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.count = _count(len(stream), batch_size, rank, world_size)
+        super().__init__(len(stream), batch_size, device, seed, rank, world_size)
         self.stream = stream
-        self.batch_size = batch_size
-        self.device = torch.device(device)
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
 
-    def __len__(self) -> int:
-        return self.count
-
-    def size(self, batch: int) -> int:
-        """Examples in a batch, those of all processes together; as :meth:`Batches.size`.
-
-        Args:
-            batch: from 0.
-
-        Returns:
-            ``batch_size * world_size``, but for the last batch, which has what is left.
-        """
-        usual = self.batch_size * self.world_size
-        return len(self.stream) - usual * batch if batch == self.count - 1 else usual
-
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
-        r"""Go through the examples once.
-
-        Args:
-            epoch: which pass, for the order.
-            start: number of batches to leave out, as when resuming within an epoch; they are read all the same.
-
-        Returns:
-            Batches of raw examples on the device, (B, \*).
-
-        Raises:
-            ValueError: if ``start`` is not in 0..len(self).
-        """
-        _check_start(start, self.count)
+    def _epoch(self, epoch: int, start: int) -> Iterator[Tensor]:
         mine = len(range(self.rank, len(self.stream), self.world_size))
         last = mine - self.batch_size * (self.count - 1)
         sizes = chain(repeat(self.batch_size, self.count - 1), [last])
@@ -302,27 +320,6 @@ def _recut(pieces: Iterator[Array], sizes: Iterable[int]) -> Iterator[Array]:
             filled += len(taken)
         yield whole
     next(pieces, None)  # a stream that has more than it should says so here
-
-
-def _count(n: int, batch_size: int, rank: int, world_size: int, *, drop_last: bool = False) -> int:
-    """Batches per epoch and process, after a check of what they depend on."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be in 0..{world_size - 1} for a world_size of {world_size}, not {rank}")
-    fewest = n // world_size  # some processes have one more
-    count = fewest // batch_size if drop_last else -(-fewest // batch_size)
-    if not count:
-        raise ValueError(
-            f"{n} examples make no batch of {batch_size} for {world_size} processes"
-            + (" with drop_last" if drop_last else "")
-        )
-    return count
-
-
-def _check_start(start: int, count: int) -> None:
-    if not 0 <= start <= count:
-        raise ValueError(f"start must be in 0..{count}, not {start}")
 
 
 def _pinned(values: Array, device: torch.device) -> Tensor:

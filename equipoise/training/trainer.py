@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from equipoise.data import Batches, Data, ExampleSet, StreamBatches, batches_of
+from equipoise.data import Data, EpochBatches, ExampleSet, batches_of
 from equipoise.data.varying import varying_dimensions
 from equipoise.gaussian import Randomness, SharedGenerator
 from equipoise.model import VAE
@@ -269,7 +269,7 @@ class Trainer:
                 sink.close()
         return self.history
 
-    def evaluate(self, batches: Batches | StreamBatches) -> SplitFigures:
+    def evaluate(self, batches: EpochBatches) -> SplitFigures:
         """Average the model's figures over a split, always with the same noise.
 
         Args:
@@ -306,13 +306,13 @@ class Trainer:
             unit_var=((unit_squares - unit_sum.square() / n) / (n - 1)).float().cpu(),
         )
 
-    def _batches(self, examples: ExampleSet, batch_size: int, seed: int | None = None) -> Batches | StreamBatches:
+    def _batches(self, examples: ExampleSet, batch_size: int, seed: int | None = None) -> EpochBatches:
         """This process's part of batches that have ``batch_size`` examples over all processes."""
         rank, world_size = self.fabric.global_rank, self.fabric.world_size
         share = math.ceil(batch_size / world_size)
         return batches_of(examples, share, self.fabric.device, seed=seed, rank=rank, world_size=world_size)
 
-    def _shared(self, generator: torch.Generator, batches: Batches | StreamBatches, batch: int) -> Randomness:
+    def _shared(self, generator: torch.Generator, batches: EpochBatches, batch: int) -> Randomness:
         """The source of a batch's draws, which do not depend on the number of processes."""
         rank, world_size = self.fabric.global_rank, self.fabric.world_size
         return generator if world_size == 1 else SharedGenerator(generator, batches.size(batch), rank, world_size)
@@ -530,7 +530,7 @@ class Trainer:
         return statistic
 
     @torch.no_grad()
-    def _terms(self, batches: Batches | StreamBatches, generator: torch.Generator) -> Iterator[Terms]:
+    def _terms(self, batches: EpochBatches, generator: torch.Generator) -> Iterator[Terms]:
         objective = Elbo(self.model).eval()
         for batch, raw in enumerate(batches.epoch(0)):
             yield objective(self._to_model_units(raw), self._shared(generator, batches, batch))
