@@ -159,7 +159,8 @@ def _train_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was cut off")
     for name in SHORTHANDS:
         metavar = "P" if name == "precision" else "N"
-        parser.add_argument(f"--{_dashed(name)}", metavar=metavar, help=f"short for --set {name}={metavar}")
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, metavar=metavar, help=f"short for --set {name}={metavar}")
     _add_data_dir(parser)
     parser.add_argument("--download", action="store_true", help="fetch a named set that is not found (extra 'hub')")
     parser.add_argument(
@@ -169,10 +170,6 @@ def _train_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--strict", action="store_true", help="refuse a folder with a file that cannot be read")
     parser.add_argument("--quiet", action="store_true", help="plain lines instead of a progress bar")
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _describe_option(name: str, default: object) -> str:

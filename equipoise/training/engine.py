@@ -120,24 +120,6 @@ def processes_of(fabric: Fabric) -> Processes:
     return Processes(fabric.global_rank, fabric.world_size, partial(all_reduce, fabric))
 
 
-def gather(fabric: Fabric, values: Tensor) -> Tensor:
-    r"""Collect a tensor of every process.
-
-    Args:
-        fabric: the engine.
-        values: of this process, of the same shape in all.
-
-    Returns:
-        (processes, \*), on the CPU.
-    """
-    if fabric.world_size == 1:
-        return values.cpu()[None]
-    here = values.to(fabric.device)
-    collected = [torch.empty_like(here) for _ in range(fabric.world_size)]
-    torch.distributed.all_gather(collected, here)
-    return torch.stack(collected).cpu()
-
-
 def in_main_process(fabric: Fabric, action: Callable[[], T]) -> T:
     """Do something in process 0 alone.
 

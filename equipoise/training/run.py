@@ -330,8 +330,6 @@ def fit_aggregate(
     def encode(examples: ExampleSet) -> tuple[Gaussian, Tensor]:
         """Posteriors of this process's part, and a sample of each, the same whatever the number of processes."""
         posterior = encode_examples(model, examples, device, processes)
-        if processes.size == 1:
-            return posterior, posterior.sample(generator)
         return posterior, posterior.sample(SharedGenerator(generator, len(examples), processes.rank, processes.size))
 
     posterior, codes = encode(data.train)

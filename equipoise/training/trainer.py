@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from equipoise.data import Data, EpochBatches, ExampleSet, batches_of
 from equipoise.data.varying import varying_dimensions
-from equipoise.gaussian import Randomness, SharedGenerator
+from equipoise.gaussian import SharedGenerator
 from equipoise.model import VAE
 from equipoise.noise import DimensionNoise, GlobalNoise, PredictedNoise, ResidualQuantiles, ResidualVariance
 from equipoise.objectives import (
@@ -42,7 +42,7 @@ from equipoise.training.checkpoint import load_checkpoint, save_checkpoint
 from equipoise.training.clipping import RelativeClipping
 from equipoise.training.config import PLACEMENT, ConfigError, TrainConfig
 from equipoise.training.diagnostics import SplitFigures, range_warning, warnings_for
-from equipoise.training.engine import all_reduce, gather, in_main_process, make_fabric
+from equipoise.training.engine import all_reduce, in_main_process, make_fabric, processes_of
 from equipoise.training.logging import Row, Sink
 from equipoise.training.preemption import Preempted, Sigterm
 
@@ -216,6 +216,7 @@ class Trainer:
         self.history: list[Row] = []
         self.optimal_var: Tensor | None = None
         self.average: AveragedModel | None = None
+        self.processes = processes_of(self.fabric)
         self.all_reduce = partial(all_reduce, self.fabric)
         self.sum_over_processes = self.all_reduce if self.fabric.world_size > 1 else None
         device = self.fabric.device
@@ -308,14 +309,14 @@ class Trainer:
 
     def _batches(self, examples: ExampleSet, batch_size: int, seed: int | None = None) -> EpochBatches:
         """This process's part of batches that have ``batch_size`` examples over all processes."""
-        rank, world_size = self.fabric.global_rank, self.fabric.world_size
-        share = math.ceil(batch_size / world_size)
-        return batches_of(examples, share, self.fabric.device, seed=seed, rank=rank, world_size=world_size)
+        rank, size = self.processes.rank, self.processes.size
+        return batches_of(
+            examples, math.ceil(batch_size / size), self.fabric.device, seed=seed, rank=rank, world_size=size
+        )
 
-    def _shared(self, generator: torch.Generator, batches: EpochBatches, batch: int) -> Randomness:
+    def _shared(self, generator: torch.Generator, batches: EpochBatches, batch: int) -> SharedGenerator:
         """The source of a batch's draws, which do not depend on the number of processes."""
-        rank, world_size = self.fabric.global_rank, self.fabric.world_size
-        return generator if world_size == 1 else SharedGenerator(generator, batches.size(batch), rank, world_size)
+        return SharedGenerator(generator, batches.size(batch), self.processes.rank, self.processes.size)
 
     def _agree(self, *wishes: bool) -> list[bool]:
         """What any process wishes, so that all do the same."""
@@ -565,7 +566,7 @@ class Trainer:
         finished = self.schedule.stage is Stage.FINISHED
         state = {
             "position": list(self.position),
-            "means": gather(self.fabric, self.means.pack()),
+            "means": self._of_each(self.means.pack()),
             "schedule": self.schedule.state_dict(),
             "history": self.history,
             "optimal_var": self.optimal_var,
@@ -577,9 +578,9 @@ class Trainer:
             "clipping": None if finished else self.clipping.state_dict(),
             "generator": self.generator.get_state(),
             # The global ones serve a user's own networks, such as dropout.
-            "global_generators": gather(self.fabric, torch.get_rng_state()),
+            "global_generators": self._of_each(torch.get_rng_state()),
             "cuda_generators": (
-                gather(self.fabric, torch.cuda.get_rng_state()) if self.fabric.device.type == "cuda" else None
+                self._of_each(torch.cuda.get_rng_state()) if self.fabric.device.type == "cuda" else None
             ),
             "config": self.config.as_dict(),
             "fingerprint": self.data.fingerprint,
@@ -632,6 +633,10 @@ class Trainer:
         within = f" and {self.position.batch} of {len(self.train_batches)} batches" if self.position.batch else ""
         self._message(f"Resumed {path.name}, after {self.position.epoch} epochs{within}.")
         return True
+
+    def _of_each(self, values: Tensor) -> Tensor:
+        """A tensor of every process, as rows."""
+        return self.processes.gather(values[None])
 
     def _restore_means(self, packed: Tensor) -> None:
         """Take back this process's sums, or, where the processes are as many no longer, leave all to the first."""
