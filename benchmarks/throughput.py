@@ -7,7 +7,9 @@ ratio is the median over the rounds of the ratio within a round. Ours is `Traine
 clipping, schedule and closed form, whose epoch is a segment. The leanest hand-written loop has the same modules, fused
 AdamW, channels-last and a running variance, once without and once with `clip_grad_norm_`. The usual one has torch's own
 layers and Adam, and so has pythae, which trains by the `train_step` of its trainer, in float32 always: its mixed
-precision is for GPUs. Stage 2 is compared with the leanest loops alone.
+precision is for GPUs. Stage 2 is compared with the leanest loops alone. The ceiling is what no loop can exceed: the
+convolutions and matrix products of a step, counted by torch, at the rate of one large matrix product in the same
+precision, which is measured in each round.
 """
 
 import argparse
@@ -24,21 +26,25 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import mse_loss
+from torch.utils.flop_counter import FlopCounterMode
 
 from equipoise.data import load
 from equipoise.networks import GELU, ConvTranspose2d
 from equipoise.provenance import provenance
+from equipoise.stages import Stage
 from equipoise.training.config import make_config, read_recipe, shipped_recipes
+from equipoise.training.engine import choose_device
 from equipoise.training.run import make_model
-from equipoise.training.trainer import Trainer
+from equipoise.training.trainer import Trainer, make_objective
 
 LOG_2PI = math.log(2 * math.pi)
-OURS, LEAN, CLIPPED, PLAIN, PYTHAE = (
+OURS, LEAN, CLIPPED, PLAIN, PYTHAE, CEILING = (
     "equipoise",
     "leanest loop by hand",
     "the same, clipping gradients",
     "usual loop by hand",
     "pythae 0.1.2",
+    "ceiling: matrix products alone",
 )
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed"}
 
@@ -51,15 +57,16 @@ class HandWritten:
         model = make_model(data, config)
         if not lean:
             use_layers_of_torch(model)
-        self.encoder, self.decoder = model.encoder, model.decoder
+        self.device = choose_device(config)
+        self.encoder, self.decoder = model.encoder.to(self.device), model.decoder.to(self.device)
         self.is_lean, self.is_clipped = lean, clip
         self.layout = torch.channels_last if lean else torch.contiguous_format
         for module in (self.encoder, self.decoder):
             module.to(memory_format=self.layout)
-        self.x = torch.from_numpy(data.train[:])
+        self.x = torch.from_numpy(data.train[:]).to(self.device)
         self.config = config
         self.dimensions = math.prod(data.shape)
-        self.sums = torch.zeros(2, dtype=torch.float64)
+        self.error, self.count = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
         self.start_stage([*self.encoder.parameters(), *self.decoder.parameters()], config.learning_rate)
 
     def start_stage(self, parameters, learning_rate):
@@ -74,7 +81,7 @@ class HandWritten:
 
     def start_stage_2(self):
         """A variance network that starts as the decoder."""
-        self.log_var = (self.sums[0] / self.sums[1]).log().float()
+        self.log_var = (self.error / self.count).log().float()
         self.variance = copy.deepcopy(self.decoder)
         torch.nn.init.zeros_(self.variance.output.weight)
         torch.nn.init.zeros_(self.variance.output.bias)
@@ -83,7 +90,7 @@ class HandWritten:
 
     def epoch(self, stage):
         """Train for an epoch."""
-        for index in torch.randperm(len(self.x)).split(self.config.batch_size):
+        for index in torch.randperm(len(self.x), device=self.device).split(self.config.batch_size):
             x = self.x[index].float().div_(255).contiguous(memory_format=self.layout)
             mean, log_var = self._through(self.encoder, x).chunk(2, 1)
             z = mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
@@ -91,8 +98,9 @@ class HandWritten:
             error = mse_loss(self._through(self.decoder, z), x, reduction="none")
             total = error.flatten(1).sum(1)
             if stage == 1:
-                self.sums.mul_(0.99).add_(torch.tensor([float(total.detach().sum()), x.numel()]))
-                noise = (self.sums[0] / self.sums[1]).log().float()
+                self.error = 0.99 * self.error + total.detach().sum()
+                self.count = 0.99 * self.count + x.numel()
+                noise = (self.error / self.count).log().float()
             else:
                 noise = self.log_var
             loss = 0.5 * (total * torch.exp(-noise) + self.dimensions * (noise + LOG_2PI)) + kl
@@ -106,7 +114,7 @@ class HandWritten:
             self.optimizer.step()
 
     def _through(self, module, x):
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16-mixed"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16-mixed"):
             y = module(x)
         return y.float()
 
@@ -127,13 +135,14 @@ class Pythae:
         from pythae.trainers import BaseTrainer
 
         ours = start(data, config)
+        is_cpu = choose_device(config).type == "cpu"
         use_layers_of_torch(ours)
         x = scaled(ours, data.train)
         self.trainer = BaseTrainer(
             VAE(VAEConfig(input_dim=data.shape, latent_dim=ours.latent_dim), Encoder(ours), Decoder(ours)),
             BaseDataset(x, torch.ones(len(x))),
             training_config=BaseTrainerConfig(
-                output_dir=folder, per_device_train_batch_size=config.batch_size, optimizer_cls="Adam", no_cuda=True
+                output_dir=folder, per_device_train_batch_size=config.batch_size, optimizer_cls="Adam", no_cuda=is_cpu
             ),
         )
         self.trainer.prepare_training()
@@ -145,11 +154,58 @@ class Pythae:
         self.trainer.train_step(self.epochs)
 
 
+class Ceiling:
+    """No loop: how long the matrix products of an epoch take at the rate of a large one."""
+
+    def __init__(self, data, config):
+        self.device = choose_device(config)
+        self.n = len(data.train)
+        self.dtype = torch.bfloat16 if config.precision == "bf16-mixed" else torch.float32
+        self.flops = {stage: flops_of_an_example(data, config, stage) for stage in (1, 2)}
+
+    def seconds(self, stage):
+        """Of an epoch."""
+        return self.n * self.flops[stage] / self.rate()
+
+    def rate(self, side=2048, least_seconds=0.3):
+        """Floating-point operations a second."""
+        left, right = torch.randn(2, side, side, device=self.device).to(self.dtype)
+        left @ right
+        synchronise(self.device)
+        started, n = time.perf_counter(), 0
+        while (seconds := time.perf_counter() - started) < least_seconds:
+            for _ in range(10 if self.device.type == "cpu" else 1000):
+                left @ right
+                n += 1
+            synchronise(self.device)
+        return 2 * side**3 * n / seconds
+
+
+def flops_of_an_example(data, config, stage):
+    """Of the convolutions and matrix products of a step, forwards and backwards, with torch's own layers."""
+    model = make_model(data, config)
+    if stage == 2:
+        model.predict_variance(torch.tensor(0.01), torch.tensor(0.01))
+    use_layers_of_torch(model)
+    x = model.scaling(torch.from_numpy(data.train[: config.batch_size]))
+    objective = make_objective(model, config, Stage(stage))
+    with FlopCounterMode(display=False) as counter:
+        objective(x, torch.Generator().manual_seed(0)).loss.mean().backward()
+    return counter.get_total_flops() / len(x)
+
+
+def synchronise(device):
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Turns:
     """A sink that lets others train an epoch after each of ours, and keeps the clocks."""
 
-    def __init__(self, others):
+    def __init__(self, others, ceiling):
         self.others = others
+        self.ceiling = ceiling
         self.seconds = {1: [], 2: []}
         self.stage = 1
 
@@ -177,7 +233,9 @@ class Turns:
         for name, other in self.others.items():
             started = time.perf_counter()
             other.epoch(self.stage)
+            synchronise(self.ceiling.device)
             seconds[name] = time.perf_counter() - started
+        seconds[CEILING] = self.ceiling.seconds(self.stage)
         self.seconds[self.stage].append(seconds)
         print(
             f"stage {self.stage}: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()), flush=True
@@ -198,7 +256,7 @@ def compare(data, config, rounds):
         }
         if config.precision == PRECISIONS["float32"]:
             others[PLAIN] = HandWritten(data, config, lean=False)
-        turns = Turns(others)
+        turns = Turns(others, Ceiling(data, config))
         Trainer(model, data, config, sinks=[turns]).fit()
     return {f"stage {stage}": summary(turns.seconds[stage][1:], len(data.train)) for stage in (1, 2)}
 
@@ -222,12 +280,13 @@ def main():
     parser.add_argument("--steps", type=int, default=30, help="of a segment")
     parser.add_argument("--rounds", type=int, nargs=2, default=(10, 5), metavar=("STAGE_1", "STAGE_2"))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-throughput.json"))
     options = parser.parse_args()
     logging.disable(logging.INFO)
     recipe = read_recipe(shipped_recipes()["mnist"])
     data = load(recipe.pop("data"), data_dir=options.data_dir)
-    config = make_config(recipe | {"accelerator": "cpu"})
+    config = make_config(recipe | {"accelerator": options.accelerator})
     small = replace(
         data,
         train=data.train.take(slice(options.steps * config.batch_size)),

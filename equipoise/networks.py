@@ -13,11 +13,12 @@ first posterior is close to the prior, the KL starts near zero and training begi
 
 import itertools
 import math
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Architecture = Literal["mlp", "conv", "residual"]
 Shape = tuple[int, ...]
@@ -225,7 +226,7 @@ class ConvDecoder(nn.Module):
             # Halving an odd size loses a row; the output padding brings it back.
             (big_height, big_width), (height, breadth) = sizes[level - 1], sizes[level]
             odd = (big_height - 2 * height, big_width - 2 * breadth)
-            up = ConvTranspose2d(channels[level], channels[level - 1], 4, stride=2, padding=1, output_padding=odd)
+            up = ConvTranspose2d(channels[level], channels[level - 1], output_padding=odd)
             layers += [up, GELU()] if level > 1 else [up]
         self.output = up
         self.hidden = nn.Sequential(*layers[:-1])
@@ -247,15 +248,71 @@ class GELU(nn.GELU):
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """torch's, the bias added afterwards: on CPUs its gradient takes as long as that of the weights otherwise."""
+    """torch's with kernel 4, stride 2 and padding 1, in the same values but less time on CPUs.
+
+    The bias is added afterwards: its gradient takes as long as that of the weights otherwise. Few channels, as of an
+    image, are made by :func:`_double`, for the usual kernel computes as many as fill a vector.
+    """
+
+    FEW_CHANNELS = 4
+
+    def __init__(self, inputs: int, outputs: int, output_padding: tuple[int, int]) -> None:
+        super().__init__(inputs, outputs, 4, stride=2, padding=1, output_padding=output_padding)
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"], output_size: list[int] | None = None
     ) -> Float[Tensor, "batch outputs big_height big_width"]:
         """Convolve, and add the bias."""
-        padding = cast(tuple[int, ...], self.padding)
-        y = nn.functional.conv_transpose2d(x, self.weight, None, self.stride, padding, self.output_padding)
+        is_cheap = (
+            x.device.type == "cpu" and self.out_channels <= self.FEW_CHANNELS and not torch.compiler.is_compiling()
+        )
+        padding = cast(tuple[int, int], self.output_padding)
+        if is_cheap:
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+            y: Tensor = _Double.apply(x.to(dtype), self.weight.to(dtype), padding)  # type: ignore[no-untyped-call]
+        else:
+            y = nn.functional.conv_transpose2d(x, self.weight, None, 2, 1, padding)
         return y + cast(Tensor, self.bias).to(y.dtype)[:, None, None]
+
+
+class _Double(torch.autograd.Function):
+    """:func:`_double`, with torch's own gradients, which are fast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, output_padding: tuple[int, int]) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x, weight)
+        ctx.output_padding = output_padding
+        return _double(x, weight, output_padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN401
+        x, weight = ctx.saved_tensors
+        wanted = (*ctx.needs_input_grad[:2], False)
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            gradient, x, weight, None, (2, 2), (1, 1), (1, 1), True, ctx.output_padding, 1, wanted
+        )
+        return of_x, of_weight, None
+
+
+def _double(x: Tensor, weight: Tensor, output_padding: tuple[int, int]) -> Tensor:
+    r"""Transposed convolution with kernel 4, stride 2 and padding 1 as one of kernel 2 with four times the channels.
+
+    Output o of an axis takes inputs i with o = 2 i - 1 + k, k = 0 .. 3. Hence inputs p - 1 and p give outputs 2 p - 1,
+    by k = 2 and 0, and 2 p, by k = 3 and 1: those are channels here, one for each parity of both axes, and are then
+    put side by side.
+    """
+    n, _, height, width = x.shape
+    inputs, outputs = weight.shape[:2]
+    # k = 2 (1 - tap) + parity, along both axes
+    kernel = weight.view(inputs, outputs, 2, 2, 2, 2).flip(2, 4).permute(3, 5, 1, 0, 2, 4)
+    kernel = kernel.reshape(4 * outputs, inputs, 2, 2).contiguous(memory_format=torch.channels_last)
+    pairs = nn.functional.conv2d(x, kernel, padding=1).permute(0, 2, 3, 1)
+    pairs = pairs.view(n, height + 1, width + 1, 2, 2, outputs).permute(0, 1, 3, 2, 4, 5)
+    y = pairs.reshape(n, 2 * height + 2, 2 * width + 2, outputs)
+    y = y[:, 1 : 1 + 2 * height + output_padding[0], 1 : 1 + 2 * width + output_padding[1]].permute(0, 3, 1, 2)
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return y.contiguous(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
 
 
 class ResidualBlock(nn.Module):

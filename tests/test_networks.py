@@ -33,7 +33,9 @@ def test_every_image_size_goes_in_and_comes_out(architecture, channels, height, 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
-    "layer", [GELU(), ConvTranspose2d(6, 3, 4, stride=2, padding=1, output_padding=(0, 1))], ids=["GELU", "transposed"]
+    "layer",
+    [GELU(), *(ConvTranspose2d(6, outputs, output_padding=(0, 1)) for outputs in (1, 3, 5))],
+    ids=["GELU", "transposed, 1 channel", "transposed, 3 channels", "transposed, 5 channels"],
 )
 def test_layers_that_are_quicker_compute_what_torchs_do(layer, layout):
     layer = copy.deepcopy(layer).to(memory_format=layout)
@@ -48,6 +50,30 @@ def test_layers_that_are_quicker_compute_what_torchs_do(layer, layout):
         found.append([y, x.grad, *(parameter.grad for parameter in module.parameters())])
     for ours, torchs in zip(*found, strict=True):
         torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 5])
+@pytest.mark.parametrize("odd", [(0, 0), (1, 0), (1, 1)])
+def test_the_transposed_convolution_has_the_gradients_of_its_values(outputs, odd):
+    layer = ConvTranspose2d(2, outputs, output_padding=odd).double()
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, *values: torch.func.functional_call(layer, dict(zip(("weight", "bias"), values, strict=True)), (x,)),
+        (x, layer.weight, layer.bias),
+    )
+
+
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_the_transposed_convolution_computes_in_the_precision_of_its_surroundings(outputs):
+    layer = ConvTranspose2d(6, outputs, output_padding=(0, 0))
+    x = torch.randn(4, 6, 5, 7).requires_grad_()
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.weight.grad.dtype == x.grad.dtype == torch.float32
+    assert 0 < (y.float() - exact).abs().max() < 0.03
 
 
 @pytest.mark.parametrize("architecture", ["mlp", "conv", "residual"])

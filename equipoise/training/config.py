@@ -123,7 +123,7 @@ class TrainConfig:
     num_nodes: int = 1
     """Machines with as many processes each; see the guide on scaling for how they find one another."""
     compile: bool = False
-    """Compile the networks with torch.compile, which delays the start of each stage."""
+    """Compile the networks with torch.compile, which delays the start of each stage; on one GPU with CUDA graphs."""
     checkpoint_seconds: float = 0.0
     """In epochs longer than this, also write a checkpoint within the epoch every so many seconds; 0 writes one after
     each epoch only. SIGTERM brings one at once in any case."""

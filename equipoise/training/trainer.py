@@ -40,6 +40,7 @@ from equipoise.stages import Decision, Stage, StageSchedule, floor_var
 from equipoise.store import StoreError, build_noise
 from equipoise.training.checkpoint import load_checkpoint, save_checkpoint
 from equipoise.training.clipping import RelativeClipping
+from equipoise.training.compilation import begin_step, compile_networks, restore_networks
 from equipoise.training.config import PLACEMENT, ConfigError, TrainConfig
 from equipoise.training.diagnostics import SplitFigures, range_warning, warnings_for
 from equipoise.training.engine import all_reduce, in_main_process, make_fabric, processes_of
@@ -266,6 +267,7 @@ class Trainer:
             while self.schedule.stage is not Stage.FINISHED:
                 self._epoch()
         finally:
+            restore_networks(self.model)
             for sink in self.sinks:
                 sink.close()
         return self.history
@@ -286,7 +288,7 @@ class Trainer:
         floor_share = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
         unit_sums = torch.zeros(2, model.latent_dim, dtype=torch.float64, device=self.fabric.device)
         with torch.no_grad():
-            for batch, raw in enumerate(batches.epoch(0)):
+            for batch, raw in enumerate(self._steps(batches.epoch(0))):
                 terms = objective(self._to_model_units(raw), self._shared(generator, batches, batch))
                 means.add(terms, self.position.step)
                 floor_share += model.noise.floor_share(terms.log_var) * len(raw)
@@ -313,6 +315,13 @@ class Trainer:
         return batches_of(
             examples, math.ceil(batch_size / size), self.fabric.device, seed=seed, rank=rank, world_size=size
         )
+
+    def _steps(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Batches, of which each begins a step for compiled networks."""
+        for raw in batches:
+            if self.config.compile:
+                begin_step()
+            yield raw
 
     def _shared(self, generator: torch.Generator, batches: EpochBatches, batch: int) -> SharedGenerator:
         """The source of a batch's draws, which do not depend on the number of processes."""
@@ -367,8 +376,7 @@ class Trainer:
         )
         self._place_model()
         if config.compile:
-            self.model.encoder.compile()
-            self.model.decoder.compile()
+            compile_networks(self.model, self.fabric.device, self.fabric.world_size)
         self.objective = self.optimizer = None  # hooks of the stage before, which synchronise gradients, go with them
         gc.collect()
         self.objective, self.optimizer = self.fabric.setup(objective, optimizer)
@@ -419,10 +427,10 @@ class Trainer:
             self.means = RunningMeans(self.fabric.device)
         parameters = list(self.objective.parameters())
         shown = saved = time.monotonic()
-        for raw in batches.epoch(self.position.epoch, self.position.batch):
+        for raw in self._steps(batches.epoch(self.position.epoch, self.position.batch)):
             epoch, step, stage_step, batch = self.position
-            terms: Terms = self.objective(self._to_model_units(raw), self._shared(self.generator, batches, batch))
             self.optimizer.zero_grad()
+            terms: Terms = self.objective(self._to_model_units(raw), self._shared(self.generator, batches, batch))
             # The engine averages over processes: this is the mean over the whole batch, whatever the parts.
             self.fabric.backward(terms.loss.sum() / (batches.size(batch) / processes))
             if self.config.clip:
@@ -522,7 +530,7 @@ class Trainer:
         """Residuals of the reconstructions, beside which std and intervals are shown, and not of samples of z."""
         statistic = ResidualQuantiles().to(self.fabric.device)
         self.model.eval()
-        for raw in self.validation_batches.epoch(0):
+        for raw in self._steps(self.validation_batches.epoch(0)):
             x = self._to_model_units(raw)
             seen = self.model.reconstruct(x)
             statistic.update(((x - seen.mean) / seen.std)[:, varying])
@@ -533,7 +541,7 @@ class Trainer:
     @torch.no_grad()
     def _terms(self, batches: EpochBatches, generator: torch.Generator) -> Iterator[Terms]:
         objective = Elbo(self.model).eval()
-        for batch, raw in enumerate(batches.epoch(0)):
+        for batch, raw in enumerate(self._steps(batches.epoch(0))):
             yield objective(self._to_model_units(raw), self._shared(generator, batches, batch))
         objective.train()
 
