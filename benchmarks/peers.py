@@ -130,12 +130,11 @@ def train_equipoise(data, config):
     return Images(reconstruction, made["prior"], made["mixture"], clock.seconds)
 
 
-def train_pythae(kind, data, config, settings):
-    """The pipeline and the samplers of pythae."""
+def fit_pythae(kind, data, config, settings):
+    """A model of pythae, trained by its pipeline, and the clock that ran meanwhile."""
     model_class, config_class = PYTHAE[kind]
     ours = start(data, config)
     model = model_class(config_class(input_dim=data.shape, latent_dim=ours.latent_dim), Encoder(ours), Decoder(ours))
-    train, validation, test = (scaled(ours, part) for part in (data.train, data.validation, data.test))
     sizes = {
         "num_epochs": config.stage_1_epochs,
         "per_device_train_batch_size": config.batch_size,
@@ -150,14 +149,26 @@ def train_pythae(kind, data, config, settings):
             trainer = CoupledOptimizerTrainerConfig(output_dir=folder, **sizes, **both)
         else:
             trainer = BaseTrainerConfig(output_dir=folder, **sizes, **settings)
-        TrainingPipeline(model=model, training_config=trainer)(train, validation)
+        TrainingPipeline(model=model, training_config=trainer)(scaled(ours, data.train), scaled(ours, data.validation))
         weights = next(Path(folder).glob("*/final_model/model.pt"))
         model.load_state_dict(torch.load(weights, weights_only=True)["model_state_dict"])
     clock.lap("training")
-    model.eval()
-    mixture = GaussianMixtureSampler(model, GaussianMixtureSamplerConfig(n_components=config.n_components))
-    mixture.fit(train)
+    return model.eval(), clock
+
+
+def fit_pythae_mixture(model, data, n_components):
+    """The sampler of pythae that draws codes from a Gaussian mixture."""
+    mixture = GaussianMixtureSampler(model, GaussianMixtureSamplerConfig(n_components=n_components))
+    mixture.fit(scaled(model.decoder.model, data.train))
+    return mixture
+
+
+def train_pythae(kind, data, config, settings):
+    """The pipeline and the samplers of pythae."""
+    model, clock = fit_pythae(kind, data, config, settings)
+    mixture = fit_pythae_mixture(model, data, config.n_components)
     clock.lap("mixture")
+    test = scaled(model.decoder.model, data.test)
     n = min(N_SAMPLES, len(data.test))
     with torch.no_grad():
         return Images(

@@ -30,24 +30,25 @@ def throughput(found):
 
 
 def time_to_quality(found):
-    """Seconds until there are samples, and their Fréchet distance."""
+    """Seconds until there are samples, and their Fréchet distance; the best of pythae's is the measure of time."""
     rows = [
         [name, mixture, row["training_seconds"] + mixture["seconds"]]
         for name, row in found["rows"].items()
         for mixture in row["mixtures"]
     ]
-    theirs = rows[0][2]
+    theirs = [row for row in rows if row[0].startswith("pythae")]
+    best = min(theirs, key=lambda row: row[1]["frechet_distance"]["value"])
     cells = [
         [
             name,
             mixture["components"],
             f"{seconds:.0f}",
-            f"{seconds / theirs:.2f}",
+            f"{seconds / best[2]:.2f}",
             "{value:.1f} ± {standard_error:.1f}".format(**mixture["frechet_distance"]),
         ]
         for name, mixture, seconds in rows
     ]
-    return table(["", "components", "seconds", "of pythae's", "Fréchet distance"], cells)
+    return table(["", "components", "seconds", "of pythae's best", "Fréchet distance"], cells)
 
 
 def footprint(found):
