@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from equipoise.stages import Stage
 from equipoise.training import trainer as trainer_module
 from equipoise.training.compilation import compile_networks
 from equipoise.training.config import TrainConfig
@@ -78,6 +79,20 @@ def test_nothing_is_read_of_the_networks_after_their_step(digits, monkeypatch, e
         assert torch.equal(model.state_dict()[name], value)
     assert max(overwritten) == 3  # networks of a step of stage 2
     assert len(outputs) <= 3
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_networks_are_handed_back_as_they_were(digits, monkeypatch, is_compiled):
+    """Also those that a user has compiled before."""
+    monkeypatch.setattr(nn.Module, "compile", lambda network, mode: setattr(network, "_compiled_call_impl", print))
+    config = replace(QUICK, compile=is_compiled)
+    model = make_model(digits, config)
+    before = None if is_compiled else model.encoder._call_impl
+    model.encoder._compiled_call_impl = before
+    monkeypatch.setattr(Trainer, "_epoch", lambda trainer: setattr(trainer.schedule, "stage", Stage.FINISHED))
+    Trainer(model, digits, config).fit()
+    assert model.encoder._compiled_call_impl == before
+    assert model.decoder._compiled_call_impl is None
 
 
 COMPILED_AND_NOT = """

@@ -267,7 +267,8 @@ class Trainer:
             while self.schedule.stage is not Stage.FINISHED:
                 self._epoch()
         finally:
-            restore_networks(self.model)
+            if self.config.compile:
+                restore_networks(self.model)
             for sink in self.sinks:
                 sink.close()
         return self.history
