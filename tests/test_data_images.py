@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import sys
 import types
 from io import BytesIO
@@ -322,6 +323,39 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(folder, cache, monkeypa
         assert caught.value.errno == errno.ENOSPC
         assert not list(cache.iterdir())
     assert len(everything(load(folder))) == 24
+
+
+DECODING = """
+import os, sys, time
+from pathlib import Path
+from equipoise.data import encoded, load
+
+decode, waiting = encoded.ImageReader._decode, Path(sys.argv[2])
+def slow(reader, images, key):
+    print("decoded")
+    while len(list(waiting.iterdir())) < 2:  # until the other one has seen that there is no cache
+        time.sleep(0.01)
+    time.sleep(0.5)
+    return decode(reader, images, key)
+read = encoded.read_part
+def note(folder, key):
+    part = read(folder, key)
+    (waiting / str(os.getpid())).touch()
+    return part
+encoded.ImageReader._decode, encoded.read_part = slow, note
+print(len(load(sys.argv[1]).train))
+"""
+
+
+def test_of_processes_that_start_together_one_decodes(folder, cache, tmp_path):
+    (tmp_path / "waiting").mkdir()
+    command = [sys.executable, "-c", DECODING, folder, tmp_path / "waiting"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(map(len, said)) == [1, 2]
+    assert said[0][-1] == said[1][-1]
+    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".npy"]
 
 
 def test_an_interrupt_leaves_nothing(folder, cache):

@@ -3,11 +3,13 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from filelock import FileLock
 
 from equipoise.data.arrays import Part, Summary, summarise
 from equipoise.data.dataset import Array
@@ -40,6 +42,34 @@ def read_part(folder: Path, key: str) -> Part | None:
         return Part(values, summary, tuple(about["notes"]))
     except (OSError, ValueError, KeyError):
         return None
+
+
+@contextmanager
+def one_writer(folder: Path, key: str) -> Iterator[None]:
+    """Wait until no other process writes a part, such as those that ``torchrun`` starts together.
+
+    The operating system takes the lock back from a process that dies.
+
+    Args:
+        folder: of the cache; made if needed.
+        key: of the part.
+
+    Yields:
+        Nothing; look again for the part, another process may have written it meanwhile.
+
+    Raises:
+        OSError: if the cache cannot be written.
+    """
+    with _advice(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{key}.lock")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        # Another process may then lock a new file: it makes the part a second time at worst.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def write_part(
@@ -77,19 +107,26 @@ def write_part(
         _write_header(file, (count, *shape))  # as long as the first: the format leaves room for the count
 
     values_path = folder / f"{key}.npy"
-    try:
+    with _advice(folder):
         _write_whole(values_path, write_rows)
         values = np.load(values_path, mmap_mode="r", allow_pickle=False)
         summary = summarise(values, str(values_path))
         about = {**summary._asdict(), "notes": notes()}
         _write_whole(folder / f"{key}.json", lambda file: file.write(json.dumps(about).encode()))
+    return Part(values, summary, about["notes"])
+
+
+@contextmanager
+def _advice(folder: Path) -> Iterator[None]:
+    """Say what to do about a cache that cannot be written."""
+    try:
+        yield
     except OSError as error:
         raise OSError(
             error.errno,
             f"cannot write the cache of decoded images in {folder} ({error.strerror or error}); "
             "free some space there, or choose another place with cache_dir or $EQUIPOISE_CACHE",
         ) from error
-    return Part(values, summary, about["notes"])
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:

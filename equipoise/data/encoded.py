@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 from PIL import UnidentifiedImageError
 
 from equipoise.data.arrays import Part
-from equipoise.data.cache import default_cache_dir, read_part, write_part
+from equipoise.data.cache import default_cache_dir, one_writer, read_part, write_part
 from equipoise.data.dataset import Array, Channels
 from equipoise.data.images import Header, decode, make_plan, plan_notes, read_header
 
@@ -174,7 +174,8 @@ class ImageReader:
         key = hashlib.sha256(options.encode()).hexdigest()
         part = read_part(self.cache_dir, key)
         if part is None:
-            part = self._decode(images, key)
+            with one_writer(self.cache_dir, key):
+                part = read_part(self.cache_dir, key) or self._decode(images, key)
         elif self.strict and len(part.values) < images.count:
             raise ValueError(f"{images.source}: {part.notes[0]}")
         return part._replace(notes=(*part.notes, *images.notes))
