@@ -18,7 +18,6 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 Architecture = Literal["mlp", "conv", "residual"]
 Shape = tuple[int, ...]
@@ -263,11 +262,10 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         self, x: Float[Tensor, "batch channels height width"], output_size: list[int] | None = None
     ) -> Float[Tensor, "batch outputs big_height big_width"]:
         """Convolve, and add the bias."""
-        is_cheap = (
-            x.device.type == "cpu" and self.out_channels <= self.FEW_CHANNELS and not torch.compiler.is_compiling()
-        )
         padding = cast(tuple[int, int], self.output_padding)
-        if is_cheap:
+        # Compilers and the transforms of torch.func know torch's own operations only.
+        is_transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if x.device.type == "cpu" and self.out_channels <= self.FEW_CHANNELS and not is_transformed:
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
             y: Tensor = _Double.apply(x.to(dtype), self.weight.to(dtype), padding)  # type: ignore[no-untyped-call]
         else:
@@ -276,7 +274,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
 
 class _Double(torch.autograd.Function):
-    """:func:`_double`, with torch's own gradients, which are fast."""
+    """:func:`_double`, with torch's own gradients, which are fast and can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, output_padding: tuple[int, int]) -> Tensor:  # noqa: ANN401
@@ -285,7 +283,6 @@ class _Double(torch.autograd.Function):
         return _double(x, weight, output_padding)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN401
         x, weight = ctx.saved_tensors
         wanted = (*ctx.needs_input_grad[:2], False)

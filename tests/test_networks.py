@@ -63,6 +63,20 @@ def test_the_transposed_convolution_has_the_gradients_of_its_values(outputs, odd
     )
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # by torch's own jvp
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_the_transposed_convolution_can_be_differentiated_by_every_way(outputs):
+    """Twice, and by the transforms of torch.func, as for the geometry of a latent space."""
+    layer = ConvTranspose2d(2, outputs, output_padding=(0, 0)).double()
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x).square(), (x,))
+    expected = torch.stack([torch.autograd.functional.jacobian(layer, one[None])[0, :, :, :, 0] for one in x])
+    by_func = torch.func.vmap(torch.func.jacrev(lambda one: layer(one[None])[0]))(x)
+    torch.testing.assert_close(by_func, expected)
+    (_, forwards) = torch.func.jvp(layer, (x.detach(),), (torch.ones_like(x),))
+    torch.testing.assert_close(forwards, expected.sum((-3, -2, -1)))
+
+
 @pytest.mark.parametrize("outputs", [1, 5])
 def test_the_transposed_convolution_computes_in_the_precision_of_its_surroundings(outputs):
     layer = ConvTranspose2d(6, outputs, output_padding=(0, 0))
