@@ -106,13 +106,18 @@ def start(data, config):
     return make_model(data, config)
 
 
-def train_equipoise(data, config):
-    """Algorithm 1, and a mixture fitted to the aggregate posterior."""
+def fit_equipoise(data, config):
+    """A model of Algorithm 1, and the clock that ran meanwhile."""
     model = start(data, config)
     clock = Clock()
     Trainer(model, data, config).fit()
     clock.lap("training")
-    model.eval()
+    return model.eval(), clock
+
+
+def train_equipoise(data, config):
+    """Algorithm 1, and a mixture fitted to the aggregate posterior."""
+    model, clock = fit_equipoise(data, config)
     device = choose_device(config)
     mixture = fit_aggregate(model, data, config, device).mixture
     clock.lap("mixture")

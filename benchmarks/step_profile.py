@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from tables import step_profile
+from throughput import PRECISIONS, Silent
 from torch.profiler import ProfilerActivity, profile
 
 from equipoise.data import load
@@ -25,7 +26,6 @@ from equipoise.training.engine import choose_device
 from equipoise.training.run import make_model
 from equipoise.training.trainer import Trainer
 
-PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed"}
 KINDS = {
     "convolutions": ("conv",),
     "matrix products": ("mm", "gemm", "linear"),
@@ -42,25 +42,13 @@ def kind_of(operation):
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER)
 
 
-class Recorder:
+class Recorder(Silent):
     """A sink that records the second epoch of each stage."""
 
     def __init__(self, device):
         self.device = device
         self.shares = {}
         self.epochs = 0
-
-    def start(self, total_steps, done_steps, history):
-        """Nothing."""
-
-    def step(self, done_steps, total_steps, label, figures):
-        """Nothing."""
-
-    def message(self, text):
-        """Nothing."""
-
-    def close(self):
-        """Nothing."""
 
     def epoch(self, row):
         """Start or stop."""

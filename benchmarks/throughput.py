@@ -200,7 +200,26 @@ def synchronise(device):
         torch.cuda.synchronize(device)
 
 
-class Turns:
+class Silent:
+    """A sink that does nothing."""
+
+    def start(self, total_steps, done_steps, history):
+        """Nothing."""
+
+    def step(self, done_steps, total_steps, label, figures):
+        """Nothing."""
+
+    def epoch(self, row):
+        """Nothing."""
+
+    def message(self, text):
+        """Nothing."""
+
+    def close(self):
+        """Nothing."""
+
+
+class Turns(Silent):
     """A sink that lets others train an epoch after each of ours, and keeps the clocks."""
 
     def __init__(self, others, ceiling):
@@ -209,18 +228,9 @@ class Turns:
         self.seconds = {1: [], 2: []}
         self.stage = 1
 
-    def start(self, total_steps, done_steps, history):
-        """Nothing."""
-
-    def step(self, done_steps, total_steps, label, figures):
-        """Nothing."""
-
     def message(self, text):
         """Show it."""
         print(text, flush=True)
-
-    def close(self):
-        """Nothing."""
 
     def epoch(self, row):
         """Let the others train; in stage 2 the leanest loops alone."""

@@ -18,8 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from peers import BATCH, N_SAMPLES, Clock, fit_pythae, fit_pythae_mixture, optimiser, start
+from peers import BATCH, N_SAMPLES, fit_equipoise, fit_pythae, fit_pythae_mixture, optimiser, start
 from tables import time_to_quality
+from throughput import PRECISIONS
 
 from equipoise.data import Batches, load
 from equipoise.metrics.features import cached_features, features_of, load_features
@@ -28,9 +29,7 @@ from equipoise.provenance import provenance
 from equipoise.training.config import make_config, read_recipe, shipped_recipes
 from equipoise.training.engine import choose_device
 from equipoise.training.run import fit_aggregate
-from equipoise.training.trainer import Trainer
 
-PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed"}
 COMPONENTS = (32, 64)
 LEARNING_RATE = 0.01
 """Of ours: schedules of a few epochs can take more than the recipe's 0.005."""
@@ -55,11 +54,7 @@ def make_theirs(data, config):
 
 def make_ours(data, config):
     """The same of ours."""
-    model = start(data, config)
-    clock = Clock()
-    Trainer(model, data, config).fit()
-    clock.lap("training")
-    model.eval()
+    model, clock = fit_equipoise(data, config)
     device = choose_device(config)
     n, made = min(N_SAMPLES, len(data.test)), {}
     for K in COMPONENTS:
