@@ -41,12 +41,20 @@ def main():
     parser.add_argument("--examples", type=int, default=2000, help="of the test set")
     parser.add_argument("--iwae-examples", type=int, default=500, help="of the test set")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--models", type=Path, help="folder that keeps the models; those in it are not trained again")
+    parser.add_argument(
+        "--models",
+        type=Path,
+        help="folder that keeps the models; those in it are not trained again",
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     recipe = read_recipe(shipped_recipes()[options.data])
     recipe.pop("data")
-    epochs = {name: n for name in ("stage_1_epochs", "stage_2_epochs") if (n := getattr(options, name)) is not None}
+    epochs = {
+        name: n
+        for name in ("stage_1_epochs", "stage_2_epochs")
+        if (n := getattr(options, name)) is not None
+    }
     config = make_config(recipe | epochs | {"seed": options.seed})
     data = load(options.data, data_dir=options.data_dir)
 
@@ -98,21 +106,28 @@ def figures(model, data, varying, options):
     mse = likelihood(model, Batches(test, 500).epoch(), generator).mse
     first = Batches(data.test.take(slice(options.iwae_examples)), 50).epoch()
     bounds = iwae(model, first, 20, generator=generator, dequantised=True)
-    bits = bits_per_dimension(Estimate.of_mean(bounds[1, 0]), math.prod(model.shape), model.scaling.quantum)
+    bits = bits_per_dimension(
+        Estimate.of_mean(bounds[1, 0]), math.prod(model.shape), model.scaling.quantum
+    )
     found = noise_calibration(model, Batches(test, 500).epoch(), varying).varying_dimensions
     return {
         "scale": float((0.5 * model.noise.calibration).exp().mean()),
         "interval_factors": [model.noise.interval_factor(k) for k in SHARES],
         "mse": mse._asdict(),
         "bits_per_dim": bits._asdict(),
-        **{name: figure._asdict() for name, figure in found._asdict().items() if isinstance(figure, Estimate)},
+        **{
+            name: figure._asdict()
+            for name, figure in found._asdict().items()
+            if isinstance(figure, Estimate)
+        },
     }
 
 
 def describe(row):
     """One line of the table."""
     std, intervals = (
-        " ".join(f"{row[f'{prefix}coverage_{k}']['value']:.3f}" for k in (1, 2, 3)) for prefix in ("", "interval_")
+        " ".join(f"{row[f'{prefix}coverage_{k}']['value']:.3f}" for k in (1, 2, 3))
+        for prefix in ("", "interval_")
     )
     return (
         f"x {row['scale']:.3f}  MSE {row['mse']['value']:.5f}  bits {row['bits_per_dim']['value']:.3f}  "

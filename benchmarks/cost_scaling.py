@@ -34,7 +34,11 @@ EM_SWEEPS = {
 EM_ITERATIONS = 4
 BATCH, STEPS, EPOCHS = 256, 2, 4
 TRAINING = {"N": BATCH * STEPS, "side": 32, "d": 16}
-TRAINING_SWEEPS = {"side": [16, 32, 64], "d": [8, 16, 32, 64, 128, 256], "N": [2048, 4096, 8192, 16384]}
+TRAINING_SWEEPS = {
+    "side": [16, 32, 64],
+    "d": [8, 16, 32, 64, 128, 256],
+    "N": [2048, 4096, 8192, 16384],
+}
 SIDE_OF_DIGITS = 8
 
 
@@ -44,7 +48,11 @@ def exponent(sizes, seconds):
     slope, constant = np.polyfit(x, y, 1)
     residuals = y - slope * x - constant
     error = np.sqrt(residuals @ residuals / (len(x) - 2) / np.sum((x - x.mean()) ** 2))
-    return {"exponent": slope, "standard_error": error, "last_two": (y[-1] - y[-2]) / (x[-1] - x[-2])}
+    return {
+        "exponent": slope,
+        "standard_error": error,
+        "last_two": (y[-1] - y[-2]) / (x[-1] - x[-2]),
+    }
 
 
 def em_seconds(folder, N, K, d):
@@ -161,9 +169,13 @@ def report(what, name, row):
 
 def main():
     """Run the benchmark and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-cost-scaling.json"))
-    parser.add_argument("--parts", nargs="+", choices=["em", "training"], default=["em", "training"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=["em", "training"], default=["em", "training"]
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     costs = {part: {"em": em_costs, "training": training_costs}[part]() for part in options.parts}

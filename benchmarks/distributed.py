@@ -21,14 +21,29 @@ from equipoise.training.config import make_config, read_recipe, shipped_recipes
 from equipoise.training.run import Run
 
 SHORT = {"stage_1_epochs": 1, "stage_2_epochs": 1, "tolerance": 0, "n_components": 8}
-WAYS = {"one process, one thread": (1, 1), "one process, two threads": (1, 2), "two processes, one thread each": (2, 1)}
+WAYS = {
+    "one process, one thread": (1, 1),
+    "one process, two threads": (1, 2),
+    "two processes, one thread each": (2, 1),
+}
 ONE, TWO = "one process, one thread", "two processes, one thread each"
 
 
 def train(folder, devices, threads, data_dir):
     """Run the command; the rows of its epochs."""
     options = [f"{name}={value}" for name, value in SHORT.items()]
-    command = [sys.executable, "-m", "equipoise", "train", "mnist", "--quiet", "--out", folder, "--set", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "equipoise",
+        "train",
+        "mnist",
+        "--quiet",
+        "--out",
+        folder,
+        "--set",
+        *options,
+    ]
     command += ["--devices", str(devices), *(["--data-dir", data_dir] if data_dir else [])]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -65,9 +80,14 @@ def main():
                     speed.append(row["examples_per_second"])
                 print(way, [row["examples_per_second"] for row in rows], flush=True)
     rows = {
-        way: {f"stage {stage} examples/s": statistics.median(values) for stage, values in enumerate(each, 1)}
+        way: {
+            f"stage {stage} examples/s": statistics.median(values)
+            for stage, values in enumerate(each, 1)
+        }
         | {
-            f"stage {stage} times one": round(statistics.median(a / b for a, b in zip(values, base, strict=True)), 3)
+            f"stage {stage} times one": round(
+                statistics.median(a / b for a, b in zip(values, base, strict=True)), 3
+            )
             for stage, (values, base) in enumerate(zip(each, speeds[ONE], strict=True), 1)
         }
         | {"largest relative difference": largest_difference(curves[ONE], curves[way])}
@@ -76,7 +96,9 @@ def main():
     print(json.dumps(rows, indent=2))
     found = provenance(data=data, options=make_config(recipe | SHORT).as_dict())
     options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(found | {"rounds": options.rounds, "rows": rows}, indent=2) + "\n")
+    options.out.write_text(
+        json.dumps(found | {"rounds": options.rounds, "rows": rows}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

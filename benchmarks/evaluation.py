@@ -54,7 +54,10 @@ def evaluate(options):
     about = found.pop("about")
     stage_1 = next((row for row in run.history() if "optimal_noise_var" in row), {})
     kept = provenance() | {
-        "data": {key: settings["data"][key] for key in ("name", "fingerprint", "n_train", "n_validation", "n_test")},
+        "data": {
+            key: settings["data"][key]
+            for key in ("name", "fingerprint", "n_train", "n_validation", "n_test")
+        },
         "options": settings["options"],
         "seconds": {"whole command": seconds}
         | {name: section["seconds"] for name, section in about["sections"].items()},
@@ -100,7 +103,10 @@ def _format(figure):
 
 def spread(paths):
     """How far figures of other seeds lie from those of the first, in standard errors of the difference."""
-    first, *others = (dict(leaves(json.loads(Path(path).read_text(encoding="utf-8"))["evaluation"])) for path in paths)
+    first, *others = (
+        dict(leaves(json.loads(Path(path).read_text(encoding="utf-8"))["evaluation"]))
+        for path in paths
+    )
     rows = []
     for keys, figure in first.items():
         if not (isinstance(figure, dict) and figure.get("standard_error")):
@@ -111,7 +117,11 @@ def spread(paths):
             gaps.append((other[keys]["value"] - figure["value"]) / error)
         key, case = measure(keys[1:])
         rows.append(
-            (max(map(abs, gaps)), ", ".join([keys[0], term(key).title, *(term(part).title for part in case)]), gaps)
+            (
+                max(map(abs, gaps)),
+                ", ".join([keys[0], term(key).title, *(term(part).title for part in case)]),
+                gaps,
+            )
         )
     for _, name, gaps in sorted(rows, reverse=True):
         print(f"{name:90s} " + " ".join(f"{gap:+.2f}" for gap in gaps))
@@ -129,7 +139,9 @@ def main():
     one = commands.add_parser("evaluate")
     one.add_argument("data")
     one.add_argument("--data-dir")
-    one.add_argument("--run", type=Path, required=True, help="run folder; trained first if it is not there")
+    one.add_argument(
+        "--run", type=Path, required=True, help="run folder; trained first if it is not there"
+    )
     one.add_argument("--against")
     one.add_argument("--seed", type=int, help="of the evaluation")
     one.add_argument("--out", type=Path, required=True)

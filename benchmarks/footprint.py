@@ -41,7 +41,9 @@ def seconds(*arguments):
 def start_up():
     """Figures of the start."""
     imports = [
-        subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True).stdout.split()
+        subprocess.run(
+            [sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True
+        ).stdout.split()
         for _ in range(REPEATS)
     ]
     return {
@@ -55,7 +57,16 @@ def start_up():
 def training_memory(data_dir):
     """Peak of a whole training command, which nothing else has run before: a process starts with its parent's peak."""
     sizes = {"stage_1_epochs": 1, "stage_2_epochs": 1}
-    command = [sys.executable, "-m", "equipoise", "train", "mnist", "--quiet", "--set", "accelerator=cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "equipoise",
+        "train",
+        "mnist",
+        "--quiet",
+        "--set",
+        "accelerator=cpu",
+    ]
     command += [f"{key}={value}" for key, value in sizes.items()]
     command += ["--data-dir", data_dir] if data_dir else []
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +86,9 @@ def main():
     options = parser.parse_args()
     rows = {"training_of_mnist": training_memory(options.data_dir), "start": start_up()}
     print(json.dumps(rows, indent=2))
-    options.out.write_text(json.dumps(provenance() | {"repeats": REPEATS, "rows": rows}, indent=2) + "\n")
+    options.out.write_text(
+        json.dumps(provenance() | {"repeats": REPEATS, "rows": rows}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

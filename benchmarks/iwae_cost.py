@@ -44,7 +44,9 @@ def compare(model, networks):
         return {"bound": timed(iwae, model, [x], K)} | {n: timed(decode, n) for n in AT_ONCE}
 
     rounds = [one_round() for _ in range(ROUNDS + 1)][1:]
-    speeds = {name: round(N * K / statistics.median(one[name] for one in rounds)) for name in rounds[0]}
+    speeds = {
+        name: round(N * K / statistics.median(one[name] for one in rounds)) for name in rounds[0]
+    }
     best = max(AT_ONCE, key=speeds.get)
     return {
         "bound_codes_per_second": speeds["bound"],
@@ -64,7 +66,12 @@ def main():
     model.predict_variance(torch.tensor(0.01), torch.tensor(0.01))
     rows["stage 2"] = compare(model.eval(), [model.decoder, model.noise.network])
     print(json.dumps(rows, indent=2))
-    about = {"threads": torch.get_num_threads(), "examples": N, "importance_samples": K, "rounds": ROUNDS}
+    about = {
+        "threads": torch.get_num_threads(),
+        "examples": N,
+        "importance_samples": K,
+        "rounds": ROUNDS,
+    }
     options.out.write_text(json.dumps(provenance() | about | {"rows": rows}, indent=2) + "\n")
 
 

@@ -34,11 +34,17 @@ def main():
     ends = [row for row in run.history() if "test_elbo" in row]
     settings = run.settings()
     found = provenance() | {
-        "data": {key: settings["data"][key] for key in ("name", "fingerprint", "n_train", "n_validation", "n_test")},
+        "data": {
+            key: settings["data"][key]
+            for key in ("name", "fingerprint", "n_train", "n_validation", "n_test")
+        },
         "options": settings["options"],
         "seconds": round(seconds, 1),
         "n_components": run.mixture().n_components,
-        "stages": [{key: value for key, value in row.items() if not key.startswith("train_")} for row in ends],
+        "stages": [
+            {key: value for key, value in row.items() if not key.startswith("train_")}
+            for row in ends
+        ],
         "evaluation": json.loads(run.evaluation_file.read_text()),
     }
     options.out.write_text(json.dumps(found, indent=2) + "\n")

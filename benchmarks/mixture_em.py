@@ -91,7 +91,10 @@ def compare(N, d, K):
             long, log_likelihoods = run(codes, start, LONG)
             times.append((long - short) / (LONG - SHORT))
             last[run] = log_likelihoods[-1]
-    ours, theirs = statistics.median(seconds[run_equipoise]), statistics.median(seconds[run_scikit_learn])
+    ours, theirs = (
+        statistics.median(seconds[run_equipoise]),
+        statistics.median(seconds[run_scikit_learn]),
+    )
     return {
         "N": N,
         "d": d,
@@ -126,7 +129,9 @@ def fit_a_million():
 
 def main():
     """Run the benchmark, print a table and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-mixture-em.json"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory-only", action="store_true", help="what the subprocess runs")
@@ -135,7 +140,9 @@ def main():
         fit_a_million()
         return
 
-    child = subprocess.run([sys.executable, __file__, "--memory-only"], check=True, capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, __file__, "--memory-only"], check=True, capture_output=True, text=True
+    )
     memory = json.loads(child.stdout)
 
     import torch
@@ -148,7 +155,15 @@ def main():
         rows = [compare(*size) for size in SIZES]
 
     table = Table(title=f"EM, seconds per iteration, {options.threads} thread(s)")
-    for heading in ("N", "d", "K", "equipoise", "scikit-learn", "ratio", "log-likelihood difference"):
+    for heading in (
+        "N",
+        "d",
+        "K",
+        "equipoise",
+        "scikit-learn",
+        "ratio",
+        "log-likelihood difference",
+    ):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -160,7 +175,9 @@ def main():
         )
     console = Console()
     console.print(table)
-    console.print(f"1,000,000 codes of d = 16, K = 32: peak resident memory {memory['peak_mib']:.0f} MiB")
+    console.print(
+        f"1,000,000 codes of d = 16, K = 32: peak resident memory {memory['peak_mib']:.0f} MiB"
+    )
 
     result = provenance() | {
         "seed": SEED,

@@ -71,7 +71,9 @@ def fit_part(task):
 
     torch.set_num_threads(1)
     rank, size = task["rank"], task["size"]
-    distributed.init_process_group("gloo", init_method=f"file://{task['store']}", rank=rank, world_size=size)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{task['store']}", rank=rank, world_size=size
+    )
 
     def all_reduce(values):
         distributed.all_reduce(values)
@@ -91,7 +93,9 @@ def fit_part(task):
         subsample=task["subsample"],
         processes=Processes(rank, size, all_reduce),
         generator=torch.Generator().manual_seed(task["seed"] * size + rank),
-        on_iteration=lambda step: steps.append((step.n_codes, time.perf_counter() - began, step.log_likelihood)),
+        on_iteration=lambda step: steps.append(
+            (step.n_codes, time.perf_counter() - began, step.log_likelihood)
+        ),
     )
     seconds = time.perf_counter() - began
     memory.stopped.set()
@@ -113,13 +117,23 @@ def fit_part(task):
 def run(size, path, N, *, max_iter, subsample, seed=SEED):
     """Fit in ``size`` processes; return what rank 0 saw, with the largest memory of any."""
     with tempfile.TemporaryDirectory() as folder:
-        task = {"size": size, "path": str(path), "N": N, "max_iter": max_iter, "subsample": subsample, "seed": seed}
+        task = {
+            "size": size,
+            "path": str(path),
+            "N": N,
+            "max_iter": max_iter,
+            "subsample": subsample,
+            "seed": seed,
+        }
         task["store"] = f"{folder}/store"
         command = [sys.executable, __file__, "--task"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         children = [
             subprocess.Popen(
-                [*command, json.dumps(task | {"rank": rank})], stdout=subprocess.PIPE, text=True, env=environment
+                [*command, json.dumps(task | {"rank": rank})],
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
             )
             for rank in range(size)
         ]
@@ -137,11 +151,14 @@ def time_iterations(path, N, rounds):
             seconds[size] += np.diff(result["seconds_at_pass"]).tolist()
             memory[size] = {key: value for key, value in result.items() if "anonymous" in key}
             print(
-                f"{size} process(es): {statistics.median(seconds[size]):.2f} s per iteration", memory[size], flush=True
+                f"{size} process(es): {statistics.median(seconds[size]):.2f} s per iteration",
+                memory[size],
+                flush=True,
             )
     medians = {size: statistics.median(times) for size, times in seconds.items()}
     rows = {
-        str(size): {"seconds_per_iteration": medians[size], "all": seconds[size], **memory[size]} for size in seconds
+        str(size): {"seconds_per_iteration": medians[size], "all": seconds[size], **memory[size]}
+        for size in seconds
     }
     return {"processes": rows, "ratio": medians[1] / medians[2]}
 
@@ -175,13 +192,19 @@ def compare_phases(path, N, seed):
 
 def main():
     """Run the benchmark, print a table and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-mixture-scale.json"))
     parser.add_argument("--codes", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the fits to convergence")
     parser.add_argument(
-        "--whole", action="store_true", help="also fit all codes to convergence, for a quarter of an hour"
+        "--seeds", type=int, nargs="+", default=SEEDS, help="of the fits to convergence"
+    )
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="also fit all codes to convergence, for a quarter of an hour",
     )
     parser.add_argument("--task", type=json.loads, help="what a subprocess does")
     options = parser.parse_args()
@@ -209,7 +232,9 @@ def main():
         }
     print(f"one process / two: {result['iteration']['ratio']:.2f}")
     for row in result["first_phase"]:
-        print(f"{row['N']:,} codes, seed {row['seed']}: without / with a first phase {row['ratio_of_seconds']:.1f}")
+        print(
+            f"{row['N']:,} codes, seed {row['seed']}: without / with a first phase {row['ratio_of_seconds']:.1f}"
+        )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
 

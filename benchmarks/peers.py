@@ -53,7 +53,11 @@ from equipoise.training.trainer import Trainer
 
 BATCH = 500
 N_SAMPLES = 10_000
-PYTHAE = {"vae": (VAE, VAEConfig), "wae-mmd": (WAE_MMD, WAE_MMD_Config), "rae-l2": (RAE_L2, RAE_L2_Config)}
+PYTHAE = {
+    "vae": (VAE, VAEConfig),
+    "wae-mmd": (WAE_MMD, WAE_MMD_Config),
+    "rae-l2": (RAE_L2, RAE_L2_Config),
+}
 OURS = "equipoise"
 TWO_STAGES = "equipoise-two-stages"
 MODELS = [
@@ -130,7 +134,10 @@ def train_equipoise(data, config):
             for row, source in sources.items()
         }
         reconstruction = torch.cat(
-            [model.reconstruct(model.scaling(raw)).mean.cpu() for raw in Batches(data.test, BATCH, device).epoch()]
+            [
+                model.reconstruct(model.scaling(raw)).mean.cpu()
+                for raw in Batches(data.test, BATCH, device).epoch()
+            ]
         )
     return Images(reconstruction, made["prior"], made["mixture"], clock.seconds)
 
@@ -139,7 +146,9 @@ def fit_pythae(kind, data, config, settings):
     """A model of pythae, trained by its pipeline, and the clock that ran meanwhile."""
     model_class, config_class = PYTHAE[kind]
     ours = start(data, config)
-    model = model_class(config_class(input_dim=data.shape, latent_dim=ours.latent_dim), Encoder(ours), Decoder(ours))
+    model = model_class(
+        config_class(input_dim=data.shape, latent_dim=ours.latent_dim), Encoder(ours), Decoder(ours)
+    )
     sizes = {
         "num_epochs": config.stage_1_epochs,
         "per_device_train_batch_size": config.batch_size,
@@ -150,11 +159,17 @@ def fit_pythae(kind, data, config, settings):
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         if kind == "rae-l2":  # an optimiser each for encoder and decoder
-            both = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in settings.items()}
+            both = {
+                f"{half}_{name}": value
+                for half in ("encoder", "decoder")
+                for name, value in settings.items()
+            }
             trainer = CoupledOptimizerTrainerConfig(output_dir=folder, **sizes, **both)
         else:
             trainer = BaseTrainerConfig(output_dir=folder, **sizes, **settings)
-        TrainingPipeline(model=model, training_config=trainer)(scaled(ours, data.train), scaled(ours, data.validation))
+        TrainingPipeline(model=model, training_config=trainer)(
+            scaled(ours, data.train), scaled(ours, data.validation)
+        )
         weights = next(Path(folder).glob("*/final_model/model.pt"))
         model.load_state_dict(torch.load(weights, weights_only=True)["model_state_dict"])
     clock.lap("training")
@@ -177,7 +192,9 @@ def train_pythae(kind, data, config, settings):
     n = min(N_SAMPLES, len(data.test))
     with torch.no_grad():
         return Images(
-            torch.cat([model.predict(x.to(mixture.device)).recon_x.cpu() for x in test.split(BATCH)]),
+            torch.cat(
+                [model.predict(x.to(mixture.device)).recon_x.cpu() for x in test.split(BATCH)]
+            ),
             NormalSampler(model).sample(n).cpu(),
             mixture.sample(n).cpu(),
             clock.seconds,
@@ -239,7 +256,10 @@ def train(name, data, config):
 def judge(images, data, scaling, extractor, reference, seed):
     """The figures of a model."""
     x = scaling(torch.from_numpy(data.test[:]))
-    found = {"test_mse": float((images.rows["reconstruction"] - x).square().mean()), "seconds": images.seconds}
+    found = {
+        "test_mse": float((images.rows["reconstruction"] - x).square().mean()),
+        "seconds": images.seconds,
+    }
     for row, means in images.rows.items():
         features = features_of(extractor, scaling.restore_levels(means).split(BATCH))
         quality = sample_quality(features, reference, seed)
@@ -255,7 +275,11 @@ def fingerprint(model, data):
     with torch.no_grad():
         posterior = model.encode(scaled(model, data.test.take(slice(8))))
         made = torch.cat(
-            [posterior.mean.flatten(), posterior.log_var.flatten(), model.decode_mean(posterior.mean).flatten()]
+            [
+                posterior.mean.flatten(),
+                posterior.log_var.flatten(),
+                model.decode_mean(posterior.mean).flatten(),
+            ]
         )
     return hashlib.sha256(made.numpy().tobytes()).hexdigest()[:16]
 
@@ -270,11 +294,15 @@ def table(rows):
         cells = [f"{found['test_mse']:.5f}{_ratio(found, rows, lambda row: row['test_mse'])}"]
         for row in ("reconstruction", "prior", "mixture"):
             distance = found[row]["frechet_distance"]
-            ratio = _ratio(found, rows, lambda other, row=row: other[row]["frechet_distance"]["value"])
+            ratio = _ratio(
+                found, rows, lambda other, row=row: other[row]["frechet_distance"]["value"]
+            )
             cells.append(f"{distance['value']:.1f} ± {distance['standard_error']:.1f}{ratio}")
         kernel = found["mixture"]["kernel_distance"]
         cells.append(f"{kernel['value']:.4f} ± {kernel['standard_error']:.4f}")
-        cells.append(f"{found['seconds']['training']:.0f}{_ratio(found, rows, lambda row: row['seconds']['training'])}")
+        cells.append(
+            f"{found['seconds']['training']:.0f}{_ratio(found, rows, lambda row: row['seconds']['training'])}"
+        )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -289,7 +317,14 @@ def main():
     """Train what is not in the JSON yet, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=MODELS,
+        metavar="MODEL",
+        help=", ".join(MODELS),
+    )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -323,7 +358,9 @@ def main():
     }
     about = json.loads(json.dumps(about))
     before = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    is_same = all(before.get(key) == value for key, value in about.items() if key not in ("command", "date"))
+    is_same = all(
+        before.get(key) == value for key, value in about.items() if key not in ("command", "date")
+    )
     rows = before["rows"] if is_same else {}
 
     reference = cached_features(extractor, data.test, Batches(data.test, BATCH).epoch())

@@ -82,7 +82,10 @@ def main():
         print(f"{name:22}", describe(rows[name]), flush=True)
     out = options.out or Path(f"results/stage-two-{options.data}.json")
     out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(provenance(data=data, options=config.as_dict()) | {"rows": rows}, indent=2) + "\n")
+    out.write_text(
+        json.dumps(provenance(data=data, options=config.as_dict()) | {"rows": rows}, indent=2)
+        + "\n"
+    )
 
 
 def describe(row):

@@ -39,7 +39,9 @@ OTHER, REST = "other small operations", "Python and dispatch"
 def kind_of(operation):
     """Of an operation by its name, such as aten::addmm."""
     name = operation.lower()
-    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER)
+    return next(
+        (kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER
+    )
 
 
 class Recorder(Silent):
@@ -69,7 +71,9 @@ def shares_of(profiler, seconds, device):
     for one in profiler.key_averages():
         is_cpu = one.device_type.name == "CPU"
         if is_cpu == (device.type == "cpu") and (one.key.startswith("aten::") or not is_cpu):
-            kinds[kind_of(one.key)] += (one.self_cpu_time_total if is_cpu else one.self_device_time_total) / 1e6
+            kinds[kind_of(one.key)] += (
+                one.self_cpu_time_total if is_cpu else one.self_device_time_total
+            ) / 1e6
     kinds[REST] = max(0.0, seconds - sum(kinds.values()))
     return {kind: round(value / sum(kinds.values()), 4) for kind, value in kinds.items()}
 

@@ -29,7 +29,12 @@ SIZES = (50_000, 200_000, 800_000)
 NAMES = (20_000, 200_000)
 PIXELS = 28 * 28
 BATCH = 1000
-MAPPED, RESIDENT, STREAM, LISTING = "npy, mapped", "npy, copied to the device", "stream", "names in a folder"
+MAPPED, RESIDENT, STREAM, LISTING = (
+    "npy, mapped",
+    "npy, copied to the device",
+    "stream",
+    "names in a folder",
+)
 PASS = "stream, its batches alone"
 KINDS = (PASS, LISTING, STREAM, MAPPED, RESIDENT)
 
@@ -64,7 +69,9 @@ class Peak(threading.Thread):
     def run(self):
         """Sample until told to end."""
         while not self.done.wait(0.01):
-            self.peak = [max(pair) for pair in zip(self.peak, status("RssAnon", "VmRSS"), strict=True)]
+            self.peak = [
+                max(pair) for pair in zip(self.peak, status("RssAnon", "VmRSS"), strict=True)
+            ]
 
     def __enter__(self):
         self.start()
@@ -146,27 +153,46 @@ def child(kind, n, folder):
     """Measure in a new process, so that no run inherits another's memory."""
     command = [sys.executable, __file__, "--measure", kind, str(n), str(folder)]
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
-    row = {"source": kind} | json.loads(done.stdout) | {"seconds": round(time.perf_counter() - began, 1)}
-    print(f"{kind}, {n:,}: {row['anonymous_peak_mib']:.0f} MiB anonymous, {row['seconds']} s", flush=True)
+    row = (
+        {"source": kind}
+        | json.loads(done.stdout)
+        | {"seconds": round(time.perf_counter() - began, 1)}
+    )
+    print(
+        f"{kind}, {n:,}: {row['anonymous_peak_mib']:.0f} MiB anonymous, {row['seconds']} s",
+        flush=True,
+    )
     return row
 
 
 def slope(rows):
     """Bytes of anonymous memory per further example, from the smallest run to the largest."""
     first, last = rows[0], rows[-1]
-    return (last["anonymous_peak_mib"] - first["anonymous_peak_mib"]) * 2**20 / (last["n"] - first["n"])
+    return (
+        (last["anonymous_peak_mib"] - first["anonymous_peak_mib"])
+        * 2**20
+        / (last["n"] - first["n"])
+    )
 
 
 def main():
     """Run the benchmark, print a table and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-streaming-memory.json"))
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to measure (all)")
-    parser.add_argument("--measure", nargs=3, metavar=("KIND", "N", "FOLDER"), help="what the subprocess runs")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to measure (all)"
+    )
+    parser.add_argument(
+        "--measure", nargs=3, metavar=("KIND", "N", "FOLDER"), help="what the subprocess runs"
+    )
     options = parser.parse_args()
     if options.measure:
         kind, n, folder = options.measure
@@ -193,11 +219,20 @@ def main():
     from rich.table import Table
 
     table = Table(title="Peak memory of a process, MiB")
-    for heading in ("source", "examples", "their size", "anonymous before", "anonymous", "resident"):
+    for heading in (
+        "source",
+        "examples",
+        "their size",
+        "anonymous before",
+        "anonymous",
+        "resident",
+    ):
         table.add_column(heading, justify="right")
     for row in (row for rows in runs.values() for row in rows):
         size = "" if row["source"] == LISTING else f"{row['n'] * PIXELS / 2**20:.0f}"
-        values = (row[f"{name}_mib"] for name in ("anonymous_before", "anonymous_peak", "resident_peak"))
+        values = (
+            row[f"{name}_mib"] for name in ("anonymous_before", "anonymous_peak", "resident_peak")
+        )
         table.add_row(row["source"], f"{row['n']:,}", size, *(f"{value:.0f}" for value in values))
     console = Console()
     console.print(table)

@@ -21,7 +21,12 @@ def table(heads, rows):
 def throughput(found):
     """Examples per second, and ours relative to each."""
     rows = [
-        [f"{stage}, {precision}", name, f"{one['examples_per_second']:,.0f}", f"{one['equipoise_times_as_fast']:.2f}"]
+        [
+            f"{stage}, {precision}",
+            name,
+            f"{one['examples_per_second']:,.0f}",
+            f"{one['equipoise_times_as_fast']:.2f}",
+        ]
         for precision, stages in found["rows"].items()
         for stage, others in stages.items()
         for name, one in others.items()
@@ -31,9 +36,16 @@ def throughput(found):
 
 def step_profile(found):
     """Shares of a step's time."""
-    columns = {f"{stage}, {name}": shares for name, stages in found["rows"].items() for stage, shares in stages.items()}
+    columns = {
+        f"{stage}, {name}": shares
+        for name, stages in found["rows"].items()
+        for stage, shares in stages.items()
+    }
     kinds = next(iter(columns.values()))
-    return table(["", *columns], [[kind, *(f"{shares[kind]:.0%}" for shares in columns.values())] for kind in kinds])
+    return table(
+        ["", *columns],
+        [[kind, *(f"{shares[kind]:.0%}" for shares in columns.values())] for kind in kinds],
+    )
 
 
 def time_to_quality(found):
@@ -111,11 +123,21 @@ def mixture_scale(found):
         for size, row in found["iteration"]["processes"].items()
     ]
     for row in found["first_phase"]:
-        for name, text in {"without": "from the start on all", "with_first_phase": "first on a subsample"}.items():
+        for name, text in {
+            "without": "from the start on all",
+            "with_first_phase": "first on a subsample",
+        }.items():
             one = row[name]
-            passes = f"{one['passes']} passes over all" + ("" if one["converged"] else ", not converged")
-            cells = [f"{one['seconds']:.0f} s, {passes}", f"{one['peak_anonymous_mib'] / 1024:.2f} GiB"]
-            rows.append([f"{row['N']:,} codes, a fit, seed {row['seed']}, {text}, 2 processes", *cells])
+            passes = f"{one['passes']} passes over all" + (
+                "" if one["converged"] else ", not converged"
+            )
+            cells = [
+                f"{one['seconds']:.0f} s, {passes}",
+                f"{one['peak_anonymous_mib'] / 1024:.2f} GiB",
+            ]
+            rows.append(
+                [f"{row['N']:,} codes, a fit, seed {row['seed']}, {text}, 2 processes", *cells]
+            )
     return table(["", "time", "anonymous memory, peak of a process"], rows)
 
 
@@ -150,7 +172,16 @@ def streaming_memory(found):
         ]
         for row in found["runs"]
     ]
-    return table(["source", "examples", "anonymous before, MiB", "anonymous peak, MiB", "resident peak, MiB"], rows)
+    return table(
+        [
+            "source",
+            "examples",
+            "anonymous before, MiB",
+            "anonymous peak, MiB",
+            "resident peak, MiB",
+        ],
+        rows,
+    )
 
 
 def distributed(found):
@@ -158,12 +189,23 @@ def distributed(found):
     rows = [
         [
             way,
-            *(f"{row[f'stage {stage} examples/s']:,.0f} ({row[f'stage {stage} times one']:.2f})" for stage in (1, 2)),
+            *(
+                f"{row[f'stage {stage} examples/s']:,.0f} ({row[f'stage {stage} times one']:.2f})"
+                for stage in (1, 2)
+            ),
             f"{row['largest relative difference']:.0e}",
         ]
         for way, row in found["rows"].items()
     ]
-    return table(["", "stage 1, examples/s", "stage 2, examples/s", "largest relative difference of the curve"], rows)
+    return table(
+        [
+            "",
+            "stage 1, examples/s",
+            "stage 2, examples/s",
+            "largest relative difference of the curve",
+        ],
+        rows,
+    )
 
 
 TABLES = [

@@ -67,7 +67,9 @@ class HandWritten:
         self.config = config
         self.dimensions = math.prod(data.shape)
         self.error, self.count = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
-        self.start_stage([*self.encoder.parameters(), *self.decoder.parameters()], config.learning_rate)
+        self.start_stage(
+            [*self.encoder.parameters(), *self.decoder.parameters()], config.learning_rate
+        )
 
     def start_stage(self, parameters, learning_rate):
         """A fresh optimiser; the schedule is left out, it costs nothing."""
@@ -85,7 +87,9 @@ class HandWritten:
         self.variance = copy.deepcopy(self.decoder)
         torch.nn.init.zeros_(self.variance.output.weight)
         torch.nn.init.zeros_(self.variance.output.bias)
-        parameters = [p for m in (self.encoder, self.decoder, self.variance) for p in m.parameters()]
+        parameters = [
+            p for m in (self.encoder, self.decoder, self.variance) for p in m.parameters()
+        ]
         self.start_stage(parameters, self.config.stage_2_learning_rate)
 
     def epoch(self, stage):
@@ -105,8 +109,12 @@ class HandWritten:
                 noise = self.log_var
             loss = 0.5 * (total * torch.exp(-noise) + self.dimensions * (noise + LOG_2PI)) + kl
             if stage == 2:
-                predicted = torch.maximum(self.log_var + self._through(self.variance, z.detach()), self.log_var)
-                loss = loss + 0.5 * (error.detach() * torch.exp(-predicted) + predicted + LOG_2PI).flatten(1).sum(1)
+                predicted = torch.maximum(
+                    self.log_var + self._through(self.variance, z.detach()), self.log_var
+                )
+                loss = loss + 0.5 * (
+                    error.detach() * torch.exp(-predicted) + predicted + LOG_2PI
+                ).flatten(1).sum(1)
             self.optimizer.zero_grad()
             loss.mean().backward()
             if self.is_clipped:
@@ -114,7 +122,9 @@ class HandWritten:
             self.optimizer.step()
 
     def _through(self, module, x):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16-mixed"):
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16-mixed"
+        ):
             y = module(x)
         return y.float()
 
@@ -139,10 +149,17 @@ class Pythae:
         use_layers_of_torch(ours)
         x = scaled(ours, data.train)
         self.trainer = BaseTrainer(
-            VAE(VAEConfig(input_dim=data.shape, latent_dim=ours.latent_dim), Encoder(ours), Decoder(ours)),
+            VAE(
+                VAEConfig(input_dim=data.shape, latent_dim=ours.latent_dim),
+                Encoder(ours),
+                Decoder(ours),
+            ),
             BaseDataset(x, torch.ones(len(x))),
             training_config=BaseTrainerConfig(
-                output_dir=folder, per_device_train_batch_size=config.batch_size, optimizer_cls="Adam", no_cuda=is_cpu
+                output_dir=folder,
+                per_device_train_batch_size=config.batch_size,
+                optimizer_cls="Adam",
+                no_cuda=is_cpu,
             ),
         )
         self.trainer.prepare_training()
@@ -236,7 +253,9 @@ class Turns(Silent):
         """Let the others train; in stage 2 the leanest loops alone."""
         if row["stage"] == 2 and self.stage == 1:
             self.stage = 2
-            self.others = {name: other for name, other in self.others.items() if name in (LEAN, CLIPPED)}
+            self.others = {
+                name: other for name, other in self.others.items() if name in (LEAN, CLIPPED)
+            }
             for other in self.others.values():
                 other.start_stage_2()
         seconds = {OURS: row["seconds"]}
@@ -248,14 +267,18 @@ class Turns(Silent):
         seconds[CEILING] = self.ceiling.seconds(self.stage)
         self.seconds[self.stage].append(seconds)
         print(
-            f"stage {self.stage}: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()), flush=True
+            f"stage {self.stage}: "
+            + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
+            flush=True,
         )
 
 
 def compare(data, config, rounds):
     """Rows of one precision."""
     # The first round of a stage warms up; nothing that happens between epochs is timed.
-    config = replace(config, stage_1_epochs=rounds[0] + 1, stage_2_epochs=rounds[1] + 1, tolerance=0.0)
+    config = replace(
+        config, stage_1_epochs=rounds[0] + 1, stage_2_epochs=rounds[1] + 1, tolerance=0.0
+    )
     torch.manual_seed(config.seed)
     model = make_model(data, config)
     with tempfile.TemporaryDirectory() as folder:
@@ -268,7 +291,9 @@ def compare(data, config, rounds):
             others[PLAIN] = HandWritten(data, config, lean=False)
         turns = Turns(others, Ceiling(data, config))
         Trainer(model, data, config, sinks=[turns]).fit()
-    return {f"stage {stage}": summary(turns.seconds[stage][1:], len(data.train)) for stage in (1, 2)}
+    return {
+        f"stage {stage}": summary(turns.seconds[stage][1:], len(data.train)) for stage in (1, 2)
+    }
 
 
 def summary(rounds, n):
@@ -276,7 +301,9 @@ def summary(rounds, n):
     return {
         name: {
             "examples_per_second": round(n / statistics.median(one[name] for one in rounds), 1),
-            "equipoise_times_as_fast": round(statistics.median(one[name] / one[OURS] for one in rounds), 3),
+            "equipoise_times_as_fast": round(
+                statistics.median(one[name] / one[OURS] for one in rounds), 3
+            ),
             "seconds": [round(one[name], 4) for one in rounds],
         }
         for name in rounds[0]
@@ -288,7 +315,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir")
     parser.add_argument("--steps", type=int, default=30, help="of a segment")
-    parser.add_argument("--rounds", type=int, nargs=2, default=(10, 5), metavar=("STAGE_1", "STAGE_2"))
+    parser.add_argument(
+        "--rounds", type=int, nargs=2, default=(10, 5), metavar=("STAGE_1", "STAGE_2")
+    )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-throughput.json"))
@@ -304,7 +333,8 @@ def main():
         test=data.test.take(slice(500)),
     )
     rows = {
-        name: compare(small, replace(config, precision=PRECISIONS[name]), options.rounds) for name in options.precisions
+        name: compare(small, replace(config, precision=PRECISIONS[name]), options.rounds)
+        for name in options.precisions
     }
     found = provenance(data=data, options=config.as_dict())
     found["versions"]["pythae"] = version("pythae")

@@ -63,7 +63,9 @@ def make_ours(data, config):
         clock.lap("mixture")
         generator = torch.Generator(device).manual_seed(config.seed)
         with torch.no_grad():
-            means = [model.generate(BATCH, mixture, generator).mean.cpu() for _ in range(n // BATCH)]
+            means = [
+                model.generate(BATCH, mixture, generator).mean.cpu() for _ in range(n // BATCH)
+            ]
         made[K] = torch.cat(means), clock.seconds["mixture"]
     return clock.seconds["training"], made
 
@@ -82,14 +84,22 @@ def main():
     recipe = read_recipe(shipped_recipes()["mnist"])
     data = load(recipe.pop("data"), data_dir=options.data_dir)
     config = make_config(
-        recipe | {"stage_1_epochs": 10, "stage_2_epochs": 0, "tolerance": 0.0, "accelerator": options.accelerator}
+        recipe
+        | {
+            "stage_1_epochs": 10,
+            "stage_2_epochs": 0,
+            "tolerance": 0.0,
+            "accelerator": options.accelerator,
+        }
     )
     about = provenance(data=data, options=config.as_dict())
     about["versions"]["pythae"] = version("pythae")
     about |= {"threads": torch.get_num_threads(), "n_samples": min(N_SAMPLES, len(data.test))}
     about = json.loads(json.dumps(about))
     before = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    is_same = all(before.get(key) == value for key, value in about.items() if key not in ("command", "date"))
+    is_same = all(
+        before.get(key) == value for key, value in about.items() if key not in ("command", "date")
+    )
     rows = before["rows"] if is_same else {}
 
     extractor = load_features("efficientnet-lite0", data)
@@ -105,7 +115,10 @@ def main():
                 "precision": PRECISIONS[options.precision],
                 "learning_rate": LEARNING_RATE,
             }
-            wanted[name_of(f"equipoise {options.precision}", epochs, d)] = make_ours, replace(theirs, **ours)
+            wanted[name_of(f"equipoise {options.precision}", epochs, d)] = (
+                make_ours,
+                replace(theirs, **ours),
+            )
     for name, (make, its_config) in wanted.items():
         if name in rows:
             continue
@@ -114,7 +127,9 @@ def main():
         for K, (means, seconds) in made.items():
             features = features_of(extractor, scaling.restore_levels(means).split(BATCH))
             frechet = sample_quality(features, reference, config.seed).frechet
-            mixtures.append({"components": K, "seconds": seconds, "frechet_distance": frechet._asdict()})
+            mixtures.append(
+                {"components": K, "seconds": seconds, "frechet_distance": frechet._asdict()}
+            )
         rows[name] = {"training_seconds": training_seconds, "mixtures": mixtures}
         rows = {name: rows[name] for name in (*wanted, *rows) if name in rows}
         options.out.parent.mkdir(exist_ok=True)

@@ -53,7 +53,9 @@ def main():
         "whole job / by hand": round(ours / by_hand, 3),
         "training epochs / by hand": round(loop / by_hand, 3),
         "median of epoch / epoch by hand": {
-            f"stage {stage}": round(statistics.median(epoch[OURS] / epoch[LEAN] for epoch in epochs), 3)
+            f"stage {stage}": round(
+                statistics.median(epoch[OURS] / epoch[LEAN] for epoch in epochs), 3
+            )
             for stage, epochs in turns.seconds.items()
             if epochs
         },
@@ -64,7 +66,10 @@ def main():
     print(json.dumps(rows, indent=2))
     out = options.out or Path(f"results/benchmark-training-loop-{options.data}.json")
     out.parent.mkdir(exist_ok=True)
-    found = provenance(data=data, options=config.as_dict()) | {"threads": torch.get_num_threads(), "rows": rows}
+    found = provenance(data=data, options=config.as_dict()) | {
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+    }
     out.write_text(json.dumps(found, indent=2) + "\n")
 
 

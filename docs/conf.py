@@ -32,7 +32,9 @@ nb_execution_timeout = 300
 NotebookClient.__init__ = partialmethod(NotebookClient.__init__, coalesce_streams=True)
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # shapes stand in the Args; jaxtyping's classes would fill the signatures
+autodoc_typehints = (
+    "none"  # shapes stand in the Args; jaxtyping's classes would fill the signatures
+)
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

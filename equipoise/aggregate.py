@@ -59,7 +59,9 @@ class LatentDistribution(nn.Module, ABC):
         """
 
     @abstractmethod
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "{n} latent"]:
+    def sample(
+        self, n: int, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "{n} latent"]:
         """Draw independent codes.
 
         Args:
@@ -71,7 +73,9 @@ class LatentDistribution(nn.Module, ABC):
         """
 
     @torch.no_grad()
-    def kl_to_prior(self, n_samples: int = 10_000, generator: torch.Generator | None = None) -> Estimate:
+    def kl_to_prior(
+        self, n_samples: int = 10_000, generator: torch.Generator | None = None
+    ) -> Estimate:
         r"""Estimate the Kullback-Leibler divergence from this density to the prior by Monte Carlo.
 
         .. math:: KL(q \| p) = E_{z \sim q} [\log q(z) - \log N(z; 0, I)]
@@ -112,7 +116,9 @@ class StandardNormal(LatentDistribution):
         super().__init__()
         if latent_dim < 1:
             raise ValueError(f"expected latent_dim >= 1, got {latent_dim}")
-        self.register_buffer("mean", torch.zeros(latent_dim), persistent=False)  # carries dtype and device
+        self.register_buffer(
+            "mean", torch.zeros(latent_dim), persistent=False
+        )  # carries dtype and device
 
     @property
     def latent_dim(self) -> int:
@@ -131,7 +137,9 @@ class StandardNormal(LatentDistribution):
         _check_codes(z, self.latent_dim)
         return standard_normal_log_prob(z)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "{n} latent"]:
+    def sample(
+        self, n: int, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "{n} latent"]:
         """Draw independent codes.
 
         Args:
@@ -210,7 +218,9 @@ class AggregatePosterior(LatentDistribution):
             log_probs.append(torch.stack(blocks).logsumexp(0))
         return (torch.cat(log_probs) - math.log(len(self.means))).to(z.dtype)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "{n} latent"]:
+    def sample(
+        self, n: int, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "{n} latent"]:
         """Draw independent codes: an example at random, then a sample of its posterior.
 
         Args:
@@ -318,7 +328,9 @@ class GaussianMixture(LatentDistribution):
         """
         return torch.cat([self._log_joint(codes).logsumexp(1) for codes in self._blocks(z)])
 
-    def responsibilities(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch components"]:
+    def responsibilities(
+        self, z: Float[Tensor, "batch latent"]
+    ) -> Float[Tensor, "batch components"]:
         r"""Posterior probability of each component, :math:`\pi_k N(z; \mu_k, \Sigma_k) / \hat q(z)`.
 
         Args:
@@ -352,7 +364,9 @@ class GaussianMixture(LatentDistribution):
         elif 0 <= component < self.n_components:
             components = torch.full((n,), component, device=self.means.device)
         else:
-            raise ValueError(f"expected a component from 0 to {self.n_components - 1}, got {component}")
+            raise ValueError(
+                f"expected a component from 0 to {self.n_components - 1}, got {component}"
+            )
         z = self.means.new_empty(n, self.latent_dim).normal_(generator=generator)
         # One product per component drawn: gathering a factor for each of n codes would take n d^2 numbers.
         for k in set(components.tolist()):

@@ -81,7 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, ImportError) as error:
         _fail(str(error), USAGE_ERROR)
     except OSError as error:
-        message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror or str(error)
+        message = (
+            f"{error.strerror}: {error.filename}"
+            if error.filename
+            else error.strerror or str(error)
+        )
         _fail(message, FAILURE if error.errno in (errno.ENOSPC, errno.EDQUOT) else USAGE_ERROR)
 
 
@@ -153,7 +157,12 @@ def _train_arguments(parser: ArgumentParser) -> None:
         help=f"YAML file of options, or one of {', '.join(shipped_recipes())}; these sets take their own by themselves",
     )
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="options, over those of the recipe"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="options, over those of the recipe",
     )
     parser.add_argument("--out", metavar="RUN", help="folder to write; runs/NAME if left out")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was cut off")
@@ -162,18 +171,30 @@ def _train_arguments(parser: ArgumentParser) -> None:
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, metavar=metavar, help=f"short for --set {name}={metavar}")
     _add_data_dir(parser)
-    parser.add_argument("--download", action="store_true", help="fetch a named set that is not found (extra 'hub')")
+    parser.add_argument(
+        "--download", action="store_true", help="fetch a named set that is not found (extra 'hub')"
+    )
     parser.add_argument(
         "--stream",
         action="store_true",
         help="read hf:owner/name, or hf: and a local copy, anew in every epoch instead of keeping it (extra 'hub')",
     )
-    parser.add_argument("--strict", action="store_true", help="refuse a folder with a file that cannot be read")
-    parser.add_argument("--quiet", action="store_true", help="plain lines instead of a progress bar")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a folder with a file that cannot be read"
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", help="plain lines instead of a progress bar"
+    )
 
 
 def _describe_option(name: str, default: object) -> str:
-    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+    shown = (
+        "null"
+        if default is None
+        else str(default).lower()
+        if isinstance(default, bool)
+        else default
+    )
     text = textwrap.fill(option_help(name), 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return f"  {name}={shown}  ({type_name(name)})\n{text}"
 
@@ -189,7 +210,11 @@ def _sample_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("-n", type=int, default=64, help="number of samples (64)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same samples (0)")
-    parser.add_argument("--noise", action="store_true", help="add the model's pixel noise; otherwise means are written")
+    parser.add_argument(
+        "--noise",
+        action="store_true",
+        help="add the model's pixel noise; otherwise means are written",
+    )
     _add_data_dir(parser)
     parser.add_argument("--out", metavar="FOLDER", help="folder to write; RUN/samples if left out")
 
@@ -199,7 +224,9 @@ def _reconstruct_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("data", nargs="?", help="as for train; the run's own test set if left out")
     parser.add_argument("-n", type=int, help="reconstruct the first n examples only")
     _add_data_dir(parser)
-    parser.add_argument("--out", metavar="FOLDER", help="folder to write; RUN/reconstructions if left out")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="folder to write; RUN/reconstructions if left out"
+    )
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:
@@ -208,9 +235,13 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
         "Distances in different features, or of different n, cannot be compared."
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--data", help="judge the run on these examples instead of its own test set; as for train")
     parser.add_argument(
-        "--against", metavar="DATA", help="examples of another kind: how well are they told from the test set?"
+        "--data", help="judge the run on these examples instead of its own test set; as for train"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="DATA",
+        help="examples of another kind: how well are they told from the test set?",
     )
     parser.add_argument(
         "--sections",
@@ -237,7 +268,10 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
         "PACKAGE.MODULE:NAME of a torch.nn.Module of your own",
     )
     parser.add_argument(
-        "-n", type=int, default=10_000, help="samples to compare with as many test examples, if there are (10000)"
+        "-n",
+        type=int,
+        default=10_000,
+        help="samples to compare with as many test examples, if there are (10000)",
     )
     parser.add_argument(
         "--importance-samples",
@@ -247,7 +281,11 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
         help="samples of z per example in the bound on log p(x) over the whole test set (20)",
     )
     parser.add_argument("--seed", type=int, help="of all random draws; that of the run if left out")
-    parser.add_argument("--download", action="store_true", help="fetch the weights of --features inception if missing")
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch the weights of --features inception if missing",
+    )
     _add_data_dir(parser)
     parser.add_argument("--quiet", action="store_true", help="plain lines instead of progress bars")
 
@@ -263,7 +301,10 @@ def _export_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument(
-        "--to", choices=["torch", "onnx"], required=True, help="torch.export programs, or ONNX (extra 'export')"
+        "--to",
+        choices=["torch", "onnx"],
+        required=True,
+        help="torch.export programs, or ONNX (extra 'export')",
     )
     parser.add_argument("--out", metavar="FOLDER", help="folder to write; RUN/export if left out")
 
@@ -274,16 +315,28 @@ def _push_arguments(parser: ArgumentParser) -> None:
         "read the repository can then give hf:owner/name wherever a RUN is expected. Log in with 'hf auth login' first."
     )
     parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument("name", metavar="OWNER/NAME", help="repository on the hub; made if it is not there")
-    parser.add_argument("--license", metavar="ID", help="licence of the model for its card, such as apache-2.0")
-    parser.add_argument("--public", action="store_true", help="let everyone see a new repository; private otherwise")
+    parser.add_argument(
+        "name", metavar="OWNER/NAME", help="repository on the hub; made if it is not there"
+    )
+    parser.add_argument(
+        "--license", metavar="ID", help="licence of the model for its card, such as apache-2.0"
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="let everyone see a new repository; private otherwise"
+    )
 
 
 def _explore_arguments(parser: ArgumentParser) -> None:
-    parser.epilog = "Serves a page on this machine alone (127.0.0.1), until Ctrl-C. Needs the extra 'explore'."
+    parser.epilog = (
+        "Serves a page on this machine alone (127.0.0.1), until Ctrl-C. Needs the extra 'explore'."
+    )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--port", type=int, help="to serve at; 8769, or any that is free, if left out")
-    parser.add_argument("--no-browser", action="store_true", help="print the page's address, and do not open it")
+    parser.add_argument(
+        "--port", type=int, help="to serve at; 8769, or any that is free, if left out"
+    )
+    parser.add_argument(
+        "--no-browser", action="store_true", help="print the page's address, and do not open it"
+    )
     _add_data_dir(parser)
 
 
@@ -295,25 +348,45 @@ def _paper_arguments(parser: ArgumentParser) -> None:
         "Budgets: tiny (digits only, a minute: to see that it works), small (two CPU cores, about two hours\n"
         "for all), full (one GPU)."
     )
-    parser.add_argument("items", nargs="+", metavar="ITEM", help="tables and figures of the paper, or 'all'")
     parser.add_argument(
-        "--budget", choices=["tiny", "small", "full"], default="small", help="how long to train (small)"
+        "items", nargs="+", metavar="ITEM", help="tables and figures of the paper, or 'all'"
     )
-    parser.add_argument("--epochs", type=int, metavar="N", help="of every model, in place of the budget's")
-    parser.add_argument("--runs", default="runs/paper", metavar="FOLDER", help="folder of the models (runs/paper)")
-    parser.add_argument("--out", default="results", metavar="FOLDER", help="folder of the JSON (results)")
-    parser.add_argument("--page", default="docs/results.md", metavar="FILE", help="page to write (docs/results.md)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models to train at once (1)")
+    parser.add_argument(
+        "--budget",
+        choices=["tiny", "small", "full"],
+        default="small",
+        help="how long to train (small)",
+    )
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help="of every model, in place of the budget's"
+    )
+    parser.add_argument(
+        "--runs", default="runs/paper", metavar="FOLDER", help="folder of the models (runs/paper)"
+    )
+    parser.add_argument(
+        "--out", default="results", metavar="FOLDER", help="folder of the JSON (results)"
+    )
+    parser.add_argument(
+        "--page", default="docs/results.md", metavar="FILE", help="page to write (docs/results.md)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="models to train at once (1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all models (0)")
     parser.add_argument(
-        "--features", default="efficientnet-lite0", metavar="NAME", help="what samples are compared in, as for evaluate"
+        "--features",
+        default="efficientnet-lite0",
+        metavar="NAME",
+        help="what samples are compared in, as for evaluate",
     )
     _add_data_dir(parser)
     parser.add_argument("--quiet", action="store_true", help="plain lines instead of progress bars")
 
 
 def _add_data_dir(parser: ArgumentParser) -> None:
-    parser.add_argument("--data-dir", help="where to look for mnist, fashion-mnist and celeba first")
+    parser.add_argument(
+        "--data-dir", help="where to look for mnist, fashion-mnist and celeba first"
+    )
 
 
 def _train(options: Namespace) -> None:
@@ -361,11 +434,15 @@ def _train(options: Namespace) -> None:
 
 
 def _refuse_with_resume(options: Namespace) -> None:
-    given = [f"--{name}" for name in ("recipe", "set", "out", "precision") if getattr(options, name)]
+    given = [
+        f"--{name}" for name in ("recipe", "set", "out", "precision") if getattr(options, name)
+    ]
     if options.data:
         given.append(options.data)
     if given:
-        raise ConfigError([f"--resume goes on with the run's own data and options; leave out {', '.join(given)}"])
+        raise ConfigError(
+            [f"--resume goes on with the run's own data and options; leave out {', '.join(given)}"]
+        )
 
 
 def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
@@ -377,7 +454,9 @@ def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
     source = options.data or values.get("data") or "digits"
     values.pop("data", None)
     malformed = [
-        f"--set needs KEY=VALUE, got {item!r}; the data go before --set" for item in options.set if "=" not in item
+        f"--set needs KEY=VALUE, got {item!r}; the data go before --set"
+        for item in options.set
+        if "=" not in item
     ]
     pairs = (item.split("=", 1) for item in options.set if "=" in item)
     flags = {name: value for name in SHORTHANDS if (value := getattr(options, name))}
@@ -394,7 +473,9 @@ def _load(load_options: dict[str, Any], config: TrainConfig, terminal: "Terminal
     from equipoise.data import load, load_stream
 
     if load_options.get("stream"):
-        return load_stream(load_options["source"], image_size=config.image_size, channels=config.channels)
+        return load_stream(
+            load_options["source"], image_size=config.image_size, channels=config.channels
+        )
     return load(
         **load_options,
         image_size=config.image_size,
@@ -441,7 +522,9 @@ def _evaluate(options: Namespace) -> None:
     model = run.model()
     with _terminal(options.quiet) as terminal:
         test, against = (
-            Examples(source, _other_examples(source, model.shape, options.data_dir, terminal)) if source else None
+            Examples(source, _other_examples(source, model.shape, options.data_dir, terminal))
+            if source
+            else None
             for source in (options.data, options.against)
         )
         found = evaluate(
@@ -483,7 +566,9 @@ def _explore(options: Namespace) -> None:
         if "source" in run.settings()["data"]["load"]:
             data = _data_of(run, terminal, options.data_dir)
         else:
-            terminal.message("Note: the run was trained from Python; its data are not here to rank inputs with.")
+            terminal.message(
+                "Note: the run was trained from Python; its data are not here to rank inputs with."
+            )
         terminal.close()
         explore(
             run,
@@ -511,7 +596,14 @@ def _push(options: Namespace) -> None:
     from equipoise.training.run import Run
 
     with _terminal() as terminal:
-        terminal.message(push(Run(options.run), options.name, license_id=options.license, private=not options.public))
+        terminal.message(
+            push(
+                Run(options.run),
+                options.name,
+                license_id=options.license,
+                private=not options.public,
+            )
+        )
 
 
 def _paper(options: Namespace) -> None:
@@ -566,11 +658,17 @@ def _sample(options: Namespace) -> None:
             codes = sample_aggregate(model, data.train, options.n, generator)
         else:
             source = code_source(
-                run, model, options.source, lambda: _data_of(run, terminal, options.data_dir), terminal.progress
+                run,
+                model,
+                options.source,
+                lambda: _data_of(run, terminal, options.data_dir),
+                terminal.progress,
             )
             codes = source.sample(options.n, generator)
         folder = Path(options.out) if options.out else run.folder / "samples"
-        files = write_samples(model, codes, file_stem(options.source), folder, generator, noise=options.noise)
+        files = write_samples(
+            model, codes, file_stem(options.source), folder, generator, noise=options.noise
+        )
         terminal.message("\n".join(map(str, files)))
 
 
@@ -586,7 +684,9 @@ def _reconstruct(options: Namespace) -> None:
         else:
             examples = _other_examples(options.data, model.shape, options.data_dir, terminal)
         folder = Path(options.out) if options.out else run.folder / "reconstructions"
-        terminal.message("\n".join(map(str, write_reconstructions(model, examples[: options.n], folder))))
+        terminal.message(
+            "\n".join(map(str, write_reconstructions(model, examples[: options.n], folder)))
+        )
 
 
 def _data_of(run: "Run", terminal: "Terminal", data_dir: str | None) -> "Data":
@@ -597,7 +697,9 @@ def _data_of(run: "Run", terminal: "Terminal", data_dir: str | None) -> "Data":
     return data
 
 
-def _other_examples(source: str, shape: tuple[int, ...], data_dir: str | None, terminal: "Terminal") -> "Subset":
+def _other_examples(
+    source: str, shape: tuple[int, ...], data_dir: str | None, terminal: "Terminal"
+) -> "Subset":
     from equipoise.data import load_examples
 
     return load_examples(source, shape, data_dir=data_dir, progress=_decoding_bar(terminal))
@@ -607,7 +709,9 @@ def _load_options_of(run: "Run", data_dir: str | None) -> dict[str, Any]:
     load_options: dict[str, Any] = run.settings()["data"]["load"]
     if "source" not in load_options:
         raise ConfigError(
-            [f"{run.folder} was trained from Python, on {run.settings()['data']['source']}: go on with it there"]
+            [
+                f"{run.folder} was trained from Python, on {run.settings()['data']['source']}: go on with it there"
+            ]
         )
     return load_options | ({"data_dir": data_dir} if data_dir else {})
 
@@ -647,7 +751,9 @@ COMMANDS = {
     ),
     "report": Command("make one self-contained page of a run", _report_arguments, _report),
     "sample": Command("draw samples from a run", _sample_arguments, _sample),
-    "reconstruct": Command("reconstruct data with a run, with uncertainty", _reconstruct_arguments, _reconstruct),
+    "reconstruct": Command(
+        "reconstruct data with a run, with uncertainty", _reconstruct_arguments, _reconstruct
+    ),
     "explore": Command("look around in a run on a local page", _explore_arguments, _explore),
     "export": Command("write a run as files that need no equipoise", _export_arguments, _export),
     "paper": Command(

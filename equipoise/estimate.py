@@ -40,14 +40,22 @@ class Estimate(NamedTuple):
             >>> Estimate.of_mean(np.array([1.0, 2.0, 3.0]))
             Estimate(value=2.0, standard_error=0.5773502691896258, n=3)
         """
-        values = draws.detach().double().cpu().numpy() if isinstance(draws, Tensor) else draws.astype(np.float64)
+        values = (
+            draws.detach().double().cpu().numpy()
+            if isinstance(draws, Tensor)
+            else draws.astype(np.float64)
+        )
         n = len(values)
         if n == 0:
             raise ValueError("the mean of no draws is not defined; give at least one")
-        return cls(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None, n)
+        return cls(
+            float(values.mean()), float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None, n
+        )
 
 
-def jackknife(statistic: Callable[[NDArray[np.int64]], float], n: int, groups: int = 10) -> Estimate:
+def jackknife(
+    statistic: Callable[[NDArray[np.int64]], float], n: int, groups: int = 10
+) -> Estimate:
     r"""Estimate a statistic of n independent examples, with the delete-a-group jackknife for its standard error.
 
     .. math:: \mathrm{s.e.}^2 = \frac{g - 1}{g} \sum_j (\theta_{(j)} - \bar\theta_{(\cdot)})^2
@@ -74,4 +82,6 @@ def jackknife(statistic: Callable[[NDArray[np.int64]], float], n: int, groups: i
     if g < 2:
         return Estimate(value, None, n)
     left_out = np.array([statistic(rows[rows % g != j]) for j in range(g)])
-    return Estimate(value, math.sqrt((g - 1) / g * float(np.square(left_out - left_out.mean()).sum())), n)
+    return Estimate(
+        value, math.sqrt((g - 1) / g * float(np.square(left_out - left_out.mean()).sum())), n
+    )

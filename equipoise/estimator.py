@@ -150,7 +150,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.history_: list[Row] = []
         trainer = self._train(examples, self._config(len(examples)), None)
         figures = trainer.evaluate(trainer.validation_batches)
-        for text in warnings_for(figures, trainer.data_var, isinstance(trainer.model.noise, PredictedNoise)):
+        for text in warnings_for(
+            figures, trainer.data_var, isinstance(trainer.model.noise, PredictedNoise)
+        ):
             warnings.warn(text, ConvergenceWarning, stacklevel=2)
         return self._finish(trainer)
 
@@ -172,7 +174,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         examples = self._array(x, reset=model is None)
         if model is None:
             self.history_ = []
-        config = replace(self._config(len(examples)), stage_1_epochs=1, stage_2_epochs=0, recalibrate="none")
+        config = replace(
+            self._config(len(examples)), stage_1_epochs=1, stage_2_epochs=0, recalibrate="none"
+        )
         return self._finish(self._train(examples, config, model))
 
     def transform(self, x: object) -> Float32[np.ndarray, "n latent"]:
@@ -202,7 +206,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         check_is_fitted(self, "model_")
         codes = check_array(z, dtype=np.float32)
         if codes.shape[1] != self.model_.latent_dim:
-            raise ValueError(f"expected codes of shape (n, {self.model_.latent_dim}), got {codes.shape}")
+            raise ValueError(
+                f"expected codes of shape (n, {self.model_.latent_dim}), got {codes.shape}"
+            )
         return self._as_given(self.model_.scaling.restore(self._decode(torch.tensor(codes)).mean))
 
     def reconstruct(self, x: object) -> Reconstruction:
@@ -215,7 +221,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             Mean and std in the data's own unit.
         """
         seen, scaling = self._decode(self._encode(x)), self.model_.scaling
-        return Reconstruction(self._as_given(scaling.restore(seen.mean)), self._as_given(scaling.restore_std(seen.std)))
+        return Reconstruction(
+            self._as_given(scaling.restore(seen.mean)),
+            self._as_given(scaling.restore_std(seen.std)),
+        )
 
     def predict_std(self, x: object) -> Float32[np.ndarray, "n *event"]:
         r"""Predict how far each value may lie from its reconstruction.
@@ -228,7 +237,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         return self.reconstruct(x).std
 
-    def sample(self, n: int = 1, source: str = "mixture", *, noise: bool = False) -> Shaped[np.ndarray, "{n} *event"]:
+    def sample(
+        self, n: int = 1, source: str = "mixture", *, noise: bool = False
+    ) -> Shaped[np.ndarray, "{n} *event"]:
         r"""Make new examples. The same ones each time if ``random_state`` is an int.
 
         Args:
@@ -274,7 +285,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         raw, model = self._raw(x), self.model_
         log_scale = float(model.scaling.scale.log().expand(model.shape).sum())
         bounds = [
-            importance_weighted_bound(model, example, importance_samples, torch.Generator().manual_seed(0))
+            importance_weighted_bound(
+                model, example, importance_samples, torch.Generator().manual_seed(0)
+            )
             for example in torch.split(model.scaling(raw), 1)
         ]
         found: Float64[np.ndarray, " n"] = torch.cat(bounds).numpy() - log_scale
@@ -325,9 +338,15 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         tensors, description = read_tensors(Path(path), "estimator")
         estimator = cls(**description["options"], random_state=description["random_state"])
-        mixture = {name: tensors.pop(f"mixture.{name}") for name in ("weights", "means", "covariances")}
+        mixture = {
+            name: tensors.pop(f"mixture.{name}") for name in ("weights", "means", "covariances")
+        }
         model = build_model(description["model"], what=str(path))
-        fill(model, {name.removeprefix("model."): tensor for name, tensor in tensors.items()}, str(path))
+        fill(
+            model,
+            {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
+            str(path),
+        )
         estimator.history_ = description["history"]
         estimator.example_shape_ = tuple(description["example_shape"])
         estimator.n_features_in_ = math.prod(estimator.example_shape_)
@@ -347,18 +366,32 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _options(self) -> dict[str, Any]:
         """Constructor arguments that say how to train; numbers of NumPy, as grids have them, become Python's."""
-        options = {name: value for name, value in self.get_params(deep=False).items() if name != "random_state"}
-        return {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
+        options = {
+            name: value
+            for name, value in self.get_params(deep=False).items()
+            if name != "random_state"
+        }
+        return {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in options.items()
+        }
 
     def _config(self, n_examples: int) -> TrainConfig:
         options = self._options()
         auto = [name for name in ("stage_1_epochs", "stage_2_epochs") if options[name] == "auto"]
         config = make_config({name: value for name, value in options.items() if name not in auto})
         least, most = AUTO_EPOCHS
-        stage_1_epochs = min(max(AUTO_STEPS // math.ceil(n_examples / config.batch_size), least), most)
-        epochs: dict[str, Any] = {"stage_1_epochs": stage_1_epochs, "stage_2_epochs": stage_1_epochs // 2}
+        stage_1_epochs = min(
+            max(AUTO_STEPS // math.ceil(n_examples / config.batch_size), least), most
+        )
+        epochs: dict[str, Any] = {
+            "stage_1_epochs": stage_1_epochs,
+            "stage_2_epochs": stage_1_epochs // 2,
+        }
         # An epoch of a small table is a step or two, over which everything seems to have converged.
-        return replace(config, tolerance=0.0, seed=self._seed(), **{name: epochs[name] for name in auto})
+        return replace(
+            config, tolerance=0.0, seed=self._seed(), **{name: epochs[name] for name in auto}
+        )
 
     def _seed(self) -> int:
         return int(check_random_state(self.random_state).randint(2**31))
@@ -379,7 +412,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 model.noise.set_var(reference_var)
             trainer = Trainer(model, data, config)
             history = trainer.fit()
-        self.history_ += [{name: row[name] for name in row if not name.startswith("test_")} for row in history]
+        self.history_ += [
+            {name: row[name] for name in row if not name.startswith("test_")} for row in history
+        ]
         return trainer
 
     def _finish(self, trainer: Trainer) -> "VAEEstimator":
@@ -390,7 +425,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _adopt(self, model: VAE, mixture: GaussianMixture) -> "VAEEstimator":
         self.model_, self.mixture_ = model, mixture
         noise = model.noise
-        log_var = noise.reference_log_var if isinstance(noise, PredictedNoise) else noise(torch.zeros(1, 1))
+        log_var = (
+            noise.reference_log_var
+            if isinstance(noise, PredictedNoise)
+            else noise(torch.zeros(1, 1))
+        )
         self.noise_var_ = log_var.detach().exp().numpy()[()]
         return self
 
@@ -407,7 +446,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if reset:
             self.example_shape_ = example_shape
         elif example_shape != self.example_shape_:
-            raise ValueError(f"expected examples of shape {self.example_shape_}, as in fit, got {example_shape}")
+            raise ValueError(
+                f"expected examples of shape {self.example_shape_}, as in fit, got {example_shape}"
+            )
         return checked.reshape(-1, *example_shape)
 
     def _raw(self, x: object) -> Tensor:
@@ -425,7 +466,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _decode(self, codes: Tensor) -> Gaussian:
         """Likelihoods in model units, a batch at a time."""
         parts = [self.model_.decode(batch) for batch in torch.split(codes, EVALUATION_BATCH)]
-        return Gaussian(torch.cat([p.mean for p in parts]), torch.cat([p.log_var.expand_as(p.mean) for p in parts]))
+        return Gaussian(
+            torch.cat([p.mean for p in parts]),
+            torch.cat([p.log_var.expand_as(p.mean) for p in parts]),
+        )
 
     def _as_given(self, examples: Tensor) -> Array:
         """Bring examples of the model's shape, (n, C, H, W) or (n, D), to the shape in which they came."""

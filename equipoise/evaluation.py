@@ -23,7 +23,12 @@ from equipoise.gaussian import Gaussian, standard_normal_log_prob
 from equipoise.glossary import term
 from equipoise.metrics.calibration import noise_calibration, varying_dimensions
 from equipoise.metrics.features import FeatureExtractor, cached_features, features_of, load_features
-from equipoise.metrics.latent import code_log_likelihood, latent_plane, latent_units, single_gaussian
+from equipoise.metrics.latent import (
+    code_log_likelihood,
+    latent_plane,
+    latent_units,
+    single_gaussian,
+)
 from equipoise.metrics.likelihood import Likelihood, bits_per_dimension, iwae, likelihood
 from equipoise.metrics.memorisation import as_vectors, memorisation
 from equipoise.metrics.outliers import model_scores, outlier_detection, outlier_scores
@@ -122,7 +127,9 @@ def evaluate(
     """
     config = run.config()
     test, seed = test or Examples("test", data.test), config.seed if seed is None else seed
-    chosen = tuple(sections) or tuple(name for name in SECTIONS if name != "outliers" or against is not None)
+    chosen = tuple(sections) or tuple(
+        name for name in SECTIONS if name != "outliers" or against is not None
+    )
     run.check_data(data)
     _refuse(chosen, sources, test, against, data, n_samples, importance_samples, seed)
     model = (model or run.model()).eval().cpu()
@@ -135,7 +142,11 @@ def evaluate(
     if model.architecture in ("conv", "residual"):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # faster
     model.to(device)
-    judged = [name for name in dict.fromkeys(sources) if name not in ROWS and {"samples", "latent"} & set(chosen)]
+    judged = [
+        name
+        for name in dict.fromkeys(sources)
+        if name not in ROWS and {"samples", "latent"} & set(chosen)
+    ]
     evaluation = _Evaluation(
         run=run,
         data=data,
@@ -143,7 +154,11 @@ def evaluate(
         mixture=run.mixture().to(device),
         more={
             name: code_source(
-                run, model, name, lambda: data, lambda label, done, total, _: progress(f"Fitting {label}", done, total)
+                run,
+                model,
+                name,
+                lambda: data,
+                lambda label, done, total, _: progress(f"Fitting {label}", done, total),
             )
             for name in judged
         },
@@ -196,7 +211,9 @@ def _refuse(
 ) -> None:
     """Everything that would fail later, or give figures that mean something else than they say."""
     problems = [
-        f"there is no section {name!r}; choose from {', '.join(SECTIONS)}" for name in sections if name not in SECTIONS
+        f"there is no section {name!r}; choose from {', '.join(SECTIONS)}"
+        for name in sections
+        if name not in SECTIONS
     ]
     for name in sources:
         try:
@@ -204,7 +221,9 @@ def _refuse(
         except ConfigError as error:
             problems += error.problems
     if "outliers" in sections and against is None:
-        problems.append("the section outliers needs examples of another kind: give --against OTHER_DATA")
+        problems.append(
+            "the section outliers needs examples of another kind: give --against OTHER_DATA"
+        )
     if importance_samples < 1:
         problems.append(f"importance_samples must be at least 1, got {importance_samples}")
     if not 0 <= seed < 2**32:
@@ -233,7 +252,11 @@ def _shared(examples: Subset, others: ExampleSet) -> float:
     """Share of examples that are among others, value for value; in memory for the examples alone."""
 
     def hashes(part: ExampleSet) -> Iterator[int]:
-        return (hash(row.numpy().tobytes()) for batch in batches_of(part, BATCH).epoch() for row in batch)
+        return (
+            hash(row.numpy().tobytes())
+            for batch in batches_of(part, BATCH).epoch()
+            for row in batch
+        )
 
     sought = list(hashes(examples))
     found = set(sought).intersection(hashes(others))
@@ -246,7 +269,9 @@ def _kept(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         before = read_json(file)
         same = all(before["about"][key] == about[key] for key in ("model", "mixture", "data"))
         # What is computed now has today's versions; each section keeps its own date and command.
-        earlier = {name: before["about"].get(name, {}) | about[name] for name in ("sections", "sources")}
+        earlier = {
+            name: before["about"].get(name, {}) | about[name] for name in ("sections", "sources")
+        }
         return before | {"about": about | earlier} if same else None
     except (OSError, StoreError, KeyError, TypeError, ValueError):
         return None
@@ -290,7 +315,9 @@ class _Evaluation:
             "versions": versions(),
             "sections": {},
             "sources": {
-                name: {"n_components": density.n_components} if isinstance(density, GaussianMixture) else {}
+                name: {"n_components": density.n_components}
+                if isinstance(density, GaussianMixture)
+                else {}
                 for name, density in self.more.items()
             },
         }
@@ -310,12 +337,20 @@ class _Evaluation:
             return found
         whole = self._batches(f"IWAE-{K}", self.test.raw)
         is_digital = quantum is not None
-        bounds = iwae(self.model, whole, K, log_priors, self._generator("iwae"), dequantised=is_digital)
+        bounds = iwae(
+            self.model, whole, K, log_priors, self._generator("iwae"), dequantised=is_digital
+        )
         found |= _by_prior(f"iwae_{K}", bounds[0])
         if quantum is not None:
             spread = _by_prior(f"iwae_{K}", bounds[1])
-            bits = (bits_per_dimension(bound, math.prod(self.model.shape), quantum) for bound in spread.values())
-            found |= {"dequantised": spread, **dict(zip(("bits_per_dim", "bits_per_dim_mixture"), bits, strict=True))}
+            bits = (
+                bits_per_dimension(bound, math.prod(self.model.shape), quantum)
+                for bound in spread.values()
+            )
+            found |= {
+                "dequantised": spread,
+                **dict(zip(("bits_per_dim", "bits_per_dim_mixture"), bits, strict=True)),
+            }
         return found
 
     def _draw_variance_sweep(self, found: Likelihood) -> None:
@@ -325,9 +360,13 @@ class _Evaluation:
         elbo = -D / 2 * (np.log(2 * math.pi * var) + mse / var) - found.kl.value
         noise = self.model.noise
         learned = (
-            noise.reference_log_var.exp() if isinstance(noise, PredictedNoise) else torch.tensor(found.noise_var.value)
+            noise.reference_log_var.exp()
+            if isinstance(noise, PredictedNoise)
+            else torch.tensor(found.noise_var.value)
         )
-        figure = plots.variance_sweep(var, {"ELBO with one variance, nats": {"test data": elbo}}, float(learned.mean()))
+        figure = plots.variance_sweep(
+            var, {"ELBO with one variance, nats": {"test data": elbo}}, float(learned.mean())
+        )
         plots.save(figure, self.figures / "variance-sweep.png")
 
     def samples(self) -> dict[str, Any]:
@@ -351,7 +390,11 @@ class _Evaluation:
 
     def _draw_samples(self) -> None:
         """Test data beside samples from the prior, from the mixture and from further sources."""
-        shown = {"test data": torch.from_numpy(self._some(self.test.raw, SHOWN_IMAGES)[:]).to(self.device)}
+        shown = {
+            "test data": torch.from_numpy(self._some(self.test.raw, SHOWN_IMAGES)[:]).to(
+                self.device
+            )
+        }
         for row in ("prior", "mixture", *self.more):
             shown[term(row).title] = next(self._generated(row, SHOWN_IMAGES))
         sets = {title: self.model.scaling(raw).cpu().numpy() for title, raw in shown.items()}
@@ -378,7 +421,10 @@ class _Evaluation:
             plane = latent_plane(
                 encode_all(
                     self.model,
-                    self._batches("Encoding training data", self._some(self.data.train.at_hand, PLANE_EXAMPLES)),
+                    self._batches(
+                        "Encoding training data",
+                        self._some(self.data.train.at_hand, PLANE_EXAMPLES),
+                    ),
                 ),
                 self.mixture,
                 self._generator("plane"),
@@ -413,7 +459,11 @@ class _Evaluation:
 
         Of a stream, only the training examples at hand are compared with.
         """
-        test, model, generator = self._some(self.test.raw, COPIES_SOUGHT), self.model, self._generator("copies")
+        test, model, generator = (
+            self._some(self.test.raw, COPIES_SOUGHT),
+            self.model,
+            self._generator("copies"),
+        )
         training = (
             model.encode(model.scaling(x)).mean
             for x in self._batches("Decoding training data", self.data.train.at_hand)
@@ -435,12 +485,18 @@ class _Evaluation:
             found["n_training"] = len(self.data.train.at_hand)
         for name, source in self.more.items():
             of_source = judge(samples(source, self._generator(f"copies {name}")))
-            found[name] = {"samples": of_source.samples, "closer": of_source.closer, "copied": of_source.copied}
+            found[name] = {
+                "samples": of_source.samples,
+                "closer": of_source.closer,
+                "copied": of_source.copied,
+            }
         return found
 
     def noise(self) -> dict[str, Any]:
         """Whether the predicted std is the error that is found, over all dimensions and over those that vary."""
-        varying = varying_dimensions(torch.from_numpy(self._some(self.data.train.at_hand, VARYING_EXAMPLES)[:]))
+        varying = varying_dimensions(
+            torch.from_numpy(self._some(self.data.train.at_hand, VARYING_EXAMPLES)[:])
+        )
         found = noise_calibration(self.model, self._batches("Noise", self.test.raw), varying)
         parts = {"all": found.all_dimensions, "varying": found.varying_dimensions}
         series = {name: part for name, part in parts.items() if part is not None}
@@ -456,7 +512,9 @@ class _Evaluation:
         }
         plots.save(plots.reliability(curves), self.figures / "reliability.png")
         plots.save(
-            plots.sparsification(*(found.varying_dimensions or found.all_dimensions).sparsification),
+            plots.sparsification(
+                *(found.varying_dimensions or found.all_dimensions).sparsification
+            ),
             self.figures / "sparsification.png",
         )
         return {
@@ -468,19 +526,32 @@ class _Evaluation:
         """How well examples of another kind are told from the test data."""
         if self.against is None:  # pragma: no cover (evaluate() has refused it)
             raise ConfigError(["the section outliers needs examples of another kind"])
-        parts = {"Validation": self.data.validation, "Test": self.test.raw, "Other": self.against.raw}
+        parts = {
+            "Validation": self.data.validation,
+            "Test": self.test.raw,
+            "Other": self.against.raw,
+        }
         scores = {
             name: model_scores(
-                self.model, self.mixture, self._batches(f"{name} scores", raw), self._generator("scores")
+                self.model,
+                self.mixture,
+                self._batches(f"{name} scores", raw),
+                self._generator("scores"),
             )
             for name, raw in parts.items()
         }
-        inliers, outliers = (outlier_scores(scores[name], scores["Validation"]) for name in ("Test", "Other"))
+        inliers, outliers = (
+            outlier_scores(scores[name], scores["Validation"]) for name in ("Test", "Other")
+        )
         plots.save(
             plots.outlier_scores(inliers.combined, outliers.combined, "combined score"),
             self.figures / "outliers.png",
         )
-        sizes = {"against": self.against.name, "n_inliers": len(self.test.raw), "n_outliers": len(self.against.raw)}
+        sizes = {
+            "against": self.against.name,
+            "n_inliers": len(self.test.raw),
+            "n_outliers": len(self.against.raw),
+        }
         return sizes | outlier_detection(inliers, outliers)._asdict()
 
     @cached_property
@@ -502,8 +573,12 @@ class _Evaluation:
             elif row == "real":
                 features = self._real_features(label, self._some(self.data.train.at_hand, n))
             else:
-                images = self._reconstructed(n) if row == "reconstruction" else self._generated(row, n)
-                features = features_of(self.extractor, self._track(label, images, math.ceil(n / BATCH)))
+                images = (
+                    self._reconstructed(n) if row == "reconstruction" else self._generated(row, n)
+                )
+                features = features_of(
+                    self.extractor, self._track(label, images, math.ceil(n / BATCH))
+                )
             self.found_features[row] = features.to(self.device)
         return self.found_features[row]
 
@@ -512,7 +587,9 @@ class _Evaluation:
 
     def _some(self, examples: Subset, n: int) -> Subset:
         """Some examples, drawn at random, for they may lie class by class; all of them if there are no more than n."""
-        return examples.take(np.sort(np.random.RandomState(self.seed).permutation(len(examples))[:n]))
+        return examples.take(
+            np.sort(np.random.RandomState(self.seed).permutation(len(examples))[:n])
+        )
 
     def _reconstructed(self, n: int) -> Iterator[Tensor]:
         generator = self._generator("reconstruction")
@@ -528,7 +605,9 @@ class _Evaluation:
         }
         generator = self._generator("samples")
         for first in range(0, n, BATCH):
-            yield self._observed(self.model.generate(min(BATCH, n - first), sources[row], generator), generator)
+            yield self._observed(
+                self.model.generate(min(BATCH, n - first), sources[row], generator), generator
+            )
 
     def _observed(self, likelihood: Gaussian, generator: torch.Generator) -> Tensor:
         """Decoded codes as the data would be: means of images, but tables with their noise, for means spread less."""
@@ -552,7 +631,10 @@ class _Evaluation:
 
 
 def _by_prior(name: str, bounds: Tensor) -> dict[str, Estimate]:
-    return {f"{name}{suffix}": Estimate.of_mean(row) for suffix, row in zip(("", "_mixture"), bounds, strict=True)}
+    return {
+        f"{name}{suffix}": Estimate.of_mean(row)
+        for suffix, row in zip(("", "_mixture"), bounds, strict=True)
+    }
 
 
 def _as_json(value: Any) -> Any:  # noqa: ANN401 (any record)

@@ -70,7 +70,9 @@ def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[
         'code float32 (n, 16) -> mean, std float32 (n, 1, 28, 28)'
     """
     if to not in FORMATS:
-        raise ValueError(f"there is no format {to!r} to export to; choose from {', '.join(FORMATS)}")
+        raise ValueError(
+            f"there is no format {to!r} to export to; choose from {', '.join(FORMATS)}"
+        )
     form = FORMATS[to]()
     files = []
     for name, part in _parts(model, mixture).items():
@@ -106,7 +108,9 @@ def _parts(model: VAE, mixture: GaussianMixture) -> dict[str, _Part]:
     return {
         "encoder": _Part(_Encoder(model), {"raw": raw}, ("mean", "log_var")),
         "decoder": _Part(_Decoder(model), {"code": code}, ("mean", "std")),
-        "sampler": _Part(_Sampler(mixture, dtype), {"uniform": uniform, "normal": normal}, ("code",)),
+        "sampler": _Part(
+            _Sampler(mixture, dtype), {"uniform": uniform, "normal": normal}, ("code",)
+        ),
     }
 
 
@@ -150,12 +154,16 @@ class _Sampler(nn.Module):
 
     def forward(self, uniform: Tensor, normal: Tensor) -> tuple[Tensor, ...]:
         component = (uniform.unsqueeze(1) >= self.boundaries).sum(1)
-        return (self.means[component] + (self.scale_trils[component] @ normal.unsqueeze(2)).squeeze(2),)
+        return (
+            self.means[component] + (self.scale_trils[component] @ normal.unsqueeze(2)).squeeze(2),
+        )
 
 
 def _trace(part: _Part) -> torch.export.ExportedProgram:
     few = tuple(example[:TRACED] for example in part.inputs.values())
-    program = torch.export.export(part.module, few, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) * len(few))
+    program = torch.export.export(
+        part.module, few, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) * len(few)
+    )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths on this machine are nobody else's business
     return program
@@ -189,7 +197,9 @@ def _onnx_format() -> _Format:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch writes ONNX with it)
     except ImportError as error:
-        raise ImportError("ONNX needs libraries that are not installed: pip install 'equipoise[export]'") from error
+        raise ImportError(
+            "ONNX needs libraries that are not installed: pip install 'equipoise[export]'"
+        ) from error
 
     def write(program: torch.export.ExportedProgram, part: _Part, path: Path) -> None:
         with _quiet():
@@ -238,7 +248,9 @@ def _deviation(computation: Computation, part: _Part) -> float:
     for n in COMPARED:
         inputs = {name: example[:n] for name, example in part.inputs.items()}
         for found, expected in zip(computation(inputs), part.module(**inputs), strict=True):
-            largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)  # an output may be zero
+            largest = (
+                expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+            )  # an output may be zero
             relative.append((found - expected).abs().max() / largest)
     return float(torch.stack(relative).max())
 

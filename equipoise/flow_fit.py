@@ -79,7 +79,9 @@ class CodeFlow(LatentDistribution):
     mean: Tensor
     scale_tril: Tensor
 
-    def __init__(self, base: GaussianMixture, n_transforms: int = 5, hidden: Sequence[int] = (128, 128)) -> None:
+    def __init__(
+        self, base: GaussianMixture, n_transforms: int = 5, hidden: Sequence[int] = (128, 128)
+    ) -> None:
         super().__init__()
         mean, covariance = base.moments()
         self.base = base
@@ -99,7 +101,11 @@ class CodeFlow(LatentDistribution):
         Returns:
             JSON values.
         """
-        return {"latent_dim": self.latent_dim, "n_components": self.base.n_components, **self.options}
+        return {
+            "latent_dim": self.latent_dim,
+            "n_components": self.base.n_components,
+            **self.options,
+        }
 
     def log_prob(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, " batch"]:
         """Log-density of each code, by the change of variables.
@@ -114,7 +120,9 @@ class CodeFlow(LatentDistribution):
             ValueError: if the codes have another dimension.
         """
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
-            raise ValueError(f"expected codes of shape (B, {self.latent_dim}), got {tuple(z.shape)}")
+            raise ValueError(
+                f"expected codes of shape (B, {self.latent_dim}), got {tuple(z.shape)}"
+            )
         parts = []
         for codes in torch.split(z.to(self.mean.dtype) - self.mean, BLOCK):
             w = torch.linalg.solve_triangular(self.scale_tril, codes.mT, upper=False).mT
@@ -123,7 +131,9 @@ class CodeFlow(LatentDistribution):
         return torch.cat(parts).to(z.dtype)
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "{n} latent"]:
+    def sample(
+        self, n: int, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "{n} latent"]:
         """Draw independent codes: those of the base, through the inverse of f.
 
         Args:
@@ -183,21 +193,32 @@ def fit_flow(
         ValueError: if the shapes do not fit together, values are not finite, or an option is below 1.
     """
     options = {"epochs": epochs, "batch_size": batch_size, "patience": patience}
-    if problems := [f"{name} is at least 1, got {value}" for name, value in options.items() if value < 1]:
+    if problems := [
+        f"{name} is at least 1, got {value}" for name, value in options.items() if value < 1
+    ]:
         raise ValueError("; ".join(problems))
     mean, log_var = (values.detach() for values in posterior)
     n, d = len(mean), base.latent_dim
-    if mean.shape != (n, d) or log_var.shape != (n, d) or held_out.shape[1:] != (d,) or 0 in (n, len(held_out)):
+    if (
+        mean.shape != (n, d)
+        or log_var.shape != (n, d)
+        or held_out.shape[1:] != (d,)
+        or 0 in (n, len(held_out))
+    ):
         raise ValueError(
             f"expected posteriors (N, {d}) and held_out (M, {d}), as the base has {d} dimensions, got "
             f"{tuple(mean.shape)}, {tuple(log_var.shape)} and {tuple(held_out.shape)}"
         )
     if not all(values.isfinite().all() for values in (mean, log_var, held_out)):
         raise ValueError("the codes are not all finite: encode with the last good checkpoint")
-    start = GaussianMixture(*(values.to(mean) for values in (base.weights, base.means, base.covariances)))
+    start = GaussianMixture(
+        *(values.to(mean) for values in (base.weights, base.means, base.covariances))
+    )
     device = mean.device
     seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
-    with torch.random.fork_rng(devices=[]):  # zuko's weights come from the global generator of the CPU
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # zuko's weights come from the global generator of the CPU
         torch.default_generator.manual_seed(seed)
         flow = CodeFlow(start, n_transforms, hidden)
     optimizer = torch.optim.AdamW(flow.parameters(), learning_rate)

@@ -65,7 +65,9 @@ def standard_normal_like(values: Tensor, generator: Randomness = None) -> Tensor
     """
     if not isinstance(generator, SharedGenerator):
         return torch.empty_like(values).normal_(generator=generator)
-    whole = values.new_empty(generator.batch_size, *values.shape[1:]).normal_(generator=generator.generator)
+    whole = values.new_empty(generator.batch_size, *values.shape[1:]).normal_(
+        generator=generator.generator
+    )
     return whole[generator.rank :: generator.world_size]
 
 
@@ -112,7 +114,9 @@ class Gaussian(NamedTuple):
         Returns:
             (B,), nats, summed over the dimensions, constants included.
         """
-        squared = nn.functional.mse_loss(self.mean, x, reduction="none")  # one pass over the data, and one back
+        squared = nn.functional.mse_loss(
+            self.mean, x, reduction="none"
+        )  # one pass over the data, and one back
         precision, normaliser = torch.exp(-self.log_var), self.log_var + LOG_2PI
         if self.log_var.ndim == 0:  # eq. (8), whose variance stands before the sum
             return -0.5 * (sum_dimensions(squared) * precision + x.shape[1:].numel() * normaliser)
@@ -127,7 +131,9 @@ class Gaussian(NamedTuple):
         Returns:
             (B, \*), differentiable with respect to ``mean`` and ``log_var``.
         """
-        return self.mean + torch.exp(0.5 * self.log_var) * standard_normal_like(self.mean, generator)
+        return self.mean + torch.exp(0.5 * self.log_var) * standard_normal_like(
+            self.mean, generator
+        )
 
     def kl(self) -> Float[Tensor, " batch"]:
         r"""Kullback-Leibler divergence to the standard normal prior, the last term of eq. (4).

@@ -26,27 +26,50 @@ class Term(NamedTuple):
 
 
 _BITS = "Bits that a dimension of the dequantised data costs, at most: comparable between models of the same data"
-_COVERAGE = "Share of the errors within {} predicted std; {} if the noise is Gaussian and its std right."
-_INTERVAL = (
-    "Share of the errors within the interval that held {} of the held-out errors: calibrated whatever their shape."
+_COVERAGE = (
+    "Share of the errors within {} predicted std; {} if the noise is Gaussian and its std right."
 )
+_INTERVAL = "Share of the errors within the interval that held {} of the held-out errors: calibrated whatever their shape."
 
 TERMS: dict[str, Term] = {
     # likelihood
     "elbo": Term("ELBO", "nats", "Evidence lower bound on log p(x), constants included.", "higher"),
-    "log_likelihood": Term("Log-likelihood", "nats", "Reconstruction term of the ELBO, E log p(x|z).", "higher"),
-    "kl": Term("KL(posterior, prior)", "nats", "Regularisation term of the ELBO: what the codes tell of the data."),
-    "mse": Term("Squared error", "(model unit)²", "Per dimension, with z sampled; images have the unit 1.", "lower"),
-    "noise_var": Term("Noise variance", "(model unit)²", "Variance of p(x|z), mean over the dimensions."),
+    "log_likelihood": Term(
+        "Log-likelihood", "nats", "Reconstruction term of the ELBO, E log p(x|z).", "higher"
+    ),
+    "kl": Term(
+        "KL(posterior, prior)",
+        "nats",
+        "Regularisation term of the ELBO: what the codes tell of the data.",
+    ),
+    "mse": Term(
+        "Squared error",
+        "(model unit)²",
+        "Per dimension, with z sampled; images have the unit 1.",
+        "lower",
+    ),
+    "noise_var": Term(
+        "Noise variance", "(model unit)²", "Variance of p(x|z), mean over the dimensions."
+    ),
     "noise_floor_var": Term(
-        "Noise floor", "(model unit)²", "Smallest variance that the model can predict; it limits the raw likelihood."
+        "Noise floor",
+        "(model unit)²",
+        "Smallest variance that the model can predict; it limits the raw likelihood.",
     ),
     "dequantised": Term("dequantised data"),
     "bits_per_dim": Term("Bits per dimension", "bits", f"{_BITS}.", "lower"),
-    "bits_per_dim_mixture": Term("Bits per dimension, mixture as p(z)", "bits", f"{_BITS}.", "lower"),
+    "bits_per_dim_mixture": Term(
+        "Bits per dimension, mixture as p(z)", "bits", f"{_BITS}.", "lower"
+    ),
     # samples
-    "features": Term("Features", "", "Network in whose features images are compared; never compare across networks."),
-    "feature_dimension": Term("Feature dimension", "", "Fewer samples than this bias the Fréchet distance upwards."),
+    "features": Term(
+        "Features",
+        "",
+        "Network in whose features images are compared; never compare across networks.",
+    ),
+    "feature_dimension": Term(
+        "Feature dimension", "", "Fewer samples than this bias the Fréchet distance upwards."
+    ),
     "reference": Term("Reference", "", "Real images that each set is compared with."),
     "examples": Term("examples"),
     "n": Term("number"),
@@ -58,24 +81,44 @@ TERMS: dict[str, Term] = {
     "flow": Term("flow"),
     "aggregate": Term("aggregate posterior"),
     "frechet_distance": Term(
-        "Fréchet distance", "", "Distance of the features' means and covariances from those of real images.", "lower"
+        "Fréchet distance",
+        "",
+        "Distance of the features' means and covariances from those of real images.",
+        "lower",
     ),
     "kernel_distance": Term(
-        "Kernel distance", "", "Unbiased squared maximum mean discrepancy of the features; may be negative.", "lower"
+        "Kernel distance",
+        "",
+        "Unbiased squared maximum mean discrepancy of the features; may be negative.",
+        "lower",
     ),
     # latent
-    "kl_mixture_prior": Term("KL(mixture, prior)", "nats", "How far the codes in use are from the prior."),
-    "active_units": Term("Active units", "", "Latent units whose posterior mean varies with the input."),
-    "rate_per_unit": Term("Rate per unit", "nats", "Mean KL of each latent unit; they add up to the KL of the ELBO."),
+    "kl_mixture_prior": Term(
+        "KL(mixture, prior)", "nats", "How far the codes in use are from the prior."
+    ),
+    "active_units": Term(
+        "Active units", "", "Latent units whose posterior mean varies with the input."
+    ),
+    "rate_per_unit": Term(
+        "Rate per unit", "nats", "Mean KL of each latent unit; they add up to the KL of the ELBO."
+    ),
     "code_log_likelihood": Term(
-        "Log-likelihood of the codes", "nats", "How well each density explains codes of held-out data.", "higher"
+        "Log-likelihood of the codes",
+        "nats",
+        "How well each density explains codes of held-out data.",
+        "higher",
     ),
     "gain": Term("mixture over one Gaussian"),
     "code_gain": Term(
-        "Log-likelihood over the run's mixture", "nats", "Gain on the same codes, whose error is smaller.", "higher"
+        "Log-likelihood over the run's mixture",
+        "nats",
+        "Gain on the same codes, whose error is smaller.",
+        "higher",
     ),
     "memorisation": Term(
-        "Distance to the training data", "", "Median distance to the nearest decoded training example, in model units."
+        "Distance to the training data",
+        "",
+        "Median distance to the nearest decoded training example, in model units.",
     ),
     "samples": Term("samples"),
     "reconstructions": Term("reconstructed test data"),
@@ -86,7 +129,9 @@ TERMS: dict[str, Term] = {
         "Probability that a sample singles out one training example more than a reconstructed test example does; 0.5 "
         "if nothing is copied, 1 if all is.",
     ),
-    "copied": Term("Copies training data", "", "Whether samples are nearer to it than chance allows."),
+    "copied": Term(
+        "Copies training data", "", "Whether samples are nearer to it than chance allows."
+    ),
     # noise
     "all": Term("all dimensions"),
     "varying": Term("dimensions that vary"),
@@ -97,21 +142,34 @@ TERMS: dict[str, Term] = {
     "interval_coverage_2": Term("In the .954 interval", "", _INTERVAL.format(0.954)),
     "interval_coverage_3": Term("In the .997 interval", "", _INTERVAL.format(0.997)),
     "standardised_var": Term(
-        "Standardised variance", "", "Mean of (error / predicted std)²; 1 if right, above it the std is too small."
+        "Standardised variance",
+        "",
+        "Mean of (error / predicted std)²; 1 if right, above it the std is too small.",
     ),
     "normalised_calibration_error": Term(
-        "Normalised calibration error", "", "Mean relative gap of predicted std and RMSE over the bins.", "lower"
+        "Normalised calibration error",
+        "",
+        "Mean relative gap of predicted std and RMSE over the bins.",
+        "lower",
     ),
     "pit_histogram_error": Term(
-        "PIT histogram error", "", "Distance of the probability integral transform from uniform.", "lower"
+        "PIT histogram error",
+        "",
+        "Distance of the probability integral transform from uniform.",
+        "lower",
     ),
     "sparsification_error_area": Term(
-        "Sparsification error", "", "Area between the orders by predicted std and by true error.", "lower"
+        "Sparsification error",
+        "",
+        "Area between the orders by predicted std and by true error.",
+        "lower",
     ),
     "random_sparsification_error_area": Term(
         "Sparsification error of a random order", "", "What a std that knows nothing would have."
     ),
-    "varying_share": Term("Share that varies", "", "Share of the dimensions that are not constant in the data."),
+    "varying_share": Term(
+        "Share that varies", "", "Share of the dimensions that are not constant in the data."
+    ),
     # outliers
     "against": Term("Outliers from", "", "The data that the model should find odd."),
     "n_inliers": Term("Inliers", "", "Examples of the model's own test set."),
@@ -121,8 +179,12 @@ TERMS: dict[str, Term] = {
     "standardised_residual": Term("by standardised residual"),
     "negative_mixture_log_prob": Term("by mixture density of the code"),
     "combined": Term("by the combination"),
-    "auroc": Term("AUROC", "", "Probability that an outlier scores above an inlier; 0.5 is chance.", "higher"),
-    "aupr": Term("AUPR", "", "Mean precision over the recalls; chance is the outliers' share.", "higher"),
+    "auroc": Term(
+        "AUROC", "", "Probability that an outlier scores above an inlier; 0.5 is chance.", "higher"
+    ),
+    "aupr": Term(
+        "AUPR", "", "Mean precision over the recalls; chance is the outliers' share.", "higher"
+    ),
 }
 
 
@@ -151,7 +213,11 @@ def term(key: str) -> Term:
     """
     if bound := re.fullmatch(r"iwae_(\d+)(?:_first_(\d+))?(_mixture)?", key):
         n_samples, first, mixture = bound.groups()
-        title = f"IWAE-{n_samples}" + (f", first {first}" if first else "") + (", mixture as p(z)" if mixture else "")
+        title = (
+            f"IWAE-{n_samples}"
+            + (f", first {first}" if first else "")
+            + (", mixture as p(z)" if mixture else "")
+        )
         meaning = f"Importance-weighted lower bound on log p(x), {n_samples} samples of z each: tighter than the ELBO."
         return Term(title, "nats", meaning, "higher")
     if mixture := re.fullmatch(r"mixture=(?:(\d+)|auto)", key):
@@ -197,7 +263,9 @@ def measure(keys: Keys) -> tuple[str, Keys]:
         ('code_log_likelihood', ('mixture',))
     """
     found = next((i for i in reversed(range(len(keys))) if term(keys[i]).meaning), len(keys) - 1)
-    return keys[found], tuple(key for i, key in enumerate(keys) if i != found and not term(key).meaning)
+    return keys[found], tuple(
+        key for i, key in enumerate(keys) if i != found and not term(key).meaning
+    )
 
 
 def title(keys: Keys) -> str:
@@ -233,7 +301,9 @@ def format_figure(figure: Any) -> str:  # noqa: ANN401 (any JSON value)
         '16 (of 16, threshold 0.01)'
     """
     if isinstance(figure, list):
-        return ", ".join(format_figure(item["value"] if isinstance(item, dict) else item) for item in figure)
+        return ", ".join(
+            format_figure(item["value"] if isinstance(item, dict) else item) for item in figure
+        )
     if isinstance(figure, dict):
         value, error = figure["value"], figure.get("standard_error")
         others = [
@@ -281,7 +351,9 @@ def warnings_of(evaluation: dict[str, Any]) -> Iterator[str]:
     memorisation = evaluation.get("latent", {}).get("memorisation", {})
     if "n_training" in memorisation:
         yield f"Copies were sought among the first {memorisation['n_training']:,} training examples of the stream only."
-    by_source = {"mixture": memorisation} | {key: part for key, part in memorisation.items() if isinstance(part, dict)}
+    by_source = {"mixture": memorisation} | {
+        key: part for key, part in memorisation.items() if isinstance(part, dict)
+    }
     for source, part in by_source.items():
         if part.get("copied"):
             yield (

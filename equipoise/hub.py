@@ -71,7 +71,10 @@ def publish(name: str, files: Mapping[str, bytes | Path], *, private: bool = Tru
             raise HubError(f"nobody is logged in to the hub: {LOG_IN} to a token that may write.")
         api = HfApi()
         page = api.create_repo(name, private=private, exist_ok=True)
-        additions = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=content) for file, content in files.items()]
+        additions = [
+            CommitOperationAdd(path_in_repo=file, path_or_fileobj=content)
+            for file, content in files.items()
+        ]
         api.create_commit(name, additions, commit_message="Publish a run of equipoise")
     return str(page)
 
@@ -82,7 +85,9 @@ def _download(name: str, revision: str | None, folder: Path) -> None:
 
         snapshot_download(name, revision=revision, local_dir=folder, allow_patterns=list(RUN_FILES))
     if missing := _lacks(folder):
-        raise HubError(f"{name} on the hub is not a run of equipoise: it has no {', '.join(missing)}.")
+        raise HubError(
+            f"{name} on the hub is not a run of equipoise: it has no {', '.join(missing)}."
+        )
 
 
 def _lacks(folder: Path) -> list[str]:
@@ -108,20 +113,32 @@ def _explained(name: str) -> Iterator[None]:
             RevisionNotFoundError,
         )
     except ImportError as error:
-        raise ImportError("the Hugging Face hub needs its library: pip install 'equipoise[hub]'") from error
+        raise ImportError(
+            "the Hugging Face hub needs its library: pip install 'equipoise[hub]'"
+        ) from error
     try:
         yield
     except GatedRepoError as error:
-        raise HubError(f"{name} is open only to those who asked: ask on its page, then {LOG_IN}.") from error
+        raise HubError(
+            f"{name} is open only to those who asked: ask on its page, then {LOG_IN}."
+        ) from error
     except RepositoryNotFoundError as error:
-        raise HubError(f"the hub has no model {name} that you may see: check the name, or {LOG_IN}.") from error
+        raise HubError(
+            f"the hub has no model {name} that you may see: check the name, or {LOG_IN}."
+        ) from error
     except RevisionNotFoundError as error:
-        raise HubError(f"{name} has no such revision: give a branch, a tag or a commit that its page lists.") from error
+        raise HubError(
+            f"{name} has no such revision: give a branch, a tag or a commit that its page lists."
+        ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
-            raise HubError(f"the hub does not accept your token for {name}: {LOG_IN} to one that may write.") from error
-        raise HubError(f"the hub answered {status} for {name}: {error.server_message or error}") from error
+            raise HubError(
+                f"the hub does not accept your token for {name}: {LOG_IN} to one that may write."
+            ) from error
+        raise HubError(
+            f"the hub answered {status} for {name}: {error.server_message or error}"
+        ) from error
     except (TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise HubError(
             f"the hub cannot be reached for {name}: connect and unset HF_HUB_OFFLINE, or copy the run's folder here "

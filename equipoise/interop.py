@@ -64,7 +64,9 @@ def read_pythae(
         )
     for name, given in (("encoder", encoder), ("decoder", decoder)):
         if given is None and not config.get(f"uses_default_{name}", True):
-            raise StoreError(f"{folder} has an {name} of your own: build it as it was and pass it as {name}=")
+            raise StoreError(
+                f"{folder} has an {name} of your own: build it as it was and pass it as {name}="
+            )
     shape, latent_dim = tuple(config["input_dim"]), config["latent_dim"]
     networks = nn.ModuleDict(
         {
@@ -87,9 +89,13 @@ def _pythae_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise StoreError(f"There is no {path}.")
     try:
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
+        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)[
+            "model_state_dict"
+        ]
     except (UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
-        raise StoreError(f"{path} is damaged, or holds something else than the weights of a pythae model.") from error
+        raise StoreError(
+            f"{path} is damaged, or holds something else than the weights of a pythae model."
+        ) from error
     return weights
 
 
@@ -132,7 +138,9 @@ class _DefaultEncoder(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], latent_dim: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(math.prod(shape), PYTHAE_UNITS), nn.ReLU())])
+        self.layers = nn.ModuleList(
+            [nn.Sequential(nn.Linear(math.prod(shape), PYTHAE_UNITS), nn.ReLU())]
+        )
         self.embedding = nn.Linear(PYTHAE_UNITS, latent_dim)
         self.log_var = nn.Linear(PYTHAE_UNITS, latent_dim)
 
@@ -168,7 +176,9 @@ class AutoencoderKL(Protocol):
     decoder: nn.Module
 
 
-def from_autoencoder_kl(autoencoder: AutoencoderKL, shape: tuple[int, int, int], scaling: Scaling | None = None) -> VAE:
+def from_autoencoder_kl(
+    autoencoder: AutoencoderKL, shape: tuple[int, int, int], scaling: Scaling | None = None
+) -> VAE:
     """Take over an ``AutoencoderKL`` of diffusers: its networks, not a copy of them.
 
     The codes are its latents (C, h, w) in a row, without the ``scaling_factor`` of the diffusion model. Model units are
@@ -199,7 +209,12 @@ def from_autoencoder_kl(autoencoder: AutoencoderKL, shape: tuple[int, int, int],
     latents = (channels // 2, height, width)
     return VAE(
         _sequence(encoder, nn.Flatten()),
-        _sequence(nn.Unflatten(1, latents), autoencoder.post_quant_conv, autoencoder.decoder, _Affine(0.5, 0.5)),
+        _sequence(
+            nn.Unflatten(1, latents),
+            autoencoder.post_quant_conv,
+            autoencoder.decoder,
+            _Affine(0.5, 0.5),
+        ),
         GlobalNoise(),
         shape=shape,
         latent_dim=math.prod(latents),

@@ -81,7 +81,9 @@ class SufficientStatistics(NamedTuple):
         Returns:
             The sum of the two, field by field.
         """
-        return SufficientStatistics(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        return SufficientStatistics(
+            *(mine + theirs for mine, theirs in zip(self, other, strict=True))
+        )
 
 
 class EMStep(NamedTuple):
@@ -220,14 +222,20 @@ def fit_mixture(
         subsample = None
     processes = processes or ALONE
     rows = _Rows.of(codes, log_vars, chunk_size, device)
-    test_codes = None if held_out is None else _Rows.of(held_out, None, chunk_size, rows.device).draw(generator)
+    test_codes = (
+        None
+        if held_out is None
+        else _Rows.of(held_out, None, chunk_size, rows.device).draw(generator)
+    )
     if start is not None and start.latent_dim != rows.dim:
         raise ValueError(f"expected a start of dimension {rows.dim}, got {start.latent_dim}")
     n_codes = sum(processes.counts(rows.count, rows.device))
     if n_components == "auto" and test_codes is None:
         n_test = min(n_codes // 10, HELD_OUT_CODES)
         if n_test < 2:
-            raise ValueError(f'"auto" needs 20 codes to hold some out, got {n_codes}: choose n_components')
+            raise ValueError(
+                f'"auto" needs 20 codes to hold some out, got {n_codes}: choose n_components'
+            )
         n_codes -= n_test
         rows, test_rows = _split(rows, n_codes, processes, generator)
         test_codes = test_rows.draw(generator)
@@ -247,17 +255,27 @@ def fit_mixture(
         while not converged and len(log_likelihoods) < max_iter:
             statistics = _statistics(rows, whitening, components, dtype)
             statistics = SufficientStatistics(*map(processes.all_reduce, statistics))
-            log_likelihoods.append((statistics.log_likelihood / statistics.n_codes).item() + whitening.log_det)
+            log_likelihoods.append(
+                (statistics.log_likelihood / statistics.n_codes).item() + whitening.log_det
+            )
             components, n_floored = _clip(_maximise(statistics), floor)
             if on_iteration is not None:
                 K, n = len(components.weights), int(statistics.n_codes)
                 on_iteration(EMStep(K, len(log_likelihoods), log_likelihoods[-1], n))
-            converged = len(log_likelihoods) > 1 and abs(log_likelihoods[-1] - log_likelihoods[-2]) < tol
+            converged = (
+                len(log_likelihoods) > 1 and abs(log_likelihoods[-1] - log_likelihoods[-2]) < tol
+            )
         mixture = whitening.mixture(components)
-        return MixtureFit(mixture, tuple(log_likelihoods), converged, len(log_likelihoods), n_floored, {})
+        return MixtureFit(
+            mixture, tuple(log_likelihoods), converged, len(log_likelihoods), n_floored, {}
+        )
 
     def fit(K: int) -> MixtureFit:
-        first = _k_means(rows, whitening, K, processes, generator) if start is None else whitening.components(start)
+        first = (
+            _k_means(rows, whitening, K, processes, generator)
+            if start is None
+            else whitening.components(start)
+        )
         n_first = _first_phase(subsample, n_codes, K, rows.dim)
         if n_first < n_codes:
             subset, _ = _split(rows, n_first, processes, generator)
@@ -311,7 +329,11 @@ def fit_variational_mixture(
     whitening = _whiten(rows, ALONE)
     z = rows.draw(None)
     model = BayesianGaussianMixture(
-        n_components=n_components, reg_covar=floor, tol=tol, max_iter=max_iter, random_state=_seed(generator)
+        n_components=n_components,
+        reg_covar=floor,
+        tol=tol,
+        max_iter=max_iter,
+        random_state=_seed(generator),
     )
     with warnings.catch_warnings():  # the result says whether it converged
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -325,7 +347,9 @@ def fit_variational_mixture(
     return MixtureFit(mixture, (log_likelihood,), bool(model.converged_), int(model.n_iter_), 0, {})
 
 
-def _search(fit: Callable[[int], MixtureFit], candidates: Sequence[int], test_codes: Tensor) -> MixtureFit:
+def _search(
+    fit: Callable[[int], MixtureFit], candidates: Sequence[int], test_codes: Tensor
+) -> MixtureFit:
     """Fit growing K until the held-out codes gain no more than the standard error of the gain."""
     best = fit(candidates[0])
     best_log_prob = best.mixture.log_prob(test_codes)
@@ -354,13 +378,21 @@ class _Rows:
 
     @classmethod
     def of(
-        cls, codes: Codes, log_vars: Codes | None, chunk_size: int | None, device: torch.device | str | None
+        cls,
+        codes: Codes,
+        log_vars: Codes | None,
+        chunk_size: int | None,
+        device: torch.device | str | None,
     ) -> "_Rows":
         shape = tuple(codes.shape)
         if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"expected codes of shape (N, d), neither zero, got {shape}; flatten each to a vector")
+            raise ValueError(
+                f"expected codes of shape (N, d), neither zero, got {shape}; flatten each to a vector"
+            )
         if log_vars is not None and tuple(log_vars.shape) != shape:
-            raise ValueError(f"expected log_vars of the codes' shape {shape}, got {tuple(log_vars.shape)}")
+            raise ValueError(
+                f"expected log_vars of the codes' shape {shape}, got {tuple(log_vars.shape)}"
+            )
         if device is None:
             device = codes.device if isinstance(codes, Tensor) else "cpu"
         device = torch.device(device)
@@ -381,7 +413,11 @@ class _Rows:
             mask = None if self.mask is None else self.mask[chosen]
             if mask is None or mask.any():
                 codes = _to_float64(self.codes[chosen], mask, self.device)
-                log_vars = None if self.log_vars is None else _to_float64(self.log_vars[chosen], mask, self.device)
+                log_vars = (
+                    None
+                    if self.log_vars is None
+                    else _to_float64(self.log_vars[chosen], mask, self.device)
+                )
                 yield codes, log_vars
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -391,7 +427,10 @@ class _Rows:
 
     def draw(self, generator: torch.Generator | None) -> Tensor:
         """Return the codes in one tensor; of posteriors, one sample of each."""
-        drawn = [z if log_var is None else Gaussian(z, log_var).sample(generator) for z, log_var in self.parts()]
+        drawn = [
+            z if log_var is None else Gaussian(z, log_var).sample(generator)
+            for z, log_var in self.parts()
+        ]
         return torch.cat([self._none(), *drawn])
 
     def load(self) -> "_Rows":
@@ -399,7 +438,9 @@ class _Rows:
         parts = list(self.parts())
         codes = torch.cat([self._none(), *(z for z, _ in parts)])
         log_vars = [log_var for _, log_var in parts if log_var is not None]
-        return replace(self, codes=codes, log_vars=torch.cat(log_vars) if log_vars else None, mask=None)
+        return replace(
+            self, codes=codes, log_vars=torch.cat(log_vars) if log_vars else None, mask=None
+        )
 
     def split(self, n: int, generator: torch.Generator | None) -> tuple["_Rows", "_Rows"]:
         """Split into n random rows and the others."""
@@ -417,7 +458,9 @@ class _Rows:
         return torch.empty(0, self.dim, dtype=torch.float64, device=self.device)
 
 
-def _split(rows: _Rows, n: int, processes: Processes, generator: torch.Generator | None) -> tuple[_Rows, _Rows]:
+def _split(
+    rows: _Rows, n: int, processes: Processes, generator: torch.Generator | None
+) -> tuple[_Rows, _Rows]:
     """Split the rows of all processes into n random ones and the others."""
     return rows.split(processes.share(n, processes.counts(rows.count, rows.device)), generator)
 
@@ -440,7 +483,9 @@ class _Components(NamedTuple):
         log_det = 2 * scale_trils.diagonal(dim1=1, dim2=2).log().sum(1)
         constant = self.weights.log() - 0.5 * (d * LOG_2PI + log_det + (self.means * linear).sum(1))
         i, j = torch.triu_indices(d, d, device=self.means.device)
-        quadratic = precisions[:, i, j] * torch.where(i == j, -0.5, -1.0)  # z_i z_j stands for z_j z_i too
+        quadratic = precisions[:, i, j] * torch.where(
+            i == j, -0.5, -1.0
+        )  # z_i z_j stands for z_j z_i too
         return torch.cat([constant.unsqueeze(1), linear, quadratic], 1)
 
 
@@ -491,15 +536,21 @@ def _whiten(rows: _Rows, processes: Processes) -> _Whitening:
         scatter += centred.mT @ centred if var is None else centred.mT @ centred + var.sum(0).diag()
     covariance = processes.all_reduce(scatter) / count
     std = covariance.diagonal().sqrt()
-    std = torch.where(std > 1e-12 * centre.abs(), std, 0.0)  # below it is the rounding error of the mean
+    std = torch.where(
+        std > 1e-12 * centre.abs(), std, 0.0
+    )  # below it is the rounding error of the mean
     if not std.max() > 0:
-        raise ValueError("all codes are the same: the encoder ignores its input (posterior collapse)")
+        raise ValueError(
+            "all codes are the same: the encoder ignores its input (posterior collapse)"
+        )
     # Directions without variance (a unit that is not used, or a copy of another) get a scale all the same.
     std = torch.where(std > 0, std, std.max())
     values, vectors = torch.linalg.eigh(covariance / torch.outer(std, std))
     scale = values.clamp(min=FLOOR).sqrt()
     log_det = -(std.log().sum() + scale.log().sum()).item()
-    return _Whitening(centre, std.unsqueeze(1) * vectors * scale, (vectors / scale).mT / std, log_det)
+    return _Whitening(
+        centre, std.unsqueeze(1) * vectors * scale, (vectors / scale).mT / std, log_det
+    )
 
 
 def _features(w: Tensor, quadratic: Tensor | None, phi: Tensor) -> None:
@@ -540,7 +591,11 @@ def _statistics(
         normaliser = responsibilities.sum(0)
         responsibilities.div_(normaliser)
         log_likelihood = (highest + normaliser.log()).double().sum()
-        total = total.plus(SufficientStatistics(log_likelihood, zero + len(z), (responsibilities @ phi.mT).double()))
+        total = total.plus(
+            SufficientStatistics(
+                log_likelihood, zero + len(z), (responsibilities @ phi.mT).double()
+            )
+        )
     return total
 
 
@@ -581,7 +636,11 @@ def _clip(components: _Components, floor: float) -> tuple[_Components, int]:
 
 
 def _k_means(
-    rows: _Rows, whitening: _Whitening, K: int, processes: Processes, generator: torch.Generator | None
+    rows: _Rows,
+    whitening: _Whitening,
+    K: int,
+    processes: Processes,
+    generator: torch.Generator | None,
 ) -> _Components:
     """Start: the clusters of a random subset, and the covariance within them, shared by all."""
     from sklearn.cluster import KMeans
@@ -597,7 +656,9 @@ def _k_means(
     means = torch.as_tensor(model.cluster_centers_, device=w.device)
     within = w - means[labels]
     covariance = within.mT @ within / len(w)
-    components = _Components(labels.bincount(minlength=K).to(w) / len(w), means, covariance.expand(K, -1, -1))
+    components = _Components(
+        labels.bincount(minlength=K).to(w) / len(w), means, covariance.expand(K, -1, -1)
+    )
     # All have found clusters, in the time that they would have waited; those of rank 0 count.
     return _Components(*map(processes.broadcast, components))
 
@@ -646,7 +707,9 @@ def _check_options(
     if isinstance(n_components, int) and n_components < 1:
         problems.append(f"n_components is at least 1, got {n_components}")
     if start is not None and n_components != start.n_components:
-        problems.append(f"start has {start.n_components} components, but n_components is {n_components}")
+        problems.append(
+            f"start has {start.n_components} components, but n_components is {n_components}"
+        )
     if not 0 <= floor < 1:
         problems.append(f"floor is a fraction of the variance, from 0 to below 1, got {floor}")
     if not tol >= 0:

@@ -13,7 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.gaussian import Gaussian
-from equipoise.networks import Architecture, Decoder, build_decoder, build_encoder, default_architecture, start_at_data
+from equipoise.networks import (
+    Architecture,
+    Decoder,
+    build_decoder,
+    build_encoder,
+    default_architecture,
+    start_at_data,
+)
 from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise, bounded
 
 LOG_VAR_RANGE = (-20.0, 5.0)
@@ -66,8 +73,14 @@ class Scaling(nn.Module):
 
     def __init__(self, offset: Tensor, scale: Tensor, quantum: float | None = None) -> None:
         super().__init__()
-        if not bool(torch.all(scale > 0) and torch.all(torch.isfinite(scale)) and torch.all(torch.isfinite(offset))):
-            raise ValueError("Scaling needs a finite offset and a positive, finite scale in every dimension.")
+        if not bool(
+            torch.all(scale > 0)
+            and torch.all(torch.isfinite(scale))
+            and torch.all(torch.isfinite(offset))
+        ):
+            raise ValueError(
+                "Scaling needs a finite offset and a positive, finite scale in every dimension."
+            )
         self.register_buffer("offset", offset.float())
         self.register_buffer("scale", scale.float())
         self.quantum = quantum
@@ -120,7 +133,9 @@ class Scaling(nn.Module):
             ValueError: with what was expected and what came.
         """
         low, high = float(self.offset.min()), float((self.offset + self.scale).max())
-        if self.quantum is not None and (raw.is_floating_point() or raw.max() > high or raw.min() < low):
+        if self.quantum is not None and (
+            raw.is_floating_point() or raw.max() > high or raw.min() < low
+        ):
             raise ValueError(
                 f"The model was trained on whole numbers from {low:g} to {high:g}; these are {raw.dtype} from "
                 f"{float(raw.min()):g} to {float(raw.max()):g}. Bring them to the same levels."
@@ -310,12 +325,16 @@ class VAE(nn.Module):
             [1.9599..., 1.9599..., 1.9599...]
         """
         if not 0 < coverage < 1:
-            raise ValueError(f"coverage must be above 0 and below 1, such as 0.95, got {coverage:g}")
+            raise ValueError(
+                f"coverage must be above 0 and below 1, such as 0.95, got {coverage:g}"
+            )
         seen = self.reconstruct(x)
         half = self.noise.interval_factor(NormalDist().inv_cdf((1 + coverage) / 2)) * seen.std
         return Interval(seen.mean - half, seen.mean + half)
 
-    def generate(self, n: int, source: CodeSource, generator: torch.Generator | None = None) -> Gaussian:
+    def generate(
+        self, n: int, source: CodeSource, generator: torch.Generator | None = None
+    ) -> Gaussian:
         r"""Decode codes drawn from a source.
 
         Args:
@@ -345,7 +364,9 @@ class VAE(nn.Module):
             calibration_shape: () or one example's shape, see :class:`PredictedNoise`.
         """
         device = next(self.parameters()).device
-        self.noise = PredictedNoise(self._variance_network(), reference_var, floor_var, calibration_shape).to(device)
+        self.noise = PredictedNoise(
+            self._variance_network(), reference_var, floor_var, calibration_shape
+        ).to(device)
 
     def _variance_network(self) -> nn.Module:
         network = self.blank_variance_network()
@@ -439,7 +460,9 @@ def encode_all(model: VAE, batches: Iterable[Tensor]) -> Gaussian:
     posteriors = [model.encode(model.scaling(raw)) for raw in batches]
     if not posteriors:
         raise ValueError("expected at least one batch of examples to encode, got none")
-    return Gaussian(torch.cat([p.mean for p in posteriors]), torch.cat([p.log_var for p in posteriors]))
+    return Gaussian(
+        torch.cat([p.mean for p in posteriors]), torch.cat([p.log_var for p in posteriors])
+    )
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ COARSEST_SIZE = 4
 """Images are halved while the next size would stay at or above this one: 28 -> 14 -> 7, 64 -> 32 -> 16 -> 8 -> 4."""
 
 
-def build_encoder(architecture: Architecture, shape: Shape, latent_dim: int, width: int) -> nn.Module:
+def build_encoder(
+    architecture: Architecture, shape: Shape, latent_dim: int, width: int
+) -> nn.Module:
     r"""Make the encoder half of a pair.
 
     Args:
@@ -49,7 +51,9 @@ def build_encoder(architecture: Architecture, shape: Shape, latent_dim: int, wid
     return ConvEncoder(shape, latent_dim, width, residual=architecture == "residual")
 
 
-def build_decoder(architecture: Architecture, shape: Shape, latent_dim: int, width: int) -> "Decoder":
+def build_decoder(
+    architecture: Architecture, shape: Shape, latent_dim: int, width: int
+) -> "Decoder":
     r"""Make the decoder half of a pair; also the shape of a variance network, which maps codes to log-variances.
 
     Args:
@@ -95,7 +99,9 @@ def start_at_data(encoder: nn.Module, decoder: nn.Module, mean: Tensor, std: Ten
     Raises:
         ValueError: if the networks are not of this module.
     """
-    if not isinstance(encoder, MLPEncoder | ConvEncoder) or not isinstance(decoder, MLPDecoder | ConvDecoder):
+    if not isinstance(encoder, MLPEncoder | ConvEncoder) or not isinstance(
+        decoder, MLPDecoder | ConvDecoder
+    ):
         raise ValueError("start_at_data knows the networks of networks.py only.")
     encoder.standardise.mean.copy_(mean.mean())
     encoder.standardise.std.copy_(std)
@@ -134,7 +140,11 @@ class MLPEncoder(nn.Module):
         units = 8 * width
         self.standardise = Standardise()
         self.hidden = nn.Sequential(
-            nn.Flatten(), nn.Linear(math.prod(shape), units), nn.GELU(), nn.Linear(units, units), nn.GELU()
+            nn.Flatten(),
+            nn.Linear(math.prod(shape), units),
+            nn.GELU(),
+            nn.Linear(units, units),
+            nn.GELU(),
         )
         self.output = _posterior_layer(units, latent_dim)
 
@@ -157,7 +167,9 @@ class MLPDecoder(nn.Module):
         super().__init__()
         units = 8 * width
         self.shape = shape
-        self.hidden = nn.Sequential(nn.Linear(latent_dim, units), nn.GELU(), nn.Linear(units, units), nn.GELU())
+        self.hidden = nn.Sequential(
+            nn.Linear(latent_dim, units), nn.GELU(), nn.Linear(units, units), nn.GELU()
+        )
         self.output = nn.Linear(units, math.prod(shape))
 
     def forward(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch *event"]:
@@ -176,7 +188,9 @@ class ConvEncoder(nn.Module):
         residual: put a residual block after each convolution.
     """
 
-    def __init__(self, shape: Shape, latent_dim: int, width: int, *, residual: bool = False) -> None:
+    def __init__(
+        self, shape: Shape, latent_dim: int, width: int, *, residual: bool = False
+    ) -> None:
         super().__init__()
         sizes, channels = _pyramid(shape, width)
         layers: list[nn.Module] = []
@@ -191,7 +205,9 @@ class ConvEncoder(nn.Module):
         )
         self.output = _posterior_layer(units, latent_dim)
 
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch parameters"]:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch parameters"]:
         """Map images to the parameters of q(z|x)."""
         parameters: Tensor = self.output(self.hidden(self.standardise(x)))
         return parameters
@@ -207,7 +223,9 @@ class ConvDecoder(nn.Module):
         residual: put a residual block before each convolution.
     """
 
-    def __init__(self, shape: Shape, latent_dim: int, width: int, *, residual: bool = False) -> None:
+    def __init__(
+        self, shape: Shape, latent_dim: int, width: int, *, residual: bool = False
+    ) -> None:
         super().__init__()
         sizes, channels = _pyramid(shape, width)
         self.shape = shape
@@ -230,7 +248,9 @@ class ConvDecoder(nn.Module):
         self.output = up
         self.hidden = nn.Sequential(*layers[:-1])
 
-    def forward(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch channels height width"]:
+    def forward(
+        self, z: Float[Tensor, "batch latent"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Map codes to mean images."""
         mean: Tensor = self.output(self.hidden(z))
         return mean
@@ -239,7 +259,9 @@ class ConvDecoder(nn.Module):
 class GELU(nn.GELU):
     """torch's, fed in the order of the memory: on CPUs it takes up to twice as long for channels-last strides."""
 
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Apply to each value."""
         if x.is_contiguous(memory_format=torch.channels_last):
             return nn.functional.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -264,7 +286,9 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         """Convolve, and add the bias."""
         padding = cast(tuple[int, int], self.output_padding)
         # Compilers and the transforms of torch.func know torch's own operations only.
-        is_transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        is_transformed = (
+            torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        )
         if x.device.type == "cpu" and self.out_channels <= self.FEW_CHANNELS and not is_transformed:
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
             y: Tensor = _Double.apply(x.to(dtype), self.weight.to(dtype), padding)  # type: ignore[no-untyped-call]
@@ -307,9 +331,13 @@ def _double(x: Tensor, weight: Tensor, output_padding: tuple[int, int]) -> Tenso
     pairs = nn.functional.conv2d(x, kernel, padding=1).permute(0, 2, 3, 1)
     pairs = pairs.view(n, height + 1, width + 1, 2, 2, outputs).permute(0, 1, 3, 2, 4, 5)
     y = pairs.reshape(n, 2 * height + 2, 2 * width + 2, outputs)
-    y = y[:, 1 : 1 + 2 * height + output_padding[0], 1 : 1 + 2 * width + output_padding[1]].permute(0, 3, 1, 2)
+    y = y[:, 1 : 1 + 2 * height + output_padding[0], 1 : 1 + 2 * width + output_padding[1]].permute(
+        0, 3, 1, 2
+    )
     is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    return y.contiguous(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
+    return y.contiguous(
+        memory_format=torch.channels_last if is_channels_last else torch.contiguous_format
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -329,7 +357,9 @@ class ResidualBlock(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1),
         )
 
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Add the residual."""
         change: Tensor = self.body(x)
         return x + change

@@ -64,7 +64,10 @@ class ResidualVariance(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, residual: Float[Tensor, "batch *event"], keep: float = 1.0, all_reduce: AllReduce | None = None
+        self,
+        residual: Float[Tensor, "batch *event"],
+        keep: float = 1.0,
+        all_reduce: AllReduce | None = None,
     ) -> None:
         r"""Add a batch.
 
@@ -75,7 +78,9 @@ class ResidualVariance(nn.Module):
         """
         squared = residual.square()
         if not self.sum.ndim:
-            squared = sum_dimensions(squared)  # so few that float32 is enough; float64 is slow on many devices
+            squared = sum_dimensions(
+                squared
+            )  # so few that float32 is enough; float64 is slow on many devices
         squared = squared.sum(0, dtype=torch.float64).sum_to_size(self.sum.shape)
         count: float | Tensor = residual.numel() / self.sum.numel()
         if all_reduce is not None:
@@ -133,8 +138,12 @@ class ResidualQuantiles(nn.Module):
         """
         size = standardised.abs().float().flatten()
         if not bool(size.isfinite().all()):
-            raise ValueError("expected finite residuals and a positive std, but their ratio is not finite")
-        cell = size.view(torch.int32) >> self.SHIFT  # floats that are not negative have the order of their bits
+            raise ValueError(
+                "expected finite residuals and a positive std, but their ratio is not finite"
+            )
+        cell = (
+            size.view(torch.int32) >> self.SHIFT
+        )  # floats that are not negative have the order of their bits
         self.counts += torch.bincount(cell, minlength=len(self.counts))
 
     def all_reduce(self, all_reduce: AllReduce) -> None:
@@ -159,7 +168,9 @@ class ResidualQuantiles(nn.Module):
         """
         cumulative = self.counts.cumsum(0)
         if not (n := int(cumulative[-1])):
-            raise ValueError("no residuals to take quantiles of; give at least one batch of held-out data")
+            raise ValueError(
+                "no residuals to take quantiles of; give at least one batch of held-out data"
+            )
         rank = (share.double().to(cumulative.device) * n).ceil().clamp(1, n).long()
         cell = torch.searchsorted(cumulative, rank)
         return ((cell + 1) << self.SHIFT).to(torch.int32).view(torch.float32)
@@ -263,7 +274,9 @@ class _SharedNoise(NoiseModel):
 
     log_var: Tensor
 
-    def __init__(self, shape: tuple[int, ...], update: NoiseUpdate, min_var: float, memory: int) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], update: NoiseUpdate, min_var: float, memory: int
+    ) -> None:
         super().__init__()
         if update not in ("closed-form", "gradient"):
             raise ValueError(f"update must be 'closed-form' or 'gradient', got {update!r}.")
@@ -346,7 +359,9 @@ class GlobalNoise(_SharedNoise):
         tensor(0.0100)
     """
 
-    def __init__(self, update: NoiseUpdate = "closed-form", *, min_var: float = MIN_VAR, memory: int = 100) -> None:
+    def __init__(
+        self, update: NoiseUpdate = "closed-form", *, min_var: float = MIN_VAR, memory: int = 100
+    ) -> None:
         super().__init__((), update, min_var, memory)
 
 
@@ -419,7 +434,9 @@ class PredictedNoise(NoiseModel):
         dtype = torch.get_default_dtype()
         self.register_buffer("reference_log_var", reference_var.log().to(dtype))
         self.register_buffer("floor_log_var", floor_var.log().to(dtype))
-        self.register_buffer("calibration", torch.zeros(calibration_shape, device=reference_var.device))
+        self.register_buffer(
+            "calibration", torch.zeros(calibration_shape, device=reference_var.device)
+        )
         self.register_buffer("interval_factors", None)
 
     def forward(self, z: Float[Tensor, "batch latent"]) -> Tensor:
@@ -461,12 +478,18 @@ class PredictedNoise(NoiseModel):
         if standardised.sum.ndim == 0:
             scale = common
         self.calibration = (self.calibration + scale.log()).to(self.calibration.dtype)
-        if self.interval_factors is not None:  # the intervals stay, as far as one factor for all can tell
+        if (
+            self.interval_factors is not None
+        ):  # the intervals stay, as far as one factor for all can tell
             one_scale = scale.ndim == 0
-            self.interval_factors = (self.interval_factors / scale.sqrt()).to(self.calibration) if one_scale else None
+            self.interval_factors = (
+                (self.interval_factors / scale.sqrt()).to(self.calibration) if one_scale else None
+            )
 
     @torch.no_grad()
-    def calibrate_intervals(self, standardised: ResidualQuantiles, *, rescale: bool = False) -> None:
+    def calibrate_intervals(
+        self, standardised: ResidualQuantiles, *, rescale: bool = False
+    ) -> None:
         r"""Learn from held-out data how many predicted std hold which share of the errors.
 
         .. math:: q(k) = \min\bigl\{ q : \mathrm{share}(|x_{ni} - m_i| \le q\, std_{ni}) \ge
@@ -491,14 +514,18 @@ class PredictedNoise(NoiseModel):
         if rescale:
             one = _interpolate(factors, 1.0)
             if not one > MIN_VAR:
-                raise ValueError("Recalibration needs held-out residuals of which at least a third are not zero.")
+                raise ValueError(
+                    "Recalibration needs held-out residuals of which at least a third are not zero."
+                )
             self.calibration = (self.calibration + 2 * math.log(one)).to(self.calibration.dtype)
             factors = factors / one
         self.interval_factors = factors.to(self.calibration)
 
     def interval_factor(self, n_std: float) -> float:
         """The function q of :meth:`calibrate_intervals`; before it, the number itself."""
-        return n_std if self.interval_factors is None else _interpolate(self.interval_factors, n_std)
+        return (
+            n_std if self.interval_factors is None else _interpolate(self.interval_factors, n_std)
+        )
 
     def description(self) -> dict[str, Any]:
         """The shapes; the network is the decoder's kind."""
@@ -535,7 +562,11 @@ class _Clamp(torch.autograd.Function):
         # Descent moves a value further out where excess and gradient differ in sign: where their product is negative.
         # The kernel of a ReLU's gradient is a quarter of the time of torch.where on a CPU.
         product = (values - clamped) * gradient
-        return torch.ops.aten.threshold_backward(gradient, product, -torch.finfo(product.dtype).tiny), None, None
+        return (
+            torch.ops.aten.threshold_backward(gradient, product, -torch.finfo(product.dtype).tiny),
+            None,
+            None,
+        )
 
 
 def lower_bound(values: Tensor, bound: Tensor) -> Tensor:

@@ -24,7 +24,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from equipoise.gaussian import Gaussian, Randomness, standard_normal_like, standard_normal_log_prob, sum_dimensions
+from equipoise.gaussian import (
+    Gaussian,
+    Randomness,
+    standard_normal_like,
+    standard_normal_log_prob,
+    sum_dimensions,
+)
 from equipoise.noise import MIN_VAR, PredictedNoise
 
 
@@ -142,7 +148,11 @@ class Elbo(Objective):
         """Evaluate the bound with one sample of z per example."""
         posterior = self.model.encode(x)
         terms = self._terms(x, posterior, self.model.decode(posterior.sample(generator)))
-        return terms if self.beta == 1 else terms._replace(loss=self.beta * terms.kl - terms.log_likelihood)
+        return (
+            terms
+            if self.beta == 1
+            else terms._replace(loss=self.beta * terms.kl - terms.log_likelihood)
+        )
 
 
 class DetachedVarianceElbo(Objective):
@@ -224,7 +234,9 @@ class _DipVae(Elbo):
         diagonal_ratio: lambda_d / lambda_od.
     """
 
-    def __init__(self, model: LatentVariableModel, off_diagonal: float, diagonal_ratio: float) -> None:
+    def __init__(
+        self, model: LatentVariableModel, off_diagonal: float, diagonal_ratio: float
+    ) -> None:
         super().__init__(model)
         self.off_diagonal = off_diagonal
         self.diagonal = diagonal_ratio * off_diagonal
@@ -329,7 +341,10 @@ def maximum_mean_discrepancy(z: Float[Tensor, "n d"], prior: Float[Tensor, "n d"
     squared_norms = both.square().sum(1)
     # One product instead of torch.cdist, whose gradient is infinite where two codes coincide.
     squared_distances = (squared_norms[:, None] + squared_norms - 2 * both @ both.mT).clamp_min(0)
-    kernel = sum((2 * d * s / (2 * d * s + squared_distances) for s in IMQ_SCALES), torch.zeros_like(squared_distances))
+    kernel = sum(
+        (2 * d * s / (2 * d * s + squared_distances) for s in IMQ_SCALES),
+        torch.zeros_like(squared_distances),
+    )
     within = kernel[:n, :n].sum() + kernel[n:, n:].sum() - kernel.diagonal().sum()
     return within / (n * (n - 1)) - 2 * kernel[:n, n:].mean()
 
@@ -348,7 +363,9 @@ class RaeL2(Objective):
         weight_penalty: lambda, on the decoder's parameters; 1e-7 likewise.
     """
 
-    def __init__(self, model: LatentVariableModel, code_penalty: float = 1e-4, weight_penalty: float = 1e-7) -> None:
+    def __init__(
+        self, model: LatentVariableModel, code_penalty: float = 1e-4, weight_penalty: float = 1e-7
+    ) -> None:
         super().__init__(model)
         self.code_penalty = code_penalty
         self.weight_penalty = weight_penalty
@@ -411,20 +428,29 @@ def importance_weighted_bounds(
     if len(x) > max_rows:
         bounds = partial(importance_weighted_bounds, model, max_rows=max_rows)
         rows = [slice(start, start + max_rows) for start in range(0, len(x), max_rows)]
-        parts = [bounds(x[r], n_samples, log_priors, generator, observed=[seen[r] for seen in observed]) for r in rows]
+        parts = [
+            bounds(x[r], n_samples, log_priors, generator, observed=[seen[r] for seen in observed])
+            for r in rows
+        ]
         return torch.cat(parts, 2)
     posterior = model.encode(x)
     chunk = max(1, min(n_samples, max_rows // max(1, len(x))))
-    total = torch.full((len(observed), len(log_priors), len(x)), -math.inf, dtype=torch.float64, device=x.device)
+    total = torch.full(
+        (len(observed), len(log_priors), len(x)), -math.inf, dtype=torch.float64, device=x.device
+    )
     for start in range(0, n_samples, chunk):
         k = min(chunk, n_samples - start)
-        repeated = Gaussian(*(t.expand_as(posterior.mean).repeat_interleave(k, 0) for t in posterior))
+        repeated = Gaussian(
+            *(t.expand_as(posterior.mean).repeat_interleave(k, 0) for t in posterior)
+        )
         z = repeated.sample(generator)
         likelihood = model.decode(z)
         log_ratios = torch.stack([log_prior(z) - repeated.log_prob(z) for log_prior in log_priors])
         for sums, seen in zip(total, observed, strict=True):
             log_weights = likelihood.log_prob(seen.repeat_interleave(k, 0)).double() + log_ratios
-            sums.copy_(torch.logaddexp(sums, log_weights.view(len(log_priors), len(x), k).logsumexp(2)))
+            sums.copy_(
+                torch.logaddexp(sums, log_weights.view(len(log_priors), len(x), k).logsumexp(2))
+            )
     return total - math.log(n_samples)
 
 
@@ -450,4 +476,6 @@ def importance_weighted_bound(
     Returns:
         (B,), nats, float64.
     """
-    return importance_weighted_bounds(model, x, n_samples, [log_prior], generator, max_rows=max_rows)[0, 0]
+    return importance_weighted_bounds(
+        model, x, n_samples, [log_prior], generator, max_rows=max_rows
+    )[0, 0]

@@ -35,7 +35,9 @@ def write_figures(run: Run, data: Data, model: VAE) -> None:
     count = SHOWN_IMAGES if data.kind == "image" else SHOWN_TRAINING_ROWS
     codes = run.mixture().sample(count, torch_generator(seed))
     real = data.train.at_hand[:SHOWN_TRAINING_ROWS] if data.kind == "table" else None
-    write_samples(model, codes, "mixture", run.figures, torch_generator(seed), real=real, arrays=False)
+    write_samples(
+        model, codes, "mixture", run.figures, torch_generator(seed), real=real, arrays=False
+    )
     write_reconstructions(model, data.test[:SHOWN_IMAGES], run.figures)
 
 
@@ -82,7 +84,10 @@ def write_samples(
         figure = plots.table_samples(generated, real, _column_names(model))
     files = [plots.save(figure, folder / f"{name}.png")]
     if arrays:
-        contents = {name: model.scaling.restore_levels(x), f"{name}-std": model.scaling.restore_std(std)}
+        contents = {
+            name: model.scaling.restore_levels(x),
+            f"{name}-std": model.scaling.restore_std(std),
+        }
         for file, tensor in contents.items():
             files.append(folder / f"{file}.npy")
             with whole_file(files[-1]) as temporary:

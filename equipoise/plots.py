@@ -18,7 +18,12 @@ from equipoise.store import whole_file
 Images: TypeAlias = Num[np.ndarray, "n channels height width"]
 Table: TypeAlias = Num[np.ndarray, "n columns"]
 
-STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 120,
+}
 UNCERTAINTY_MAP = "magma"
 """Perceptually uniform and monotone in lightness: readable in grey and in colour blindness."""
 DENSITY_MAP = "Blues"
@@ -64,7 +69,9 @@ def tile(
     n, channels, height, width = images.shape
     columns = min(n, columns or math.ceil(math.sqrt(n)))
     rows = math.ceil(n / columns)
-    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), fill, images.dtype)
+    grid = np.full(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, channels), fill, images.dtype
+    )
     for i, image in enumerate(images):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         grid[top : top + height, left : left + width] = image.transpose(1, 2, 0)
@@ -119,7 +126,9 @@ def _side_by_side(images: dict[str, Images], maps: dict[str, Images]) -> Figure:
     with mpl.rc_context(STYLE):
         panels = len(images) + len(maps)
         figure = Figure(figsize=(3.3 * panels + 0.6, 3.6), layout="constrained")
-        axes = dict(zip([*images, *maps], figure.subplots(1, panels, squeeze=False)[0], strict=True))
+        axes = dict(
+            zip([*images, *maps], figure.subplots(1, panels, squeeze=False)[0], strict=True)
+        )
         for title, axis in axes.items():
             axis.set_title(title)
             axis.set_axis_off()
@@ -130,16 +139,29 @@ def _side_by_side(images: dict[str, Images], maps: dict[str, Images]) -> Figure:
         top = max((float(np.quantile(values, 0.995)) for values in rms.values()), default=1.0)
         for title, values in rms.items():
             grid = tile(values, fill=np.nan).squeeze()
-            shown = axes[title].imshow(grid, cmap=UNCERTAINTY_MAP, vmin=0, vmax=top, interpolation="nearest")
+            shown = axes[title].imshow(
+                grid, cmap=UNCERTAINTY_MAP, vmin=0, vmax=top, interpolation="nearest"
+            )
         if rms:
             label = "std" if len(rms) == 1 else "std and error"
-            figure.colorbar(shown, ax=[axes[title] for title in rms], shrink=0.8, label=f"{label} (1 = full scale)")
+            figure.colorbar(
+                shown,
+                ax=[axes[title] for title in rms],
+                shrink=0.8,
+                label=f"{label} (1 = full scale)",
+            )
     return figure
 
 
 def _show_images(axis: Axes, images: Images) -> None:
     grid = tile(np.clip(images.astype(np.float64), 0, 1))
-    axis.imshow(grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.imshow(
+        grid.squeeze(-1) if grid.shape[-1] == 1 else grid,
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+    )
 
 
 def samples_compared(sets: dict[str, Images]) -> Figure:
@@ -187,7 +209,13 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
             ),
             strict=True,
         ):
-            axis.plot(epochs, [row[f"train_{name}"] for row in rows], color=BLUE, marker=marker, label="train")
+            axis.plot(
+                epochs,
+                [row[f"train_{name}"] for row in rows],
+                color=BLUE,
+                marker=marker,
+                label="train",
+            )
             axis.plot(
                 epochs,
                 [row[f"validation_{name}"] for row in rows],
@@ -206,7 +234,9 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
                 axis.axvline(switch - 0.5, color=GREY, lw=0.8, ls=":")
         panels[0, 0].legend(frameon=False)
         if switch:
-            panels[0, 1].annotate(" stage 2", (switch - 0.5, 0.02), xycoords=("data", "axes fraction"), color=GREY)
+            panels[0, 1].annotate(
+                " stage 2", (switch - 0.5, 0.02), xycoords=("data", "axes fraction"), color=GREY
+            )
     return figure
 
 
@@ -245,7 +275,13 @@ def latent_densities(
             )
             if codes is not None:
                 axis.plot(*codes.T, ".", ms=2.5, mew=0, alpha=0.8, color=ORANGE)
-            axis.set(title=title, xlabel=axis_names[0], aspect="equal", xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
+            axis.set(
+                title=title,
+                xlabel=axis_names[0],
+                aspect="equal",
+                xlim=(x[0], x[-1]),
+                ylim=(y[0], y[-1]),
+            )
         axes[0].set_ylabel(axis_names[1])
         figure.colorbar(shown, ax=list(axes), shrink=0.8, extend="min", label="log density, nats")
     return figure
@@ -274,7 +310,15 @@ def density_rows(
             top = max(float(values.max()) for values in densities.values())
             for axis, (name, values) in zip(axes, densities.items(), strict=True):
                 clipped = np.maximum(values, top - NATS_BELOW_PEAK)
-                axis.pcolormesh(x, y, clipped, vmin=top - NATS_BELOW_PEAK, vmax=top, cmap=DENSITY_MAP, rasterized=True)
+                axis.pcolormesh(
+                    x,
+                    y,
+                    clipped,
+                    vmin=top - NATS_BELOW_PEAK,
+                    vmax=top,
+                    cmap=DENSITY_MAP,
+                    rasterized=True,
+                )
                 axis.set(aspect="equal", title="" if row else name)
             axes[0].set_ylabel(title)
     return figure
@@ -296,10 +340,14 @@ def bars(groups: dict[str, dict[str, list[float]]], names: list[str]) -> Figure:
             figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
         ):
             width = 0.8 / len(series)
-            for i, ((name, values), (color, _, _)) in enumerate(zip(series.items(), LINES, strict=False)):
+            for i, ((name, values), (color, _, _)) in enumerate(
+                zip(series.items(), LINES, strict=False)
+            ):
                 places = np.arange(len(values)) + (i - (len(series) - 1) / 2) * width
                 axis.bar(places, values, width, color=color, label=name)
-            axis.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
+            axis.set_xticks(
+                range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor"
+            )
             axis.set(title=title, ylabel="Fréchet distance")
         figure.axes[0].legend(frameon=False)
     return figure
@@ -332,7 +380,9 @@ def reliability(series: dict[str, NoiseCurves]) -> Figure:
     Returns:
         The figure; the std panel is logarithmic where it spans more than a decade.
     """
-    stds = np.concatenate([std for one in series.values() for std in (one.predicted_std, one.observed_rmse)])
+    stds = np.concatenate(
+        [std for one in series.values() for std in (one.predicted_std, one.observed_rmse)]
+    )
     low, high = 0.9 * float(stds.min()), 1.1 * float(stds.max())
     n_std = np.arange(1, 4)
     nominal = [math.erf(k / math.sqrt(2)) for k in n_std]
@@ -343,20 +393,39 @@ def reliability(series: dict[str, NoiseCurves]) -> Figure:
         std.plot([low, high], [low, high], color=GREY, lw=0.8)
         pit.axhline(1, color=GREY, lw=0.8)
         coverage.plot(n_std, nominal, "_", color="black", ms=28, label="Gaussian")
-        for i, ((name, one), (color, dashes, marker)) in enumerate(zip(series.items(), LINES, strict=False)):
-            std.plot(one.predicted_std, one.observed_rmse, marker, ls=dashes, ms=4, lw=0.8, color=color, label=name)
+        for i, ((name, one), (color, dashes, marker)) in enumerate(
+            zip(series.items(), LINES, strict=False)
+        ):
+            std.plot(
+                one.predicted_std,
+                one.observed_rmse,
+                marker,
+                ls=dashes,
+                ms=4,
+                lw=0.8,
+                color=color,
+                label=name,
+            )
             density = one.pit_histogram * len(one.pit_histogram) / one.pit_histogram.sum()
-            pit.stairs(density, np.linspace(0, 1, len(density) + 1), baseline=None, color=color, ls=dashes)
+            pit.stairs(
+                density, np.linspace(0, 1, len(density) + 1), baseline=None, color=color, ls=dashes
+            )
             place = n_std + 0.16 * (i - (len(series) - 1) / 2)
             coverage.plot(place, one.coverage, marker, ms=5, color=color)
             if one.interval_coverage is not None:
-                coverage.plot(place, one.interval_coverage, marker, ms=8, color=color, fillstyle="none")
+                coverage.plot(
+                    place, one.interval_coverage, marker, ms=8, color=color, fillstyle="none"
+                )
         if 0 < 10 * low < high:
             std.set(xscale="log", yscale="log")
-        std.set(xlabel="predicted std, model units", ylabel="RMSE found, model units", aspect="equal")
+        std.set(
+            xlabel="predicted std, model units", ylabel="RMSE found, model units", aspect="equal"
+        )
         std.set(xlim=(low, high), ylim=(low, high))
         std.legend(frameon=False)
-        pit.set(xlabel="probability integral transform", ylabel="density", xlim=(0, 1), ylim=(0, None))
+        pit.set(
+            xlabel="probability integral transform", ylabel="density", xlim=(0, 1), ylim=(0, None)
+        )
         coverage.set(xlim=(0.5, 3.5), ylim=(None, 1.02), ylabel="share within")
         coverage.set_xticks(n_std, [f"{k} std" for k in n_std])
         if any(one.interval_coverage is not None for one in series.values()):
@@ -366,7 +435,9 @@ def reliability(series: dict[str, NoiseCurves]) -> Figure:
 
 
 def sparsification(
-    fractions: Float[np.ndarray, " n"], model: Float[np.ndarray, " n"], oracle: Float[np.ndarray, " n"]
+    fractions: Float[np.ndarray, " n"],
+    model: Float[np.ndarray, " n"],
+    oracle: Float[np.ndarray, " n"],
 ) -> Figure:
     """Error of what is left when the most uncertain dimensions are removed first.
 
@@ -380,7 +451,9 @@ def sparsification(
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 3.4), layout="constrained")
-        axis = figure.add_subplot(xlabel="removed share", ylabel="RMSE of the rest / RMSE of all", xlim=(0, 1))
+        axis = figure.add_subplot(
+            xlabel="removed share", ylabel="RMSE of the rest / RMSE of all", xlim=(0, 1)
+        )
         axis.axhline(1, color=GREY, ls=":", label="in random order")
         axis.plot(fractions, model, color=BLUE, label="by predicted std")
         axis.plot(fractions, oracle, color=ORANGE, ls="--", label="by true error")
@@ -412,18 +485,37 @@ def variance_sweep(
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.6 * across + (across == 1), 2.8 * rows), layout="constrained")
         for i, (label, lines) in enumerate(measures.items()):
-            axis = figure.add_subplot(rows, across, i + 1, xscale="log", xlabel="noise variance", ylabel=label)
+            axis = figure.add_subplot(
+                rows, across, i + 1, xscale="log", xlabel="noise variance", ylabel=label
+            )
             axis.axvline(learned_var, color=GREY, lw=0.8, label=f"learned, {learned_var:.3g}")
             for (name, values), (color, dashes, marker) in zip(lines.items(), LINES, strict=False):
                 few = len(noise_vars) < SETTLED_FROM
-                axis.plot(noise_vars, values, color=color, ls=dashes, marker=marker if few else "", label=name)
+                axis.plot(
+                    noise_vars,
+                    values,
+                    color=color,
+                    ls=dashes,
+                    marker=marker if few else "",
+                    label=name,
+                )
                 if learned:
-                    axis.plot(learned_var, learned[label][name], "*", ms=13, mfc=color, mec="white", zorder=3)
+                    axis.plot(
+                        learned_var,
+                        learned[label][name],
+                        "*",
+                        ms=13,
+                        mfc=color,
+                        mec="white",
+                        zorder=3,
+                    )
             axis.legend(frameon=False)
     return figure
 
 
-def outlier_scores(inliers: Float[np.ndarray, " n"], outliers: Float[np.ndarray, " m"], name: str) -> Figure:
+def outlier_scores(
+    inliers: Float[np.ndarray, " n"], outliers: Float[np.ndarray, " m"], name: str
+) -> Figure:
     """Histograms of an outlier score of both kinds of data, with the area under its ROC curve.
 
     Args:
@@ -442,14 +534,18 @@ def outlier_scores(inliers: Float[np.ndarray, " n"], outliers: Float[np.ndarray,
     shares = [np.histogram(np.clip(x, low, high), bins)[0] / len(x) for x in (inliers, outliers)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
-        axis = figure.add_subplot(title=f"AUROC {auroc:.3f}", xlabel=f"{name}, higher is odder", ylabel="share")
+        axis = figure.add_subplot(
+            title=f"AUROC {auroc:.3f}", xlabel=f"{name}, higher is odder", ylabel="share"
+        )
         axis.stairs(shares[0], bins, fill=True, color=BLUE, alpha=0.6, label="inliers")
         axis.stairs(shares[1], bins, color=ORANGE, lw=1.5, label="outliers")
         axis.legend(frameon=False)
     return figure
 
 
-def table_samples(generated: Table, real: Num[np.ndarray, "m columns"] | None, names: list[str]) -> Figure:
+def table_samples(
+    generated: Table, real: Num[np.ndarray, "m columns"] | None, names: list[str]
+) -> Figure:
     """Histograms of a table's first columns, samples against data.
 
     Args:
@@ -462,10 +558,14 @@ def table_samples(generated: Table, real: Num[np.ndarray, "m columns"] | None, n
     """
 
     def draw(axis: Axes, i: int) -> None:
-        bins = np.histogram_bin_edges(generated[:, i] if real is None else real[:, i], bins=40).tolist()
+        bins = np.histogram_bin_edges(
+            generated[:, i] if real is None else real[:, i], bins=40
+        ).tolist()
         if real is not None:
             axis.hist(real[:, i], bins=bins, density=True, color=GREY, alpha=0.6, label="data")
-        axis.hist(generated[:, i], bins=bins, density=True, histtype="step", color=BLUE, label="samples")
+        axis.hist(
+            generated[:, i], bins=bins, density=True, histtype="step", color=BLUE, label="samples"
+        )
         axis.set(xlabel=names[i], yticks=[])
 
     figure = _per_column(draw, generated.shape[1])
@@ -487,7 +587,9 @@ def table_reconstructions(x: Table, means: Table, stds: Table, names: list[str])
     """
 
     def draw(axis: Axes, i: int) -> None:
-        axis.errorbar(x[:, i], means[:, i], stds[:, i], fmt=".", ms=3, lw=0.5, color=BLUE, ecolor=GREY)
+        axis.errorbar(
+            x[:, i], means[:, i], stds[:, i], fmt=".", ms=3, lw=0.5, color=BLUE, ecolor=GREY
+        )
         ends = [float(x[:, i].min()), float(x[:, i].max())]
         axis.plot(ends, ends, color=ORANGE, lw=0.8)
         axis.set(xlabel=f"{names[i]}, data", ylabel="reconstruction ± std")

@@ -74,7 +74,9 @@ class Processes:
         own[0, self.rank], own[1, self.rank] = 1, n
         present, counts = self.all_reduce(own).tolist()
         if present != [1] * self.size:
-            raise ValueError(f"expected one process of each rank from 0 to {self.size - 1}, got {present}")
+            raise ValueError(
+                f"expected one process of each rank from 0 to {self.size - 1}, got {present}"
+            )
         return counts  # type: ignore[no-any-return]
 
     def gather(self, values: Tensor) -> Tensor:

@@ -38,7 +38,11 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
     """
     program, *rest = sys.argv if arguments is None else arguments
     name = os.path.basename(program)
-    start = ["python", os.path.relpath(program)] if name.endswith(".py") and name != "__main__.py" else ["equipoise"]
+    start = (
+        ["python", os.path.relpath(program)]
+        if name.endswith(".py") and name != "__main__.py"
+        else ["equipoise"]
+    )
     pairs = itertools.pairwise(["", *rest])
     return shlex.join([*start, *(PLACES.get(before, argument) for before, argument in pairs)])
 

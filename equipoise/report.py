@@ -50,7 +50,9 @@ SECTIONS = {
     ),
     "latent": Section(
         "Latent space",
-        {"latent": "Where the codes are, where the mixture puts them, and where the prior would have them."},
+        {
+            "latent": "Where the codes are, where the mixture puts them, and where the prior would have them."
+        },
     ),
     "noise": Section(
         "Noise",
@@ -65,7 +67,9 @@ SECTIONS = {
     ),
     "outliers": Section(
         "Outliers",
-        {"outliers": "Scores of the model's own test data and of other data: the less they overlap, the better."},
+        {
+            "outliers": "Scores of the model's own test data and of other data: the less they overlap, the better."
+        },
         "equipoise evaluate {run} --against DATA",
     ),
 }
@@ -135,7 +139,9 @@ def write_report(folder: Path) -> Path:
     evaluation = read_json(run.evaluation_file) if run.evaluation_file.is_file() else {}
     sections = [_mapping(evaluation).get(name, {}) for name in ("about", *SECTIONS)]
     if not all(isinstance(part, dict) for part in (evaluation, *sections)):
-        raise StoreError(f"{run.evaluation_file} is damaged: write it anew with 'equipoise evaluate {run.folder}'.")
+        raise StoreError(
+            f"{run.evaluation_file} is damaged: write it anew with 'equipoise evaluate {run.folder}'."
+        )
     about = evaluation.pop("about", {})
     page = _tag(
         "html",
@@ -161,14 +167,22 @@ def _content(
 ) -> Iterator[Element]:
     """Everything below ``main``, from top to bottom."""
     others = sorted(
-        {path.stem for path in run.figures.glob("*.png")}.difference(*(s.figures for s in SECTIONS.values()))
+        {path.stem for path in run.figures.glob("*.png")}.difference(
+            *(s.figures for s in SECTIONS.values())
+        )
     )
-    sections = SECTIONS | {key: Section(term(key).title, {}) for key in evaluation if key not in SECTIONS}
+    sections = SECTIONS | {
+        key: Section(term(key).title, {}) for key in evaluation if key not in SECTIONS
+    }
     if others:
-        sections["figures"] = Section("Other figures", {stem: term(stem.replace("-", "_")).title for stem in others})
+        sections["figures"] = Section(
+            "Other figures", {stem: term(stem.replace("-", "_")).title for stem in others}
+        )
     yield _tag("h1", f"Variational autoencoder trained on {settings['data']['name']}")
     yield _tag("p", _summary(run, settings))
-    links = {key: section.title for key, section in sections.items()} | {"configuration": "Configuration"}
+    links = {key: section.title for key, section in sections.items()} | {
+        "configuration": "Configuration"
+    }
     yield _tag("nav", *(_tag("a", title, href=f"#{key}") for key, title in links.items()))
     if warnings := list(warnings_of(evaluation)):
         yield _tag("aside", *(_tag("p", text) for text in warnings), aria_label="Warnings")
@@ -176,7 +190,9 @@ def _content(
     if main_figures := {path: figures[path] for path in MAIN_FIGURES if path in figures}:
         yield _figure_table("Main results", main_figures)
     for key, section in sections.items():
-        yield _section(run, key, section, {path: figure for path, figure in figures.items() if path[0] == key})
+        yield _section(
+            run, key, section, {path: figure for path, figure in figures.items() if path[0] == key}
+        )
     yield _tag("section", *_configuration(settings, about), id="configuration")
 
 
@@ -229,14 +245,22 @@ def _figure_table(caption: str, figures: dict[Keys, Any]) -> Element:
     head = _tag(
         "tr",
         _tag("th", "Measure", scope="col"),
-        _tag("th", "Value ± ", _tag("abbr", "s.e.", title="standard error"), scope="col", class_="value"),
+        _tag(
+            "th",
+            "Value ± ",
+            _tag("abbr", "s.e.", title="standard error"),
+            scope="col",
+            class_="value",
+        ),
         _tag("th", "N", scope="col", class_="count"),
     )
     bodies = []
     for key, cases in groups.items():
         entry = term(key)
         better = f"{entry.better.capitalize()} is better." if entry.better else ""
-        note = _tag("tr", _tag("td", _tag("small", f"{entry.meaning} {better}".strip()), colspan="3"))
+        note = _tag(
+            "tr", _tag("td", _tag("small", f"{entry.meaning} {better}".strip()), colspan="3")
+        )
         if list(cases) == [()]:
             rows = [_row(entry.title, cases[()], entry.unit), note]
         else:
@@ -266,14 +290,22 @@ def _configuration(settings: dict[str, Any], about: dict[str, Any]) -> Iterator[
     yield _tag("h2", "Configuration")
     evaluations = _mapping(about.get("sections")).values()
     for title, parts in {"Trained": [settings], "Evaluated": evaluations}.items():
-        commands = dict.fromkeys(shlex.join(part["command"]) for part in parts if part.get("command"))
+        commands = dict.fromkeys(
+            shlex.join(part["command"]) for part in parts if part.get("command")
+        )
         if commands:
             yield _tag("p", f"{title} by")
             yield _tag("pre", _tag("code", "\n".join(commands)))
         elif parts:
             yield _tag("p", f"{title} from Python, without a command.")
-    tables = {"Options": settings["options"], "Data": settings["data"], "Versions": settings["versions"]}
-    tables["Training"] = {key: value for key, value in settings.items() if key.capitalize() not in tables}
+    tables = {
+        "Options": settings["options"],
+        "Data": settings["data"],
+        "Versions": settings["versions"],
+    }
+    tables["Training"] = {
+        key: value for key, value in settings.items() if key.capitalize() not in tables
+    }
     if about:
         tables["Evaluation"] = about
     for caption, values in tables.items():
@@ -294,7 +326,9 @@ def _mapping(value: Any) -> dict[str, Any]:  # noqa: ANN401 (any JSON value)
 
 def _tag(name: str, /, *children: Element | str, **attributes: str) -> Element:
     """An HTML element. Text is escaped when the page is written, so that nothing from a file can become markup."""
-    element = Element(name, {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()})
+    element = Element(
+        name, {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()}
+    )
     for child in children:
         if isinstance(child, Element):
             element.append(child)

@@ -44,7 +44,9 @@ def push(run: Run, name: str, *, license_id: str | None = None, private: bool = 
     files: dict[str, bytes | Path] = {"README.md": model_card(run, name, license_id).encode()}
     for path in (run.folder / file for file in RUN_FILES):
         if path.suffix == ".json" and path.is_file():
-            files[path.name] = json.dumps(_without_folders(read_json(path)), indent=2, ensure_ascii=False).encode()
+            files[path.name] = json.dumps(
+                _without_folders(read_json(path)), indent=2, ensure_ascii=False
+            ).encode()
         elif path.is_file():
             files[path.name] = path
     return publish(name, files, private=private)
@@ -67,7 +69,9 @@ def model_card(run: Run, name: str, license_id: str | None = None) -> str:
     settings = _without_folders(run.settings())
     description = read_tensors(run.model_file, "model")[1]
     mixture = run.mixture()
-    evaluation = _without_folders(read_json(run.evaluation_file)) if run.evaluation_file.is_file() else {}
+    evaluation = (
+        _without_folders(read_json(run.evaluation_file)) if run.evaluation_file.is_file() else {}
+    )
     parts = [
         f"---\n{yaml.safe_dump(_header(settings['data'], license_id), sort_keys=False)}---\n",
         f"# {name.partition('/')[2]}\n",
@@ -96,7 +100,10 @@ def _summary(settings: dict[str, Any], description: dict[str, Any], n_components
     data, versions = settings["data"], settings["versions"]
     kind = "images" if len(data["shape"]) == 3 else "columns"
     shape = " x ".join(map(str, data["shape"]))
-    networks = description["architecture"] or f"{description['encoder']} and {description['decoder']}, the author's own"
+    networks = (
+        description["architecture"]
+        or f"{description['encoder']} and {description['decoder']}, the author's own"
+    )
     return f"""\
 A variational autoencoder of {shape} {kind}, trained on `{data["name"]}` with \
 equipoise. {NOISE[description["noise"]["kind"]]}; new codes are drawn from \
@@ -188,5 +195,7 @@ def _without_folders(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
     if isinstance(value, str):
         option, equals, text = value.rpartition("=")
         path = Path(text)
-        return f"{option}{equals}{path.name}" if path.is_absolute() or text.startswith("~") else value
+        return (
+            f"{option}{equals}{path.name}" if path.is_absolute() or text.startswith("~") else value
+        )
     return value

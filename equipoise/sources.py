@@ -14,7 +14,14 @@ from equipoise.data import Data
 from equipoise.flow_fit import fit_flow
 from equipoise.metrics.latent import single_gaussian
 from equipoise.model import VAE
-from equipoise.store import StoreError, file_checksum, load_flow, load_mixture, save_flow, save_mixture
+from equipoise.store import (
+    StoreError,
+    file_checksum,
+    load_flow,
+    load_mixture,
+    save_flow,
+    save_mixture,
+)
 from equipoise.training.config import ConfigError
 from equipoise.training.engine import choose_device
 from equipoise.training.run import Run, describe_mixture, encode_examples, fit_aggregate
@@ -123,7 +130,9 @@ def code_source(
                 encode_examples(model, given.validation, device).sample(generator),
                 run.mixture().to(device),
                 generator=generator,
-                on_epoch=lambda step: progress("flow", step.epoch, step.epochs, f"{step.held_out:.3f} nats per code"),
+                on_epoch=lambda step: progress(
+                    "flow", step.epoch, step.epochs, f"{step.held_out:.3f} nats per code"
+                ),
             )
             _, history, best_epoch, held_out = flow_fit
             save_flow(
@@ -133,14 +142,19 @@ def code_source(
             )
             return flow_fit.flow.to(home)
         count = name.removeprefix("mixture=")
-        options = replace(config, n_components="auto" if count == "auto" else int(count), mixture_fit="em")
+        options = replace(
+            config, n_components="auto" if count == "auto" else int(count), mixture_fit="em"
+        )
         mixture_fit = fit_aggregate(
             model,
             given,
             options,
             device,
             lambda step: progress(
-                f"mixture of {step.n_components}", step.iteration, None, f"{step.log_likelihood:.3f} nats per code"
+                f"mixture of {step.n_components}",
+                step.iteration,
+                None,
+                f"{step.log_likelihood:.3f} nats per code",
             ),
         )
         save_mixture(path, mixture_fit.mixture, told(describe_mixture(mixture_fit, options)))

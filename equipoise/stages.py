@@ -61,14 +61,21 @@ class StageSchedule:
         Decision(stage=<Stage.FINISHED: 3>, switched=True, reason='stage 1 ended at its limit of 2 epochs')
     """
 
-    def __init__(self, stage_1_epochs: int, stage_2_epochs: int, tolerance: float = 1e-3, patience: int = 3) -> None:
+    def __init__(
+        self, stage_1_epochs: int, stage_2_epochs: int, tolerance: float = 1e-3, patience: int = 3
+    ) -> None:
         if min(stage_1_epochs, stage_2_epochs) < 0 or stage_1_epochs + stage_2_epochs < 1:
             raise ValueError(
                 f"StageSchedule needs at least one epoch in one stage, got {stage_1_epochs} and {stage_2_epochs}."
             )
         if tolerance < 0 or patience < 1:
-            raise ValueError(f"StageSchedule needs tolerance >= 0 and patience >= 1, got {tolerance} and {patience}.")
-        self.epochs = {Stage.SHARED_VARIANCE: stage_1_epochs, Stage.PREDICTED_VARIANCE: stage_2_epochs}
+            raise ValueError(
+                f"StageSchedule needs tolerance >= 0 and patience >= 1, got {tolerance} and {patience}."
+            )
+        self.epochs = {
+            Stage.SHARED_VARIANCE: stage_1_epochs,
+            Stage.PREDICTED_VARIANCE: stage_2_epochs,
+        }
         self.tolerance = tolerance
         self.patience = patience
         self.stage = Stage.SHARED_VARIANCE if stage_1_epochs else Stage.PREDICTED_VARIANCE
@@ -97,16 +104,23 @@ class StageSchedule:
         limit = self.epochs[self.stage]
         if self.settled >= self.patience:
             change = f"changed by less than {self.tolerance:g} for {self.patience} epochs"
-            return self._advance(f"converged at epoch {self.epochs_done}: noise variance and validation ELBO {change}")
+            return self._advance(
+                f"converged at epoch {self.epochs_done}: noise variance and validation ELBO {change}"
+            )
         if self.epochs_done >= limit:
             return self._advance(f"ended at its limit of {limit} epochs")
-        return Decision(self.stage, False, f"stage {self.stage:d}: epoch {self.epochs_done} of at most {limit}")
+        return Decision(
+            self.stage, False, f"stage {self.stage:d}: epoch {self.epochs_done} of at most {limit}"
+        )
 
     def _is_settled(self, noise_var: float, validation_elbo: float) -> bool:
         if self.previous is None:
             return False
         now, before = (noise_var, validation_elbo), self.previous
-        return all(abs(new - old) < self.tolerance * max(abs(old), 1e-12) for new, old in zip(now, before, strict=True))
+        return all(
+            abs(new - old) < self.tolerance * max(abs(old), 1e-12)
+            for new, old in zip(now, before, strict=True)
+        )
 
     def _advance(self, how: str) -> Decision:
         ended = self.stage
@@ -162,8 +176,12 @@ def floor_var(floor: Floor, optimal_var: Tensor, quantum: float | None) -> Tenso
     """
     if floor == "quantisation":
         if quantum is None:
-            raise ValueError("floor='quantisation' needs digital data (integers, as 8-bit images); give a multiple.")
+            raise ValueError(
+                "floor='quantisation' needs digital data (integers, as 8-bit images); give a multiple."
+            )
         return torch.full_like(optimal_var, quantum**2 / 12)
     if not 0 < floor < math.inf:
-        raise ValueError(f"floor must be a positive multiple of the optimal variance or 'quantisation', got {floor!r}.")
+        raise ValueError(
+            f"floor must be a positive multiple of the optimal variance or 'quantisation', got {floor!r}."
+        )
     return floor * optimal_var

@@ -150,9 +150,13 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
         raise StoreError(f"{path} is damaged or not a safetensors file ({error}).") from error
     found = metadata.get("format", "")
     if not found.startswith("equipoise-"):
-        raise StoreError(f"{path} was not written by equipoise: its metadata has no equipoise format.")
+        raise StoreError(
+            f"{path} was not written by equipoise: its metadata has no equipoise format."
+        )
     if found != FORMAT:
-        raise StoreError(f"{path} has the format {found}, this version of equipoise reads {FORMAT}; update equipoise.")
+        raise StoreError(
+            f"{path} has the format {found}, this version of equipoise reads {FORMAT}; update equipoise."
+        )
     if metadata.get("kind") != kind:
         raise StoreError(f"{path} holds a {metadata.get('kind')}, not a {kind}.")
     if metadata.get("sha256") != _checksum(tensors):
@@ -198,7 +202,9 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
     for name in expected.keys() & tensors.keys():
         want, got = expected[name], tensors[name]
         if want.shape != got.shape or want.dtype != got.dtype:
-            problems.append(f"{name}: expected {tuple(want.shape)} {want.dtype}, found {tuple(got.shape)} {got.dtype}")
+            problems.append(
+                f"{name}: expected {tuple(want.shape)} {want.dtype}, found {tuple(got.shape)} {got.dtype}"
+            )
     if problems:
         raise StoreError(f"{what} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
     module.load_state_dict(tensors)
@@ -214,7 +220,9 @@ def save_model(path: Path, model: VAE) -> None:
     write_tensors(path, "model", model.state_dict(), model.description())
 
 
-def load_model(path: Path, encoder: nn.Module | None = None, decoder: nn.Module | None = None) -> VAE:
+def load_model(
+    path: Path, encoder: nn.Module | None = None, decoder: nn.Module | None = None
+) -> VAE:
     """Load a model, in evaluation mode, on the CPU.
 
     Args:
@@ -265,7 +273,9 @@ def build_model(
         )
     if architecture is not None:
         if len(own) < 2:
-            raise StoreError(f"{what} has the {architecture!r} networks of equipoise; do not pass encoder or decoder.")
+            raise StoreError(
+                f"{what} has the {architecture!r} networks of equipoise; do not pass encoder or decoder."
+            )
         encoder = build_encoder(architecture, shape, latent_dim, width)
         decoder = build_decoder(architecture, shape, latent_dim, width)
     scaling = Scaling(
@@ -319,7 +329,9 @@ def build_noise(description: dict[str, Any], model: VAE) -> NoiseModel:
         return DimensionNoise(tuple(arguments.pop("shape")), **arguments)
     kinds: dict[str, type[NoiseModel]] = {"FixedNoise": FixedNoise, "GlobalNoise": GlobalNoise}
     if kind not in kinds:
-        raise StoreError(f"Unknown noise model {kind!r}; this file comes from a newer version of equipoise.")
+        raise StoreError(
+            f"Unknown noise model {kind!r}; this file comes from a newer version of equipoise."
+        )
     return kinds[kind](**arguments)
 
 
@@ -375,7 +387,9 @@ def load_flow(path: Path) -> tuple[CodeFlow, dict[str, Any]]:
     tensors, description = read_tensors(path, "flow")
     options = description.pop("flow")
     K, d = options.pop("n_components"), options.pop("latent_dim")
-    blank = GaussianMixture(torch.full((K,), 1 / K), torch.zeros(K, d), torch.eye(d).repeat(K, 1, 1))
+    blank = GaussianMixture(
+        torch.full((K,), 1 / K), torch.zeros(K, d), torch.eye(d).repeat(K, 1, 1)
+    )
     flow = CodeFlow(blank, **options)
     fill(flow, tensors, str(path))
     return flow.requires_grad_(False).eval(), description

@@ -5,7 +5,14 @@ import time
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from equipoise.glossary import format_figure, leaves, measure, term, title
@@ -35,7 +42,9 @@ class PlainTerminal:
     def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
         """Print nothing."""
 
-    def step(self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]) -> None:
+    def step(
+        self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]
+    ) -> None:
         """Print nothing: lines are per epoch."""
 
     def epoch(self, row: Row) -> None:
@@ -88,7 +97,9 @@ class LiveTerminal:
         """Show the bar of the training."""
         self.progress("training", done_steps, total_steps, "")
 
-    def step(self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]) -> None:
+    def step(
+        self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]
+    ) -> None:
         """Move it."""
         self.progress(f"training {label}", done_steps, total_steps, format_figures(figures))
 
@@ -127,7 +138,9 @@ def format_figures(figures: dict[str, float]) -> str:
         >>> format_figures({"elbo": 812.34, "kl": 51.2})
         'ELBO 812.3  KL 51.2'
     """
-    return "  ".join(form.format(figures[name]) for name, form in FIGURES.items() if name in figures)
+    return "  ".join(
+        form.format(figures[name]) for name, form in FIGURES.items() if name in figures
+    )
 
 
 def format_section(name: str, section: dict[str, Any], width: int = 100) -> str:
@@ -146,7 +159,9 @@ def format_section(name: str, section: dict[str, Any], width: int = 100) -> str:
         table.add_column(column, justify="left" if column in ("", "unit") else "right")
     for keys, figure in leaves(section):
         n = figure.get("n") if isinstance(figure, dict) else None
-        table.add_row(title(keys), format_figure(figure), f"{n:,}" if n else "", term(measure(keys)[0]).unit)
+        table.add_row(
+            title(keys), format_figure(figure), f"{n:,}" if n else "", term(measure(keys)[0]).unit
+        )
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
         console.print(table)

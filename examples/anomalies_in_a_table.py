@@ -21,10 +21,18 @@ TRAINING, REFERENCE = 0.7, 0.15
 
 def main() -> None:
     """Train, score, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=200, help="of stage 1; stage 2 takes half as many (200)")
-    parser.add_argument("--false-alarms", type=float, default=0.1, help="share of benign rows to flag (0.1)")
-    parser.add_argument("--out", type=Path, default=Path("anomalies.png"), help="picture to write (anomalies.png)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=200, help="of stage 1; stage 2 takes half as many (200)"
+    )
+    parser.add_argument(
+        "--false-alarms", type=float, default=0.1, help="share of benign rows to flag (0.1)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("anomalies.png"), help="picture to write (anomalies.png)"
+    )
     options = parser.parse_args()
 
     cells = load_breast_cancer()
@@ -34,17 +42,24 @@ def main() -> None:
     train, reference_rows, test = np.split(shuffled, cuts)
 
     vae = VAEEstimator(
-        noise="dimension", stage_1_epochs=options.epochs, stage_2_epochs=options.epochs // 2, random_state=0
+        noise="dimension",
+        stage_1_epochs=options.epochs,
+        stage_2_epochs=options.epochs // 2,
+        random_state=0,
     ).fit(train)
 
     reference = scores(vae, reference_rows)
     inliers, outliers = (outlier_scores(scores(vae, rows), reference) for rows in (test, malignant))
     found = auroc(inliers.combined, outliers.combined)
-    print(f"AUROC {found.value:.3f} ± {found.standard_error:.3f} over {found.n} rows that were not trained on")
+    print(
+        f"AUROC {found.value:.3f} ± {found.standard_error:.3f} over {found.n} rows that were not trained on"
+    )
     for name, of in (("benign", inliers), ("malignant", outliers)):
         flagged = np.mean(of.tail_probability <= options.false_alarms)
         print(f"{name:9} {flagged:6.1%} flagged at a tail probability of {options.false_alarms:g}")
-    figure = plots.outlier_scores(np.log(inliers.combined), np.log(outliers.combined), "log of the combined score")
+    figure = plots.outlier_scores(
+        np.log(inliers.combined), np.log(outliers.combined), "log of the combined score"
+    )
     print(f"wrote {plots.save(figure, options.out)}")
 
 

@@ -18,11 +18,19 @@ SHOWN = 25
 
 def main() -> None:
     """Train, sample, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="where MNIST lies; the usual places if left out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, help="where MNIST lies; the usual places if left out"
+    )
     parser.add_argument("-n", type=int, default=6000, help="digits to train on, of 58,000 (6000)")
-    parser.add_argument("--epochs", type=int, default=4, help="of stage 1; stage 2 takes half as many (4)")
-    parser.add_argument("--out", type=Path, default=Path("mnist.png"), help="picture to write (mnist.png)")
+    parser.add_argument(
+        "--epochs", type=int, default=4, help="of stage 1; stage 2 takes half as many (4)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("mnist.png"), help="picture to write (mnist.png)"
+    )
     options = parser.parse_args()
 
     try:
@@ -57,7 +65,9 @@ def main() -> None:
         f"test digits: ELBO {history[-1]['test_elbo']:.0f} nats, squared error {history[-1]['test_mse']:.4f} per pixel"
     )
     if found is not None:
-        print(f"pixels that vary, within one predicted std: {found.coverage_1.value:.1%}, nominally 68.3%")
+        print(
+            f"pixels that vary, within one predicted std: {found.coverage_1.value:.1%}, nominally 68.3%"
+        )
 
     with torch.no_grad():
         x = model.scaling(test[:SHOWN])

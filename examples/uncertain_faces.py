@@ -17,9 +17,15 @@ HELD_OUT, SHOWN = 25, 10
 
 def main() -> None:
     """Train, reconstruct, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=60, help="of stage 1; stage 2 takes half as many (60)")
-    parser.add_argument("--out", type=Path, default=Path("faces.png"), help="picture to write (faces.png)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=60, help="of stage 1; stage 2 takes half as many (60)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("faces.png"), help="picture to write (faces.png)"
+    )
     options = parser.parse_args()
 
     faces, others = np.split(lfw_subset().astype(np.float32), 2)
@@ -37,7 +43,9 @@ def main() -> None:
         random_state=0,
     ).fit(np.concatenate([train, train[:, :, ::-1]]))  # mirrored, too: they are few
 
-    print(f"pixels within one predicted std, nominally 68.3% (noise variance of stage 1: {vae.noise_var_:.4f})")
+    print(
+        f"pixels within one predicted std, nominally 68.3% (noise variance of stage 1: {vae.noise_var_:.4f})"
+    )
     for name, images in (("new faces", test), ("no faces", others)):
         seen = vae.reconstruct(images)
         print(f"  {name:9} {np.mean(np.abs(images - seen.mean) <= seen.std):.1%}")
@@ -47,7 +55,9 @@ def main() -> None:
     shown = np.concatenate([test[:SHOWN], others[:SHOWN]])
     seen = vae.reconstruct(shown)
     figure = plots.reconstructions(shown[:, None], seen.mean[:, None], seen.std[:, None])
-    print(f"wrote {plots.save(figure, options.out)}: {SHOWN} new faces, then {SHOWN} patches that are none")
+    print(
+        f"wrote {plots.save(figure, options.out)}: {SHOWN} new faces, then {SHOWN} patches that are none"
+    )
 
 
 if __name__ == "__main__":

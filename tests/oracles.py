@@ -28,7 +28,9 @@ class Ppca(NamedTuple):
         return cls(vectors[:, :latent_dim] * (values[:latent_dim] - var).sqrt(), bias, var)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        covariance = self.weight @ self.weight.T + self.var * torch.eye(len(self.bias), dtype=x.dtype)
+        covariance = self.weight @ self.weight.T + self.var * torch.eye(
+            len(self.bias), dtype=x.dtype
+        )
         return torch.distributions.MultivariateNormal(self.bias, covariance).log_prob(x)
 
 
@@ -64,7 +66,9 @@ def ppca_vae(ppca: Ppca, noise: NoiseModel) -> VAE:
     return VAE(encoder, decoder, noise, shape=(dimensions,), latent_dim=latent_dim)
 
 
-def linear_gaussian_data(n: int = 2000, dimensions: int = 8, latent_dim: int = 3, noise_std: float = 0.3) -> Tensor:
+def linear_gaussian_data(
+    n: int = 2000, dimensions: int = 8, latent_dim: int = 3, noise_std: float = 0.3
+) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(dimensions, latent_dim, generator=generator, dtype=torch.float64)
     z = torch.randn(n, latent_dim, generator=generator, dtype=torch.float64)

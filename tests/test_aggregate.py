@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 from sklearn.mixture import GaussianMixture as ScikitLearnMixture
-from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+from torch.distributions import (
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+)
 
 from equipoise import aggregate
 from equipoise.aggregate import AggregatePosterior, GaussianMixture, StandardNormal
@@ -26,7 +32,9 @@ def random_mixture(K=5, d=3, offset=0.0, scale=1.0, dtype=torch.float64):
     factors = torch.eye(d, dtype=torch.float64) + 0.3 * normal(K, d, d, seed=1)
     weights = normal(K, seed=2).softmax(0)
     means = offset + scale * normal(K, d, seed=3)
-    return GaussianMixture(weights.to(dtype), means.to(dtype), (scale**2 * factors @ factors.mT).to(dtype))
+    return GaussianMixture(
+        weights.to(dtype), means.to(dtype), (scale**2 * factors @ factors.mT).to(dtype)
+    )
 
 
 def random_posteriors(N=7, d=3, dtype=torch.float64):
@@ -151,7 +159,11 @@ def test_aggregate_posterior_moments():
         (torch.zeros(3, 2), torch.zeros(3, 1), r"got \(3, 2\) and \(3, 1\)"),
         (torch.zeros(3), torch.zeros(3), r"got \(3,\) and \(3,\)"),
         (torch.zeros(0, 2), torch.zeros(0, 2), "neither zero"),
-        (torch.full((3, 2), math.nan), torch.zeros(3, 2), "6 of 6 values of means are not finite.*diverged"),
+        (
+            torch.full((3, 2), math.nan),
+            torch.zeros(3, 2),
+            "6 of 6 values of means are not finite.*diverged",
+        ),
         (torch.zeros(3, 2), torch.full((3, 2), math.inf), "values of log_vars are not finite"),
     ],
 )
@@ -163,7 +175,8 @@ def test_aggregate_posterior_refuses(means, log_vars, message):
 def test_mixture_equals_torch_distributions():
     mixture, z = random_mixture(), normal(20, 3)
     oracle = MixtureSameFamily(
-        Categorical(mixture.weights), MultivariateNormal(mixture.means, covariance_matrix=mixture.covariances)
+        Categorical(mixture.weights),
+        MultivariateNormal(mixture.means, covariance_matrix=mixture.covariances),
     )
     torch.testing.assert_close(mixture.log_prob(z), oracle.log_prob(z))
 
@@ -173,8 +186,12 @@ def test_mixture_equals_scikit_learn():
     model = ScikitLearnMixture(5)
     model.weights_, model.means_ = mixture.weights.numpy(), mixture.means.numpy()
     model.precisions_cholesky_ = np.linalg.cholesky(np.linalg.inv(mixture.covariances.numpy()))
-    torch.testing.assert_close(mixture.log_prob(z), torch.from_numpy(model.score_samples(z.numpy())))
-    torch.testing.assert_close(mixture.responsibilities(z), torch.from_numpy(model.predict_proba(z.numpy())))
+    torch.testing.assert_close(
+        mixture.log_prob(z), torch.from_numpy(model.score_samples(z.numpy()))
+    )
+    torch.testing.assert_close(
+        mixture.responsibilities(z), torch.from_numpy(model.predict_proba(z.numpy()))
+    )
 
 
 def test_mixture_does_not_depend_on_the_blocks(monkeypatch):
@@ -236,7 +253,9 @@ def test_mixture_state_round_trip():
     mixture, z = random_mixture(), normal(20, 3)
     state = mixture.state_dict()
     assert set(state) == {"weights", "means", "covariances"}
-    loaded = GaussianMixture(torch.ones(5) / 5, torch.zeros(5, 3), torch.eye(3).repeat(5, 1, 1)).double()
+    loaded = GaussianMixture(
+        torch.ones(5) / 5, torch.zeros(5, 3), torch.eye(3).repeat(5, 1, 1)
+    ).double()
     loaded.load_state_dict(state)
     for copy in (GaussianMixture(**state), loaded, pickle.loads(pickle.dumps(mixture))):
         assert torch.equal(copy.log_prob(z), mixture.log_prob(z))
@@ -256,7 +275,9 @@ def test_mixture_in_float32():
     z = normal(20, 3)
     low = random_mixture().float()
     assert low.log_prob(z).dtype == low.sample(2).dtype == torch.float32
-    torch.testing.assert_close(low.log_prob(z).double(), random_mixture().log_prob(z), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        low.log_prob(z).double(), random_mixture().log_prob(z), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,7 +289,10 @@ def test_mixture_in_float32():
         ({"weights": torch.ones(2)}, "sum of 2 and a minimum of 1; divide"),
         ({"weights": torch.tensor([1.5, -0.5])}, "minimum of -0.5"),
         ({"means": torch.full((2, 2), math.nan)}, "4 of 4 values of means are not finite"),
-        ({"covariances": torch.stack([torch.eye(2), torch.ones(2, 2)])}, r"\[1\] is not positive definite"),
+        (
+            {"covariances": torch.stack([torch.eye(2), torch.ones(2, 2)])},
+            r"\[1\] is not positive definite",
+        ),
         ({"covariances": torch.tensor([[1.0, 0.5], [0.0, 1.0]]).repeat(2, 1, 1)}, "symmetric"),
     ],
 )

@@ -39,7 +39,9 @@ def coverage(found):
 
 
 def figures(found):
-    return {name: figure for name, figure in found._asdict().items() if isinstance(figure, Estimate)}
+    return {
+        name: figure for name, figure in found._asdict().items() if isinstance(figure, Estimate)
+    }
 
 
 def values(found):
@@ -54,7 +56,9 @@ def sorted_curve(ranks, squared):
 
 
 def test_coverage_includes_its_bounds():
-    found = calibration(torch.tensor([[0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75]]), torch.full((1, 7), 0.5))
+    found = calibration(
+        torch.tensor([[0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75]]), torch.full((1, 7), 0.5)
+    )
     assert [share.value for share in coverage(found)] == pytest.approx([2 / 7, 4 / 7, 6 / 7])
 
 
@@ -71,11 +75,17 @@ def test_std_that_are_right():
     for share, nominal in zip(coverage(found), (0.6827, 0.9545, 0.9973), strict=True):
         assert share.value == pytest.approx(nominal, abs=4 * share.standard_error)
         # 20,000 independent values, in 400 examples.
-        assert share.standard_error == pytest.approx(math.sqrt(nominal * (1 - nominal) / 20_000), rel=0.2)
-    assert found.standardised_var.value == pytest.approx(1.0, abs=4 * found.standardised_var.standard_error)
+        assert share.standard_error == pytest.approx(
+            math.sqrt(nominal * (1 - nominal) / 20_000), rel=0.2
+        )
+    assert found.standardised_var.value == pytest.approx(
+        1.0, abs=4 * found.standardised_var.standard_error
+    )
     assert found.normalised_calibration_error.value < 0.03
     assert found.pit_histogram_error.value < 0.05
-    np.testing.assert_allclose(found.reliability.observed_rmse, found.reliability.predicted_std, rtol=0.12)
+    np.testing.assert_allclose(
+        found.reliability.observed_rmse, found.reliability.predicted_std, rtol=0.12
+    )
     assert {figure.n for figure in figures(found).values()} == {400}
 
 
@@ -146,7 +156,9 @@ def test_the_order_of_the_errors_is_the_best_and_its_reverse_is_worse_than_none(
     best, worst = calibration(residual, residual.abs()), calibration(residual, 1 / residual.abs())
     assert best.sparsification_error_area.value == pytest.approx(0, abs=1e-12)
     assert best.normalised_calibration_error.value == pytest.approx(0, abs=1e-12)
-    assert worst.sparsification_error_area.value > 1.5 * worst.random_sparsification_error_area.value
+    assert (
+        worst.sparsification_error_area.value > 1.5 * worst.random_sparsification_error_area.value
+    )
 
 
 def test_ties_take_their_share_of_the_bins():
@@ -188,8 +200,12 @@ def test_units_and_order_do_not_matter(seed, octaves, n):
     unit = 2.0**octaves  # any other unit moves values across the edges of cells
     assert values(calibration(unit * residual, unit * std)) == pytest.approx(expected)
     rows, columns = torch.randperm(n), torch.randperm(12)
-    assert values(calibration(residual[rows][:, columns], std[rows][:, columns])) == pytest.approx(expected)
-    assert values(calibration(-residual.view(n, 3, 4), std.view(n, 3, 4))) == pytest.approx(expected)
+    assert values(calibration(residual[rows][:, columns], std[rows][:, columns])) == pytest.approx(
+        expected
+    )
+    assert values(calibration(-residual.view(n, 3, 4), std.view(n, 3, 4))) == pytest.approx(
+        expected
+    )
 
 
 def test_blocks_do_not_matter(monkeypatch):
@@ -214,7 +230,9 @@ def test_no_error_at_all_is_covered_and_needs_no_order():
     assert found.standardised_var.value == 0.0
     assert found.normalised_calibration_error.value == 1.0
     assert found.pit_histogram_error.value == pytest.approx(1.9)
-    assert found.sparsification_error_area.value == found.random_sparsification_error_area.value == 0.0
+    assert (
+        found.sparsification_error_area.value == found.random_sparsification_error_area.value == 0.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,13 +278,18 @@ def test_a_linear_model_has_known_residuals(linear_model, monkeypatch):
     monkeypatch.setattr(model.noise, "interval_factor", lambda n_std: n_std - 1)
     found = noise_calibration(model, [x], torch.ones(8, dtype=torch.bool)).varying_dimensions
     assert found.interval_coverage_1.value == 0
-    assert (found.interval_coverage_2, found.interval_coverage_3) == (found.coverage_1, found.coverage_2)
+    assert (found.interval_coverage_2, found.interval_coverage_3) == (
+        found.coverage_1,
+        found.coverage_2,
+    )
 
 
 def test_batches_do_not_matter(linear_model):
     model, x, _ = linear_model
     varying = torch.ones(8, dtype=torch.bool)
-    one, many = (figures(noise_calibration(model, torch.split(x, size), varying)[0]) for size in (600, 7))
+    one, many = (
+        figures(noise_calibration(model, torch.split(x, size), varying)[0]) for size in (600, 7)
+    )
     for name, figure in one.items():
         assert many[name] == pytest.approx(figure), name
 
@@ -278,7 +301,9 @@ def test_only_dimensions_that_vary_are_judged(linear_model):
     seen = model.reconstruct(x)
     expected = calibration((x - seen.mean)[:, varying], seen.std[:, varying])
     assert figures(found) == figures(expected)
-    assert noise_calibration(model, [x], torch.zeros(8, dtype=torch.bool)).varying_dimensions is None
+    assert (
+        noise_calibration(model, [x], torch.zeros(8, dtype=torch.bool)).varying_dimensions is None
+    )
     with pytest.raises(ValueError, match="shape of one example"):
         noise_calibration(model, [x], varying[:7])
     with pytest.raises(ValueError, match="no examples"):
@@ -322,7 +347,11 @@ def test_a_planted_noise_map_is_recovered():
     model = make_model(data, config)
     Trainer(model, data, config).fit()
     model.eval()
-    raw, planted, noise = torch.from_numpy(data.test[:]), planted[data.test.indices], noise[data.test.indices]
+    raw, planted, noise = (
+        torch.from_numpy(data.test[:]),
+        planted[data.test.indices],
+        noise[data.test.indices],
+    )
     with torch.no_grad():
         predicted = model.scaling.restore_std(model.reconstruct(model.scaling(raw)).std).numpy()
     ratio = np.log(predicted / planted)
@@ -341,6 +370,8 @@ def test_a_planted_noise_map_is_recovered():
     assert found.pit_histogram_error.value < 0.09
     # In model units, as AUSE depends on the units of the columns; the true std rank no better than this.
     scale = model.scaling.scale.double()
-    best = calibration(torch.from_numpy(noise) / scale, torch.from_numpy(planted) / scale).sparsification_error_area
+    best = calibration(
+        torch.from_numpy(noise) / scale, torch.from_numpy(planted) / scale
+    ).sparsification_error_area
     assert found.sparsification_error_area.value == pytest.approx(best.value, abs=0.02)
     assert best.value < 0.5 * found.random_sparsification_error_area.value

@@ -17,7 +17,15 @@ from sklearn.datasets import load_digits
 from equipoise.cli import main
 from equipoise.training.run import Run
 
-QUICK = ["--set", "latent_dim=2", "width=4", "stage_1_epochs=2", "stage_2_epochs=1", "n_components=3", "batch_size=128"]
+QUICK = [
+    "--set",
+    "latent_dim=2",
+    "width=4",
+    "stage_1_epochs=2",
+    "stage_2_epochs=1",
+    "n_components=3",
+    "batch_size=128",
+]
 
 
 def run(*arguments, cwd=None, env=None):
@@ -85,14 +93,29 @@ def test_the_test_figures_are_in_the_evaluation(trained):
     assert section["noise_floor_var"] > 0
     # Both evaluate the same model on the same data; only the noise differs.
     last = trained[0].history()[-1]
-    assert section["elbo"]["value"] == pytest.approx(last["test_elbo"], abs=4 * section["elbo"]["standard_error"])
+    assert section["elbo"]["value"] == pytest.approx(
+        last["test_elbo"], abs=4 * section["elbo"]["standard_error"]
+    )
 
 
 @pytest.mark.parametrize("source", ["mixture", "prior", "aggregate", "gaussian", "mixture=4"])
 def test_samples(trained, tmp_path, source):
     stem = source.replace("=", "-")
     for folder in (tmp_path / "a", tmp_path / "b"):
-        main(["sample", str(trained[0].folder), "--from", source, "-n", "7", "--seed", "3", "--out", str(folder)])
+        main(
+            [
+                "sample",
+                str(trained[0].folder),
+                "--from",
+                source,
+                "-n",
+                "7",
+                "--seed",
+                "3",
+                "--out",
+                str(folder),
+            ]
+        )
     samples = np.load(tmp_path / "a" / f"{stem}.npy")
     assert samples.shape == (7, 1, 8, 8)
     assert samples.dtype == np.uint8
@@ -127,7 +150,9 @@ def test_a_source_that_is_none_is_refused_with_the_choices(trained, capsys):
 def test_pixel_noise_is_added_on_demand(trained, tmp_path):
     for name, flag in (("means", []), ("noisy", ["--noise"])):
         main(["sample", str(trained[0].folder), "-n", "50", "--out", str(tmp_path / name), *flag])
-    means, noisy = (np.load(tmp_path / name / "mixture.npy").astype(float) for name in ("means", "noisy"))
+    means, noisy = (
+        np.load(tmp_path / name / "mixture.npy").astype(float) for name in ("means", "noisy")
+    )
     std = np.load(tmp_path / "means" / "mixture-std.npy")
     inside = (means > 4) & (means < 12)  # away from the ends, where values are clamped
     assert np.std((noisy - means)[inside]) == pytest.approx(std[inside].mean(), rel=0.2)
@@ -142,28 +167,63 @@ def test_reconstructions(trained, tmp_path):
 
 
 def test_reconstructing_other_data(trained, tmp_path, capsys):
-    np.save(tmp_path / "digits.npy", np.random.default_rng(0).integers(0, 17, (20, 8, 8)).astype(np.uint8))
-    main(["reconstruct", str(trained[0].folder), str(tmp_path / "digits.npy"), "-n", "5", "--out", str(tmp_path)])
+    np.save(
+        tmp_path / "digits.npy",
+        np.random.default_rng(0).integers(0, 17, (20, 8, 8)).astype(np.uint8),
+    )
+    main(
+        [
+            "reconstruct",
+            str(trained[0].folder),
+            str(tmp_path / "digits.npy"),
+            "-n",
+            "5",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     with np.load(tmp_path / "reconstructions.npz") as arrays:
         assert len(arrays["data"]) == 5
     numbered = np.zeros((30, 8, 8), np.uint8)
     numbered[:, 0, 0] = np.arange(30) // 2
     np.save(tmp_path / "numbered.npy", numbered)
-    main(["reconstruct", str(trained[0].folder), str(tmp_path / "numbered.npy"), "--out", str(tmp_path)])
+    main(
+        [
+            "reconstruct",
+            str(trained[0].folder),
+            str(tmp_path / "numbered.npy"),
+            "--out",
+            str(tmp_path),
+        ]
+    )
     with np.load(tmp_path / "reconstructions.npz") as arrays:
-        np.testing.assert_array_equal(arrays["data"][:, 0], numbered)  # all of them, in the order of the file
+        np.testing.assert_array_equal(
+            arrays["data"][:, 0], numbered
+        )  # all of them, in the order of the file
     np.save(tmp_path / "unit.npy", np.random.default_rng(0).random((3, 8, 8)).astype(np.float32))
     assert "whole numbers from 0 to 16" in refused(
         "reconstruct", trained[0].folder, tmp_path / "unit.npy", capsys=capsys
     )
-    np.save(tmp_path / "other.npy", np.random.default_rng(0).integers(0, 255, (20, 9, 9)).astype(np.uint8))
+    np.save(
+        tmp_path / "other.npy",
+        np.random.default_rng(0).integers(0, 255, (20, 9, 9)).astype(np.uint8),
+    )
     printed = refused("reconstruct", trained[0].folder, tmp_path / "other.npy", capsys=capsys)
     assert "(1, 9, 9), the model was trained on (1, 8, 8)" in printed
 
 
 def test_a_table_from_end_to_end(table, tmp_path):
     np.save(tmp_path / "codes.npy", table)
-    main(["train", str(tmp_path / "codes.npy"), "--out", str(tmp_path / "run"), *QUICK, "stage_1_epochs=30"])
+    main(
+        [
+            "train",
+            str(tmp_path / "codes.npy"),
+            "--out",
+            str(tmp_path / "run"),
+            *QUICK,
+            "stage_1_epochs=30",
+        ]
+    )
     main(["sample", str(tmp_path / "run"), "-n", "2000"])
     samples = np.load(tmp_path / "run" / "samples" / "mixture.npy")
     assert samples.dtype == np.float32
@@ -181,13 +241,24 @@ def test_a_folder_of_images_from_end_to_end(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(40):
-        Image.fromarray(rng.integers(0, 255, (16, 12, 3)).astype(np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(rng.integers(0, 255, (16, 12, 3)).astype(np.uint8)).save(
+            folder / f"{i}.png"
+        )
     (folder / "broken.png").write_bytes(b"not an image")
-    done = run("train", folder, "--out", tmp_path / "run", *QUICK, env={"EQUIPOISE_CACHE": str(tmp_path / "cache")})
+    done = run(
+        "train",
+        folder,
+        "--out",
+        tmp_path / "run",
+        *QUICK,
+        env={"EQUIPOISE_CACHE": str(tmp_path / "cache")},
+    )
     assert done.returncode == 0, done.stderr
     assert "broken.png" in done.stdout
     assert Run(tmp_path / "run").model().shape == (3, 16, 12)
-    strict = run("train", folder, "--strict", env={"EQUIPOISE_CACHE": str(tmp_path / "cache")}, cwd=tmp_path)
+    strict = run(
+        "train", folder, "--strict", env={"EQUIPOISE_CACHE": str(tmp_path / "cache")}, cwd=tmp_path
+    )
     assert strict.returncode == 2
     assert "broken.png" in strict.stderr
     assert not (tmp_path / "runs").exists()
@@ -211,7 +282,9 @@ def test_a_run_from_python_does_not_take_other_data_for_its_own(tmp_path, capsys
     import equipoise
 
     data = equipoise.load_data(np.random.default_rng(0).normal(size=(60, 5)))
-    config = equipoise.TrainConfig(latent_dim=2, width=4, stage_1_epochs=2, stage_2_epochs=1, n_components=2)
+    config = equipoise.TrainConfig(
+        latent_dim=2, width=4, stage_1_epochs=2, stage_2_epochs=1, n_components=2
+    )
     run_from_python = equipoise.train(data, config, tmp_path / "run")
     main(["sample", str(run_from_python.folder), "-n", "4"])  # needs no data
     assert np.load(tmp_path / "run" / "samples" / "mixture.npy").shape == (4, 5)
@@ -222,7 +295,11 @@ def test_a_run_from_python_does_not_take_other_data_for_its_own(tmp_path, capsys
         ["train", "--resume"],
     ):
         name, *rest = command
-        arguments = [name, *rest, run_from_python.folder] if name == "train" else [name, run_from_python.folder, *rest]
+        arguments = (
+            [name, *rest, run_from_python.folder]
+            if name == "train"
+            else [name, run_from_python.folder, *rest]
+        )
         assert "trained from Python" in refused(*arguments, capsys=capsys)
 
 
@@ -235,7 +312,9 @@ def test_a_folder_does_not_hide_a_named_set(tmp_path, monkeypatch):
 
 def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in refused("train", "--out", tmp_path / "file" / "run", *QUICK, capsys=capsys)
+    assert str(tmp_path / "file") in refused(
+        "train", "--out", tmp_path / "file" / "run", *QUICK, capsys=capsys
+    )
 
 
 def test_an_unfinished_run_says_how_to_finish_it(trained, tmp_path, capsys):
@@ -281,7 +360,10 @@ BAD = {
         lambda p: array(p, np.random.default_rng(0).normal(size=(50, 2))),
         "latent_dim=2",
     ),
-    "a dozen rows": (lambda p: array(p, np.random.default_rng(0).normal(size=(12, 4))), "too few examples"),
+    "a dozen rows": (
+        lambda p: array(p, np.random.default_rng(0).normal(size=(12, 4))),
+        "too few examples",
+    ),
     "five axes": (lambda p: array(p, np.zeros((20, 2, 3, 9, 9))), "axes|dimensions|shape"),
     "no such file": (lambda p: p / "nowhere.npy", "neither"),
     "a misspelt name": (lambda p: "mnst", "mnist"),
@@ -324,7 +406,9 @@ def test_a_named_set_that_is_nowhere_says_what_to_put_where(tmp_path, monkeypatc
 
 def test_problems_of_recipe_and_options_come_together(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text("width: wide\nlearning_rates: 1\n")
-    printed = refused("train", "--recipe", tmp_path / "r.yaml", "--set", "floor=-1", "nonsense", capsys=capsys)
+    printed = refused(
+        "train", "--recipe", tmp_path / "r.yaml", "--set", "floor=-1", "nonsense", capsys=capsys
+    )
     for part in (
         "width must be",
         "unknown option learning_rates; did you mean learning_rate",
@@ -363,13 +447,22 @@ def test_evaluate_and_report_from_the_command_line(trained, tmp_path):
     cache = {"EQUIPOISE_CACHE": str(tmp_path / "cache")}
     done = run("evaluate", folder, "-n", "40", "--against", other, env=cache)
     assert done.returncode == 0, done.stderr
-    for part in ("Bits per dimension", "Fréchet distance, mixture", "Active units", "Within 1 std", "AUROC", "180"):
+    for part in (
+        "Bits per dimension",
+        "Fréchet distance, mixture",
+        "Active units",
+        "Within 1 std",
+        "AUROC",
+        "180",
+    ):
         assert part in done.stdout
     found = json.loads((folder / "evaluation.json").read_text())
     assert found["samples"]["features"] == "efficientnet-lite0"
     assert found["samples"]["mixture"]["frechet_distance"]["n"] == 40
     assert found["about"]["sections"]["samples"]["command"][:2] == ["equipoise", "evaluate"]
-    assert len(list((tmp_path / "cache" / "features").iterdir())) == 2  # of test and of training data
+    assert (
+        len(list((tmp_path / "cache" / "features").iterdir())) == 2
+    )  # of test and of training data
     done = run("report", folder)
     assert done.returncode == 0, done.stderr
     page = (folder / "report.html").read_text()
@@ -387,12 +480,20 @@ def test_evaluating_other_examples(trained, tmp_path, capsys):
     found = json.loads((folder / "evaluation-other.npy.json").read_text())
     assert found["noise"]["all"]["coverage_1"]["n"] == 30
     assert found["about"]["data"]["test"] == str(other)
-    assert "are in the training data" in refused("evaluate", folder, "--data", "digits", capsys=capsys)
+    assert "are in the training data" in refused(
+        "evaluate", folder, "--data", "digits", capsys=capsys
+    )
     np.save(other, np.zeros((30, 9, 9), np.uint8))
-    assert "the model was trained on (1, 8, 8)" in refused("evaluate", folder, "--data", other, capsys=capsys)
-    assert "choose from likelihood" in refused("evaluate", folder, "--sections", "nose", capsys=capsys)
+    assert "the model was trained on (1, 8, 8)" in refused(
+        "evaluate", folder, "--data", other, capsys=capsys
+    )
+    assert "choose from likelihood" in refused(
+        "evaluate", folder, "--sections", "nose", capsys=capsys
+    )
     assert "give --against" in refused("evaluate", folder, "--sections", "outliers", capsys=capsys)
-    assert "'inception' need" in refused("evaluate", folder, "--features", "inception", capsys=capsys)
+    assert "'inception' need" in refused(
+        "evaluate", folder, "--features", "inception", capsys=capsys
+    )
 
 
 def test_export_from_the_command_line(trained, tmp_path):
@@ -466,5 +567,14 @@ def test_a_live_terminal_shows_the_bar_with_time_left_and_figures(tmp_path):
     os.close(master)
     assert done.wait() == 0
     text = shown.decode(errors="replace")
-    for part in ("training", "ELBO", "KL", "MSE", "noise std", "%", "mixture of", "Optimal noise variance"):
+    for part in (
+        "training",
+        "ELBO",
+        "KL",
+        "MSE",
+        "noise std",
+        "%",
+        "mixture of",
+        "Optimal noise variance",
+    ):
         assert part in text

@@ -36,7 +36,12 @@ def fit(data, config):
 
 @pytest.mark.parametrize(
     ("device", "n_processes", "mode"),
-    [("cuda", 1, "reduce-overhead"), ("cuda", 2, "default"), ("cpu", 1, "default"), ("cpu", 2, "default")],
+    [
+        ("cuda", 1, "reduce-overhead"),
+        ("cuda", 2, "default"),
+        ("cpu", 1, "default"),
+        ("cpu", 2, "default"),
+    ],
 )
 def test_one_gpu_replays_graphs(digits, monkeypatch, device, n_processes, mode):
     modes = {}
@@ -84,12 +89,16 @@ def test_nothing_is_read_of_the_networks_after_their_step(digits, monkeypatch, e
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_networks_are_handed_back_as_they_were(digits, monkeypatch, is_compiled):
     """Also those that a user has compiled before."""
-    monkeypatch.setattr(nn.Module, "compile", lambda network, mode: setattr(network, "_compiled_call_impl", print))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda network, mode: setattr(network, "_compiled_call_impl", print)
+    )
     config = replace(QUICK, compile=is_compiled)
     model = make_model(digits, config)
     before = None if is_compiled else model.encoder._call_impl
     model.encoder._compiled_call_impl = before
-    monkeypatch.setattr(Trainer, "_epoch", lambda trainer: setattr(trainer.schedule, "stage", Stage.FINISHED))
+    monkeypatch.setattr(
+        Trainer, "_epoch", lambda trainer: setattr(trainer.schedule, "stage", Stage.FINISHED)
+    )
     Trainer(model, digits, config).fit()
     assert model.encoder._compiled_call_impl == before
     assert model.decoder._compiled_call_impl is None
@@ -128,5 +137,7 @@ print("the same")
 @pytest.mark.slow
 def test_compiled_networks_compute_the_same():
     """In a process of its own, for the checks of types in these tests are not made to be compiled."""
-    done = subprocess.run([sys.executable, "-c", COMPILED_AND_NOT], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED_AND_NOT], check=False, capture_output=True, text=True
+    )
     assert done.stdout.endswith("the same\n"), done.stderr

@@ -74,7 +74,10 @@ def test_all_problems_come_in_one_message():
         ({"n_components": 0}, "n_components must be at least 1"),
         ({"clip": 0.5}, "multiple above 1"),
         ({"objective": "vae", "stage_2_epochs": 5}, "objective=vae has no stage 2"),
-        ({"objective": "wae-mmd", "noise": "global", "noise_var": None}, "one with a fixed variance"),
+        (
+            {"objective": "wae-mmd", "noise": "global", "noise_var": None},
+            "one with a fixed variance",
+        ),
         ({"objective": "sigma-vae", "noise": "dimension"}, "optimal for each batch"),
         ({"objective": "rae-l2", "beta": 2}, "has no beta"),
         ({"penalty": 3}, "objective=elbo has none"),
@@ -91,8 +94,12 @@ def test_contradictions(values, message):
 
 def test_a_misspelt_choice_is_a_problem_in_python_too():
     config = TrainConfig()
-    object.__setattr__(config, "noise", "gloabl")  # beartype, which only the tests have, would refuse the constructor
-    assert config.problems() == ["noise must be 'global' or 'channel' or 'dimension' or 'fixed', got 'gloabl'"]
+    object.__setattr__(
+        config, "noise", "gloabl"
+    )  # beartype, which only the tests have, would refuse the constructor
+    assert config.problems() == [
+        "noise must be 'global' or 'channel' or 'dimension' or 'fixed', got 'gloabl'"
+    ]
 
 
 def test_every_option_has_help_and_a_type():
@@ -131,7 +138,12 @@ def test_an_objective_brings_what_it_needs():
     """Over a recipe's options if the user names it, but never over the user's own."""
     recipe = {"latent_dim": 3, "stage_2_epochs": 5}
     config = make_config(recipe, {"objective": "vae"})
-    assert (config.noise, config.noise_var, config.stage_2_epochs, config.latent_dim) == ("fixed", 0.5, 0, 3)
+    assert (config.noise, config.noise_var, config.stage_2_epochs, config.latent_dim) == (
+        "fixed",
+        0.5,
+        0,
+        3,
+    )
     assert make_config({}, {"objective": "beta-vae"}).noise_var == 1.0
     assert make_config({}, {"objective": "beta-vae", "noise_var": 2}).noise_var == 2.0
     assert make_config({"objective": "rae-l2"}).stage_2_epochs == 0

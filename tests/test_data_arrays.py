@@ -285,7 +285,9 @@ def test_objects_that_hold_the_same_give_the_same(source):
 
 
 def test_tensors_with_gradients_and_of_half_precision():
-    assert np.allclose(everything(load(torch.tensor(TABLE, requires_grad=True))), everything(load(TABLE)))
+    assert np.allclose(
+        everything(load(torch.tensor(TABLE, requires_grad=True))), everything(load(TABLE))
+    )
     assert load(torch.tensor(TABLE).bfloat16()).train.dtype == np.float32
 
 
@@ -403,7 +405,8 @@ def test_unusable_files_are_refused_by_name(bad_files, name, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("mnits", "mnist"), ("fashion_mnist", "fashion-mnist"), ("Digits", "digits")]
+    ("name", "meant"),
+    [("mnits", "mnist"), ("fashion_mnist", "fashion-mnist"), ("Digits", "digits")],
 )
 def test_unknown_names_suggest_a_close_one(name, meant):
     with pytest.raises(ValueError, match=f"did you mean .*{meant}.* Expected one of digits, mnist"):

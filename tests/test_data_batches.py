@@ -32,7 +32,9 @@ def test_epoch_order_is_a_pure_permutation(n, seed, epoch):
 
 
 def test_epoch_order_mixes_seed_and_epoch():
-    orders = {tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(10) for epoch in range(10)}
+    orders = {
+        tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(10) for epoch in range(10)
+    }
     assert len(orders) == 100
 
 
@@ -51,7 +53,9 @@ def test_processes_share_each_epoch_evenly(n, batch_size, world_size, seed, drop
             Batches(numbers(n), batch_size, seed=seed, drop_last=drop_last, world_size=world_size)
         return
     ranks = [
-        Batches(numbers(n), batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size)
+        Batches(
+            numbers(n), batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
+        )
         for rank in range(world_size)
     ]
     visits = [seen(batches, epoch) for batches in ranks]
@@ -71,7 +75,9 @@ def test_processes_share_each_epoch_evenly(n, batch_size, world_size, seed, drop
 def test_two_processes_see_the_batches_of_one():
     alone = seen(Batches(numbers(24), 8, seed=1), 5)
     ranks = [seen(Batches(numbers(24), 4, seed=1, rank=rank, world_size=2), 5) for rank in range(2)]
-    assert [sorted(batch) for batch in alone] == [sorted(a + b) for a, b in zip(*ranks, strict=True)]
+    assert [sorted(batch) for batch in alone] == [
+        sorted(a + b) for a, b in zip(*ranks, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -80,7 +86,9 @@ def test_two_processes_see_the_batches_of_one():
 def test_resident_and_streamed_batches_are_identical(tmp_path, seed, drop_last, start):
     pixels = np.random.default_rng(0).integers(0, 256, (53, 3, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "a.npy", pixels)
-    examples = Subset(np.load(tmp_path / "a.npy", mmap_mode="r"), np.arange(52, -1, -1), np.dtype(np.uint8))
+    examples = Subset(
+        np.load(tmp_path / "a.npy", mmap_mode="r"), np.arange(52, -1, -1), np.dtype(np.uint8)
+    )
     resident = Batches(examples, 10, seed=seed, drop_last=drop_last)
     streamed = Batches(examples, 10, seed=seed, drop_last=drop_last, resident_bytes=0)
     assert resident.resident is not None
@@ -118,7 +126,9 @@ def test_an_abandoned_stream_ends_its_thread():
 
 
 def test_an_error_while_gathering_reaches_the_caller():
-    batches = Batches(Subset(numbers(5), np.array([0, 99]), np.dtype(np.float32)), 1, resident_bytes=0)
+    batches = Batches(
+        Subset(numbers(5), np.array([0, 99]), np.dtype(np.float32)), 1, resident_bytes=0
+    )
     with pytest.raises(IndexError):
         list(batches.epoch())
 

@@ -50,11 +50,20 @@ def cache(tmp_path, monkeypatch):
 
 def test_small_images_of_one_size_are_taken_as_they_are(folder):
     data = load(folder)
-    assert (data.name, data.kind, data.shape, data.source) == ("pictures", "image", (3, 12, 10), str(folder))
+    assert (data.name, data.kind, data.shape, data.source) == (
+        "pictures",
+        "image",
+        (3, 12, 10),
+        str(folder),
+    )
     assert (data.train.dtype, data.scale, data.quantum, data.notes) == (np.uint8, 255, 1 / 255, ())
     assert isinstance(data.train.base, np.memmap)
     assert np.array_equal(everything(data), COLOUR.transpose(0, 3, 1, 2))
-    assert data.fingerprint == load(COLOUR).fingerprint == load(COLOUR.transpose(0, 3, 1, 2)).fingerprint
+    assert (
+        data.fingerprint
+        == load(COLOUR).fingerprint
+        == load(COLOUR.transpose(0, 3, 1, 2)).fingerprint
+    )
 
 
 def test_folders_are_searched_in_sorted_order_without_hidden_files(tmp_path):
@@ -144,9 +153,15 @@ def test_larger_images_are_cut_to_a_centred_square_and_resized(tmp_path):
 
 def test_shrinking_antialiases(tmp_path):
     checks = np.indices((256, 256)).sum(0) % 2 * 255
-    fill(tmp_path / "checks", [np.roll(checks, n // 128, 0).astype(np.uint8) + (n % 2) for n in range(10)])
+    fill(
+        tmp_path / "checks",
+        [np.roll(checks, n // 128, 0).astype(np.uint8) + (n % 2) for n in range(10)],
+    )
     image = np.uint8(checks)
-    folder = fill(tmp_path / "fine", [np.clip(image.astype(int) + n, 0, 255).astype(np.uint8) for n in range(10)])
+    folder = fill(
+        tmp_path / "fine",
+        [np.clip(image.astype(int) + n, 0, 255).astype(np.uint8) for n in range(10)],
+    )
     pixels = everything(load(folder, image_size=32))
     assert pixels.min() > 120
     assert pixels.max() < 140
@@ -205,7 +220,9 @@ def test_unreadable_files_are_skipped_and_named(folder):
         assert len(everything(data)) == 19
         assert np.array_equal(everything(data)[1], COLOUR[3].transpose(2, 0, 1))
         (note,) = data.notes
-        assert note.startswith("unreadable files skipped: 5 (002.png: not an image, 004.png: not an image, 005.png: ")
+        assert note.startswith(
+            "unreadable files skipped: 5 (002.png: not an image, 004.png: not an image, 005.png: "
+        )
         with pytest.raises(ValueError, match=r"002\.png"):
             load(folder, strict=True)
 
@@ -318,7 +335,9 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(folder, cache, monkeypa
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patched:
             patched.setattr(os, name, full)
-            with pytest.raises(OSError, match=r"cannot write the cache .*No space left.*cache_dir") as caught:
+            with pytest.raises(
+                OSError, match=r"cannot write the cache .*No space left.*cache_dir"
+            ) as caught:
                 load(folder)
         assert caught.value.errno == errno.ENOSPC
         assert not list(cache.iterdir())
@@ -395,7 +414,9 @@ def test_progress_counts_headers_and_pixels(folder, monkeypatch):
     (folder / "004.png").write_bytes(b"")
     calls = []
     load(folder, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(done, 48) for done in range(1, 49) if done != 25]  # the unreadable one has no pixels
+    assert calls == [
+        (done, 48) for done in range(1, 49) if done != 25
+    ]  # the unreadable one has no pixels
 
 
 # CelebA
@@ -418,8 +439,12 @@ def test_celeba_without_a_partition_tests_on_the_last_eighth(tmp_path):
 def test_celeba_with_a_partition(tmp_path, name):
     faces(tmp_path / "celeba" / "img_align_celeba")
     separator = " " if name.endswith("txt") else ","
-    lines = [f"{n:03d}.jpg{separator}{2 if n < 6 else 1 if n < 9 else 0}" for n in range(40)] + ["999.jpg 0"]
-    (tmp_path / "celeba" / name).write_text("\n".join(["image_id,partition"] * (separator == ",") + lines))
+    lines = [f"{n:03d}.jpg{separator}{2 if n < 6 else 1 if n < 9 else 0}" for n in range(40)] + [
+        "999.jpg 0"
+    ]
+    (tmp_path / "celeba" / name).write_text(
+        "\n".join(["image_id,partition"] * (separator == ",") + lines)
+    )
     data = load("celeba", data_dir=tmp_path)
     assert [len(part) for part in (data.train, data.validation, data.test)] == [31, 3, 6]
     whole = everything(load(tmp_path / "celeba" / "img_align_celeba", image_size=64))
@@ -434,7 +459,9 @@ def test_celeba_cuts_the_usual_square(tmp_path, size, crop):
     images[:, top : height - top, left : width - left] += 220
     fill(tmp_path / "img_align_celeba", images, "jpg", quality=98)
     data = load("celeba", data_dir=tmp_path)
-    assert data.train[:].min() > 150  # nothing of the dark frame, which begins two pixels further out
+    assert (
+        data.train[:].min() > 150
+    )  # nothing of the dark frame, which begins two pixels further out
     assert load("celeba", data_dir=tmp_path, image_size=32, channels="grey").shape == (1, 32, 32)
 
 
@@ -487,7 +514,12 @@ def hub(monkeypatch):
             rows.append({column: {"bytes": content.getvalue(), "path": None} for column in columns})
         return FakeTable({"label": "int64"} | dict.fromkeys(columns, FakeImage()), rows)
 
-    module.sets, module.Image, module.load_dataset, module.table = {}, FakeImage, load_dataset, table
+    module.sets, module.Image, module.load_dataset, module.table = (
+        {},
+        FakeImage,
+        load_dataset,
+        table,
+    )
     monkeypatch.setitem(sys.modules, "datasets", module)
     return module
 
@@ -504,7 +536,9 @@ def test_hub_images_with_their_own_parts(hub, monkeypatch):
 
 def test_hub_images_by_path_and_a_single_part(hub, folder):
     table = hub.table(COLOUR)
-    table.rows = [{"image": {"bytes": None, "path": str(path)}} for path in sorted(folder.iterdir())]
+    table.rows = [
+        {"image": {"bytes": None, "path": str(path)}} for path in sorted(folder.iterdir())
+    ]
     table.rows[3]["image"]["path"] = "gone.png"
     hub.sets["a/b"] = {"all": table}
     data = load("hf:a/b")

@@ -90,7 +90,10 @@ def test_damaged_gzip_files_are_named(tmp_path, damage):
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *[("mnist", layout) for layout in ("", "raw", "MNIST/raw", "mnist/MNIST/raw", "mnist", "MNIST")],
+        *[
+            ("mnist", layout)
+            for layout in ("", "raw", "MNIST/raw", "mnist/MNIST/raw", "mnist", "MNIST")
+        ],
         *[("fashion-mnist", layout) for layout in ("", "FashionMNIST/raw", "fashion-mnist", "raw")],
     ],
 )
@@ -128,7 +131,12 @@ def test_a_missing_set_says_where_it_was_looked_for(alone):
     with pytest.raises(FileNotFoundError) as caught:
         load("mnist", data_dir=alone / "given")
     message = str(caught.value)
-    for part in (str(alone / "given/MNIST/raw"), str(alone / "home/data/MNIST/raw"), *STEMS, "--data-dir"):
+    for part in (
+        str(alone / "given/MNIST/raw"),
+        str(alone / "home/data/MNIST/raw"),
+        *STEMS,
+        "--data-dir",
+    ):
         assert part in message
 
 
@@ -149,11 +157,16 @@ def real(name, **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "train_mean", "test_mean"), [("mnist", 33.3184, 33.7912), ("fashion-mnist", 72.9404, 73.1466)]
+    ("name", "train_mean", "test_mean"),
+    [("mnist", 33.3184, 33.7912), ("fashion-mnist", 72.9404, 73.1466)],
 )
 def test_real_idx_sets(name, train_mean, test_mean):
     data = real(name)
-    assert [len(part) for part in (data.train, data.validation, data.test)] == [58_000, 2000, 10_000]
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [
+        58_000,
+        2000,
+        10_000,
+    ]
     assert data.train.base.mean() == pytest.approx(train_mean, abs=1e-4)
     assert data.test[:].mean() == pytest.approx(test_mean, abs=1e-4)
 

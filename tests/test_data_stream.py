@@ -66,7 +66,8 @@ def numbers(batches, epoch=0, start=0):
 def test_each_example_is_visited_once_an_epoch(n, sizes, buffer_size, batch_size, world_size, seed):
     data = load_stream(cut(table_of(n), sizes), buffer_size=buffer_size, test=1, validation=1)
     ranks = [
-        StreamBatches(data.train, batch_size, seed=seed, rank=rank, world_size=world_size) for rank in range(world_size)
+        StreamBatches(data.train, batch_size, seed=seed, rank=rank, world_size=world_size)
+        for rank in range(world_size)
     ]
     visits = [numbers(batches, 3) for batches in ranks]
     assert {len(visit) for visit in visits} == {len(ranks[0])}
@@ -79,7 +80,10 @@ def test_each_example_is_visited_once_an_epoch(n, sizes, buffer_size, batch_size
     like = Batches(table_of(n)[2:], batch_size, world_size=world_size)
     assert [len(batch) for batch in visits[0]] == [len(batch) for batch in like.epoch()]
     whole = load_stream(cut(table_of(n), [n]), buffer_size=buffer_size, test=1, validation=1)
-    assert numbers(StreamBatches(whole.train, batch_size, seed=seed, world_size=world_size), 3) == visits[0]
+    assert (
+        numbers(StreamBatches(whole.train, batch_size, seed=seed, world_size=world_size), 3)
+        == visits[0]
+    )
 
 
 @pytest.mark.parametrize("buffer_size", [1, 10, 1000])
@@ -88,7 +92,11 @@ def test_the_order_is_a_function_of_seed_and_epoch(buffer_size):
     batches = batches_of(stream, 16, seed=0)
     assert isinstance(batches, StreamBatches)
     assert numbers(batches, 1) == numbers(batches_of(stream, 16, seed=0), 1)
-    orders = {str(numbers(batches_of(stream, 16, seed=seed), epoch)) for seed in (0, 1) for epoch in (0, 1)}
+    orders = {
+        str(numbers(batches_of(stream, 16, seed=seed), epoch))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
     assert len(orders) == (1 if buffer_size == 1 else 4)
     for start in range(len(batches) + 1):
         assert numbers(batches, 1, start) == numbers(batches, 1)[start:]
@@ -101,7 +109,9 @@ def test_a_small_buffer_mixes_neighbours_and_a_large_one_all():
 
     def spread(buffer_size):
         stream = load_stream(cut(rows, [64]), buffer_size=buffer_size).train
-        seen = np.concatenate([batch[:, 0].numpy() for batch in batches_of(stream, 64, seed=0).epoch()])
+        seen = np.concatenate(
+            [batch[:, 0].numpy() for batch in batches_of(stream, 64, seed=0).epoch()]
+        )
         return np.abs(seen - np.sort(seen)).mean() / len(seen)
 
     # Uniform shuffles move an example by a third of the set on average; a buffer by about its size.
@@ -128,7 +138,10 @@ def test_parts_and_what_is_kept(monkeypatch):
     assert np.array_equal(data.train.at_hand[:], rows[15:45])
     assert (len(data.train), data.train.shape, data.name, data.shape) == (85, (85, 2), "rows", (2,))
     assert np.allclose(data.offset, rows[15:45].mean(0))
-    assert load_stream(cut(rows, [8]), count=100, test=5, validation=10).fingerprint == data.fingerprint
+    assert (
+        load_stream(cut(rows, [8]), count=100, test=5, validation=10).fingerprint
+        == data.fingerprint
+    )
     assert load_stream(cut(rows, [5]), test=5, validation=11).fingerprint != data.fingerprint
     given = load_stream(cut(rows, [8]), test=rows[:7] + 1000, validation=torch.ones(3, 2))
     assert (len(given.train), len(given.validation)) == (100, 3)
@@ -166,16 +179,28 @@ def test_an_array_that_the_source_uses_again_is_copied():
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        (iter([table_of(50)]), {}, r"only once.*load_stream\(make_batches\) and not load_stream\(make_batches\(\)\)"),
+        (
+            iter([table_of(50)]),
+            {},
+            r"only once.*load_stream\(make_batches\) and not load_stream\(make_batches\(\)\)",
+        ),
         (table_of(50), {}, "needs no stream: load_data"),
         ("photos", {}, "needs no stream"),
         (7, {}, "int; expected an iterable"),
         ([table_of(50)], {"buffer_size": 0}, "buffer_size must be"),
         ([table_of(50)], {"image_size": 8}, "convert the batches"),
-        ([table_of(50)], {"test": 30, "validation": 15}, "50 examples, of which 30 .* fewer than the 10 needed"),
+        (
+            [table_of(50)],
+            {"test": 30, "validation": 15},
+            "50 examples, of which 30 .* fewer than the 10 needed",
+        ),
         ([table_of(50)], {"count": 60}, "only 50 examples, where count=60"),
         ([{"x": table_of(50)}], {}, "batch 0: a dictionary with the keys x"),
-        ([table_of(50), table_of(50, 3)], {}, r"batch 1: examples of shape \(3,\); those before are of shape \(2,\)"),
+        (
+            [table_of(50), table_of(50, 3)],
+            {},
+            r"batch 1: examples of shape \(3,\); those before are of shape \(2,\)",
+        ),
         ([table_of(50)], {"test": table_of(5, 3)}, "parts differ in the shape"),
         ([np.full((50, 2), np.nan)], {}, "NaN"),
     ],
@@ -210,7 +235,9 @@ def test_a_pass_that_is_not_as_it_was_is_refused(monkeypatch):
     held = [pixels]
     data = load_stream(lambda: cut(held[0], [10])())
     held[0] = later
-    with pytest.raises(ValueError, match=r"batch 8: int64 values from 0 to 256; expected whole numbers in 0\.\.255"):
+    with pytest.raises(
+        ValueError, match=r"batch 8: int64 values from 0 to 256; expected whole numbers in 0\.\.255"
+    ):
         list(data.train.batches())
 
 
@@ -281,10 +308,14 @@ def test_from_a_stream_to_an_evaluation(table, tmp_path, monkeypatch):
     assert len(data.train.at_hand) < len(data.train)
     run = train(data, QUICK, tmp_path / "run")
     model = run.model()
-    assert len(encode_examples(model, data.train, torch.device("cpu")).mean) == len(data.train) == 480
+    assert (
+        len(encode_examples(model, data.train, torch.device("cpu")).mean) == len(data.train) == 480
+    )
     assert sample_aggregate(model, data.train, 7, torch.Generator().manual_seed(0)).shape == (7, 2)
     other = np.random.default_rng(1).normal(size=(50, 6)) * table.std(0) * 3
-    found = evaluate(run, data, against=equipoise.evaluation.Examples("other", load(other).train), brief=True)
+    found = evaluate(
+        run, data, against=equipoise.evaluation.Examples("other", load(other).train), brief=True
+    )
     assert {"likelihood", "samples", "latent", "noise", "outliers"} <= found.keys()
     assert found["latent"]["memorisation"]["n_training"] == 100
     shared = equipoise.evaluation.Examples("copies", Subset.whole(table[500:].astype(np.float32)))
@@ -313,7 +344,9 @@ def test_hugging_face_images(datasets, tmp_path, how):
     table.to_parquet(path)
     source = {
         "parquet": f"hf:{path}",
-        "streaming": datasets.load_dataset("parquet", data_files=path, split="train", streaming=True),
+        "streaming": datasets.load_dataset(
+            "parquet", data_files=path, split="train", streaming=True
+        ),
         "held": table,
     }[how]
     data = load_stream(source, buffer_size=16)
@@ -330,7 +363,9 @@ def test_hugging_face_images(datasets, tmp_path, how):
 @pytest.mark.filterwarnings("default")
 def test_hugging_face_columns_of_arrays(datasets):
     rows = table_of(40, 3)
-    table = datasets.Dataset.from_dict({"x": rows.tolist(), "y": list(range(40))}).to_iterable_dataset()
+    table = datasets.Dataset.from_dict(
+        {"x": rows.tolist(), "y": list(range(40))}
+    ).to_iterable_dataset()
     data = load_stream(table)
     assert data.shape == (3,)
     assert np.allclose(np.concatenate(list(data.train.batches())), rows[8:])
@@ -346,7 +381,14 @@ def test_the_command_streams_and_finds_its_data_again(datasets, tmp_path):
     path = str(tmp_path / "images.parquet")
     datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
     run = tmp_path / "run"
-    small = ["--set", "width=2", "latent_dim=2", "stage_1_epochs=1", "stage_2_epochs=0", "n_components=1"]
+    small = [
+        "--set",
+        "width=2",
+        "latent_dim=2",
+        "stage_1_epochs=1",
+        "stage_2_epochs=0",
+        "n_components=1",
+    ]
     main(["train", f"hf:{path}", "--stream", "--quiet", "--out", str(run), *small])
     assert Run(run).settings()["data"]["load"] == {"stream": True, "source": f"hf:{path}"}
     main(["evaluate", str(run), "--sections", "latent", "--quiet"])

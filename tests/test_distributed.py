@@ -29,7 +29,15 @@ from tests.test_training import assert_same_files, without_times
 TRAIN = [sys.executable, "-m", "equipoise", "train"]
 # 1,455 examples in batches of 96: the last one has 15, which two processes cannot halve.
 OPTIONS = [
-    *("--quiet", "--set", "latent_dim=4", "width=4", "batch_size=96", "stage_1_epochs=3", "stage_2_epochs=3"),
+    *(
+        "--quiet",
+        "--set",
+        "latent_dim=4",
+        "width=4",
+        "batch_size=96",
+        "stage_1_epochs=3",
+        "stage_2_epochs=3",
+    ),
     *("tolerance=0", "recalibrate=scale", "n_components=4", "accelerator=cpu"),
 ]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -51,13 +59,17 @@ def by_two(tmp_path_factory):
 
 
 def assert_close_runs(ours, theirs, tolerance=1e-4):
-    for row, other in zip(without_times(ours.history()), without_times(theirs.history()), strict=True):
+    for row, other in zip(
+        without_times(ours.history()), without_times(theirs.history()), strict=True
+    ):
         assert row.pop("decision") == other.pop("decision")
         assert row == pytest.approx(other, rel=tolerance)
     weights, others = ours.model().state_dict(), theirs.model().state_dict()
     torch.testing.assert_close(weights, others, rtol=1e-2, atol=1e-3)
     # Fits from random starts, which may end elsewhere; their moments are those of the codes, wherever.
-    torch.testing.assert_close(ours.mixture().moments(), theirs.mixture().moments(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        ours.mixture().moments(), theirs.mixture().moments(), rtol=1e-2, atol=1e-2
+    )
 
 
 def test_two_processes_give_the_curve_of_one(by_two, tmp_path):
@@ -97,7 +109,9 @@ def test_processes_stopped_and_killed_resume_bit_for_bit(by_two, tmp_path):
 
 def test_another_number_of_processes_may_go_on(by_two, tmp_path):
     run = Run(tmp_path / "run")
-    with subprocess.Popen([*TRAIN, "--out", run.folder, *OPTIONS], env=ENVIRONMENT, stdout=subprocess.DEVNULL) as one:
+    with subprocess.Popen(
+        [*TRAIN, "--out", run.folder, *OPTIONS], env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    ) as one:
         while len(run.history()) < 2:
             assert one.poll() is None
             time.sleep(0.005)
@@ -118,7 +132,14 @@ def test_torchrun_is_another_way_to_start(by_two, tmp_path):
 
 def test_wrong_input_is_told_before_there_are_processes(tmp_path):
     done = run_command(
-        *TRAIN, "--out", tmp_path / "run", "--devices", "2", "--set", "objective=wae-mmd", "batch_size=9"
+        *TRAIN,
+        "--out",
+        tmp_path / "run",
+        "--devices",
+        "2",
+        "--set",
+        "objective=wae-mmd",
+        "batch_size=9",
     )
     assert done.returncode == 2
     assert "objective=wae-mmd needs whole batches" in done.stderr
@@ -164,9 +185,14 @@ def test_eq_10_over_parts_is_eq_10_over_the_whole(n, seed):
     parts = [residual[::2], residual[1::2]]
     whole, shared = GlobalNoise(), GlobalNoise()
     whole.update(residual)
-    sums = [torch.stack([part.double().square().sum(), torch.tensor(float(part.numel()) / 1)]) for part in parts]
+    sums = [
+        torch.stack([part.double().square().sum(), torch.tensor(float(part.numel()) / 1)])
+        for part in parts
+    ]
     shared.update(parts[0], lambda mine: mine + sums[1])
-    torch.testing.assert_close(shared(torch.zeros(1, 2)), whole(torch.zeros(1, 2)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        shared(torch.zeros(1, 2)), whole(torch.zeros(1, 2)), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_running_means_survive_a_checkpoint_exactly_and_a_change_of_processes():
@@ -175,7 +201,9 @@ def test_running_means_survive_a_checkpoint_exactly_and_a_change_of_processes():
     for part in range(2):
         means = RunningMeans(torch.device("cpu"))
         for step in range(3):
-            x = torch.rand(5 + part, 1, 8, 8, generator=torch.Generator().manual_seed(10 * part + step))
+            x = torch.rand(
+                5 + part, 1, 8, 8, generator=torch.Generator().manual_seed(10 * part + step)
+            )
             means.add(Elbo(model)(x, torch.Generator().manual_seed(step)), step)
         each.append(means)
     packed = torch.stack([means.pack() for means in each])
@@ -190,7 +218,9 @@ def test_running_means_survive_a_checkpoint_exactly_and_a_change_of_processes():
     assert read(again) == read(each[0])
     n = [read(means)["n"] for means in each]
     assert read(joined)["n"] == sum(n) == 33
-    expected = sum(read(means)["elbo"] * count for means, count in zip(each, n, strict=True)) / sum(n)
+    expected = sum(read(means)["elbo"] * count for means, count in zip(each, n, strict=True)) / sum(
+        n
+    )
     assert read(joined)["elbo"] == pytest.approx(expected, rel=1e-12)
 
 
@@ -206,7 +236,8 @@ def test_an_error_of_the_main_process_is_raised_in_all():
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    os.name != "posix" or not shutil.which("ip") or os.geteuid() != 0, reason="makes network namespaces"
+    os.name != "posix" or not shutil.which("ip") or os.geteuid() != 0,
+    reason="makes network namespaces",
 )
 def test_two_hosts(by_two, tmp_path):
     """Two network namespaces joined by a cable stand for two hosts, each with a folder of its own."""
@@ -231,8 +262,20 @@ def test_two_hosts(by_two, tmp_path):
                 "GLOO_SOCKET_IFNAME": end,
             }
             out = tmp_path / f"host-{number}" / "run"
-            command = [*inside, *TRAIN, "--out", str(out), *OPTIONS, "--devices", "1", "--num-nodes", "2"]
-            hosts.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+            command = [
+                *inside,
+                *TRAIN,
+                "--out",
+                str(out),
+                *OPTIONS,
+                "--devices",
+                "1",
+                "--num-nodes",
+                "2",
+            ]
+            hosts.append(
+                subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+            )
         for host in hosts:
             told = host.communicate(timeout=300)[1]
             assert host.returncode == 0, told

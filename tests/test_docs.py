@@ -60,13 +60,17 @@ def test_the_python_in_readme_and_choices_runs(tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert len(blocks) > 1
     for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
 
 
 def test_links_within_the_repository_lead_somewhere():
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")):
+        for target in re.findall(
+            r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")
+        ):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 

@@ -11,7 +11,9 @@ def test_the_mean_and_its_standard_error():
 
 
 def test_float32_draws_are_summed_in_float64():
-    assert Estimate.of_mean(torch.full((1_000_000,), 0.1)).value == pytest.approx(float(np.float32(0.1)), rel=1e-12)
+    assert Estimate.of_mean(torch.full((1_000_000,), 0.1)).value == pytest.approx(
+        float(np.float32(0.1)), rel=1e-12
+    )
 
 
 def test_one_draw_has_no_standard_error_and_none_has_no_mean():
@@ -33,6 +35,8 @@ def test_the_jackknife_of_a_ratio_covers_the_truth():
     within = 0
     for _ in range(200):
         x, y = rng.normal(2.0, 1.0, 500), rng.normal(4.0, 1.0, 500)
-        found = jackknife(lambda rows, x=x, y=y: float(y[rows].mean() / x[rows].mean()), 500, groups=20)
+        found = jackknife(
+            lambda rows, x=x, y=y: float(y[rows].mean() / x[rows].mean()), 500, groups=20
+        )
         within += abs(found.value - 2.0) < 2 * found.standard_error
     assert 180 <= within <= 199

@@ -24,7 +24,14 @@ from equipoise.noise import GlobalNoise, PredictedNoise
 from equipoise.store import StoreError, save_model
 from equipoise.training.config import TrainConfig
 
-QUICK = {"latent_dim": 2, "width": 4, "stage_1_epochs": 3, "stage_2_epochs": 2, "n_components": 2, "random_state": 0}
+QUICK = {
+    "latent_dim": 2,
+    "width": 4,
+    "stage_1_epochs": 3,
+    "stage_2_epochs": 2,
+    "n_components": 2,
+    "random_state": 0,
+}
 # Models of a few steps ignore their codes, and say so.
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -47,14 +54,18 @@ EXPECTED_TO_FAIL = {
 
 
 @parametrize_with_checks(
-    [VAEEstimator(**QUICK | {"latent_dim": 1, "n_components": 1})], expected_failed_checks=lambda _: EXPECTED_TO_FAIL
+    [VAEEstimator(**QUICK | {"latent_dim": 1, "n_components": 1})],
+    expected_failed_checks=lambda _: EXPECTED_TO_FAIL,
 )
 def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
 
 
 def test_options_have_the_names_of_train_config_and_its_defaults():
-    ours = {name: argument.default for name, argument in inspect.signature(VAEEstimator).parameters.items()}
+    ours = {
+        name: argument.default
+        for name, argument in inspect.signature(VAEEstimator).parameters.items()
+    }
     theirs = {field.name: field.default for field in fields(TrainConfig)}
     assert ours.pop("random_state") is None
     assert ours.pop("stage_1_epochs") == ours.pop("stage_2_epochs") == "auto"
@@ -69,7 +80,9 @@ def test_scores_bound_the_log_density_that_the_data_have(table):
     truth = multivariate_normal(cov=np.corrcoef(table.T))
     fresh = truth.rvs(400, random_state=1)
     log_density = (truth.logpdf(fresh) - np.log(std).sum()).mean()
-    vae = VAEEstimator(noise="dimension", stage_1_epochs=100, stage_2_epochs=0, random_state=0).fit(table)
+    vae = VAEEstimator(noise="dimension", stage_1_epochs=100, stage_2_epochs=0, random_state=0).fit(
+        table
+    )
     assert log_density - 0.5 < vae.score(mean + std * fresh) < log_density + 0.05
 
 
@@ -148,7 +161,9 @@ def test_the_columns_of_a_data_frame_are_known_again(table):
     vae = VAEEstimator(**QUICK).fit(frame).set_output(transform="pandas")
     assert list(vae.feature_names_in_) == list("abcdef")
     assert list(vae.transform(frame).columns) == ["vaeestimator0", "vaeestimator1"]
-    np.testing.assert_array_equal(vae.inverse_transform(vae.transform(frame)), vae.reconstruct(frame).mean)
+    np.testing.assert_array_equal(
+        vae.inverse_transform(vae.transform(frame)), vae.reconstruct(frame).mean
+    )
     with pytest.raises(ValueError, match="feature names"):
         vae.transform(frame[list("fedcba")])
 
@@ -173,7 +188,10 @@ def test_images_come_back_as_they_went_in(shape):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 0, "learning_rate": "fast"}, "width must be at least 1|learning_rate must be a number"),
+        (
+            {"width": 0, "learning_rate": "fast"},
+            "width must be at least 1|learning_rate must be a number",
+        ),
         ({"noise": "fixed", "noise_var": 0.5, "stage_2_epochs": 2}, "set stage_2_epochs=0"),
         ({"architecture": "conv"}, "needs images"),
     ],
@@ -196,8 +214,12 @@ def test_what_cannot_be_asked_for_is_refused(table):
 
 
 def test_a_model_that_ignores_its_codes_is_warned_of(table):
-    with pytest.warns(ConvergenceWarning, match="noise variance 50 is at or above the data's variance"):
-        VAEEstimator(**QUICK | {"noise": "fixed", "noise_var": 50.0, "stage_2_epochs": 0}).fit(table)
+    with pytest.warns(
+        ConvergenceWarning, match="noise variance 50 is at or above the data's variance"
+    ):
+        VAEEstimator(**QUICK | {"noise": "fixed", "noise_var": 50.0, "stage_2_epochs": 0}).fit(
+            table
+        )
 
 
 def test_auto_epochs_are_few_enough_for_small_tables(table):
@@ -212,7 +234,9 @@ def test_a_fit_depends_on_random_state_alone_and_leaves_torchs_numbers_alone(tab
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    codes = [VAEEstimator(**QUICK | {"random_state": seed}).fit_transform(table) for seed in (0, 0, 1)]
+    codes = [
+        VAEEstimator(**QUICK | {"random_state": seed}).fit_transform(table) for seed in (0, 0, 1)
+    ]
     torch.testing.assert_close(torch.rand(3), expected)
     np.testing.assert_array_equal(codes[0], codes[1])
     assert not np.allclose(codes[0], codes[2])
@@ -250,7 +274,9 @@ def test_a_stream_after_stage_2_goes_back_to_stage_1(table):
 
 
 def test_pipelines_and_grid_searches(table):
-    pipeline = make_pipeline(FunctionTransformer(np.tanh), VAEEstimator(**QUICK | {"stage_1_epochs": 30}))
+    pipeline = make_pipeline(
+        FunctionTransformer(np.tanh), VAEEstimator(**QUICK | {"stage_1_epochs": 30})
+    )
     search = GridSearchCV(pipeline, {"vaeestimator__width": np.array([1, 32])}, cv=2).fit(table)
     assert search.best_params_ == {"vaeestimator__width": 32}
     assert search.transform(table).shape == (600, 2)
@@ -258,7 +284,11 @@ def test_pipelines_and_grid_searches(table):
 
 def test_a_saved_estimator_is_the_same(table, tmp_path):
     frame = pd.DataFrame(table, columns=list("abcdef"))
-    vae = VAEEstimator(**QUICK | {"recalibrate": "dimension"}).set_params(width=np.int64(4)).fit(frame)
+    vae = (
+        VAEEstimator(**QUICK | {"recalibrate": "dimension"})
+        .set_params(width=np.int64(4))
+        .fit(frame)
+    )
     path = tmp_path / "vae.safetensors"
     vae.save(path)
     loaded = VAEEstimator.load(path)

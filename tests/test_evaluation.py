@@ -36,7 +36,13 @@ class Projections(torch.nn.Module):
 @pytest.fixture(scope="module")
 def run(digits, tmp_path_factory):
     config = equipoise.TrainConfig(
-        latent_dim=8, width=8, stage_1_epochs=15, stage_2_epochs=5, batch_size=64, learning_rate=5e-3, n_components=5
+        latent_dim=8,
+        width=8,
+        stage_1_epochs=15,
+        stage_2_epochs=5,
+        batch_size=64,
+        learning_rate=5e-3,
+        n_components=5,
     )
     return train(digits, config, tmp_path_factory.mktemp("evaluated") / "run")
 
@@ -45,7 +51,9 @@ def run(digits, tmp_path_factory):
 def permuted(digits):
     """Digits whose pixels have been shuffled, each in its own way."""
     rng = np.random.default_rng(0)
-    images = np.stack([rng.permutation(image.ravel()).reshape(image.shape) for image in digits.test[:]])
+    images = np.stack(
+        [rng.permutation(image.ravel()).reshape(image.shape) for image in digits.test[:]]
+    )
     return Examples("permuted digits", Subset.whole(images))
 
 
@@ -78,11 +86,15 @@ def test_all_sections_are_written_with_finite_figures(found, run):
 def test_likelihoods_are_ordered_as_they_must_be(found):
     section = found["likelihood"]
     value = {
-        keys[-1]: figure["value"] for keys, figure in leaves(section) if len(keys) == 1 and keys[0] != "noise_floor_var"
+        keys[-1]: figure["value"]
+        for keys, figure in leaves(section)
+        if len(keys) == 1 and keys[0] != "noise_floor_var"
     }
     assert value["elbo"] == pytest.approx(value["log_likelihood"] - value["kl"], abs=1e-3)
     assert value["iwae_20"] > value["elbo"]
-    assert value["iwae_20"] == pytest.approx(value["iwae_20_first_500"], abs=1.0)  # there are but 180 examples
+    assert value["iwae_20"] == pytest.approx(
+        value["iwae_20_first_500"], abs=1.0
+    )  # there are but 180 examples
     # Bits are those of the dequantised bound: D = 64, levels 1/16 apart.
     bound = section["dequantised"]["iwae_20"]["value"]
     assert value["bits_per_dim"] == pytest.approx(-(bound / 64 + math.log(1 / 16)) / math.log(2))
@@ -112,14 +124,18 @@ def test_permuted_digits_are_outliers(found):
     assert found["outliers"]["against"] == "permuted digits"
 
 
-def test_the_same_seed_gives_the_same_figures_whatever_else_is_computed(run, digits, permuted, found):
+def test_the_same_seed_gives_the_same_figures_whatever_else_is_computed(
+    run, digits, permuted, found
+):
     for name in SECTIONS:
         again = evaluate(run, digits, against=permuted, features=Projections(), sections=[name])
         assert again[name] == found[name]
         assert set(again) == {"about", *SECTIONS}  # the others are kept
 
 
-def test_figures_of_another_model_or_mixture_are_not_kept_nor_those_of_a_torn_file(run, digits, found):
+def test_figures_of_another_model_or_mixture_are_not_kept_nor_those_of_a_torn_file(
+    run, digits, found
+):
     before = run.evaluation_file.read_text()
     try:
         for other in (
@@ -138,14 +154,19 @@ def test_other_examples_are_judged_beside_the_runs_own(run, digits, found):
     before = run.evaluation_file.read_text()
     picture = (run.figures / "reliability.png").read_bytes()
     half = Examples("a/half.npy", digits.test.take(slice(90)))
-    assert evaluate(run, digits, test=half, sections=["noise"])["noise"]["all"]["coverage_1"]["n"] == 90
+    assert (
+        evaluate(run, digits, test=half, sections=["noise"])["noise"]["all"]["coverage_1"]["n"]
+        == 90
+    )
     assert run.evaluation_file.read_text() == before
     assert (run.figures / "reliability.png").read_bytes() == picture
     assert "noise" in json.loads((run.folder / "evaluation-half.npy.json").read_text())
 
 
 def test_each_section_says_when_and_by_which_command_it_was_made(run, digits, found):
-    again = evaluate(run, digits, sections=["noise"], seed=7, command=["equipoise", "evaluate"])["about"]["sections"]
+    again = evaluate(run, digits, sections=["noise"], seed=7, command=["equipoise", "evaluate"])[
+        "about"
+    ]["sections"]
     assert again["noise"]["seed"] == 7
     assert again["noise"]["command"] == ["equipoise", "evaluate"]
     assert again["likelihood"]["seed"] == 0
@@ -154,7 +175,9 @@ def test_each_section_says_when_and_by_which_command_it_was_made(run, digits, fo
 
 def test_another_seed_draws_anew_and_agrees_within_the_standard_errors(run, digits, found):
     """Neighbouring seeds share no stream: figures of seed 1 once were those of seed 0."""
-    other = evaluate(run, digits, seed=1, features=Projections(), sections=["likelihood", "samples", "latent"])
+    other = evaluate(
+        run, digits, seed=1, features=Projections(), sections=["likelihood", "samples", "latent"]
+    )
     same, gaps = set(), []
     for name in ("likelihood", "samples", "latent"):
         theirs = dict(leaves(other[name]))
@@ -164,7 +187,10 @@ def test_another_seed_draws_anew_and_agrees_within_the_standard_errors(run, digi
                 same.add(gaps[-1] == 0)
     assert len(gaps) > 20
     assert max(map(abs, gaps)) < 5
-    values = [found["likelihood"]["iwae_20"]["value"], other["likelihood"]["iwae_20_first_500"]["value"]]
+    values = [
+        found["likelihood"]["iwae_20"]["value"],
+        other["likelihood"]["iwae_20_first_500"]["value"],
+    ]
     assert values[0] != values[1]
 
 
@@ -184,7 +210,9 @@ def test_copies_are_found_where_codes_are_noisy(digits, tmp_path):
 def test_images_of_real_numbers_and_in_colour(shape, tmp_path):
     rng = np.random.default_rng(0)
     data = equipoise.load_data(rng.random((120, *shape), dtype=np.float32))
-    config = equipoise.TrainConfig(latent_dim=2, width=4, stage_1_epochs=1, stage_2_epochs=1, n_components=2)
+    config = equipoise.TrainConfig(
+        latent_dim=2, width=4, stage_1_epochs=1, stage_2_epochs=1, n_components=2
+    )
     run = train(data, config, tmp_path / "run")
     found = evaluate(run, data, features=Projections(n_pixels=math.prod(shape)))
     assert set(found) == {"about", "likelihood", "samples", "latent", "noise"}
@@ -206,7 +234,10 @@ def test_an_interruption_keeps_what_was_done(run, digits, found):
 def test_progress_ends_at_its_total(run, digits):
     told = {}
     evaluate(
-        run, digits, sections=["likelihood"], progress=lambda label, done, total: told.update({label: (done, total)})
+        run,
+        digits,
+        sections=["likelihood"],
+        progress=lambda label, done, total: told.update({label: (done, total)}),
     )
     assert {"ELBO", "IWAE of the paper", "IWAE-20"} <= told.keys()
     assert all(done == total > 0 for done, total in told.values())
@@ -214,7 +245,9 @@ def test_progress_ends_at_its_total(run, digits):
 
 def test_a_mixture_of_one_component_per_training_example_is_found_out(run, digits, tmp_path):
     """The paper's Table 4 with K = N: such a mixture hands out the training set."""
-    honest = evaluate(run, digits, sections=["latent"], features=Projections())["latent"]["memorisation"]
+    honest = evaluate(run, digits, sections=["latent"], features=Projections())["latent"][
+        "memorisation"
+    ]
     assert not honest["copied"]
     model, mixture_file = run.model(), run.mixture_file.read_bytes()
     posterior = encode_all(model, [torch.from_numpy(digits.train[:])])
@@ -222,7 +255,9 @@ def test_a_mixture_of_one_component_per_training_example_is_found_out(run, digit
     copying = GaussianMixture(weights, posterior.mean.double(), posterior.var.double().diag_embed())
     try:
         save_mixture(run.mixture_file, copying, {})
-        found = evaluate(run, digits, sections=["latent"], features=Projections())["latent"]["memorisation"]
+        found = evaluate(run, digits, sections=["latent"], features=Projections())["latent"][
+            "memorisation"
+        ]
     finally:
         run.mixture_file.write_bytes(mixture_file)
     assert found["copied"]
@@ -247,14 +282,20 @@ def test_further_sources_are_judged_beside_the_runs_own(run, digits, found):
     }
     for name in judged:
         assert more["samples"][name]["frechet_distance"]["n"] == 180
-    assert {row: more["samples"][row] for row in ROWS} == {row: found["samples"][row] for row in ROWS}
+    assert {row: more["samples"][row] for row in ROWS} == {
+        row: found["samples"][row] for row in ROWS
+    }
     latent = more["latent"]
     codes, gain = latent["code_log_likelihood"], latent["code_gain"]
     assert list(gain) == judged
     for name in judged:
-        assert gain[name]["value"] == pytest.approx(codes[name]["value"] - codes["mixture"]["value"], abs=1e-4)
+        assert gain[name]["value"] == pytest.approx(
+            codes[name]["value"] - codes["mixture"]["value"], abs=1e-4
+        )
     assert gain["flow"]["value"] > -3 * gain["flow"]["standard_error"]  # it starts from the mixture
-    assert gain["mixture=1455"]["value"] < 0  # a component per code: overfitted, and found out below
+    assert (
+        gain["mixture=1455"]["value"] < 0
+    )  # a component per code: overfitted, and found out below
     memorised = latent["memorisation"]
     assert memorised["mixture=1455"]["copied"]
     assert not memorised["flow"]["copied"]
@@ -272,7 +313,9 @@ def test_further_sources_are_judged_beside_the_runs_own(run, digits, found):
 
 def test_a_table_is_compared_in_its_columns(table, tmp_path):
     data = equipoise.load_data(table)
-    config = equipoise.TrainConfig(latent_dim=2, width=4, stage_1_epochs=10, stage_2_epochs=0, n_components=2)
+    config = equipoise.TrainConfig(
+        latent_dim=2, width=4, stage_1_epochs=10, stage_2_epochs=0, n_components=2
+    )
     run = train(data, config, tmp_path / "run")
     found = evaluate(run, data)
     assert found["samples"]["features"] == "columns"
@@ -284,7 +327,9 @@ def test_each_batch_of_a_table_gets_noise_of_its_own(tmp_path):
     """Rows that repeat after each batch: reconstructions would, too, were the noise the same."""
     rows = np.random.default_rng(0).normal(size=(BATCH, 4))
     data = equipoise.load_data(np.concatenate([rows] * 24))
-    config = equipoise.TrainConfig(latent_dim=2, width=4, stage_1_epochs=1, stage_2_epochs=0, n_components=2)
+    config = equipoise.TrainConfig(
+        latent_dim=2, width=4, stage_1_epochs=1, stage_2_epochs=0, n_components=2
+    )
     run = train(data, config, tmp_path / "run")
     seen = {}
 
@@ -308,7 +353,13 @@ def test_wrong_arguments_are_refused_before_anything_is_written(run, digits):
         match=r"no section 'latnet'(.|\n)*no source of codes 'flows'(.|\n)*at least 1(.|\n)*the seed(.|\n)*at least 4",
     ) as error:
         evaluate(
-            run, digits, sections=["latnet", "samples"], sources=["flows"], n_samples=3, importance_samples=0, seed=-1
+            run,
+            digits,
+            sections=["latnet", "samples"],
+            sources=["flows"],
+            n_samples=3,
+            importance_samples=0,
+            seed=-1,
         )
     assert "likelihood, samples, latent, noise, outliers" in str(error.value)
     with pytest.raises(ConfigError, match="--against"):
@@ -317,16 +368,21 @@ def test_wrong_arguments_are_refused_before_anything_is_written(run, digits):
         evaluate(run, digits, test=Examples("again", digits.train.take(slice(50))))
     with pytest.raises(ConfigError, match=r"100% of 'own' are in the run's own test data"):
         evaluate(run, digits, against=Examples("own", digits.test.take(slice(50))))
-    late = np.concatenate([np.zeros((600, 1, 8, 8), np.uint8), np.full((1, 1, 8, 8), 200, np.uint8)])
+    late = np.concatenate(
+        [np.zeros((600, 1, 8, 8), np.uint8), np.full((1, 1, 8, 8), 200, np.uint8)]
+    )
     with pytest.raises(ValueError, match="whole numbers from 0 to 16"):
         evaluate(run, digits, test=Examples("too bright", Subset.whole(late)))
     with pytest.raises(ValueError, match="whole numbers from 0 to 16"):
-        evaluate(run, digits, test=Examples("floats", Subset.whole(np.zeros((5, 1, 8, 8), np.float32))))
+        evaluate(
+            run, digits, test=Examples("floats", Subset.whole(np.zeros((5, 1, 8, 8), np.float32)))
+        )
     with pytest.raises(ValueError, match="was trained on"):
         evaluate(
             run,
             equipoise.load_data(
-                np.zeros((100, 1, 8, 8), np.uint8) + np.arange(100, dtype=np.uint8)[:, None, None, None]
+                np.zeros((100, 1, 8, 8), np.uint8)
+                + np.arange(100, dtype=np.uint8)[:, None, None, None]
             ),
         )
     after = run.evaluation_file.stat().st_mtime_ns if run.evaluation_file.exists() else None

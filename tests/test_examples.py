@@ -46,13 +46,17 @@ def test_every_example_explains_itself(path, tmp_path):
 
 def test_malignant_cells_are_odder_than_benign_ones(tmp_path):
     printed = run("anomalies_in_a_table.py", "--epochs", 40, cwd=tmp_path)
-    area, benign, malignant = (float(x) for x in re.findall(r"AUROC ([\d.]+)|([\d.]+)%", printed) for x in x if x)
+    area, benign, malignant = (
+        float(x) for x in re.findall(r"AUROC ([\d.]+)|([\d.]+)%", printed) for x in x if x
+    )
     assert area > 0.8
     assert malignant > 2 * benign
     assert is_picture(tmp_path / "anomalies.png")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="the faces come inside scikit-image")
+@pytest.mark.skipif(
+    importlib.util.find_spec("skimage") is None, reason="the faces come inside scikit-image"
+)
 def test_the_std_of_faces_is_right_for_faces_only(tmp_path):
     printed = run("uncertain_faces.py", "--epochs", 10, cwd=tmp_path)
     faces, others = (float(x) for x in re.findall(r"faces +([\d.]+)%", printed))
@@ -64,14 +68,20 @@ def test_the_std_of_faces_is_right_for_faces_only(tmp_path):
 def test_mnist_from_files(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (240, 28, 28), dtype=np.uint8)
     for stem in ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"):
-        (tmp_path / stem).write_bytes(gzip.compress(struct.pack(">4I", 0x0803, *images.shape) + images.tobytes()))
+        (tmp_path / stem).write_bytes(
+            gzip.compress(struct.pack(">4I", 0x0803, *images.shape) + images.tobytes())
+        )
     printed = run("mnist.py", "--data-dir", tmp_path, "-n", 100, "--epochs", 1, cwd=tmp_path)
     learned = float(re.search(r"learned: ([\d.]+)", printed)[1])
-    assert learned == pytest.approx(1 / 12, abs=0.03)  # the variance of uniform noise: nothing can be explained
+    assert learned == pytest.approx(
+        1 / 12, abs=0.03
+    )  # the variance of uniform noise: nothing can be explained
     assert is_picture(tmp_path / "mnist.png")
 
 
-@pytest.mark.skipif(Path("/usr/share/datasets/mnist").exists(), reason="MNIST is installed for everyone")
+@pytest.mark.skipif(
+    Path("/usr/share/datasets/mnist").exists(), reason="MNIST is installed for everyone"
+)
 def test_mnist_is_skipped_where_it_is_missing(tmp_path):
     printed = run("mnist.py", cwd=tmp_path)
     assert printed.startswith("Skipped: mnist was not found")

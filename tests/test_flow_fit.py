@@ -32,7 +32,9 @@ def mixture_of(posterior, K):
 
 
 def fit(posterior, held_out, K=1, **options):
-    return fit_flow(posterior, held_out, mixture_of(posterior, K), generator=seeded(), **SMALL | options)
+    return fit_flow(
+        posterior, held_out, mixture_of(posterior, K), generator=seeded(), **SMALL | options
+    )
 
 
 def random_flow(d, dtype=torch.float64):
@@ -90,7 +92,9 @@ def test_before_a_fit_it_is_its_base():
     base = mixture_of(ring(500), 4)
     flow = CodeFlow(base)
     codes = ring(50, 1).sample(seeded())
-    torch.testing.assert_close(flow.log_prob(codes), base.log_prob(codes).float(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        flow.log_prob(codes), base.log_prob(codes).float(), atol=1e-4, rtol=0
+    )
     torch.testing.assert_close(flow.sample(20, seeded()), base.sample(20, seeded()))
 
 
@@ -115,30 +119,45 @@ def test_it_starts_from_its_mixture_and_is_no_worse_on_held_out_codes():
     for rate in (5e-3, 10.0):  # at the second, every epoch is worse than the start
         found = fit(posterior, held_out, 8, epochs=3, learning_rate=rate)
         assert found.held_out >= before - 1e-4
-        assert found.held_out == pytest.approx(found.flow.log_prob(held_out).mean().item(), abs=1e-4)
+        assert found.held_out == pytest.approx(
+            found.flow.log_prob(held_out).mean().item(), abs=1e-4
+        )
     assert found.best_epoch == 0
 
 
 def test_it_stops_when_held_out_codes_gain_no_more():
     told = []
     posterior = ring(40)
-    found = fit(posterior, ring(1000, 1).sample(seeded(2)), epochs=400, patience=4, on_epoch=told.append)
+    found = fit(
+        posterior, ring(1000, 1).sample(seeded(2)), epochs=400, patience=4, on_epoch=told.append
+    )
     assert len(found.history) == found.best_epoch + 4 < 400
     assert tuple(told) == found.history
     assert found.held_out == max(step.held_out for step in found.history)
 
 
 def test_codes_that_are_moved_and_scaled_have_the_fit_moved_and_scaled():
-    scale, shift = torch.tensor([8.0, 0.25], dtype=torch.float64), torch.tensor([3.0, -5.0], dtype=torch.float64)
-    posterior, held_out = Gaussian(*(values.double() for values in ring(400))), ring(100, 1).sample().double()
+    scale, shift = (
+        torch.tensor([8.0, 0.25], dtype=torch.float64),
+        torch.tensor([3.0, -5.0], dtype=torch.float64),
+    )
+    posterior, held_out = (
+        Gaussian(*(values.double() for values in ring(400))),
+        ring(100, 1).sample().double(),
+    )
     moved = Gaussian(posterior.mean * scale + shift, posterior.log_var + 2 * scale.log())
     base = mixture_of(posterior, 2)
-    moved_base = GaussianMixture(base.weights, base.means * scale + shift, base.covariances * torch.outer(scale, scale))
+    moved_base = GaussianMixture(
+        base.weights, base.means * scale + shift, base.covariances * torch.outer(scale, scale)
+    )
     one = fit_flow(posterior, held_out, base, generator=seeded(), **SMALL, epochs=3)
-    other = fit_flow(moved, held_out * scale + shift, moved_base, generator=seeded(), **SMALL, epochs=3)
+    other = fit_flow(
+        moved, held_out * scale + shift, moved_base, generator=seeded(), **SMALL, epochs=3
+    )
     assert one.best_epoch > 0
     torch.testing.assert_close(
-        other.flow.log_prob(held_out * scale + shift) + scale.log().sum(), one.flow.log_prob(held_out)
+        other.flow.log_prob(held_out * scale + shift) + scale.log().sum(),
+        one.flow.log_prob(held_out),
     )
 
 
@@ -186,7 +205,9 @@ def test_wrong_input_is_refused():
         fit_flow(Gaussian(codes[:, :1], codes[:, :1]), codes[:, :1], base)
     with pytest.raises(ValueError, match="not all finite"):
         fit_flow(posterior, codes * torch.nan, base)
-    with pytest.raises(ValueError, match=r"epochs is at least 1, got 0; .*patience is at least 1, got -1"):
+    with pytest.raises(
+        ValueError, match=r"epochs is at least 1, got 0; .*patience is at least 1, got -1"
+    ):
         fit_flow(posterior, codes, base, epochs=0, patience=-1)
     with pytest.raises(ValueError, match=r"expected codes of shape \(B, 2\)"):
         CodeFlow(base).log_prob(torch.zeros(3, 3))

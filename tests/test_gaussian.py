@@ -12,7 +12,9 @@ seeds = st.integers(0, 2**16)
 
 def draw(shape, seed):
     generator = torch.Generator().manual_seed(seed)
-    mean, log_var, x = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    mean, log_var, x = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
     return Gaussian(mean, 3 * log_var), x
 
 
@@ -52,7 +54,9 @@ def test_scalar_variance_weighs_the_squared_error_by_half_its_inverse():
 
 
 def test_samples_have_the_mean_and_variance(generator):
-    gaussian = Gaussian(torch.tensor([[1.0, -2.0]]).expand(200_000, 2), torch.tensor([0.5, -1.0]).expand(200_000, 2))
+    gaussian = Gaussian(
+        torch.tensor([[1.0, -2.0]]).expand(200_000, 2), torch.tensor([0.5, -1.0]).expand(200_000, 2)
+    )
     z = gaussian.sample(generator)
     torch.testing.assert_close(z.mean(0), gaussian.mean[0], atol=0.02, rtol=0)
     torch.testing.assert_close(z.var(0), gaussian.var[0], atol=0, rtol=0.02)
@@ -65,7 +69,9 @@ def test_same_generator_same_sample():
 
 
 def test_gradients():
-    mean, log_var, x = (torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mean, log_var, x = (
+        torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    )
     assert torch.autograd.gradcheck(lambda m, s, x: Gaussian(m, s).log_prob(x), (mean, log_var, x))
     assert torch.autograd.gradcheck(lambda m, s: Gaussian(m, s).kl(), (mean, log_var))
 

@@ -22,7 +22,9 @@ from equipoise.training.config import TrainConfig
 from equipoise.training.run import Run, train
 
 COMMIT = 40 * "a"
-QUICK = TrainConfig(latent_dim=2, width=2, stage_1_epochs=1, stage_2_epochs=1, n_components=2, batch_size=128)
+QUICK = TrainConfig(
+    latent_dim=2, width=2, stage_1_epochs=1, stage_2_epochs=1, n_components=2, batch_size=128
+)
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -43,7 +45,9 @@ class _Answers(BaseHTTPRequestHandler):
     def repository(self, name):
         """Its files, or None after a refusal."""
         hub = self.server
-        if name in hub.files and (name not in hub.private or self.headers.get("Authorization") == "Bearer right"):
+        if name in hub.files and (
+            name not in hub.private or self.headers.get("Authorization") == "Bearer right"
+        ):
             return hub.files[name]
         return self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
 
@@ -56,9 +60,16 @@ class _Answers(BaseHTTPRequestHandler):
             return self.answer({"error": "Invalid credentials"}, 401)
         if path == "/api/repos/create":
             asked = json.loads(content)
-            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            name = (
+                f"{asked['organization']}/{asked['name']}"
+                if asked.get("organization")
+                else asked["name"]
+            )
             if name in hub.files:
-                return self.answer({"error": "You already created this model repo", "url": f"{hub.url}/{name}"}, 409)
+                return self.answer(
+                    {"error": "You already created this model repo", "url": f"{hub.url}/{name}"},
+                    409,
+                )
             hub.files[name] = {}
             if asked.get("private") or asked.get("visibility") == "private":
                 hub.private.add(name)
@@ -68,7 +79,9 @@ class _Answers(BaseHTTPRequestHandler):
             return None
         if action == "preupload":
             asked = [file["path"] for file in json.loads(content)["files"]]
-            modes = [{"path": file, "uploadMode": "regular", "shouldIgnore": False} for file in asked]
+            modes = [
+                {"path": file, "uploadMode": "regular", "shouldIgnore": False} for file in asked
+            ]
             return self.answer({"files": modes})
         for line in map(json.loads, content.splitlines()):
             if line["key"] == "file":
@@ -78,17 +91,24 @@ class _Answers(BaseHTTPRequestHandler):
     def do_GET(self):
         hub, path = self.server, unquote(urlsplit(self.path).path)
         hub.asked.append(path)
-        if found := re.fullmatch(r"/(?:api/models/)?(.+?/.+?)/(revision|tree|resolve)/(.+?)(?:/(.+))?", path):
+        if found := re.fullmatch(
+            r"/(?:api/models/)?(.+?/.+?)/(revision|tree|resolve)/(.+?)(?:/(.+))?", path
+        ):
             name, action, revision, file = found.groups()
             files = self.repository(name)
             if files is None:
                 return None
             if revision not in ("main", COMMIT):
-                return self.answer({"error": "Revision not found"}, 404, X_Error_Code="RevisionNotFound")
+                return self.answer(
+                    {"error": "Revision not found"}, 404, X_Error_Code="RevisionNotFound"
+                )
             if action == "revision":
                 return self.answer({"id": name, "sha": COMMIT})
             if action == "tree":
-                tree = [{"type": "file", "path": key, "size": len(files[key]), "oid": key} for key in files]
+                tree = [
+                    {"type": "file", "path": key, "size": len(files[key]), "oid": key}
+                    for key in files
+                ]
                 return self.answer(tree)
             return self.answer(files[file], ETag=f'"{file}"', X_Repo_Commit=COMMIT)
         return self.answer({"error": path}, 404)
@@ -113,14 +133,19 @@ def hub(monkeypatch, tmp_path):
 def point_to(url, monkeypatch):
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "absent")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
-    np.save(folder / "private.npy", np.random.default_rng(0).integers(0, 17, (60, 8, 8)).astype(np.uint8))
+    np.save(
+        folder / "private.npy",
+        np.random.default_rng(0).integers(0, 17, (60, 8, 8)).astype(np.uint8),
+    )
     options = {"source": str(folder / "private.npy"), "data_dir": str(folder)}
     run = train(
         load(folder / "private.npy"),
@@ -165,13 +190,21 @@ def test_a_run_that_was_pushed_is_fetched_and_the_same(trained, hub):
 def test_only_safetensors_and_json_travel_and_no_paths_of_this_machine(trained, hub):
     push(trained, "ada/digits")
     files = hub.files["ada/digits"]
-    tensors, texts = {"model.safetensors", "aggregate.safetensors"}, {"config.json", "evaluation.json", "metrics.jsonl"}
+    tensors, texts = (
+        {"model.safetensors", "aggregate.safetensors"},
+        {"config.json", "evaluation.json", "metrics.jsonl"},
+    )
     assert set(files) == tensors | texts | {"README.md"}
     home = str(trained.folder.parent).encode()
     assert home in trained.config_file.read_bytes()
     assert not any(home in content for content in files.values())
     settings = json.loads(files["config.json"])
-    assert settings["command"] == ["equipoise", "train", "private.npy", f"--data-dir={trained.folder.parent.name}"]
+    assert settings["command"] == [
+        "equipoise",
+        "train",
+        "private.npy",
+        f"--data-dir={trained.folder.parent.name}",
+    ]
     assert settings["data"]["load"]["source"] == "private.npy"
     assert settings["options"] == trained.settings()["options"]
     assert "ada/digits" in hub.private
@@ -222,14 +255,17 @@ def test_malformed_names_are_refused(address):
 
 def test_what_the_hub_lacks_is_said(trained, hub, monkeypatch):
     with pytest.raises(
-        HubError, match=r"no model ada/absent that you may see: check the name, or log in with 'hf auth"
+        HubError,
+        match=r"no model ada/absent that you may see: check the name, or log in with 'hf auth",
     ):
         run_folder("hf:ada/absent")
     push(trained, "ada/digits")
     with pytest.raises(HubError, match="ada/digits has no such revision"):
         run_folder("hf:ada/digits@v9")
     publish("ada/other", {"README.md": b"# Something else\n"})
-    with pytest.raises(HubError, match=r"not a run of equipoise: it has no config\.json, model\.safetensors"):
+    with pytest.raises(
+        HubError, match=r"not a run of equipoise: it has no config\.json, model\.safetensors"
+    ):
         run_folder("hf:ada/other")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="that you may see"):
@@ -238,10 +274,15 @@ def test_what_the_hub_lacks_is_said(trained, hub, monkeypatch):
 
 def test_who_is_not_logged_in_is_told_how(trained, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "wrong")
-    with pytest.raises(HubError, match=r"does not accept your token for ada/digits: log in .* that may write"):
+    with pytest.raises(
+        HubError, match=r"does not accept your token for ada/digits: log in .* that may write"
+    ):
         push(trained, "ada/digits")
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(HubError, match="nobody is logged in to the hub: log in with 'hf auth login', or set HF_TOKEN"):
+    with pytest.raises(
+        HubError,
+        match="nobody is logged in to the hub: log in with 'hf auth login', or set HF_TOKEN",
+    ):
         push(trained, "ada/digits")
     assert not hub.files
 
@@ -293,8 +334,12 @@ def test_the_card_names_a_data_set_of_the_hub(trained, monkeypatch):
         ({"name": "mnist", "load": {"source": "mnist"}}, ["ylecun/mnist"]),
         ({"name": "ada/cats", "load": {"source": "hf:ada/cats"}}, ["ada/cats"]),
     ):
-        monkeypatch.setattr(Run, "settings", lambda _, data=data: settings | {"data": settings["data"] | data})
-        assert yaml.safe_load(model_card(trained, "ada/vae").split("---\n")[1])["datasets"] == expected
+        monkeypatch.setattr(
+            Run, "settings", lambda _, data=data: settings | {"data": settings["data"] | data}
+        )
+        assert (
+            yaml.safe_load(model_card(trained, "ada/vae").split("---\n")[1])["datasets"] == expected
+        )
 
 
 def test_the_card_of_a_run_with_own_networks_asks_for_them(table, tmp_path):

@@ -27,7 +27,12 @@ SIXTEEN_LEVELS = Scaling(torch.tensor(0.0), torch.tensor(16.0), 1 / 16)
 def write_pythae(folder, weights, **config):
     """A folder as pythae 0.1.2 writes it."""
     folder.mkdir(exist_ok=True)
-    config = {"name": "VAEConfig", "input_dim": SHAPE, "latent_dim": LATENT_DIM, "reconstruction_loss": "mse"} | config
+    config = {
+        "name": "VAEConfig",
+        "input_dim": SHAPE,
+        "latent_dim": LATENT_DIM,
+        "reconstruction_loss": "mse",
+    } | config
     (folder / "model_config.json").write_text(json.dumps(config))
     torch.save({"model_state_dict": weights}, folder / "model.pt")
 
@@ -42,7 +47,11 @@ def weights():
         "decoder.layers.1.0": (512, 64),
     }
     linears = {name: nn.Linear(*sizes) for name, sizes in layers.items()}
-    return {f"{name}.{key}": value for name, layer in linears.items() for key, value in layer.state_dict().items()}
+    return {
+        f"{name}.{key}": value
+        for name, layer in linears.items()
+        for key, value in layer.state_dict().items()
+    }
 
 
 class TheirEncoder(nn.Module):
@@ -91,21 +100,35 @@ def test_pythae_networks_compute_what_they_did(tmp_path, weights):
     torch.testing.assert_close(posterior.mean, linear("encoder.embedding", hidden))
     torch.testing.assert_close(posterior.log_var, linear("encoder.log_var", hidden))
     z = torch.randn(3, LATENT_DIM)
-    mean = linear("decoder.layers.1.0", linear("decoder.layers.0.0", z).relu()).sigmoid().reshape(3, *SHAPE)
+    mean = (
+        linear("decoder.layers.1.0", linear("decoder.layers.0.0", z).relu())
+        .sigmoid()
+        .reshape(3, *SHAPE)
+    )
     torch.testing.assert_close(model.decode_mean(z), mean)
     # Half the squared error plus KL, pythae's loss, is the negative ELBO up to its constant.
     terms = Elbo(model)(x, torch.Generator().manual_seed(0))
-    squared_error = (x - model.decode_mean(posterior.sample(torch.Generator().manual_seed(0)))).square().sum((1, 2, 3))
+    squared_error = (
+        (x - model.decode_mean(posterior.sample(torch.Generator().manual_seed(0))))
+        .square()
+        .sum((1, 2, 3))
+    )
     loss = 0.5 * squared_error + posterior.kl()
     torch.testing.assert_close(-terms.elbo, loss + 32 * math.log(2 * math.pi))
 
 
 def test_pythae_networks_of_ones_own_are_built_by_their_owner(tmp_path):
     theirs = nn.ModuleDict({"encoder": TheirEncoder(), "decoder": TheirDecoder()})
-    write_pythae(tmp_path, theirs.state_dict(), uses_default_encoder=False, uses_default_decoder=False)
-    with pytest.raises(StoreError, match="an encoder of your own: build it as it was and pass it as encoder="):
+    write_pythae(
+        tmp_path, theirs.state_dict(), uses_default_encoder=False, uses_default_decoder=False
+    )
+    with pytest.raises(
+        StoreError, match="an encoder of your own: build it as it was and pass it as encoder="
+    ):
         read_pythae(tmp_path)
-    with pytest.raises(StoreError, match=r"(?s)missing: encoder\.0\.linear\.bias.*unexpected: encoder\.linear"):
+    with pytest.raises(
+        StoreError, match=r"(?s)missing: encoder\.0\.linear\.bias.*unexpected: encoder\.linear"
+    ):
         read_pythae(tmp_path, encoder=nn.Sequential(TheirEncoder()), decoder=TheirDecoder())
     model = read_pythae(tmp_path, encoder=TheirEncoder(), decoder=TheirDecoder())
     x = torch.rand(3, *SHAPE)
@@ -140,9 +163,13 @@ def test_nothing_of_a_pythae_folder_is_executed(tmp_path, weights):
     ],
 )
 def test_damaged_pythae_folders_are_refused(tmp_path, weights, damage, message):
-    other = {key: value for key, value in weights.items() if "log_var" not in key} | {"pseudo_inputs": torch.ones(1)}
+    other = {key: value for key, value in weights.items() if "log_var" not in key} | {
+        "pseudo_inputs": torch.ones(1)
+    }
     write_pythae(
-        tmp_path, other if damage == "other kind" else weights, **({"input_dim": None} if damage == "no shape" else {})
+        tmp_path,
+        other if damage == "other kind" else weights,
+        **({"input_dim": None} if damage == "no shape" else {}),
     )
     file = tmp_path / "model.pt"
     if damage == "no config":
@@ -172,7 +199,9 @@ def test_an_autoencoder_kl_keeps_its_function_in_units_of_ours(quant):
     decoded = theirs.decoder(theirs.post_quant_conv(mean) if quant else mean)
     restored = model.scaling.restore(model.decode_mean(posterior.mean))
     torch.testing.assert_close(restored, 8 * (decoded + 1))
-    assert {id(parameter) for parameter in theirs.parameters()} <= {id(parameter) for parameter in model.parameters()}
+    assert {id(parameter) for parameter in theirs.parameters()} <= {
+        id(parameter) for parameter in model.parameters()
+    }
 
 
 def test_a_noise_variance_is_added_to_networks_as_they_are(digits, tmp_path):
@@ -188,7 +217,9 @@ def test_a_noise_variance_is_added_to_networks_as_they_are(digits, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in theirs.state_dict().items())
     assert isinstance(model.noise, PredictedNoise)
     # Eq. (10) is the squared error that is left.
-    assert float(model.noise.reference_log_var.exp()) == pytest.approx(trainer.evaluate(validation).mse, rel=0.1)
+    assert float(model.noise.reference_log_var.exp()) == pytest.approx(
+        trainer.evaluate(validation).mse, rel=0.1
+    )
     assert trainer.evaluate(validation).elbo > at_variance_one + 10
     save_model(tmp_path / "model.safetensors", model)
     again = from_autoencoder_kl(TheirAutoencoderKL(), SHAPE)
@@ -201,11 +232,19 @@ def test_a_noise_variance_is_added_to_networks_as_they_are(digits, tmp_path):
 def test_a_run_goes_on_from_their_weights(digits, weights, tmp_path):
     write_pythae(tmp_path / "theirs", weights)
     model = read_pythae(tmp_path / "theirs")
-    config = TrainConfig(latent_dim=LATENT_DIM, stage_1_epochs=1, stage_2_epochs=0, learning_rate=1e-9, n_components=2)
+    config = TrainConfig(
+        latent_dim=LATENT_DIM,
+        stage_1_epochs=1,
+        stage_2_epochs=0,
+        learning_rate=1e-9,
+        n_components=2,
+    )
     run = train(digits, config, tmp_path / "run", encoder=model.encoder, decoder=model.decoder)
     again = read_pythae(tmp_path / "theirs")
     loaded = run.model(again.encoder, again.decoder)
     for name, value in weights.items():
         half, _, key = name.partition(".")
-        torch.testing.assert_close(loaded.get_submodule(half).module.state_dict()[key], value, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            loaded.get_submodule(half).module.state_dict()[key], value, atol=1e-6, rtol=0
+        )
     assert run.history()[-1]["optimal_noise_var"] < 0.2

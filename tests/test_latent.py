@@ -29,7 +29,10 @@ def seeded(seed=0):
 
 
 def random_mixture(K=4, d=3, seed=1):
-    factors = torch.eye(d, dtype=torch.float64) + 0.3 * torch.randn(K, d, d, generator=seeded(seed)).double()
+    factors = (
+        torch.eye(d, dtype=torch.float64)
+        + 0.3 * torch.randn(K, d, d, generator=seeded(seed)).double()
+    )
     means = 2 * torch.randn(K, d, generator=seeded(seed + 1)).double()
     weights = torch.randn(K, generator=seeded(seed + 2)).double().softmax(0)
     return GaussianMixture(weights, means, factors @ factors.mT)
@@ -46,7 +49,9 @@ def ppca_with_a_dead_unit():
     """Two units that the data need, and one of weight zero, whose posterior is the prior."""
     x = linear_gaussian_data(n=3000)
     fitted = Ppca.fit(x, 2)
-    ppca = fitted._replace(weight=torch.cat([fitted.weight, torch.zeros(8, 1, dtype=torch.float64)], 1))
+    ppca = fitted._replace(
+        weight=torch.cat([fitted.weight, torch.zeros(8, 1, dtype=torch.float64)], 1)
+    )
     model = ppca_vae(ppca, FixedNoise(float(ppca.var))).eval()
     model.scaling.double()
     return model, x, ppca
@@ -76,9 +81,10 @@ def test_rates_are_the_kl_of_the_elbo_unit_by_unit(n, d, seed):
 
 def test_all_units_dead_and_one_example():
     collapsed = Gaussian(torch.zeros(5, 3), torch.zeros(5, 3))
-    assert [(unit.is_active, unit.rate.value, unit.mean_var.standard_error) for unit in latent_units(collapsed)] == [
-        (False, 0.0, 0.0)
-    ] * 3
+    assert [
+        (unit.is_active, unit.rate.value, unit.mean_var.standard_error)
+        for unit in latent_units(collapsed)
+    ] == [(False, 0.0, 0.0)] * 3
     with pytest.raises(ValueError, match="at least 2 examples, got 1"):
         latent_units(Gaussian(torch.zeros(1, 3), torch.zeros(1, 3)))
 
@@ -86,7 +92,10 @@ def test_all_units_dead_and_one_example():
 def test_the_threshold_of_activity():
     """Posterior means of +-a have variance a^2; the limit is 0.01."""
     means = torch.tensor([[-1.0], [1.0]]) * torch.tensor([0.099, 0.101])
-    assert [unit.is_active for unit in latent_units(Gaussian(means, torch.zeros(2, 2)))] == [False, True]
+    assert [unit.is_active for unit in latent_units(Gaussian(means, torch.zeros(2, 2)))] == [
+        False,
+        True,
+    ]
 
 
 def test_one_gaussian_has_the_moments_of_the_mixture():
@@ -114,11 +123,15 @@ def test_log_likelihood_of_codes_of_known_entropy():
     codes = gaussian.sample(20_000, seeded())
     found = code_log_likelihood(codes, gaussian)
     oracle = MultivariateNormal(gaussian.means[0], gaussian.covariances[0])
-    assert found.mixture.value == pytest.approx(-oracle.entropy().item(), abs=4 * found.mixture.standard_error)
+    assert found.mixture.value == pytest.approx(
+        -oracle.entropy().item(), abs=4 * found.mixture.standard_error
+    )
     prior = MultivariateNormal(torch.zeros(3).double(), torch.eye(3).double())
     divergence = kl_divergence(oracle, prior).item()
     assert found.mixture.value - found.prior.value == pytest.approx(divergence, rel=0.05)
-    assert found.gain == pytest.approx((0.0, 0.0, 20_000))  # one component is its own single Gaussian
+    assert found.gain == pytest.approx(
+        (0.0, 0.0, 20_000)
+    )  # one component is its own single Gaussian
 
 
 def test_the_gain_is_paired():
@@ -147,8 +160,12 @@ def test_two_units_are_the_plane():
     assert np.array_equal(plane.axes, np.eye(2))
     z = torch.tensor([[plane.x[7], plane.y[12]]])
     assert plane.mixture_log_prob[12, 7] == pytest.approx(mixture.log_prob(z).item())
-    assert plane.aggregate_log_prob[12, 7] == pytest.approx(AggregatePosterior(*posterior).log_prob(z).item())
-    assert plane.prior_log_prob[12, 7] == pytest.approx(-math.log(2 * math.pi) - 0.5 * z.square().sum().item())
+    assert plane.aggregate_log_prob[12, 7] == pytest.approx(
+        AggregatePosterior(*posterior).log_prob(z).item()
+    )
+    assert plane.prior_log_prob[12, 7] == pytest.approx(
+        -math.log(2 * math.pi) - 0.5 * z.square().sum().item()
+    )
 
 
 def test_marginals_on_the_plane_agree_with_a_histogram():
@@ -159,7 +176,10 @@ def test_marginals_on_the_plane_agree_with_a_histogram():
     assert np.abs(plane.axes[:, [3, 2]]) == pytest.approx(np.eye(2), abs=0.2)
     assert (plane.axes[[0, 1], [3, 2]] > 0).all()
     width = plane.x[1] - plane.x[0], plane.y[1] - plane.y[0]
-    bins = [np.append(grid - w / 2, grid[-1] + w / 2) for grid, w in zip((plane.y, plane.x), width[::-1], strict=True)]
+    bins = [
+        np.append(grid - w / 2, grid[-1] + w / 2)
+        for grid, w in zip((plane.y, plane.x), width[::-1], strict=True)
+    ]
     for density, log_prob in (
         (AggregatePosterior(*posterior), plane.aggregate_log_prob),
         (mixture, plane.mixture_log_prob),
@@ -170,14 +190,18 @@ def test_marginals_on_the_plane_agree_with_a_histogram():
         shown = expected > 50
         assert shown.sum() > 50
         # Poisson noise, and a few per cent because a cell's mean is not the density at its middle.
-        error = (counts - expected)[shown] / np.sqrt(expected[shown] + (0.05 * expected[shown]) ** 2)
+        error = (counts - expected)[shown] / np.sqrt(
+            expected[shown] + (0.05 * expected[shown]) ** 2
+        )
         assert np.sqrt(np.mean(error**2)) < 1.5
 
 
 def test_many_posteriors_are_thinned_at_random(monkeypatch):
     monkeypatch.setattr(latent_module, "PLANE_POSTERIORS", 50)
     posterior = random_posterior(n=300)
-    planes = [latent_plane(posterior, random_mixture(d=4), seeded(seed), n_points=4) for seed in (0, 0, 1)]
+    planes = [
+        latent_plane(posterior, random_mixture(d=4), seeded(seed), n_points=4) for seed in (0, 0, 1)
+    ]
     assert planes[0].codes.shape == (50, 2)
     assert np.array_equal(planes[0].codes, planes[1].codes)
     assert np.array_equal(planes[0].aggregate_log_prob, planes[1].aggregate_log_prob)

@@ -28,7 +28,9 @@ def test_elbo_and_iwae_of_probabilistic_pca(model_and_data):
     model, x, ppca = model_and_data
     oracle = ppca.log_prob(x)
     whole = likelihood(model, x.split(100), torch.Generator().manual_seed(0))
-    assert whole.elbo.value == pytest.approx(float(oracle.mean()), abs=4 * whole.elbo.standard_error)
+    assert whole.elbo.value == pytest.approx(
+        float(oracle.mean()), abs=4 * whole.elbo.standard_error
+    )
     assert whole.elbo.value == pytest.approx(whole.log_likelihood.value - whole.kl.value)
     assert whole.elbo.n == 700
     assert whole.noise_var.value == pytest.approx(float(ppca.var), rel=1e-5)
@@ -51,11 +53,14 @@ class _Wider(torch.nn.Module):
 
 def test_the_bound_closes_on_log_p_and_is_stable_for_5000_samples(model_and_data):
     exact, x, ppca = model_and_data
-    model = VAE(_Wider(exact.encoder), exact.decoder, exact.noise, shape=exact.shape, latent_dim=3).eval()
+    model = VAE(
+        _Wider(exact.encoder), exact.decoder, exact.noise, shape=exact.shape, latent_dim=3
+    ).eval()
     x = x[:100]
     oracle = ppca.log_prob(x).mean()
     gaps = [
-        float(oracle - iwae(model, [x], k, generator=torch.Generator().manual_seed(0)).mean()) for k in (1, 20, 5000)
+        float(oracle - iwae(model, [x], k, generator=torch.Generator().manual_seed(0)).mean())
+        for k in (1, 20, 5000)
     ]
     assert gaps[0] > gaps[1] > 0.01
     assert abs(gaps[2]) < 0.01
@@ -110,7 +115,9 @@ def test_raw_likelihood_has_no_ceiling_but_bits_have():
     for std in (0.1, 0.001, 0.00001):
         density = torch.distributions.Normal(0.0, std)
         raw.append(float(density.log_prob(x).mean()))
-        bits.append(bits_per_dimension(Estimate.of_mean(density.log_prob(spread)[:, 0]), 1, quantum).value)
+        bits.append(
+            bits_per_dimension(Estimate.of_mean(density.log_prob(spread)[:, 0]), 1, quantum).value
+        )
     assert raw[0] < raw[1] < raw[2]
     assert bits[1] < bits[0]
     assert bits[1] < bits[2]

@@ -65,7 +65,14 @@ class Mlflow(ModuleType):
 
     def __init__(self):
         super().__init__("mlflow")
-        self.uris, self.experiments, self.runs, self.status, self.points, self.params = [], {}, [], [], [], {}
+        self.uris, self.experiments, self.runs, self.status, self.points, self.params = (
+            [],
+            {},
+            [],
+            [],
+            [],
+            {},
+        )
 
     def is_tracking_uri_set(self):
         return "MLFLOW_TRACKING_URI" in os.environ
@@ -75,7 +82,11 @@ class Mlflow(ModuleType):
         return self
 
     def get_experiment_by_name(self, name):
-        return SimpleNamespace(experiment_id=self.experiments[name]) if name in self.experiments else None
+        return (
+            SimpleNamespace(experiment_id=self.experiments[name])
+            if name in self.experiments
+            else None
+        )
 
     def create_experiment(self, name):
         self.experiments[name] = str(len(self.experiments))
@@ -92,7 +103,9 @@ class Mlflow(ModuleType):
         self.params |= {param.key: param.value for param in params}
         if metrics:
             assert len({(metric.timestamp, metric.step) for metric in metrics}) == 1
-            self.points.append((run_id, metrics[0].step, {metric.key: metric.value for metric in metrics}))
+            self.points.append(
+                (run_id, metrics[0].step, {metric.key: metric.value for metric in metrics})
+            )
 
     def set_terminated(self, run_id, status):
         self.status.append((run_id, status))
@@ -190,11 +203,14 @@ def test_a_resume_goes_on_with_the_trackers_run(digits, tmp_path, stand_in):
     interrupted_and_resumed(digits, stand_in.__name__, tmp_path / "run")
     train(digits, replace(QUICK, tracker=stand_in.__name__), tmp_path / "other" / "run")
     mine, others = (
-        {step: run_id for run_id, step, _ in points} for points in (stand_in.points[:-3], stand_in.points[-3:])
+        {step: run_id for run_id, step, _ in points}
+        for points in (stand_in.points[:-3], stand_in.points[-3:])
     )
     assert list(mine) == list(others) == [1, 2, 3]
     assert len(set(mine.values())) == 1
-    assert set(mine.values()).isdisjoint(others.values())  # a folder of the same name is another run
+    assert set(mine.values()).isdisjoint(
+        others.values()
+    )  # a folder of the same name is another run
 
 
 @use("wandb")
@@ -254,11 +270,15 @@ def test_mlflow_follows_the_users_settings(digits, tmp_path, stand_in, monkeypat
 @use("mlflow")
 def test_mlflow_tells_how_a_run_ended(digits, tmp_path, stand_in):
     interrupted_and_resumed(digits, "mlflow", tmp_path / "run")
-    assert stand_in.status == [("run-1", state) for state in ("RUNNING", "FAILED", "RUNNING", "FINISHED")]
+    assert stand_in.status == [
+        ("run-1", state) for state in ("RUNNING", "FAILED", "RUNNING", "FINISHED")
+    ]
 
 
 @use("mlflow")
-def test_a_tracker_that_cannot_be_reached_is_the_error_one_sees(digits, tmp_path, stand_in, monkeypatch):
+def test_a_tracker_that_cannot_be_reached_is_the_error_one_sees(
+    digits, tmp_path, stand_in, monkeypatch
+):
     def unreachable(name):
         raise ConnectionError("no such server")
 
@@ -269,7 +289,9 @@ def test_a_tracker_that_cannot_be_reached_is_the_error_one_sees(digits, tmp_path
 
 @use("trackio")
 @pytest.mark.parametrize(("space", "offline"), [(None, True), ("me/space", False)])
-def test_trackio_asks_the_hub_only_for_a_space(digits, tmp_path, stand_in, monkeypatch, space, offline):
+def test_trackio_asks_the_hub_only_for_a_space(
+    digits, tmp_path, stand_in, monkeypatch, space, offline
+):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -291,7 +313,9 @@ def test_tensorboard_resumes_without_a_trace_of_the_epoch_that_was_lost(digits, 
 
     run = interrupted_and_resumed(digits, "tensorboard", tmp_path / "run")
     sink = TRACKERS["tensorboard"](run.folder, {})
-    sink.start(10, 10, run.history()[:1])  # as if epochs 2 and 3 had been logged, and then a kill came
+    sink.start(
+        10, 10, run.history()[:1]
+    )  # as if epochs 2 and 3 had been logged, and then a kill came
     sink.log({"validation_elbo": -1.0}, 2)
     sink.close()
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
@@ -302,7 +326,9 @@ def test_tensorboard_resumes_without_a_trace_of_the_epoch_that_was_lost(digits, 
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_library_is_told_before_anything_is_written(digits, tmp_path, monkeypatch, name):
     monkeypatch.setattr(run_module, "is_installed", lambda _tracker: False)
-    with pytest.raises(ConfigError, match=rf"tracker={name} .* pip install {name}, or 'equipoise\[track\]'"):
+    with pytest.raises(
+        ConfigError, match=rf"tracker={name} .* pip install {name}, or 'equipoise\[track\]'"
+    ):
         train(digits, replace(QUICK, tracker=name), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -329,7 +355,10 @@ def test_every_run_has_its_rows_as_json(tmp_path):
     assert isinstance(sink, Sink)
     sink.start(10, 0, [{"epoch": 1}])
     sink.epoch({"epoch": 2})
-    assert [json.loads(line) for line in sink.path.read_text().splitlines()] == [{"epoch": 1}, {"epoch": 2}]
+    assert [json.loads(line) for line in sink.path.read_text().splitlines()] == [
+        {"epoch": 1},
+        {"epoch": 2},
+    ]
 
 
 CALLS = {
@@ -349,12 +378,16 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize(("library", "call"), [(name, call) for name, calls in CALLS.items() for call in calls])
+@pytest.mark.parametrize(
+    ("library", "call"), [(name, call) for name, calls in CALLS.items() for call in calls]
+)
 @pytest.mark.filterwarnings("ignore")  # what the libraries warn of is theirs
 def test_the_real_libraries_take_what_the_stand_ins_take(library, call, monkeypatch):
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     pytest.importorskip(library)
     real = attrgetter(call)(import_module(library))
-    stand_in = getattr(STAND_INS[library](), call.rpartition(".")[2])  # module, client and run are one object
+    stand_in = getattr(
+        STAND_INS[library](), call.rpartition(".")[2]
+    )  # module, client and run are one object
     assert set(inspect.signature(stand_in).parameters) <= set(inspect.signature(real).parameters)

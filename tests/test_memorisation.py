@@ -13,7 +13,9 @@ from equipoise.metrics.memorisation import as_vectors, memorisation
 @pytest.fixture(scope="module")
 def decoded(digits):
     """A linear autoencoder of digits: codes and, blurred by it, reconstructions."""
-    train, test = (part[:].reshape(len(part), -1).astype(np.float32) for part in (digits.train, digits.test))
+    train, test = (
+        part[:].reshape(len(part), -1).astype(np.float32) for part in (digits.train, digits.test)
+    )
     pca = PCA(12, random_state=0).fit(train)
 
     def decode(codes):
@@ -28,7 +30,10 @@ def test_copies_are_found_and_an_honest_mixture_is_not(decoded):
     copies = decode(codes[rng.integers(len(codes), size=500)] + rng.normal(size=(500, 12)))
     honest = decode(GaussianMixture(32, reg_covar=1e-2, random_state=0).fit(codes).sample(500)[0])
     unseen = decode(pca.transform(test))
-    for training, least in ((train, 0.65), (decode(codes), 0.95)):  # more power with blur on either side
+    for training, least in (
+        (train, 0.65),
+        (decode(codes), 0.95),
+    ):  # more power with blur on either side
         found = memorisation(copies, training, unseen, test)
         assert found.copied
         assert found.closer.value > least
@@ -57,7 +62,11 @@ def test_distances_and_probability_agree_with_scikit_learn_and_scipy(monkeypatch
     neighbours = NearestNeighbors(n_neighbors=2).fit(training.double())
     a, b = (neighbours.kneighbors(x.double())[0] for x in (samples, unseen))
     assert found.samples.value == pytest.approx(np.median(a[:, 0]), rel=1e-5)
-    assert found.test.value == found.reconstructions.value == pytest.approx(np.median(b[:, 0]), rel=1e-5)
+    assert (
+        found.test.value
+        == found.reconstructions.value
+        == pytest.approx(np.median(b[:, 0]), rel=1e-5)
+    )
     u = mannwhitneyu(b[:, 0] / b[:, 1], a[:, 0] / a[:, 1]).statistic
     assert found.closer.value == pytest.approx(u / (30 * 40), abs=1e-6)
 
@@ -66,7 +75,10 @@ def test_standard_error_is_the_spread_over_repetitions(generator):
     training = torch.randn(300, 5, generator=generator)
 
     def repeat():
-        samples, unseen = torch.randn(60, 5, generator=generator), torch.randn(90, 5, generator=generator)
+        samples, unseen = (
+            torch.randn(60, 5, generator=generator),
+            torch.randn(90, 5, generator=generator),
+        )
         return memorisation(samples, training, unseen, unseen).closer
 
     figures = [repeat() for _ in range(150)]
@@ -81,9 +93,14 @@ def test_distances_of_near_copies_are_not_lost_in_rounding(generator):
     near = training[:30] + 1e-5  # a matrix product of float32 leaves 1e-3
     found = memorisation(near, training, training[:50] + 1.0, training + 1.0)
     assert found.samples.value == pytest.approx(1e-5 * 8**0.5, rel=0.05)
-    there, here = (memorisation(unseen + x, training + x, unseen + x, unseen + x).test.value for x in (1e4, 0.0))
+    there, here = (
+        memorisation(unseen + x, training + x, unseen + x, unseen + x).test.value
+        for x in (1e4, 0.0)
+    )
     assert there == pytest.approx(here, rel=1e-2)
-    exact = memorisation(training[:30] + 1e3, training + 1e3, training[:50] + 1001.0, training + 1001.0)
+    exact = memorisation(
+        training[:30] + 1e3, training + 1e3, training[:50] + 1001.0, training + 1001.0
+    )
     assert exact.samples.value == 0
     assert exact.closer.value == 1
     assert exact.closer.standard_error == 0
@@ -124,7 +141,9 @@ def test_vectors_lie_as_far_apart_as_the_examples(generator):
     assert vectors.shape == (40, 1024)
     pairs = torch.pdist(images.flatten(1))
     assert float((torch.pdist(vectors) / pairs - 1).abs().max()) < 0.12
-    torch.testing.assert_close(vectors, as_vectors([images]))  # the same projection, whatever the batches
+    torch.testing.assert_close(
+        vectors, as_vectors([images])
+    )  # the same projection, whatever the batches
     few = torch.rand(5, 1, 8, 8, generator=generator)
     assert torch.equal(as_vectors([few]), few.flatten(1))
     with pytest.raises(ValueError, match="at least one batch"):

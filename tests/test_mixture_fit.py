@@ -46,7 +46,9 @@ def clusters(N=600, K=4, d=2, distance=8.0, seed=0):
 def a_start(codes, K, seed=3):
     """Return K random codes as means, and the covariance of all codes."""
     means = codes[torch.randperm(len(codes), generator=seeded(seed))[:K]]
-    return GaussianMixture(torch.full((K,), 1 / K, dtype=codes.dtype), means, codes.mT.cov().repeat(K, 1, 1))
+    return GaussianMixture(
+        torch.full((K,), 1 / K, dtype=codes.dtype), means, codes.mT.cov().repeat(K, 1, 1)
+    )
 
 
 def assert_same(mixture, other, **tolerance):
@@ -75,9 +77,15 @@ def test_equals_scikit_learn(d, K):
     assert fit.n_iterations == 12
     assert not fit.converged
     assert fit.log_likelihoods == pytest.approx(oracle.lower_bounds_, rel=1e-11)
-    torch.testing.assert_close(fit.mixture.weights, torch.from_numpy(oracle.weights_), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(fit.mixture.means, torch.from_numpy(oracle.means_), rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(fit.mixture.covariances, torch.from_numpy(oracle.covariances_), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        fit.mixture.weights, torch.from_numpy(oracle.weights_), rtol=1e-9, atol=1e-12
+    )
+    torch.testing.assert_close(
+        fit.mixture.means, torch.from_numpy(oracle.means_), rtol=1e-9, atol=1e-10
+    )
+    torch.testing.assert_close(
+        fit.mixture.covariances, torch.from_numpy(oracle.covariances_), rtol=1e-8, atol=1e-10
+    )
 
 
 def test_stops_where_scikit_learn_stops():
@@ -104,15 +112,21 @@ def test_reported_likelihood_is_that_of_the_mixture():
     fit = fit_mixture(codes, 3, start=start, max_iter=1)
     assert fit.log_likelihoods[0] == pytest.approx(start.log_prob(codes).mean().item(), rel=1e-12)
     again = fit_mixture(codes, 3, start=fit.mixture, max_iter=1)
-    assert again.log_likelihoods[0] == pytest.approx(fit.mixture.log_prob(codes).mean().item(), rel=1e-12)
+    assert again.log_likelihoods[0] == pytest.approx(
+        fit.mixture.log_prob(codes).mean().item(), rel=1e-12
+    )
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), d=st.integers(1, 4), K=st.integers(1, 6), posteriors=st.booleans())
+@given(
+    seed=st.integers(0, 10**6), d=st.integers(1, 4), K=st.integers(1, 6), posteriors=st.booleans()
+)
 def test_likelihood_never_decreases(seed, d, K, posteriors):
     codes = normal(60, d, seed=seed) ** 3
     log_vars = normal(60, d, seed=seed + 1) if posteriors else None
-    fit = fit_mixture(codes, K, log_vars=log_vars, start=a_start(codes, K, seed), tol=0.0, max_iter=30)
+    fit = fit_mixture(
+        codes, K, log_vars=log_vars, start=a_start(codes, K, seed), tol=0.0, max_iter=30
+    )
     steps = torch.tensor(fit.log_likelihoods).diff()
     assert (steps >= -1e-9).all()
 
@@ -122,7 +136,9 @@ def test_chunks_do_not_matter(log_vars):
     codes = clusters()
     expected = fit_mixture(codes, 3, log_vars=log_vars, start=a_start(codes, 3), max_iter=9)
     for chunk_size in (1, 7, 599, 10**6):
-        fit = fit_mixture(codes, 3, log_vars=log_vars, start=a_start(codes, 3), max_iter=9, chunk_size=chunk_size)
+        fit = fit_mixture(
+            codes, 3, log_vars=log_vars, start=a_start(codes, 3), max_iter=9, chunk_size=chunk_size
+        )
         assert_same(fit.mixture, expected.mixture, rtol=1e-9, atol=1e-10)
         assert fit.log_likelihoods == pytest.approx(expected.log_likelihoods, rel=1e-11)
 
@@ -158,7 +174,9 @@ def test_processes_do_not_matter(log_vars):
 
     def fit_part(part, processes):
         some = None if log_vars is None else log_vars[part]
-        return fit_mixture(codes[part], 3, log_vars=some, start=start, max_iter=9, processes=processes)
+        return fit_mixture(
+            codes[part], 3, log_vars=some, start=start, max_iter=9, processes=processes
+        )
 
     fits = in_processes(fit_part, rows)
     expected = fit_mixture(codes, 3, log_vars=log_vars, start=start, max_iter=9)
@@ -175,7 +193,11 @@ def test_processes_find_a_start_together(n_components, subsample):
     order = codes[:, 0].argsort()
 
     def fit_part(part, processes):
-        options = {"subsample": subsample, "processes": processes, "generator": seeded(processes.rank)}
+        options = {
+            "subsample": subsample,
+            "processes": processes,
+            "generator": seeded(processes.rank),
+        }
         return fit_mixture(codes[part], n_components, **options)
 
     one, other = in_processes(fit_part, (order[:1500], order[1500:]))
@@ -192,7 +214,10 @@ def test_processes_score_the_held_out_codes_of_all():
     codes, held_out = clusters(), clusters(seed=20)
     parts = (slice(0, 100), slice(100, 600))
     fits = in_processes(
-        lambda part, processes: fit_mixture(codes[part], 4, held_out=held_out[part], processes=processes), parts
+        lambda part, processes: fit_mixture(
+            codes[part], 4, held_out=held_out[part], processes=processes
+        ),
+        parts,
     )
     expected = Estimate.of_mean(fits[0].mixture.log_prob(held_out))
     for fit in fits:
@@ -237,7 +262,10 @@ def test_two_real_processes(tmp_path):
     start = a_start(codes.double(), 3)
     np.save(tmp_path / "codes.npy", codes.numpy())
     save_file(start.state_dict(), tmp_path / "start.safetensors")
-    children = [subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, str(rank), str(tmp_path)]) for rank in range(2)]
+    children = [
+        subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, str(rank), str(tmp_path)])
+        for rank in range(2)
+    ]
     assert [child.wait(timeout=120) for child in children] == [0, 0]
     expected = fit_mixture(codes, 3, start=start, max_iter=9).mixture
     for name in ("given", "found"):
@@ -253,7 +281,9 @@ def test_first_phase_needs_fewer_passes_over_all_codes():
     codes = clusters(N=20_000, d=3, distance=2.0)
     seen = {None: [], 2000: []}
     fits = {
-        subsample: fit_mixture(codes, 4, subsample=subsample, tol=1e-5, generator=seeded(), on_iteration=steps.append)
+        subsample: fit_mixture(
+            codes, 4, subsample=subsample, tol=1e-5, generator=seeded(), on_iteration=steps.append
+        )
         for subsample, steps in seen.items()
     }
     whole, first = fits[None], fits[2000]
@@ -280,7 +310,12 @@ def test_no_first_phase_where_it_would_not_pay(monkeypatch):
     codes = clusters()
     for subsample in ("auto", 600, 10**6):
         fit = fit_mixture(codes, 3, subsample=subsample, generator=seeded())
-        assert_same(fit.mixture, fit_mixture(codes, 3, subsample=None, generator=seeded()).mixture, rtol=0, atol=0)
+        assert_same(
+            fit.mixture,
+            fit_mixture(codes, 3, subsample=None, generator=seeded()).mixture,
+            rtol=0,
+            atol=0,
+        )
     monkeypatch.setattr(mixture_fit, "SUBSAMPLE_CODES", 100)
     monkeypatch.setattr(mixture_fit, "SUBSAMPLE_CODES_PER_COMPONENT_AND_UNIT", 1)
     seen = []
@@ -307,10 +342,14 @@ def test_affine_equivariance(K):
         fit.mixture.means @ matrix.mT + shift,
         matrix @ fit.mixture.covariances @ matrix.mT,
     )
-    actual = GaussianMixture(*(getattr(mapped.mixture, name)[order] for name in expected.state_dict()))
+    actual = GaussianMixture(
+        *(getattr(mapped.mixture, name)[order] for name in expected.state_dict())
+    )
     assert_same(actual, expected, rtol=1e-6, atol=1e-8)
     log_det = matrix.logdet().real if matrix.det() > 0 else (-matrix.det()).log()
-    assert mapped.log_likelihoods[-1] == pytest.approx(fit.log_likelihoods[-1] - log_det.item(), abs=1e-8)
+    assert mapped.log_likelihoods[-1] == pytest.approx(
+        fit.log_likelihoods[-1] - log_det.item(), abs=1e-8
+    )
 
 
 def test_far_away_and_narrow():
@@ -318,8 +357,12 @@ def test_far_away_and_narrow():
     codes = clusters()
     near = fit_mixture(codes, 4, generator=seeded())
     far = fit_mixture(1e4 + 1e-2 * codes, 4, generator=seeded())
-    torch.testing.assert_close((far.mixture.means - 1e4) / 1e-2, near.mixture.means, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(far.mixture.covariances / 1e-4, near.mixture.covariances, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        (far.mixture.means - 1e4) / 1e-2, near.mixture.means, rtol=1e-7, atol=1e-7
+    )
+    torch.testing.assert_close(
+        far.mixture.covariances / 1e-4, near.mixture.covariances, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_one_component_has_the_moments_of_the_codes():
@@ -347,7 +390,9 @@ def test_posteriors_are_the_limit_of_many_samples():
     log_vars = normal(600, 2, seed=9) - 2
     start = fit_mixture(means, 4, generator=seeded()).mixture
     exact = fit_mixture(means, 4, log_vars=log_vars, start=start)
-    draws = torch.cat([means + (0.5 * log_vars).exp() * normal(600, 2, seed=seed) for seed in range(400)])
+    draws = torch.cat(
+        [means + (0.5 * log_vars).exp() * normal(600, 2, seed=seed) for seed in range(400)]
+    )
     sampled = fit_mixture(draws, 4, start=start)
     assert_same(exact.mixture, sampled.mixture, rtol=0.01, atol=0.01)
     assert exact.log_likelihoods[-1] == pytest.approx(sampled.log_likelihoods[-1], abs=0.01)
@@ -379,7 +424,9 @@ def test_finds_planted_clusters():
     fit = fit_mixture(codes, 4, generator=seeded())
     assert fit.converged
     assert fit.n_floored == 0
-    torch.testing.assert_close(fit.mixture.weights, torch.full((4,), 0.25).double(), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        fit.mixture.weights, torch.full((4,), 0.25).double(), atol=0.01, rtol=0
+    )
     assert fit.mixture.means.norm(dim=1).tolist() == pytest.approx([8] * 4, abs=0.2)
 
 
@@ -478,11 +525,15 @@ def test_floor_is_relative_and_clips_only_what_is_below():
 @pytest.mark.parametrize("column", [torch.zeros(600, 1), torch.full((600, 1), 3.1)])
 def test_unit_without_variance(column):
     """Means of an unused unit are constant: the fit goes on, with next to no variance there."""
-    codes = torch.cat([clusters(), column, clusters()[:, :1]], 1)  # and one unit is the copy of another
+    codes = torch.cat(
+        [clusters(), column, clusters()[:, :1]], 1
+    )  # and one unit is the copy of another
     fit = fit_mixture(codes, 4, generator=seeded())
     without = fit_mixture(codes[:, :2], 4, generator=seeded())
     assert fit.n_floored == 4
-    assert sorted(fit.mixture.weights.tolist()) == pytest.approx(sorted(without.mixture.weights.tolist()), abs=0.01)
+    assert sorted(fit.mixture.weights.tolist()) == pytest.approx(
+        sorted(without.mixture.weights.tolist()), abs=0.01
+    )
     assert fit.mixture.covariances[:, 2, 2].max() < FLOOR * codes.var(0).max()
 
 
@@ -503,7 +554,9 @@ def test_reads_what_gives_slices(tmp_path):
         codes.numpy(),
         codes.clone().requires_grad_(),
     ):
-        assert_same(fit_mixture(same, 3, generator=seeded()).mixture, expected.mixture, rtol=0.0, atol=0)
+        assert_same(
+            fit_mixture(same, 3, generator=seeded()).mixture, expected.mixture, rtol=0.0, atol=0
+        )
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
@@ -513,10 +566,18 @@ def test_device(tmp_path, device):
     np.save(tmp_path / "codes.npy", codes.numpy())
     expected = fit_mixture(codes, 3, start=a_start(codes.double(), 3), max_iter=9).mixture
     for source in (np.load(tmp_path / "codes.npy", mmap_mode="r"), codes):
-        fit = fit_mixture(source, 3, start=a_start(codes.double(), 3), max_iter=9, chunk_size=100, device=device)
+        fit = fit_mixture(
+            source, 3, start=a_start(codes.double(), 3), max_iter=9, chunk_size=100, device=device
+        )
         assert fit.mixture.means.device.type == device
         assert_same(fit.mixture.cpu(), expected, rtol=1e-9, atol=1e-10)
-    fit = fit_mixture(codes, "auto", device=device, subsample=100, generator=torch.Generator(device).manual_seed(0))
+    fit = fit_mixture(
+        codes,
+        "auto",
+        device=device,
+        subsample=100,
+        generator=torch.Generator(device).manual_seed(0),
+    )
     assert fit.mixture.means.device.type == device
 
 
@@ -534,7 +595,9 @@ def test_reads_only_slices_of_chunks():
     codes, source = clusters(), OnDisk()
     fit = fit_mixture(source, 3, chunk_size=50, generator=seeded())
     assert source.longest == 50
-    assert fit.log_likelihoods == pytest.approx(fit_mixture(codes, 3, generator=seeded()).log_likelihoods)
+    assert fit.log_likelihoods == pytest.approx(
+        fit_mixture(codes, 3, generator=seeded()).log_likelihoods
+    )
 
 
 def test_leaves_codes_and_start_alone():
@@ -586,7 +649,11 @@ def spoiled(value):
     ("codes", "n_components", "message"),
     [
         (clusters()[:3], 4, "at least one code per component, got 3 codes for 4"),
-        (spoiled(math.nan), 2, "2 of 600 codes are not finite: the training that gave them diverged"),
+        (
+            spoiled(math.nan),
+            2,
+            "2 of 600 codes are not finite: the training that gave them diverged",
+        ),
         (spoiled(-math.inf), 2, "2 of 600 codes are not finite"),
         (torch.zeros(5), 2, r"expected codes of shape \(N, d\), neither zero, got \(5,\)"),
         (torch.zeros(5, 2, 2), 2, r"got \(5, 2, 2\); flatten"),
@@ -610,7 +677,10 @@ def test_refuses_codes(fit, codes, n_components, message):
         ({"floor": 1.0}, "floor is a fraction"),
         ({"floor": 1.0, "max_iter": 0}, "floor is a fraction.*; max_iter is at least 1"),
         ({"chunk_size": 0}, "chunk_size >= 1, got 0"),
-        ({"log_vars": torch.zeros(600, 1)}, r"log_vars of the codes' shape \(600, 2\), got \(600, 1\)"),
+        (
+            {"log_vars": torch.zeros(600, 1)},
+            r"log_vars of the codes' shape \(600, 2\), got \(600, 1\)",
+        ),
         ({"log_vars": torch.full((600, 2), math.nan)}, "600 of 600 codes are not finite"),
         ({"log_vars": torch.full((600, 2), 1e4)}, "600 of 600 codes are not finite"),
         ({"held_out": torch.zeros(5, 3)}, r"held_out codes \(M, 2\), M > 1, got \(5, 3\)"),

@@ -34,7 +34,11 @@ def test_plain_modules_serve_as_networks():
 @pytest.mark.parametrize(
     ("encoder", "decoder", "message"),
     [
-        (nn.Linear(6, 5), nn.Linear(2, 6), r"encoder must map \(2, 6\) to \(2, 4\).*got \[\(2, 5\)\]"),
+        (
+            nn.Linear(6, 5),
+            nn.Linear(2, 6),
+            r"encoder must map \(2, 6\) to \(2, 4\).*got \[\(2, 5\)\]",
+        ),
         (nn.Linear(6, 4), nn.Linear(2, 7), r"decoder must map \(2, 2\) to \(2, 6\), got \(2, 7\)"),
     ],
 )
@@ -116,7 +120,9 @@ def test_digital_data_come_back_rounded_and_within_their_levels():
 
 def test_levels_that_a_byte_cannot_hold_are_not_wrapped():
     scaling = Scaling(torch.tensor(-1000.0), torch.tensor(3000.0), quantum=1 / 3000)
-    assert scaling.restore_levels(torch.tensor([[-0.1, 0.0, 0.5, 1.0]])).tolist() == [[-1000, -1000, 500, 2000]]
+    assert scaling.restore_levels(torch.tensor([[-0.1, 0.0, 0.5, 1.0]])).tolist() == [
+        [-1000, -1000, 500, 2000]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -148,9 +154,13 @@ def test_means_stay_within_the_bounds_and_find_back():
         mean = vae.decode_mean(torch.zeros(4, 2))
         assert bool((mean == bound).all())
         for target, moves in ((0.5, True), (bound, False)):
-            (gradient,) = torch.autograd.grad((vae.decode_mean(torch.zeros(4, 2)) - target).square().sum(), bias)
+            (gradient,) = torch.autograd.grad(
+                (vae.decode_mean(torch.zeros(4, 2)) - target).square().sum(), bias
+            )
             assert bool(gradient.abs().sum() > 0) is moves
-            assert not moves or torch.sign(gradient) == math.copysign(1, outside)  # descent goes back inside
+            assert not moves or torch.sign(gradient) == math.copysign(
+                1, outside
+            )  # descent goes back inside
 
 
 def test_a_deterministic_posterior_is_a_point():

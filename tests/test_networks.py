@@ -43,7 +43,9 @@ def test_layers_that_are_quicker_compute_what_torchs_do(layer, layout):
     reference.__class__ = type(layer).__base__
     found = []
     for module in (layer, reference):
-        x = torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
+        x = torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(0)).contiguous(
+            memory_format=layout
+        )
         y = module(x.requires_grad_())
         assert y.is_contiguous(memory_format=layout)
         y.square().sum().backward()
@@ -58,7 +60,9 @@ def test_the_transposed_convolution_has_the_gradients_of_its_values(outputs, odd
     layer = ConvTranspose2d(2, outputs, output_padding=odd).double()
     x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda x, *values: torch.func.functional_call(layer, dict(zip(("weight", "bias"), values, strict=True)), (x,)),
+        lambda x, *values: torch.func.functional_call(
+            layer, dict(zip(("weight", "bias"), values, strict=True)), (x,)
+        ),
         (x, layer.weight, layer.bias),
     )
 
@@ -70,7 +74,9 @@ def test_the_transposed_convolution_can_be_differentiated_by_every_way(outputs):
     layer = ConvTranspose2d(2, outputs, output_padding=(0, 0)).double()
     x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: layer(x).square(), (x,))
-    expected = torch.stack([torch.autograd.functional.jacobian(layer, one[None])[0, :, :, :, 0] for one in x])
+    expected = torch.stack(
+        [torch.autograd.functional.jacobian(layer, one[None])[0, :, :, :, 0] for one in x]
+    )
     by_func = torch.func.vmap(torch.func.jacrev(lambda one: layer(one[None])[0]))(x)
     torch.testing.assert_close(by_func, expected)
     (_, forwards) = torch.func.jvp(layer, (x.detach(),), (torch.ones_like(x),))
@@ -114,7 +120,11 @@ def test_gradients_reach_every_parameter(architecture):
         build_decoder(architecture, (1, 9, 9), 2, 4),
     )
     decoder(encoder(torch.randn(3, 1, 9, 9))[:, :2]).square().sum().backward()
-    used = [p for p in (*encoder.parameters(), *decoder.parameters()) if p.grad is not None and p.grad.abs().sum() > 0]
+    used = [
+        p
+        for p in (*encoder.parameters(), *decoder.parameters())
+        if p.grad is not None and p.grad.abs().sum() > 0
+    ]
     # The log-variance half of the encoder's output is not used here, but shares its layer.
     assert len(used) == len([*encoder.parameters(), *decoder.parameters()])
 
@@ -125,7 +135,8 @@ def test_the_output_reaches_beyond_the_unit_interval():
 
 
 @pytest.mark.parametrize(
-    ("shape", "expected"), [((1, 8, 8), "conv"), ((3, 64, 64), "conv"), ((1, 7, 9), "mlp"), ((10,), "mlp")]
+    ("shape", "expected"),
+    [((1, 8, 8), "conv"), ((3, 64, 64), "conv"), ((1, 7, 9), "mlp"), ((10,), "mlp")],
 )
 def test_the_architecture_follows_the_shape(shape, expected):
     assert default_architecture(shape) == expected

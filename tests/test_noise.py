@@ -133,7 +133,10 @@ def test_predicted_noise_with_a_constant_network_is_global_noise(correction, var
     var = torch.tensor(var)
     predicted = PredictedNoise(Constant(correction), var, var * 1e-4)
     torch.testing.assert_close(
-        predicted(Z), (var.log() + max(correction, math.log(1e-4))).expand(4, 3), rtol=1e-5, atol=1e-5
+        predicted(Z),
+        (var.log() + max(correction, math.log(1e-4))).expand(4, 3),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -175,7 +178,9 @@ def test_bounds_keep_the_gradients_that_bring_a_value_back(value, gradient):
 def test_recalibration_gives_unit_standardised_residuals(shape):
     true_std = torch.tensor([0.1, 0.4, 2.0])
     x = residuals(20_000) * true_std
-    noise = PredictedNoise(Constant(0.0), torch.tensor(0.05), torch.tensor(0.05), calibration_shape=shape)
+    noise = PredictedNoise(
+        Constant(0.0), torch.tensor(0.05), torch.tensor(0.05), calibration_shape=shape
+    )
     statistic = ResidualVariance(shape)
     statistic.update(x / noise(Z)[0].exp().sqrt())
     noise.recalibrate(statistic)
@@ -188,7 +193,9 @@ def test_recalibration_gives_unit_standardised_residuals(shape):
 def test_recalibration_of_a_constant_pixel_stays_finite():
     x = residuals()
     x[:, 0] = 0.0
-    noise = PredictedNoise(Constant(0.0), torch.tensor(1.0), torch.tensor(1.0), calibration_shape=(3,))
+    noise = PredictedNoise(
+        Constant(0.0), torch.tensor(1.0), torch.tensor(1.0), calibration_shape=(3,)
+    )
     statistic = ResidualVariance((3,))
     statistic.update(x)
     noise.recalibrate(statistic)
@@ -205,7 +212,9 @@ def quantiles_of(*batches):
     return statistic
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(-30, 30), st.integers(0, 1000))
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(-30, 30), st.integers(0, 1000)
+)
 def test_residual_quantiles_are_those_of_numpy_whatever_the_batches(sizes, octaves, seed):
     everything = residuals(sum(sizes), (2, 3), seed) * 2.0**octaves
     shares = torch.tensor([0.0, 0.25, 0.6827, 0.95, 1.0])
@@ -234,7 +243,9 @@ DISTRIBUTIONS = {
 def test_intervals_cover_whatever_the_distribution(errors, rescale):
     """Of a planted map whose std are wrong by one factor, with the quantile functions of SciPy as oracle."""
     planted = torch.linspace(-1, 1, 20).exp()
-    noise = PredictedNoise(Constant(2 * planted.log(), (20,)), torch.tensor(4.0), torch.tensor(1e-6))
+    noise = PredictedNoise(
+        Constant(2 * planted.log(), (20,)), torch.tensor(4.0), torch.tensor(1e-6)
+    )
     unscaled = noise(Z)[0].mul(0.5).exp()
     torch.testing.assert_close(unscaled, 2 * planted)
     rng = np.random.default_rng(0)
@@ -244,14 +255,20 @@ def test_intervals_cover_whatever_the_distribution(errors, rescale):
     for k, nominal in zip((1.0, 2.0, 3.0), NOMINAL, strict=True):
         half = noise.interval_factor(k) * std
         error = math.sqrt(nominal * (1 - nominal) / new.numel())
-        assert (new.abs() <= half).double().mean() == pytest.approx(nominal, abs=6 * error)  # held out and new
-        torch.testing.assert_close(half, float(errors.ppf((1 + nominal) / 2)) * planted, rtol=0.01 * k**2, atol=0)
+        assert (new.abs() <= half).double().mean() == pytest.approx(
+            nominal, abs=6 * error
+        )  # held out and new
+        torch.testing.assert_close(
+            half, float(errors.ppf((1 + nominal) / 2)) * planted, rtol=0.01 * k**2, atol=0
+        )
     for coverage in (0.5, 0.9, 0.99):  # between the points of the grid
         factor = noise.interval_factor(float(stats.norm.ppf((1 + coverage) / 2)))
         assert (new.abs() <= factor * std).double().mean() == pytest.approx(coverage, abs=0.008)
     if rescale:
         assert noise.interval_factor(1.0) == pytest.approx(1.0)
-        torch.testing.assert_close(std, float(errors.ppf((1 + NOMINAL[0]) / 2)) * planted, rtol=0.01, atol=0)
+        torch.testing.assert_close(
+            std, float(errors.ppf((1 + NOMINAL[0]) / 2)) * planted, rtol=0.01, atol=0
+        )
     else:
         assert torch.equal(std, unscaled)
 
@@ -264,7 +281,9 @@ def test_the_scale_of_the_prediction_does_not_matter(octaves, seed):
         noise = PredictedNoise(Constant(0.0), torch.tensor(factor**2), torch.tensor(factor**2))
         noise.calibrate_intervals(quantiles_of(held_out / factor), rescale=True)
         std = noise(Z)[0].mul(0.5).exp()
-        intervals.append(torch.stack([noise.interval_factor(k) * std for k in (0.3, 1.0, 2.0, 3.0, 5.0)]))
+        intervals.append(
+            torch.stack([noise.interval_factor(k) * std for k in (0.3, 1.0, 2.0, 3.0, 5.0)])
+        )
     torch.testing.assert_close(*intervals)
 
 
@@ -299,7 +318,10 @@ def test_the_guarantee_for_few_examples_whose_dimensions_hang_together():
         x = residuals(N + 1, (4,), seed) * residuals(N + 1, (1,), seed + 10_000).exp()
         half = quantiles_of(x[:N]).quantile(torch.tensor([0.6827, 0.9545]))
         coverage.append((x[N].abs()[:, None] <= half).double().mean(0))
-    found, error = torch.stack(coverage).mean(0), torch.stack(coverage).std(0) / math.sqrt(len(coverage))
+    found, error = (
+        torch.stack(coverage).mean(0),
+        torch.stack(coverage).std(0) / math.sqrt(len(coverage)),
+    )
     nominal = torch.tensor([0.6827, 0.9545], dtype=torch.float64)
     assert (found > nominal * N / (N + 1) - 3 * error).all()
     assert found[1] < 0.9545 - 3 * error[1]  # without the factor it would be false
@@ -324,21 +346,31 @@ def test_the_interval_of_a_model_without_stage_2_is_the_gaussians():
         (lambda: GlobalNoise("newton"), "closed-form"),
         (lambda: GlobalNoise(min_var=0.0), "min_var"),
         (lambda: DimensionNoise((3,), memory=0), "memory"),
-        (lambda: PredictedNoise(Constant(0.0), torch.tensor(-1.0), torch.tensor(1.0)), "reference_var"),
-        (lambda: PredictedNoise(Constant(0.0), torch.tensor(1.0), torch.tensor(math.nan)), "floor_var"),
         (
-            lambda: PredictedNoise(Constant(0.0), torch.tensor(1.0), torch.tensor(1.0)).recalibrate(ResidualVariance()),
+            lambda: PredictedNoise(Constant(0.0), torch.tensor(-1.0), torch.tensor(1.0)),
+            "reference_var",
+        ),
+        (
+            lambda: PredictedNoise(Constant(0.0), torch.tensor(1.0), torch.tensor(math.nan)),
+            "floor_var",
+        ),
+        (
+            lambda: PredictedNoise(Constant(0.0), torch.tensor(1.0), torch.tensor(1.0)).recalibrate(
+                ResidualVariance()
+            ),
             "held-out",
         ),
         (
-            lambda: PredictedNoise(Constant(0.0), torch.tensor(1.0), torch.tensor(1.0)).calibrate_intervals(
-                quantiles_of(torch.tensor([[0.0, 0.0, 0.0, 1.0]])), rescale=True
-            ),
+            lambda: PredictedNoise(
+                Constant(0.0), torch.tensor(1.0), torch.tensor(1.0)
+            ).calibrate_intervals(quantiles_of(torch.tensor([[0.0, 0.0, 0.0, 1.0]])), rescale=True),
             "not zero",
         ),
     ],
 )
 def test_wrong_arguments_say_what_is_wrong(make, message):
     # beartype is on in the test run and would catch a wrong type first; these are wrong values.
-    with pytest.raises((ValueError, TypeError), match=message if message != "closed-form" else None):
+    with pytest.raises(
+        (ValueError, TypeError), match=message if message != "closed-form" else None
+    ):
         make()

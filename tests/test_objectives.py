@@ -65,7 +65,9 @@ def test_importance_weighted_bound_with_one_sample_is_the_elbo():
     vae = VAE.build((6,), latent_dim=2, width=2, noise=FixedNoise(0.1)).double()
     x = torch.randn(4, 6, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    bound = torch.stack([importance_weighted_bound(vae, x, 1, generator) for _ in range(4000)]).mean(0)
+    bound = torch.stack(
+        [importance_weighted_bound(vae, x, 1, generator) for _ in range(4000)]
+    ).mean(0)
     with torch.no_grad():
         elbo = torch.stack([Elbo(vae)(x, generator).elbo for _ in range(4000)]).mean(0)
     torch.testing.assert_close(bound, elbo, rtol=5e-3, atol=5e-2)
@@ -91,11 +93,19 @@ def test_importance_weighted_bound_of_more_examples_than_rows(generator):
     x, ppca, vae = exact_model()
     vae.noise.log_var = ppca.var.log()
     bounds = importance_weighted_bounds(
-        vae, x[:50], 3, [standard_normal_log_prob], generator, observed=[x[:50], x[50:100]], max_rows=8
+        vae,
+        x[:50],
+        3,
+        [standard_normal_log_prob],
+        generator,
+        observed=[x[:50], x[50:100]],
+        max_rows=8,
     )
     torch.testing.assert_close(bounds[0, 0], ppca.log_prob(x[:50]), rtol=1e-9, atol=1e-9)
     assert bounds.shape == (2, 1, 50)
-    assert (bounds[1] < bounds[0]).double().mean() > 0.9  # of other examples, from codes that are not theirs
+    assert (
+        bounds[1] < bounds[0]
+    ).double().mean() > 0.9  # of other examples, from codes that are not theirs
 
 
 def test_importance_weighted_bound_is_stable_for_thousands_of_samples(generator):
@@ -187,7 +197,9 @@ def test_detached_variance_trains_the_variance_as_the_joint_objective_does():
 def test_detached_variance_reports_the_elbo_of_the_whole_model():
     vae = stage_2_model()
     x = torch.rand(5, 1, 8, 8)
-    elbos = [o(x, torch.Generator().manual_seed(0)).elbo for o in (DetachedVarianceElbo(vae), Elbo(vae))]
+    elbos = [
+        o(x, torch.Generator().manual_seed(0)).elbo for o in (DetachedVarianceElbo(vae), Elbo(vae))
+    ]
     torch.testing.assert_close(*elbos)
 
 
@@ -222,7 +234,9 @@ def test_a_planted_noise_map_is_recovered():
 def parameter_gradients(objective, x):
     """Of the encoder and the decoder, by the mean loss of a batch, with the same draw each time."""
     loss = objective(x, torch.Generator().manual_seed(0)).loss.mean()
-    return torch.autograd.grad(loss, [*objective.model.encoder.parameters(), *objective.model.decoder.parameters()])
+    return torch.autograd.grad(
+        loss, [*objective.model.encoder.parameters(), *objective.model.decoder.parameters()]
+    )
 
 
 def small_vae(noise=None, **traits):
@@ -295,7 +309,9 @@ def test_dip_vae_ii_is_content_with_the_prior():
     torch.nn.init.zeros_(vae.encoder.output.weight)
     x = torch.rand(8, 1, 8, 8)
     assert dip_penalty(DipVaeII(vae), x)[0].abs() < 1e-3
-    torch.testing.assert_close(dip_penalty(DipVaeI(vae), x)[0], torch.tensor(300.0), rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(
+        dip_penalty(DipVaeI(vae), x)[0], torch.tensor(300.0), rtol=1e-5, atol=1e-2
+    )
 
 
 def test_maximum_mean_discrepancy_is_the_double_sum():
@@ -304,13 +320,22 @@ def test_maximum_mean_discrepancy_is_the_double_sum():
     def kernel(a, b):
         return sum(6 * s / (6 * s + float((a - b).square().sum())) for s in IMQ_SCALES)
 
-    within = sum(kernel(z[i], z[j]) + kernel(prior[i], prior[j]) for i in range(7) for j in range(7) if i != j)
+    within = sum(
+        kernel(z[i], z[j]) + kernel(prior[i], prior[j])
+        for i in range(7)
+        for j in range(7)
+        if i != j
+    )
     between = sum(kernel(a, b) for a in z for b in prior)
-    assert float(maximum_mean_discrepancy(z, prior)) == pytest.approx(within / 42 - 2 * between / 49, rel=1e-9)
+    assert float(maximum_mean_discrepancy(z, prior)) == pytest.approx(
+        within / 42 - 2 * between / 49, rel=1e-9
+    )
 
 
 def test_maximum_mean_discrepancy_is_zero_on_average_for_one_distribution():
-    values = torch.stack([maximum_mean_discrepancy(torch.randn(50, 4), torch.randn(50, 4)) for _ in range(300)])
+    values = torch.stack(
+        [maximum_mean_discrepancy(torch.randn(50, 4), torch.randn(50, 4)) for _ in range(300)]
+    )
     assert abs(float(values.mean())) < 4 * float(values.std()) / 300**0.5
     assert maximum_mean_discrepancy(torch.randn(50, 4) + 1, torch.randn(50, 4)) > 5 * values.std()
 
@@ -336,7 +361,9 @@ def test_wae_is_squared_error_and_discrepancy():
 def test_rae_draws_nothing_and_weighs_codes_and_weights():
     vae = small_vae(FixedNoise(0.5), deterministic=True)
     x = torch.rand(9, 1, 8, 8)
-    first, second = (RaeL2(vae, 0.5, 0.1)(x, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    first, second = (
+        RaeL2(vae, 0.5, 0.1)(x, torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    )
     torch.testing.assert_close(first.loss, second.loss)
     weights = sum(p.detach().square().sum() for p in vae.decoder.parameters())
     codes = first.posterior.mean.square().sum(1)

@@ -30,7 +30,9 @@ def seeded(seed=0):
 
 
 def standard_normal_mixture(d=3):
-    return GaussianMixture(torch.ones(1).double(), torch.zeros(1, d).double(), torch.eye(d).double()[None])
+    return GaussianMixture(
+        torch.ones(1).double(), torch.zeros(1, d).double(), torch.eye(d).double()[None]
+    )
 
 
 def random_scores(n, seed=0, shift=0.0):
@@ -67,7 +69,10 @@ class TestScores:
 
     def test_the_generator_decides(self, linear):
         model, _, _, x = linear
-        drawn = [model_scores(model, standard_normal_mixture(), [x], seeded(s)).negative_elbo for s in (0, 0, 1)]
+        drawn = [
+            model_scores(model, standard_normal_mixture(), [x], seeded(s)).negative_elbo
+            for s in (0, 0, 1)
+        ]
         assert np.array_equal(drawn[0], drawn[1])
         assert not np.array_equal(drawn[0], drawn[2])
 
@@ -114,7 +119,12 @@ class TestCombination:
     def test_a_small_reference_raises_no_more_alarms_than_it_promises(self):
         """Averaged over references of ten examples."""
         rates = [
-            np.mean(outlier_scores(random_scores(200, seed), random_scores(10, seed + 1000)).tail_probability <= 2 / 11)
+            np.mean(
+                outlier_scores(
+                    random_scores(200, seed), random_scores(10, seed + 1000)
+                ).tail_probability
+                <= 2 / 11
+            )
             for seed in range(300)
         ]
         assert 0.1 < np.mean(rates) < 2 / 11
@@ -157,9 +167,14 @@ class TestDetection:
     )
     def test_areas_are_those_of_scikit_learn(self, inliers, outliers):
         """With many ties."""
-        truth, scores = np.repeat([0, 1], [len(inliers), len(outliers)]), np.concatenate([inliers, outliers])
+        truth, scores = (
+            np.repeat([0, 1], [len(inliers), len(outliers)]),
+            np.concatenate([inliers, outliers]),
+        )
         assert auroc(inliers, outliers).value == pytest.approx(roc_auc_score(truth, scores))
-        assert average_precision(inliers, outliers).value == pytest.approx(average_precision_score(truth, scores))
+        assert average_precision(inliers, outliers).value == pytest.approx(
+            average_precision_score(truth, scores)
+        )
         assert auroc(inliers, outliers).n == average_precision(inliers, outliers).n == len(scores)
 
     @pytest.mark.parametrize("shift", [0.0, 1.0, 2.0])
@@ -174,7 +189,9 @@ class TestDetection:
 
     def test_the_error_of_the_average_precision(self):
         rng = np.random.default_rng(0)
-        found = [average_precision(rng.normal(size=200), 1 + rng.normal(size=100)) for _ in range(60)]
+        found = [
+            average_precision(rng.normal(size=200), 1 + rng.normal(size=100)) for _ in range(60)
+        ]
         assert np.mean([each.standard_error for each in found]) == pytest.approx(
             np.std([each.value for each in found]), rel=0.3
         )
@@ -194,7 +211,9 @@ class TestDetection:
             assert detection.aupr == (1.0, 0.0, 750)
         assert np.mean(shifted.tail_probability) < 0.01
         for detection in outlier_detection(inliers, equal)[:4]:
-            assert detection.auroc.value == pytest.approx(0.5, abs=4 * detection.auroc.standard_error)
+            assert detection.auroc.value == pytest.approx(
+                0.5, abs=4 * detection.auroc.standard_error
+            )
             assert detection.aupr.value == pytest.approx(0.5, abs=4 * detection.aupr.standard_error)
 
     def test_each_score_finds_its_own_outliers(self, linear):
@@ -208,7 +227,10 @@ class TestDetection:
             outlier_scores(model_scores(model, mixture, [each], seeded(1)), reference)
             for each in (x, x + along, x + across)
         )
-        by_code, by_residual = outlier_detection(inliers, unusual), outlier_detection(inliers, unexplained)
+        by_code, by_residual = (
+            outlier_detection(inliers, unusual),
+            outlier_detection(inliers, unexplained),
+        )
         assert by_code.negative_mixture_log_prob.auroc.value > 0.99
         assert by_code.standardised_residual.auroc.value == pytest.approx(0.5, abs=0.06)
         assert by_residual.standardised_residual.auroc.value > 0.99

@@ -11,7 +11,15 @@ import torch
 
 from equipoise.cli import PAPER_ITEMS
 from equipoise.data import Batches
-from equipoise.objectives import BatchVarianceElbo, DetachedVarianceElbo, DipVaeI, DipVaeII, Elbo, RaeL2, WaeMmd
+from equipoise.objectives import (
+    BatchVarianceElbo,
+    DetachedVarianceElbo,
+    DipVaeI,
+    DipVaeII,
+    Elbo,
+    RaeL2,
+    WaeMmd,
+)
 from equipoise.paper import ITEMS
 from equipoise.paper.markdown import cell, table
 from equipoise.paper.protocol import BUDGETS, METHODS, PAPERS_FIVE, TITLES, Lab, Spec
@@ -58,7 +66,8 @@ def test_methods_start_from_the_same_networks_and_see_the_same_batches(lab):
         model = make_model(data, config)
         models[method] = {**model.encoder.state_dict(), **model.decoder.state_dict()}
         groups[method] = [
-            (group["lr"], group["weight_decay"], len(group["params"])) for group in parameter_groups(model, 1.0, 0.3)
+            (group["lr"], group["weight_decay"], len(group["params"]))
+            for group in parameter_groups(model, 1.0, 0.3)
         ]
         batches[method] = next(Batches(data.train, config.batch_size, seed=config.seed).epoch(0))
     for method in PAPERS_FIVE:
@@ -99,7 +108,9 @@ def test_the_second_stage_stops_gradients_unless_told_otherwise(lab):
 def test_a_penalty_and_a_beta_reach_the_objective(lab):
     data = lab.data("mnist")
     for options, attribute in ((("penalty", 3.5), "penalty"), (("beta", 4.0), "beta")):
-        config = lab.config(Spec("mnist", "wae" if attribute == "penalty" else "beta-vae", (options,)))
+        config = lab.config(
+            Spec("mnist", "wae" if attribute == "penalty" else "beta-vae", (options,))
+        )
         objective = make_objective(make_model(data, config), config, Stage.SHARED_VARIANCE)
         assert getattr(objective, attribute) == options[1]
 
@@ -119,24 +130,62 @@ def test_every_item_asks_for_models_that_exist(lab):
 def test_a_model_is_made_once_whole_for_all_who_need_it(lab, monkeypatch):
     made = []
     monkeypatch.setattr(Lab, "_make", lambda _lab, spec: made.append(spec))
-    lab.prepare([Spec("mnist", "vae", brief=True), Spec("mnist", "vae", sources=("flow",)), Spec("mnist", "vae")])
+    lab.prepare(
+        [
+            Spec("mnist", "vae", brief=True),
+            Spec("mnist", "vae", sources=("flow",)),
+            Spec("mnist", "vae"),
+        ]
+    )
     assert made == [Spec("mnist", "vae", brief=False, sources=("flow",))]
 
 
 def test_an_item_from_the_command_line_and_again(tmp_path):
     """Trains, evaluates, writes JSON and page; a second call finds all of it and trains nothing."""
-    places = ["--runs", tmp_path / "runs", "--out", tmp_path / "results", "--page", tmp_path / "docs" / "page.md"]
-    call = [sys.executable, "-W", "error", "-m", "equipoise", "paper", "figure-4", "--budget", "tiny", "--epochs", "2"]
+    places = [
+        "--runs",
+        tmp_path / "runs",
+        "--out",
+        tmp_path / "results",
+        "--page",
+        tmp_path / "docs" / "page.md",
+    ]
+    call = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "equipoise",
+        "paper",
+        "figure-4",
+        "--budget",
+        "tiny",
+        "--epochs",
+        "2",
+    ]
     outputs = [
-        subprocess.run([*call, *map(str, places)], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+        subprocess.run(
+            [*call, *map(str, places)], capture_output=True, text=True, check=True, cwd=tmp_path
+        ).stdout
         for _ in range(2)
     ]
     assert "Model 1 of 1: mnist-pixel-low" in outputs[0]
     assert "Model 1 of 1" not in outputs[1]
     found = json.loads((tmp_path / "results" / "figure-4-tiny.json").read_text())
-    assert {"command", "date", "versions", "machine", "seed", "data", "options", "seconds"} <= found.keys()
+    assert {
+        "command",
+        "date",
+        "versions",
+        "machine",
+        "seed",
+        "data",
+        "options",
+        "seconds",
+    } <= found.keys()
     assert found["epochs"] == {"mnist": 2}
-    assert str(tmp_path) not in json.dumps({key: found[key] for key in ("command", "data", "options")})
+    assert str(tmp_path) not in json.dumps(
+        {key: found[key] for key in ("command", "data", "options")}
+    )
     page = (tmp_path / "docs" / "page.md").read_text()
     assert "![Figure 4" in page
     (picture,) = re.findall(r"\]\((images/paper/figure-4[^)]*)\)", page)
@@ -179,7 +228,10 @@ def test_the_page_of_results_is_what_the_json_says(tmp_path):
     (copy / "images" / "paper").symlink_to(page.parent / "images" / "paper")
     (copy / "results-notes.md").symlink_to(page.parent / "results-notes.md")
     (tmp_path / "results").symlink_to(ROOT / "results")
-    assert write_page(tmp_path / "results", copy / "results.md", copy / "images" / "paper").read_text() == before
+    assert (
+        write_page(tmp_path / "results", copy / "results.md", copy / "images" / "paper").read_text()
+        == before
+    )
     assert "## Table 2" in before
 
 
@@ -193,9 +245,13 @@ def test_cells():
 @pytest.mark.slow
 def test_all_items_on_digits(tmp_path):
     """In processes of their own, two at once."""
-    lab = Lab("tiny", tmp_path / "runs", jobs=2, epochs=1, images=tmp_path / "docs" / "images" / "paper")
+    lab = Lab(
+        "tiny", tmp_path / "runs", jobs=2, epochs=1, images=tmp_path / "docs" / "images" / "paper"
+    )
     files = make_items(lab, list(ITEMS), tmp_path / "results")
     assert [file.name for file in files] == [f"{name}-tiny.json" for name in ITEMS]
-    page = write_page(tmp_path / "results", tmp_path / "docs" / "results.md", lab.images).read_text()
+    page = write_page(
+        tmp_path / "results", tmp_path / "docs" / "results.md", lab.images
+    ).read_text()
     for item in ITEMS.values():
         assert item.TITLE in page

@@ -10,7 +10,8 @@ def images(n, channels=1, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("n", "columns", "shape"), [(1, None, (6, 5)), (5, None, (13, 17)), (4, 4, (6, 23)), (3, 9, (6, 17))]
+    ("n", "columns", "shape"),
+    [(1, None, (6, 5)), (5, None, (13, 17)), (4, 4, (6, 23)), (3, 9, (6, 17))],
 )
 def test_tiles_lie_where_they_should(n, columns, shape):
     x = images(n)
@@ -39,7 +40,9 @@ def test_the_maps_of_std_and_error_share_their_scale(channels):
     """A pixel of the same value must have the same colour in both, or they cannot be compared."""
     x, means = images(4, channels), images(4, channels, seed=1)
     figure = plots.reconstructions(x, means, 0.1 * images(4, channels, seed=2))
-    maps = [axis.images[0] for axis in figure.axes if axis.get_title() in ("predicted std", "|error|")]
+    maps = [
+        axis.images[0] for axis in figure.axes if axis.get_title() in ("predicted std", "|error|")
+    ]
     assert len(maps) == 2
     assert maps[0].get_clim() == maps[1].get_clim()
     labels = [axis.get_ylabel() for axis in figure.axes]
@@ -57,7 +60,9 @@ def test_sets_of_samples_are_shown_as_they_are(n_sets, channels):
     figure = plots.samples_compared(sets)
     assert titles(figure) == list(sets)
     for axis, x in zip(figure.axes, sets.values(), strict=True):
-        np.testing.assert_allclose(axis.images[0].get_array().reshape(plots.tile(x).shape), plots.tile(x))
+        np.testing.assert_allclose(
+            axis.images[0].get_array().reshape(plots.tile(x).shape), plots.tile(x)
+        )
         assert axis.images[0].get_clim() == (0, 1)
 
 
@@ -76,7 +81,9 @@ def test_densities_share_colours_and_axes(codes):
         assert axis.get_xlim() == (-2, 2)
         assert axis.get_ylim() == (-1, 1)
         assert axis.collections[0].get_clim() == (-7, 3)
-        np.testing.assert_allclose(axis.collections[0].get_array().reshape(5, 7), np.maximum(values, -7))
+        np.testing.assert_allclose(
+            axis.collections[0].get_array().reshape(5, 7), np.maximum(values, -7)
+        )
         assert len(axis.lines) == (codes is not None)
         for line in axis.lines:
             np.testing.assert_array_equal(line.get_xydata(), codes)
@@ -88,12 +95,18 @@ NOMINAL = [0.6827, 0.9545, 0.9973]
 
 def curves(predicted_std, observed_rmse, pit_histogram=(1, 2, 1)):
     return plots.NoiseCurves(
-        np.array(predicted_std), np.array(observed_rmse), np.array(pit_histogram), np.array([0.7, 0.9, 1.0])
+        np.array(predicted_std),
+        np.array(observed_rmse),
+        np.array(pit_histogram),
+        np.array([0.7, 0.9, 1.0]),
     )
 
 
 def test_reliability_shows_size_distribution_and_coverage():
-    series = {"all pixels": curves([0.1, 0.2], [0.1, 0.25], (3, 1)), "pixels that vary": curves([0.15], [0.12])}
+    series = {
+        "all pixels": curves([0.1, 0.2], [0.1, 0.25], (3, 1)),
+        "pixels that vary": curves([0.15], [0.12]),
+    }
     figure = plots.reliability(series)
     std, pit, coverage = figure.axes
     assert "model units" in std.get_xlabel()
@@ -115,17 +128,26 @@ def test_reliability_shows_size_distribution_and_coverage():
 
 
 def test_reliability_shows_intervals_beside_the_std_hollow():
-    series = {"all": curves([0.1], [0.1]), "some": curves([0.1], [0.1])._replace(interval_coverage=np.array(NOMINAL))}
+    series = {
+        "all": curves([0.1], [0.1]),
+        "some": curves([0.1], [0.1])._replace(interval_coverage=np.array(NOMINAL)),
+    }
     coverage = plots.reliability(series).axes[2]
-    hollow = [line for line in coverage.lines if line.get_fillstyle() == "none" and len(line.get_ydata())]
+    hollow = [
+        line for line in coverage.lines if line.get_fillstyle() == "none" and len(line.get_ydata())
+    ]
     assert [line.get_marker() for line in hollow] == ["s"]
     np.testing.assert_allclose(hollow[0].get_ydata(), NOMINAL)
     np.testing.assert_allclose(hollow[0].get_xdata(), coverage.lines[2].get_xdata())
-    assert [text.get_text() for text in coverage.get_legend().get_texts()] == ["Gaussian", "intervals"]
+    assert [text.get_text() for text in coverage.get_legend().get_texts()] == [
+        "Gaussian",
+        "intervals",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("largest", "smallest_error", "scale"), [(0.2, 0.05, "linear"), (2.0, 0.05, "log"), (2.0, 0.0, "linear")]
+    ("largest", "smallest_error", "scale"),
+    [(0.2, 0.05, "linear"), (2.0, 0.05, "log"), (2.0, 0.0, "linear")],
 )
 def test_reliability_is_logarithmic_where_it_must_and_can(largest, smallest_error, scale):
     figure = plots.reliability({"all": curves([0.1, largest], [smallest_error, largest])})
@@ -139,15 +161,22 @@ def test_sparsification_has_model_oracle_and_random_order():
     lines = {line.get_label(): line for line in axis.lines}
     assert list(lines) == ["in random order", "by predicted std", "by true error"]
     assert lines["in random order"].get_ydata() == [1, 1]
-    np.testing.assert_array_equal(lines["by predicted std"].get_xydata(), np.stack([fractions, model], 1))
-    np.testing.assert_array_equal(lines["by true error"].get_xydata(), np.stack([fractions, oracle], 1))
+    np.testing.assert_array_equal(
+        lines["by predicted std"].get_xydata(), np.stack([fractions, model], 1)
+    )
+    np.testing.assert_array_equal(
+        lines["by true error"].get_xydata(), np.stack([fractions, oracle], 1)
+    )
     assert len({line.get_linestyle() for line in axis.lines}) == 3, "told apart without colour"
 
 
 @pytest.mark.parametrize("n", [1, 7, 50])
 def test_a_sweep_has_a_panel_for_each_measure_and_marks_what_was_learned(n):
     noise_vars = np.geomspace(0.001, 1, n)
-    measures = {"ELBO": {"test": -noise_vars}, "Fréchet distance": {"prior": noise_vars, "mixture": noise_vars / 2}}
+    measures = {
+        "ELBO": {"test": -noise_vars},
+        "Fréchet distance": {"prior": noise_vars, "mixture": noise_vars / 2},
+    }
     figure = plots.variance_sweep(noise_vars, measures, 0.0064)
     assert [axis.get_ylabel() for axis in figure.axes] == list(measures)
     for axis, values in zip(figure.axes, measures.values(), strict=True):
@@ -157,13 +186,21 @@ def test_a_sweep_has_a_panel_for_each_measure_and_marks_what_was_learned(n):
         assert "0.0064" in mark.get_label()
         assert [line.get_label() for line in lines] == list(values)
         for line in lines:
-            np.testing.assert_array_equal(line.get_xydata(), np.stack([noise_vars, values[line.get_label()]], 1))
-            assert (line.get_marker() == "") == (n == 50), "single models are points, a closed form is a line"
+            np.testing.assert_array_equal(
+                line.get_xydata(), np.stack([noise_vars, values[line.get_label()]], 1)
+            )
+            assert (line.get_marker() == "") == (n == 50), (
+                "single models are points, a closed form is a line"
+            )
 
 
 @pytest.mark.parametrize(
     ("inliers", "outliers", "auroc"),
-    [([0.0, 1.0, 2.0], [3.0, 4.0], "1.000"), ([0.0, 2.0], [1.0, 1e9], "0.750"), ([1.0], [1.0], "0.500")],
+    [
+        ([0.0, 1.0, 2.0], [3.0, 4.0], "1.000"),
+        ([0.0, 2.0], [1.0, 1e9], "0.750"),
+        ([1.0], [1.0], "0.500"),
+    ],
 )
 def test_outlier_histograms_count_everyone_once(inliers, outliers, auroc):
     axis = plots.outlier_scores(np.array(inliers), np.array(outliers), "ELBO").axes[0]
@@ -173,7 +210,9 @@ def test_outlier_histograms_count_everyone_once(inliers, outliers, auroc):
     assert first.values.sum() == pytest.approx(1)
     assert second.values.sum() == pytest.approx(1)
     np.testing.assert_array_equal(first.edges, second.edges)
-    assert np.average(second.edges[:-1], weights=second.values) >= np.average(first.edges[:-1], weights=first.values)
+    assert np.average(second.edges[:-1], weights=second.values) >= np.average(
+        first.edges[:-1], weights=first.values
+    )
 
 
 def test_extreme_scores_do_not_hide_the_others():
@@ -190,7 +229,9 @@ def test_degenerate_figures_are_drawn(tmp_path):
         [
             plots.samples_compared({"test data": one}),
             plots.reconstructions(one, one, one),
-            plots.latent_densities(np.arange(2.0), np.arange(2.0), {"prior": flat}, np.zeros((1, 2)), ("z1", "z2")),
+            plots.latent_densities(
+                np.arange(2.0), np.arange(2.0), {"prior": flat}, np.zeros((1, 2)), ("z1", "z2")
+            ),
             plots.reliability({"all": curves([0.1], [0.0], (5,))}),
             plots.reliability({"all": curves([0.1], [0.1], (5,))}),
             plots.sparsification(np.zeros(1), np.ones(1), np.ones(1)),
@@ -221,7 +262,11 @@ def test_training_curves_mark_the_switch(epochs):
         bottom, top = axis.get_ylim()
         assert bottom < top
         assert bottom <= rows(epochs, switch=8)[-1]["train_elbo"] <= top
-    marks = [line.get_xdata()[0] for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and epochs > 2]
+    marks = [
+        line.get_xdata()[0]
+        for line in figure.axes[0].lines
+        if len(line.get_xdata()) == 2 and epochs > 2
+    ]
     assert marks == ([7.5] if epochs == 12 else [])
 
 

@@ -50,9 +50,15 @@ def test_gather_is_in_the_order_of_the_ranks():
         assert whole.tolist() == torch.arange(12.0).view(6, 2).tolist()
 
 
-@given(counts=st.lists(st.integers(0, 10**12), min_size=1, max_size=9).filter(any), n=st.integers(0, 10**12))
+@given(
+    counts=st.lists(st.integers(0, 10**12), min_size=1, max_size=9).filter(any),
+    n=st.integers(0, 10**12),
+)
 def test_shares_add_up_and_are_in_proportion(counts, n):
-    shares = [Processes(rank, len(counts), ALONE.all_reduce).share(n, counts) for rank in range(len(counts))]
+    shares = [
+        Processes(rank, len(counts), ALONE.all_reduce).share(n, counts)
+        for rank in range(len(counts))
+    ]
     n = min(n, sum(counts))
     assert sum(shares) == n
     for share, count in zip(shares, counts, strict=True):

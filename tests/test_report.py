@@ -25,7 +25,15 @@ def full_evaluation():
     sets = ("real", "reconstruction", "prior", "gaussian", "mixture")
     noise = ("coverage_1", "coverage_2", "coverage_3", "normalised_calibration_error")
     scores = ("negative_elbo", "standardised_residual", "negative_mixture_log_prob", "combined")
-    likelihood = ("elbo", "log_likelihood", "kl", "mse", "iwae_20", "iwae_20_mixture", "iwae_20_first_500")
+    likelihood = (
+        "elbo",
+        "log_likelihood",
+        "kl",
+        "mse",
+        "iwae_20",
+        "iwae_20_mixture",
+        "iwae_20_first_500",
+    )
     distances = {
         name: {"frechet_distance": estimate(70.125 + i), "kernel_distance": estimate(0.025 + i)}
         for i, name in enumerate(sets)
@@ -33,7 +41,9 @@ def full_evaluation():
     evaluation = {
         "about": {
             "model": "c0ffee",
-            "sections": {"noise": {"command": ["equipoise", "evaluate", "runs/a b"], "seconds": 12.5}},
+            "sections": {
+                "noise": {"command": ["equipoise", "evaluate", "runs/a b"], "seconds": 12.5}
+            },
         },
         "likelihood": {
             **{name: estimate(100.5 + i, 1.5) for i, name in enumerate(likelihood)},
@@ -51,14 +61,21 @@ def full_evaluation():
                 "samples": estimate(4.625),
                 "closer": estimate(0.53),
                 "copied": False,
-                "mixture=1000": {"samples": estimate(3.375), "closer": estimate(0.9375), "copied": False},
+                "mixture=1000": {
+                    "samples": estimate(3.375),
+                    "closer": estimate(0.9375),
+                    "copied": False,
+                },
             },
         },
         "noise": {
             name: {key: estimate(0.5 + i / 16 + j / 128, 0.0012) for j, key in enumerate(noise)}
             for i, name in enumerate(("all", "varying"))
         },
-        "outliers": {"against": "mnist", **{name: {"auroc": estimate(0.9 + i / 64)} for i, name in enumerate(scores)}},
+        "outliers": {
+            "against": "mnist",
+            **{name: {"auroc": estimate(0.9 + i / 64)} for i, name in enumerate(scores)},
+        },
         "robustness": {"new_measure": estimate(1.75), "remark": "nothing yet", "unknown": None},
     }
     evaluation["noise"]["all"]["pit_histogram"] = [0.0625] * 20
@@ -73,7 +90,13 @@ def folder(tmp_path):
     settings = {
         "command": ["equipoise", "train", "mnist", "--out", "runs/a b"],
         "created": "2026-01-02T03:04:05+00:00",
-        "data": {"name": "mnist", "source": "/data/mnist", "load": {}, "fingerprint": "f1ea", "shape": [1, 28, 28]}
+        "data": {
+            "name": "mnist",
+            "source": "/data/mnist",
+            "load": {},
+            "fingerprint": "f1ea",
+            "shape": [1, 28, 28],
+        }
         | {"n_train": 55_000, "n_validation": 5_000, "n_test": 10_000},
         "options": {"latent_dim": 16, "noise": "global"},
         "parameters": 273_465,
@@ -81,7 +104,9 @@ def folder(tmp_path):
     }
     write_json(folder / "config.json", settings)
     write_json(folder / "evaluation.json", full_evaluation())
-    (folder / "metrics.jsonl").write_text('{"epoch": 1, "seconds": 2.5}\n{"epoch": 2, "seconds": 3.5}\n')
+    (folder / "metrics.jsonl").write_text(
+        '{"epoch": 1, "seconds": 2.5}\n{"epoch": 2, "seconds": 3.5}\n'
+    )
     for section in SECTIONS.values():
         for stem in section.figures:
             Image.new("RGB", (400, 300)).save(folder / "figures" / f"{stem}.png")
@@ -151,7 +176,15 @@ def test_rows_say_what_they_are_of(folder):
     """A value stands in the row of its case, below the name of its measure."""
     text = page_of(folder).text
     samples = text[text.index("Samples: results") :]
-    rows = ["Fréchet distance", "Lower is better.", "prior", "72.125", "mixture", "74.125", "Kernel distance"]
+    rows = [
+        "Fréchet distance",
+        "Lower is better.",
+        "prior",
+        "72.125",
+        "mixture",
+        "74.125",
+        "Kernel distance",
+    ]
     places = [samples.index(row) for row in rows]
     assert places == sorted(places)
     latent = text[text.index("Closer than") : text.index("Noise: results")]
@@ -179,7 +212,11 @@ def test_the_page_can_be_read_aloud(folder):
     page = page_of(folder)
     assert page.all("html") == [{"lang": "en"}]
     assert len(page.all("h1")) == 1
-    assert len(page.all("img")) == len(page.all("figcaption")) == sum(len(s.figures) for s in SECTIONS.values())
+    assert (
+        len(page.all("img"))
+        == len(page.all("figcaption"))
+        == sum(len(s.figures) for s in SECTIONS.values())
+    )
     assert all(image["alt"] for image in page.all("img"))
     assert all(head["scope"] in ("row", "col", "rowgroup") for head in page.all("th"))
 
@@ -231,7 +268,10 @@ def test_other_figures_and_sections_are_shown_plainly(folder):
         (lambda e: e["likelihood"].update(noise_floor_var=0.15), "near its floor, 0.15"),
         (lambda e: e["samples"].update(feature_dimension=10_000), "far too high"),
         (lambda e: e["latent"]["memorisation"].update(copied=True), "(mixture) single out"),
-        (lambda e: e["latent"]["memorisation"]["mixture=1000"].update(copied=True), "(mixture of 1,000) single out"),
+        (
+            lambda e: e["latent"]["memorisation"]["mixture=1000"].update(copied=True),
+            "(mixture of 1,000) single out",
+        ),
     ],
 )
 def test_warnings_stand_where_they_are_due(folder, change, warning):
@@ -256,7 +296,9 @@ def test_large_figures_stay_below_5_mb(folder):
     assert all(image["src"].startswith("data:image/jpeg") for image in page.all("img"))
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
 def test_a_full_disk_or_a_kill_leaves_the_old_report(folder, monkeypatch, error):
     old = write_report(folder).read_bytes()
 

@@ -14,7 +14,9 @@ def with_moments(mean, covariance, n=500):
     """Vectors whose sample mean and covariance are exactly these."""
     x = torch.randn(n, len(mean), dtype=torch.float64)
     x = x - x.mean(0)
-    white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.atleast_2d(x.mT.cov())), x.mT, upper=False).mT
+    white = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(torch.atleast_2d(x.mT.cov())), x.mT, upper=False
+    ).mT
     return white @ torch.linalg.cholesky(covariance).mT + mean
 
 
@@ -22,26 +24,36 @@ def test_frechet_distance_of_known_gaussians():
     root = torch.randn(2, 6, 6, dtype=torch.float64)
     covariances = root @ root.mT + torch.eye(6)
     means = torch.randn(2, 6, dtype=torch.float64)
-    x, y = (with_moments(mean, covariance) for mean, covariance in zip(means, covariances, strict=True))
+    x, y = (
+        with_moments(mean, covariance) for mean, covariance in zip(means, covariances, strict=True)
+    )
     cross = np.trace(sqrtm(covariances[0].numpy() @ covariances[1].numpy()).real)
-    expected = float((means[0] - means[1]).square().sum() + covariances.diagonal(dim1=1, dim2=2).sum()) - 2 * cross
+    expected = (
+        float((means[0] - means[1]).square().sum() + covariances.diagonal(dim1=1, dim2=2).sum())
+        - 2 * cross
+    )
     figure = frechet_distance(x, y)
     assert figure.value == pytest.approx(expected, rel=1e-9)
     assert figure.n == 500
-    assert frechet_distance(x.float(), y.float()).value == pytest.approx(expected, rel=1e-4)  # statistics in float64
+    assert frechet_distance(x.float(), y.float()).value == pytest.approx(
+        expected, rel=1e-4
+    )  # statistics in float64
     assert frechet_distance(x, x).value == pytest.approx(0, abs=1e-5)
 
 
 def test_frechet_distance_of_features_far_from_the_origin(generator):
     x = torch.randn(500, 3, generator=generator)
     y = 2 * torch.randn(500, 3, generator=generator)
-    assert frechet_distance(x + 1e3, y + 1e3).value == pytest.approx(frechet_distance(x, y).value, rel=1e-3)
+    assert frechet_distance(x + 1e3, y + 1e3).value == pytest.approx(
+        frechet_distance(x, y).value, rel=1e-3
+    )
 
 
 def test_standard_error_of_the_frechet_distance_in_one_dimension():
     """There it is (m - m_r)^2 + (s - s_r)^2, whose variance follows from those of mean and standard deviation."""
     x, y = (
-        with_moments(torch.tensor([m]), torch.tensor([[var]]).double(), 4000) for m, var in ((0.0, 1.0), (3.0, 4.0))
+        with_moments(torch.tensor([m]), torch.tensor([[var]]).double(), 4000)
+        for m, var in ((0.0, 1.0), (3.0, 4.0))
     )
     centred = x[:, 0] - x.mean()
     # d m = c, d s = c^2 / 2 s, at m - m_r = -3 and s - s_r = -1
@@ -56,7 +68,9 @@ def test_standard_error_of_the_frechet_distance_is_the_spread_over_repetitions(g
     figures = [frechet_distance(draw, reference) for draw in draws]
     errors = [figure.standard_error for figure in figures]
     assert np.mean(errors) == pytest.approx(np.std([figure.value for figure in figures]), rel=0.2)
-    deleted = jackknife(lambda rows: frechet_distance(draws[0][torch.from_numpy(rows)], reference).value, 800, 100)
+    deleted = jackknife(
+        lambda rows: frechet_distance(draws[0][torch.from_numpy(rows)], reference).value, 800, 100
+    )
     assert errors[0] == pytest.approx(deleted.standard_error, rel=0.15)
 
 
@@ -73,10 +87,14 @@ def test_frechet_distance_of_degenerate_features():
 def test_kernel_distance_is_the_unbiased_discrepancy(generator):
     x, y = torch.randn(400, 5, generator=generator) + 0.5, torch.randn(400, 5, generator=generator)
     figure = kernel_distance(x, y)
-    whole = float(poly_mmd(y.double(), x.double()))  # of all examples, where ours is the mean over subsets
+    whole = float(
+        poly_mmd(y.double(), x.double())
+    )  # of all examples, where ours is the mean over subsets
     assert figure.value == pytest.approx(whole, abs=2 * figure.standard_error)
     null = [kernel_distance(torch.randn(200, 5, generator=generator), y).value for _ in range(20)]
-    assert abs(np.mean(null)) < 3 * np.std(null) / math.sqrt(20) + 0.01  # no bias, where the Fréchet distance has one
+    assert (
+        abs(np.mean(null)) < 3 * np.std(null) / math.sqrt(20) + 0.01
+    )  # no bias, where the Fréchet distance has one
     assert figure.value > 10 * np.std(null)
 
 
@@ -110,7 +128,11 @@ def test_quality_is_both_and_grows_with_the_damage(generator):
 
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
 def test_wrong_input_is_refused(distance):
-    with pytest.raises(ValueError, match=r"expected at least \d examples on either side, got 1 and 9"):
+    with pytest.raises(
+        ValueError, match=r"expected at least \d examples on either side, got 1 and 9"
+    ):
         distance(torch.randn(1, 3), torch.randn(9, 3))
-    with pytest.raises(ValueError, match="got 3 and 4 dimensions; take both with the same extractor"):
+    with pytest.raises(
+        ValueError, match="got 3 and 4 dimensions; take both with the same extractor"
+    ):
         distance(torch.randn(9, 3), torch.randn(9, 4))

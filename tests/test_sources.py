@@ -30,7 +30,13 @@ def run(data, trained, tmp_path):
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     config = equipoise.TrainConfig(
-        latent_dim=3, width=8, stage_1_epochs=12, stage_2_epochs=0, batch_size=64, learning_rate=5e-3, n_components=3
+        latent_dim=3,
+        width=8,
+        stage_1_epochs=12,
+        stage_2_epochs=0,
+        batch_size=64,
+        learning_rate=5e-3,
+        n_components=3,
     )
     return train(data, config, tmp_path_factory.mktemp("sources") / "run")
 
@@ -42,8 +48,18 @@ def no_data():
 def test_each_name_is_its_density(run, data):
     model = run.model()
     sources = {
-        name: code_source(run, model, name, no_data if name in ("mixture", "gaussian", "prior") else lambda: data)
-        for name in ("mixture", "gaussian", "prior", "mixture=7", "mixture=auto", "flow", "aggregate")
+        name: code_source(
+            run, model, name, no_data if name in ("mixture", "gaussian", "prior") else lambda: data
+        )
+        for name in (
+            "mixture",
+            "gaussian",
+            "prior",
+            "mixture=7",
+            "mixture=auto",
+            "flow",
+            "aggregate",
+        )
     }
     assert isinstance(sources["prior"], StandardNormal)
     assert torch.equal(sources["mixture"].means, run.mixture().means)
@@ -71,7 +87,9 @@ def test_a_fit_is_kept_until_the_model_changes(run, data, name):
     steps = []
     first = code_source(run, run.model(), name, lambda: data, lambda *step: steps.append(step))
     assert steps
-    assert all(label in ("flow", "mixture of 4") and "nats per code" in text for label, _, _, text in steps)
+    assert all(
+        label in ("flow", "mixture of 4") and "nats per code" in text for label, _, _, text in steps
+    )
     file = run.folder / f"{file_stem(name)}.safetensors"
     kept = file.read_bytes()
     again = code_source(run, run.model(), name, no_data)
@@ -106,7 +124,11 @@ def test_more_components_than_codes_are_refused(run, data):
         code_source(run, run.model(), "mixture=5000", lambda: data)
 
 
-@pytest.mark.parametrize("name", ["mixture=0", "mixture=", "mixture=2.5", "mixture=many", "flows", "", "prior=3"])
+@pytest.mark.parametrize(
+    "name", ["mixture=0", "mixture=", "mixture=2.5", "mixture=many", "flows", "", "prior=3"]
+)
 def test_other_names_are_refused_with_the_choices(name):
-    with pytest.raises(ValueError, match=r"no source of codes .*mixture=500, mixture=auto, flow, gaussian, prior"):
+    with pytest.raises(
+        ValueError, match=r"no source of codes .*mixture=500, mixture=auto, flow, gaussian, prior"
+    ):
         check_source(name)

@@ -21,7 +21,8 @@ def test_a_settled_stage_ends_early_and_says_why():
 
 
 @pytest.mark.parametrize(
-    "moving", [[(0.01, 800.0 + 50 * i) for i in range(6)], [(0.01 + 0.01 * i, 800.0) for i in range(6)]]
+    "moving",
+    [[(0.01, 800.0 + 50 * i) for i in range(6)], [(0.01 + 0.01 * i, 800.0) for i in range(6)]],
 )
 def test_both_figures_must_settle(moving):
     schedule = StageSchedule(stage_1_epochs=50, stage_2_epochs=5, patience=2)
@@ -37,7 +38,11 @@ def test_patience_starts_again_after_a_jump():
 def test_the_epoch_limit_ends_a_stage():
     schedule = StageSchedule(stage_1_epochs=2, stage_2_epochs=1)
     decisions = run(schedule, [(1.0, 1.0), (0.5, 2.0), (0.4, 3.0)])
-    assert [d.stage for d in decisions] == [Stage.SHARED_VARIANCE, Stage.PREDICTED_VARIANCE, Stage.FINISHED]
+    assert [d.stage for d in decisions] == [
+        Stage.SHARED_VARIANCE,
+        Stage.PREDICTED_VARIANCE,
+        Stage.FINISHED,
+    ]
     with pytest.raises(RuntimeError, match="finished"):
         schedule.observe(0.4, 3.0)
 
@@ -87,7 +92,9 @@ def test_floors():
     var = torch.tensor([0.01, 0.02])
     assert torch.equal(floor_var(1.0, var, None), var)
     torch.testing.assert_close(floor_var(1e-3, var, None), var * 1e-3)
-    torch.testing.assert_close(floor_var("quantisation", var, 1 / 255), torch.full((2,), 1 / 255**2 / 12))
+    torch.testing.assert_close(
+        floor_var("quantisation", var, 1 / 255), torch.full((2,), 1 / 255**2 / 12)
+    )
 
 
 @pytest.mark.parametrize("floor", [0.0, -1.0, float("inf"), float("nan")])

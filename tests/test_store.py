@@ -39,7 +39,9 @@ def noises():
     yield "predicted"
 
 
-@pytest.mark.parametrize("noise", list(noises()), ids=lambda n: n if isinstance(n, str) else type(n).__name__)
+@pytest.mark.parametrize(
+    "noise", list(noises()), ids=lambda n: n if isinstance(n, str) else type(n).__name__
+)
 @pytest.mark.parametrize("architecture", ["mlp", "conv", "residual"])
 def test_a_loaded_model_is_the_saved_one(tmp_path, noise, architecture):
     scaling = Scaling(torch.zeros(3, 1, 1), torch.full((3, 1, 1), 255.0), quantum=1 / 255)
@@ -61,7 +63,13 @@ def test_a_loaded_model_is_the_saved_one(tmp_path, noise, architecture):
     mine, theirs = vae.eval().reconstruct(vae.scaling(raw)), loaded.reconstruct(loaded.scaling(raw))
     assert torch.equal(mine.mean, theirs.mean)
     assert torch.equal(mine.std, theirs.std)
-    assert all(map(torch.equal, vae.interval(vae.scaling(raw), 0.9), loaded.interval(loaded.scaling(raw), 0.9)))
+    assert all(
+        map(
+            torch.equal,
+            vae.interval(vae.scaling(raw), 0.9),
+            loaded.interval(loaded.scaling(raw), 0.9),
+        )
+    )
 
 
 def test_files_from_before_the_intervals_are_read(tmp_path):
@@ -89,7 +97,9 @@ def test_own_networks_are_saved_and_loaded(tmp_path):
     loaded = load_model(file, *networks())
     x = torch.randn(3, 6)
     assert torch.equal(loaded.reconstruct(x).mean, vae.reconstruct(x).mean)
-    with pytest.raises(StoreError, match=r"(?s)missing: encoder.0.bias.*unexpected: encoder.weight"):
+    with pytest.raises(
+        StoreError, match=r"(?s)missing: encoder.0.bias.*unexpected: encoder.weight"
+    ):
         load_model(file, nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), networks()[1])
 
 
@@ -118,7 +128,9 @@ def test_every_difference_is_named(tmp_path):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "foreign", "mixture", "newer", "empty", "absent"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped bit", "foreign", "mixture", "newer", "empty", "absent"]
+)
 def test_damaged_files_are_refused_by_name(tmp_path, damage):
     file = tmp_path / "model.safetensors"
     save_model(file, VAE.build((6,), latent_dim=2, width=1))
@@ -134,7 +146,9 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage):
         save_file({"a": torch.zeros(2)}, file)
     elif damage == "mixture":
         file.unlink()
-        save_mixture(file, GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None]), {})
+        save_mixture(
+            file, GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None]), {}
+        )
     elif damage == "newer":
         file.write_bytes(bytes(content).replace(b"equipoise-1", b"equipoise-9"))
     elif damage == "empty":
@@ -223,7 +237,10 @@ def test_checkpoints_hold_trees_of_tensors_and_values(tmp_path):
 def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, {"step": step})
-    assert sorted(os.listdir(tmp_path)) == ["step-000000002.safetensors", "step-000000003.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "step-000000002.safetensors",
+        "step-000000003.safetensors",
+    ]
     newest = tmp_path / "step-000000003.safetensors"
     newest.write_bytes(newest.read_bytes()[:-3])
     found = load_checkpoint(tmp_path)
@@ -280,7 +297,10 @@ def test_traits_of_a_model_are_kept(tmp_path):
     loaded = load_model(tmp_path / "model.safetensors")
     assert (loaded.mean_bounds, loaded.deterministic) == ((0.0, 1.0), True)
     tensors, description = read_tensors(tmp_path / "model.safetensors", "model")
-    del description["mean_bounds"], description["deterministic"]  # a file from before there were such traits
+    del (
+        description["mean_bounds"],
+        description["deterministic"],
+    )  # a file from before there were such traits
     write_tensors(tmp_path / "older.safetensors", "model", tensors, description)
     older = load_model(tmp_path / "older.safetensors")
     assert (older.mean_bounds, older.deterministic) == (None, False)

@@ -21,7 +21,13 @@ from torch import nn
 from equipoise.data import load
 from equipoise.metrics.calibration import NOMINAL_COVERAGE, varying_dimensions
 from equipoise.model import VAE
-from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, PredictedNoise, ResidualVariance
+from equipoise.noise import (
+    DimensionNoise,
+    FixedNoise,
+    GlobalNoise,
+    PredictedNoise,
+    ResidualVariance,
+)
 from equipoise.objectives import Elbo
 from equipoise.store import StoreError
 from equipoise.training import run as run_module
@@ -108,7 +114,9 @@ def test_training_improves_the_bound_and_the_floor_is_the_exact_closed_form(digi
             z = model.encode(x).sample(torch.Generator().manual_seed(seed))
             errors.append(np.square((x - model.decode_mean(z)).numpy().astype(np.float64)).mean())
     assert float(trainer.optimal_var) == pytest.approx(np.mean(errors), rel=0.02)
-    assert model.noise(torch.zeros(1, 4)).exp().item() == pytest.approx(float(trainer.optimal_var), rel=1e-5)
+    assert model.noise(torch.zeros(1, 4)).exp().item() == pytest.approx(
+        float(trainer.optimal_var), rel=1e-5
+    )
 
 
 def test_same_seed_same_model(digits):
@@ -118,7 +126,9 @@ def test_same_seed_same_model(digits):
 
 
 @pytest.mark.parametrize("killed_after", [1, 2, 3, 4])
-@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "stage_2_gradients": "joint"}], ids=["plain", "average"])
+@pytest.mark.parametrize(
+    "extra", [{}, {"ema_decay": 0.9, "stage_2_gradients": "joint"}], ids=["plain", "average"]
+)
 def test_a_killed_run_resumes_bit_for_bit(digits, tmp_path, killed_after, extra):
     """Kills fall within stage 1, at the switch, and within stage 2."""
     config = replace(QUICK, **extra)
@@ -172,7 +182,11 @@ def standing(trainer):
         "clipping": trainer.clipping.state_dict(),
         "generators": [trainer.generator.get_state(), torch.get_rng_state()],
     }
-    values = [optimizer["param_groups"], trainer.scheduler.state_dict(), trainer.schedule.state_dict()]
+    values = [
+        optimizer["param_groups"],
+        trainer.scheduler.state_dict(),
+        trainer.schedule.state_dict(),
+    ]
     return tensors, values, trainer.position, without_times(trainer.history)
 
 
@@ -194,13 +208,19 @@ def assert_same_files(ours, theirs):
 
 def resume(data, config, folder, recorder=None):
     torch.manual_seed(123)  # the resumed process need not have the same weights to start with
-    trainer = Trainer(make_model(data, config), data, config, folder=folder, sinks=[recorder or Recorder()])
+    trainer = Trainer(
+        make_model(data, config), data, config, folder=folder, sinks=[recorder or Recorder()]
+    )
     trainer.fit(resume=True)
     return trainer
 
 
-@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "noise": "dimension"}], ids=["plain", "average"])
-def test_a_preempted_run_stops_at_a_step_and_resumes_bit_for_bit(digits, tmp_path, every_step, extra):
+@pytest.mark.parametrize(
+    "extra", [{}, {"ema_decay": 0.9, "noise": "dimension"}], ids=["plain", "average"]
+)
+def test_a_preempted_run_stops_at_a_step_and_resumes_bit_for_bit(
+    digits, tmp_path, every_step, extra
+):
     """SIGTERM comes in both stages, in the last step before the switch and before the end, and in validations."""
     config = replace(QUICK, **extra)
     whole = standing(fit(digits, config)[1])
@@ -225,7 +245,9 @@ def test_a_preempted_run_stops_at_a_step_and_resumes_bit_for_bit(digits, tmp_pat
         assert_same_standing(standing(resume(digits, config, folder)), whole)
 
 
-def test_sigterm_in_the_last_validation_stops_before_the_mixture_is_fitted(digits, tmp_path, every_step):
+def test_sigterm_in_the_last_validation_stops_before_the_mixture_is_fitted(
+    digits, tmp_path, every_step
+):
     with pytest.raises(Preempted, match="after step 60"):
         train(digits, QUICK, tmp_path / "run", sinks=[Recorder(at_step={60: sigterm})])
     assert not (tmp_path / "run" / "aggregate.safetensors").exists()
@@ -240,7 +262,9 @@ def test_sigterm_is_left_alone_where_it_cannot_be_taken(digits, tmp_path, every_
     recorder = Recorder(at_step={1: lambda: seen.append(signal.getsignal(signal.SIGTERM))})
     config = replace(QUICK, stage_1_epochs=1, stage_2_epochs=0)
     if where == "thread":
-        thread = threading.Thread(target=fit, args=(digits, config), kwargs={"folder": tmp_path, "sinks": [recorder]})
+        thread = threading.Thread(
+            target=fit, args=(digits, config), kwargs={"folder": tmp_path, "sinks": [recorder]}
+        )
         thread.start()
         thread.join()
     else:
@@ -250,7 +274,9 @@ def test_sigterm_is_left_alone_where_it_cannot_be_taken(digits, tmp_path, every_
 
 
 @pytest.mark.parametrize("is_torn", [False, True])
-def test_checkpoints_within_an_epoch_save_all_steps_but_the_last_from_a_kill(digits, tmp_path, every_step, is_torn):
+def test_checkpoints_within_an_epoch_save_all_steps_but_the_last_from_a_kill(
+    digits, tmp_path, every_step, is_torn
+):
     config = replace(QUICK, checkpoint_seconds=1e-9)
     with pytest.raises(KeyboardInterrupt):
         fit(digits, config, folder=tmp_path, sinks=[Recorder(at_step={40: interrupt})])
@@ -266,18 +292,24 @@ def test_checkpoints_within_an_epoch_save_all_steps_but_the_last_from_a_kill(dig
 
 
 @pytest.mark.parametrize("trouble", ["full disk", "not finite"])
-def test_sigterm_in_trouble_keeps_the_checkpoint_before(digits, tmp_path, every_step, monkeypatch, trouble):
+def test_sigterm_in_trouble_keeps_the_checkpoint_before(
+    digits, tmp_path, every_step, monkeypatch, trouble
+):
     torch.manual_seed(0)
     model = make_model(digits, QUICK)
 
     def full_disk():
-        monkeypatch.setattr("os.fsync", lambda _fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        monkeypatch.setattr(
+            "os.fsync", lambda _fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+        )
         sigterm()
 
     @torch.no_grad()
     def not_finite():
         model.decoder.output.bias.fill_(math.nan)
-        monkeypatch.setattr(trainer_module, "DISPLAY_SECONDS", math.inf)  # only the checkpoint makes it look
+        monkeypatch.setattr(
+            trainer_module, "DISPLAY_SECONDS", math.inf
+        )  # only the checkpoint makes it look
         sigterm()
 
     at_step = {16: full_disk if trouble == "full disk" else not_finite}
@@ -289,7 +321,9 @@ def test_sigterm_in_trouble_keeps_the_checkpoint_before(digits, tmp_path, every_
     assert_same_standing(standing(resume(digits, QUICK, tmp_path)), standing(fit(digits, QUICK)[1]))
 
 
-def test_resuming_within_an_epoch_goes_on_with_the_dropout_of_own_networks(table, tmp_path, every_step):
+def test_resuming_within_an_epoch_goes_on_with_the_dropout_of_own_networks(
+    table, tmp_path, every_step
+):
     data, config = load(table), replace(QUICK, latent_dim=2)
 
     def model():
@@ -300,10 +334,16 @@ def test_resuming_within_an_epoch_goes_on_with_the_dropout_of_own_networks(table
     trainer = Trainer(model(), data, config)
     trainer.fit()
     whole, steps = standing(trainer), trainer.steps_per_epoch
-    for signalled in (1, 3 * steps - 1, 3 * steps + 1):  # stops in stage 1, in the last step before the switch, stage 2
+    for signalled in (
+        1,
+        3 * steps - 1,
+        3 * steps + 1,
+    ):  # stops in stage 1, in the last step before the switch, stage 2
         folder = tmp_path / str(signalled)
         with pytest.raises(Preempted):
-            Trainer(model(), data, config, folder=folder, sinks=[Recorder(at_step={signalled: sigterm})]).fit()
+            Trainer(
+                model(), data, config, folder=folder, sinks=[Recorder(at_step={signalled: sigterm})]
+            ).fit()
         resumed = Trainer(model(), data, config, folder=folder)
         torch.rand(7)
         resumed.fit(resume=True)
@@ -426,7 +466,9 @@ def standardised(model, split, varying):
 
 def test_recalibration_by_coverage(digits):
     """Of the same networks: the mean stays, one std holds .683 of the errors, and intervals hold their share."""
-    config = replace(QUICK, width=16, learning_rate=5e-3, stage_1_epochs=12, stage_2_epochs=8, floor=0.01)
+    config = replace(
+        QUICK, width=16, learning_rate=5e-3, stage_1_epochs=12, stage_2_epochs=8, floor=0.01
+    )
     varying = varying_dimensions(torch.from_numpy(digits.train[:]))
     assert 0.5 < varying.float().mean() < 0.9  # some pixels never vary: they do not count
     plain, recorder = fit(digits, config)[0], Recorder()
@@ -439,8 +481,13 @@ def test_recalibration_by_coverage(digits):
             torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(scale, scale[0, 0, 0, 0].expand_as(scale))
     assert scale.mean() == pytest.approx(plain.noise.interval_factor(1.0), rel=1e-4)
-    assert any("Recalibrated the predicted std on 162 held-out examples" in text for text in recorder.messages)
-    validation, test = (standardised(model, split, varying) for split in (digits.validation, digits.test))
+    assert any(
+        "Recalibrated the predicted std on 162 held-out examples" in text
+        for text in recorder.messages
+    )
+    validation, test = (
+        standardised(model, split, varying) for split in (digits.validation, digits.test)
+    )
     for k, nominal in enumerate(NOMINAL_COVERAGE, start=1):
         factor = model.noise.interval_factor(float(k))
         assert (validation <= factor).float().mean() == pytest.approx(nominal, abs=2e-3)
@@ -464,7 +511,12 @@ def test_a_linear_vae_finds_the_noise_variance_of_probabilistic_pca():
     x = linear_gaussian_data(n=4000).float()
     data = load(x)
     config = TrainConfig(
-        latent_dim=3, batch_size=128, learning_rate=0.02, stage_1_epochs=60, stage_2_epochs=0, tolerance=0.0
+        latent_dim=3,
+        batch_size=128,
+        learning_rate=0.02,
+        stage_1_epochs=60,
+        stage_2_epochs=0,
+        tolerance=0.0,
     )
     torch.manual_seed(0)
     model = make_model(data, config, encoder=_LinearEncoder(8, 3), decoder=nn.Linear(3, 8))
@@ -475,7 +527,9 @@ def test_a_linear_vae_finds_the_noise_variance_of_probabilistic_pca():
     assert float(trainer.optimal_var) == pytest.approx(float(ppca.var), rel=0.02)
     held_out = model.scaling(torch.from_numpy(data.test[:])).double()
     draws = [Elbo(model)(held_out.float()).elbo.mean().detach() for _ in range(50)]
-    assert float(torch.stack(draws).mean()) == pytest.approx(float(ppca.log_prob(held_out).mean()), abs=0.05)
+    assert float(torch.stack(draws).mean()) == pytest.approx(
+        float(ppca.log_prob(held_out).mean()), abs=0.05
+    )
 
 
 class _LinearEncoder(nn.Module):
@@ -495,7 +549,9 @@ class _LinearEncoder(nn.Module):
 
 
 def test_the_run_folder_is_complete_and_its_parts_agree(digits, tmp_path):
-    run = train(digits, QUICK, tmp_path / "run", data_options={"source": "digits"}, command=["test"])
+    run = train(
+        digits, QUICK, tmp_path / "run", data_options={"source": "digits"}, command=["test"]
+    )
     settings = json.loads(run.config_file.read_text())
     assert settings["options"] == QUICK.as_dict()
     assert settings["data"]["fingerprint"] == digits.fingerprint
@@ -569,7 +625,9 @@ def test_own_networks_train_and_load(table, tmp_path):
         ({"stage_1_epochs": 0}, "trained before"),
     ],
 )
-def test_a_configuration_that_does_not_fit_the_data_leaves_no_folder(digits, tmp_path, change, message):
+def test_a_configuration_that_does_not_fit_the_data_leaves_no_folder(
+    digits, tmp_path, change, message
+):
     with pytest.raises(ConfigError, match=message):
         train(digits, replace(QUICK, **change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -632,7 +690,14 @@ def test_weight_decay_pulls_at_weights_only(digits):
 
 
 def test_a_variance_learned_by_gradient_follows_the_closed_form(digits):
-    config = replace(QUICK, stage_1_epochs=30, stage_2_epochs=0, width=8, weight_decay=0.3, noise_update="gradient")
+    config = replace(
+        QUICK,
+        stage_1_epochs=30,
+        stage_2_epochs=0,
+        width=8,
+        weight_decay=0.3,
+        noise_update="gradient",
+    )
     _, trainer = fit(digits, config)
     in_force = trainer.history[-1]["train_noise_var"]
     assert in_force == pytest.approx(trainer.history[-1]["train_mse"], rel=0.25)
@@ -642,7 +707,9 @@ def test_options_for_images_are_refused_for_tables(table, tmp_path):
     with pytest.raises(ConfigError) as caught:
         train(
             load(table),
-            replace(QUICK, latent_dim=2, floor="quantisation", noise="channel", architecture="conv"),
+            replace(
+                QUICK, latent_dim=2, floor="quantisation", noise="channel", architecture="conv"
+            ),
             tmp_path / "run",
         )
     assert len(caught.value.problems) == 3
@@ -654,7 +721,9 @@ def test_a_full_disk_stops_the_run_with_its_last_checkpoint(digits, tmp_path, mo
     def full(folder, steps_done, state):
         calls.append(steps_done)
         if len(calls) == 3:
-            monkeypatch.setattr("os.fsync", lambda _fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+            monkeypatch.setattr(
+                "os.fsync", lambda _fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+            )
         return real(folder, steps_done, state)
 
     monkeypatch.setattr(trainer_module, "save_checkpoint", full)
@@ -712,9 +781,18 @@ def test_a_process_killed_at_any_moment_resumes_to_the_same_model(tmp_path):
 def test_a_process_preempted_at_any_moment_resumes_to_the_same_run(tmp_path):
     """The command itself: exit code, message, and the model and mixture, byte by byte."""
     command = [sys.executable, "-m", "equipoise", "train"]
-    small = ["latent_dim=2", "width=4", "batch_size=8", "stage_1_epochs=3", "stage_2_epochs=3", "tolerance=0"]
+    small = [
+        "latent_dim=2",
+        "width=4",
+        "batch_size=8",
+        "stage_1_epochs=3",
+        "stage_2_epochs=3",
+        "tolerance=0",
+    ]
     options = ["--quiet", "--set", "n_components=2", "accelerator=cpu", *small]
-    subprocess.run([*command, "--out", tmp_path / "whole", *options], check=True, capture_output=True)
+    subprocess.run(
+        [*command, "--out", tmp_path / "whole", *options], check=True, capture_output=True
+    )
     whole, run = Run(tmp_path / "whole"), Run(tmp_path / "preempted")
     arguments = ["--out", run.folder, *options]
     for rows in (1, 4):  # once in each stage
@@ -812,7 +890,11 @@ def test_sums_are_as_good_as_float64_whatever_the_networks_compute_in(precision,
     """ELBO, its parts and eq. (10) from the very means and variances that the networks gave."""
     rng = np.random.default_rng(0)
     data = load(rng.integers(0, 256, (600, 3, 32, 32), dtype=np.uint8))
-    epochs = {"stage_1_epochs": 1, "stage_2_epochs": 1} if stage == 2 else {"stage_1_epochs": 1, "stage_2_epochs": 0}
+    epochs = (
+        {"stage_1_epochs": 1, "stage_2_epochs": 1}
+        if stage == 2
+        else {"stage_1_epochs": 1, "stage_2_epochs": 0}
+    )
     config = replace(QUICK, precision=precision, **epochs)
     seen = []
 
@@ -836,8 +918,12 @@ def test_sums_are_as_good_as_float64_whatever_the_networks_compute_in(precision,
     assert len(terms) == 4  # of 600 examples 486 are left for training, in batches of 128
     residual = torch.cat([each.residual for each in terms]).double()
     log_var = torch.cat([each.log_var.expand_as(each.residual) for each in terms]).double()
-    mean, code_log_var = (torch.cat([each.posterior[i] for each in terms]).detach().double() for i in range(2))
-    log_likelihood = -0.5 * (residual.square() / log_var.exp() + log_var + math.log(2 * math.pi)).flatten(1).sum(1)
+    mean, code_log_var = (
+        torch.cat([each.posterior[i] for each in terms]).detach().double() for i in range(2)
+    )
+    log_likelihood = -0.5 * (
+        residual.square() / log_var.exp() + log_var + math.log(2 * math.pi)
+    ).flatten(1).sum(1)
     kl = 0.5 * (mean.square() + code_log_var.exp() - 1 - code_log_var).sum(1)
     figures = recorder.figures
     assert figures["log_likelihood"] == pytest.approx(float(log_likelihood.mean()), rel=1e-6)

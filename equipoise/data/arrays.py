@@ -80,7 +80,9 @@ class Unit(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def prepare(found: Found, test_fraction: float, validation_fraction: float, *, for_training: bool = True) -> Data:
+def prepare(
+    found: Found, test_fraction: float, validation_fraction: float, *, for_training: bool = True
+) -> Data:
     """Check the arrays of a source, choose their unit, and split off what the source does not.
 
     Args:
@@ -106,11 +108,18 @@ def prepare(found: Found, test_fraction: float, validation_fraction: float, *, f
         )
     if any(list(view.shape[1:]) != shape or view.dtype != views[0].dtype for view in views):
         each = ", ".join(f"{view.shape[1:]} {view.dtype}" for view in views)
-        raise ValueError(f"{found.source}: the parts differ in the shape or dtype of an example: {each}")
-    summaries = [part.summary or summarise(view, found.source) for part, view in zip(parts, views, strict=True)]
+        raise ValueError(
+            f"{found.source}: the parts differ in the shape or dtype of an example: {each}"
+        )
+    summaries = [
+        part.summary or summarise(view, found.source)
+        for part, view in zip(parts, views, strict=True)
+    ]
     constant = summaries[0].constant
     if for_training and len(constant) == np.prod(shape):
-        raise ValueError(f"{found.source}: all training examples are the same; there is nothing to learn")
+        raise ValueError(
+            f"{found.source}: all training examples are the same; there is nothing to learn"
+        )
 
     pieces = split(
         count,
@@ -122,7 +131,9 @@ def prepare(found: Found, test_fraction: float, validation_fraction: float, *, f
         low, high = min(s.low for s in summaries), max(s.high for s in summaries)
         unit = image_unit(views[0].dtype, low, high, found.white)
         if constant:
-            notes.append(f"pixel values that are the same in all images: {len(constant)} of {np.prod(shape)}")
+            notes.append(
+                f"pixel values that are the same in all images: {len(constant)} of {np.prod(shape)}"
+            )
     else:
         unit = table_unit(Subset(views[0], pieces.train, np.dtype(np.float32)))
 
@@ -177,7 +188,9 @@ def examples(values: Array, source: str) -> Array:
         ValueError: if the axes or the dtype cannot be understood.
     """
     if values.dtype.kind not in "buif":
-        raise ValueError(f"{source}: values of dtype {values.dtype}; expected real numbers (uint8, float32, ...)")
+        raise ValueError(
+            f"{source}: values of dtype {values.dtype}; expected real numbers (uint8, float32, ...)"
+        )
     if values.ndim == 3:
         values = values[:, None]
     elif values.ndim == 4:
@@ -258,7 +271,9 @@ def image_unit(dtype: np.dtype[Any], low: float, high: float, white: int = 255) 
     if dtype == np.uint8 or (integer and low >= 0 and high <= white):
         notes = [] if dtype == np.uint8 else [f"{dtype.name} values in 0..{white} stored as uint8"]
         if high <= white / 8:
-            notes.append(f"the largest value is {high:g} where {white} is white: all images are nearly black")
+            notes.append(
+                f"the largest value is {high:g} where {white} is white: all images are nearly black"
+            )
         return _image_unit(np.uint8, 0.0, float(white), 1 / white, *notes)
     if not integer and low >= 0 and high <= 1:
         return _image_unit(np.float32, 0.0, 1.0, None)
@@ -266,8 +281,12 @@ def image_unit(dtype: np.dtype[Any], low: float, high: float, white: int = 255) 
     return _image_unit(np.float32, low, high - low, 1 / (high - low) if integer else None, note)
 
 
-def _image_unit(dtype: type, offset: float, scale: float, quantum: float | None, *notes: str) -> Unit:
-    return Unit(np.dtype(dtype), np.array(offset, np.float32), np.array(scale, np.float32), quantum, notes)
+def _image_unit(
+    dtype: type, offset: float, scale: float, quantum: float | None, *notes: str
+) -> Unit:
+    return Unit(
+        np.dtype(dtype), np.array(offset, np.float32), np.array(scale, np.float32), quantum, notes
+    )
 
 
 def table_unit(train: Subset) -> Unit:
@@ -316,5 +335,10 @@ def _chunks(values: Array | Subset, dtype: np.dtype[Any]) -> Iterator[tuple[int,
     width = int(np.prod(values.shape[1:]))
     rows = max(1, CHUNK_BYTES // (width * dtype.itemsize))
     for start in range(0, len(values), rows):
-        with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, and is reported as such
-            yield start, np.ascontiguousarray(values[start : start + rows], dtype).reshape(-1, width)
+        with np.errstate(
+            over="ignore"
+        ):  # what overflows float32 becomes infinite, and is reported as such
+            yield (
+                start,
+                np.ascontiguousarray(values[start : start + rows], dtype).reshape(-1, width),
+            )

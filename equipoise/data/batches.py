@@ -69,8 +69,12 @@ def batches_of(
         (3, 5)
     """
     if isinstance(examples, Stream):
-        return StreamBatches(examples, batch_size, device, seed=seed, rank=rank, world_size=world_size)
-    return Batches(examples.at_hand, batch_size, device, seed=seed, rank=rank, world_size=world_size)
+        return StreamBatches(
+            examples, batch_size, device, seed=seed, rank=rank, world_size=world_size
+        )
+    return Batches(
+        examples.at_hand, batch_size, device, seed=seed, rank=rank, world_size=world_size
+    )
 
 
 class EpochBatches(ABC):
@@ -106,7 +110,9 @@ class EpochBatches(ABC):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0..{world_size - 1} for a world_size of {world_size}, not {rank}")
+            raise ValueError(
+                f"rank must be in 0..{world_size - 1} for a world_size of {world_size}, not {rank}"
+            )
         fewest = n // world_size  # some processes have one more
         self.count = fewest // batch_size if drop_last else -(-fewest // batch_size)
         if not self.count:
@@ -200,7 +206,9 @@ class Batches(EpochBatches):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(len(examples), batch_size, device, seed, rank, world_size, drop_last=drop_last)
+        super().__init__(
+            len(examples), batch_size, device, seed, rank, world_size, drop_last=drop_last
+        )
         self.examples = examples if isinstance(examples, Subset) else Subset.whole(examples)
         fits = self.examples.nbytes <= resident_bytes
         self.resident = torch.from_numpy(self.examples[:]).to(self.device) if fits else None
@@ -282,14 +290,21 @@ class StreamBatches(EpochBatches):
         """Every ``world_size``-th example of the epoch's order."""
         pieces = self.stream.batches()
         if self.seed is not None:
-            pieces = _shuffled(pieces, len(self.stream), self.stream.buffer_size, _epoch_generator(self.seed, epoch))
+            pieces = _shuffled(
+                pieces,
+                len(self.stream),
+                self.stream.buffer_size,
+                _epoch_generator(self.seed, epoch),
+            )
         before = 0
         for piece in pieces:
             yield piece[(self.rank - before) % self.world_size :: self.world_size]
             before += len(piece)
 
 
-def _shuffled(pieces: Iterator[Array], n: int, buffer_size: int, generator: torch.Generator) -> Iterator[Array]:
+def _shuffled(
+    pieces: Iterator[Array], n: int, buffer_size: int, generator: torch.Generator
+) -> Iterator[Array]:
     """Fill a buffer; then hand out and replace an eighth of it at a time, drawn at random; then what is left."""
     buffered = min(buffer_size, n)
     # An eighth: drawing costs the same for any buffer size, and an example stays as long as if drawn one by one.

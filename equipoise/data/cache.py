@@ -104,7 +104,9 @@ def write_part(
         for count, row in enumerate(rows, 1):  # noqa: B007
             file.write(np.ascontiguousarray(row).data)
         file.seek(0)
-        _write_header(file, (count, *shape))  # as long as the first: the format leaves room for the count
+        _write_header(
+            file, (count, *shape)
+        )  # as long as the first: the format leaves room for the count
 
     values_path = folder / f"{key}.npy"
     with _advice(folder):

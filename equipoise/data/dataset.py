@@ -178,7 +178,10 @@ def split(count: int, test_fraction: float = 0.1, validation_fraction: float = 0
         >>> [len(part) for part in split(1797)]
         [1455, 162, 180]
     """
-    for name, fraction in (("test_fraction", test_fraction), ("validation_fraction", validation_fraction)):
+    for name, fraction in (
+        ("test_fraction", test_fraction),
+        ("validation_fraction", validation_fraction),
+    ):
         if not 0 <= fraction < 1:
             raise ValueError(f"{name} must be in [0, 1), not {fraction}")
     # RandomState, because NumPy promises that its stream never changes; a Generator's may, with the version.

@@ -20,7 +20,9 @@ from equipoise.data.cache import default_cache_dir, one_writer, read_part, write
 from equipoise.data.dataset import Array, Channels
 from equipoise.data.images import Header, decode, make_plan, plan_notes, read_header
 
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+EXTENSIONS = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
 FORMAT = "1"
 """Part of every cache key: to be changed with anything that changes the decoded pixels."""
 IN_FLIGHT = 1024
@@ -125,7 +127,9 @@ def list_images(folder: Path) -> Listing:
     walk("")
     if not names:
         held = f"; it holds {_first(others)}" if others else "; it is empty"
-        raise ValueError(f"{folder}: no image files ({' '.join(sorted(EXTENSIONS))}) in this folder{held}")
+        raise ValueError(
+            f"{folder}: no image files ({' '.join(sorted(EXTENSIONS))}) in this folder{held}"
+        )
     notes = (f"other files ignored: {len(others)} ({_first(others)})",) if others else ()
     return Listing(folder, names, stamp.hexdigest(), notes)
 
@@ -185,11 +189,15 @@ class ImageReader:
         with ThreadPoolExecutor() as pool:
             readable = array("q")  # a list would take four times as much
             headers: Counter[Header] = Counter()
-            for index, header in self._each(pool, images, range(images.count), read_header, skipped, 0):
+            for index, header in self._each(
+                pool, images, range(images.count), read_header, skipped, 0
+            ):
                 readable.append(index)
                 headers[header] += 1
             if not readable:
-                raise ValueError(f"{images.source}: none of the images can be read: {_first(skipped)}")
+                raise ValueError(
+                    f"{images.source}: none of the images can be read: {_first(skipped)}"
+                )
             plan = make_plan(headers, self.image_size, self.channels, self.crop, images.source)
 
             def rows() -> Iterator[Array]:
@@ -198,10 +206,16 @@ class ImageReader:
                 for _, pixels in self._each(pool, images, readable, to_pixels, skipped, before):
                     yield pixels
                 if len(skipped) == images.count:
-                    raise ValueError(f"{images.source}: none of the images can be read: {_first(skipped)}")
+                    raise ValueError(
+                        f"{images.source}: none of the images can be read: {_first(skipped)}"
+                    )
 
             def notes() -> tuple[str, ...]:
-                unread = (f"unreadable files skipped: {len(skipped)} ({_first(skipped)})",) if skipped else ()
+                unread = (
+                    (f"unreadable files skipped: {len(skipped)} ({_first(skipped)})",)
+                    if skipped
+                    else ()
+                )
                 return (*unread, *plan_notes(headers, plan))
 
             return write_part(self.cache_dir, key, rows(), plan.shape, notes)
@@ -230,7 +244,9 @@ class ImageReader:
         for start in range(0, len(indices), IN_FLIGHT):
             chunk = indices[start : start + IN_FLIGHT]
             results = pool.map(attempt, chunk)
-            for done, (index, result) in enumerate(zip(chunk, results, strict=True), before + start + 1):
+            for done, (index, result) in enumerate(
+                zip(chunk, results, strict=True), before + start + 1
+            ):
                 if not isinstance(result, Exception):
                     yield index, result
                 else:
@@ -242,7 +258,11 @@ class ImageReader:
 
 
 def _reason(error: Exception) -> str:
-    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+    return (
+        "not an image"
+        if isinstance(error, UnidentifiedImageError)
+        else str(error) or type(error).__name__
+    )
 
 
 def _first(names: Sequence[str]) -> str:

@@ -44,7 +44,9 @@ def hub_set(address: str, reader: ImageReader, name: str | None = None) -> Found
     train = _train_of(splits, address)
     columns = _image_columns(datasets, train.features)
     if not columns:
-        raise ValueError(f"hf:{address} has no column of images; its columns are {_described(train.features)}")
+        raise ValueError(
+            f"hf:{address} has no column of images; its columns are {_described(train.features)}"
+        )
     column, notes = _choose_column(datasets, train.features, None, f"hf:{address}")
 
     def read(split: str, table: Any) -> Part:  # noqa: ANN401
@@ -102,7 +104,9 @@ def is_hub_table(source: object) -> bool:
     Returns:
         True for its ``Dataset`` and ``IterableDataset``.
     """
-    return type(source).__module__.partition(".")[0] == "datasets" and hasattr(source, "select_columns")
+    return type(source).__module__.partition(".")[0] == "datasets" and hasattr(
+        source, "select_columns"
+    )
 
 
 def hub_passes(
@@ -127,7 +131,11 @@ def hub_passes(
         ValueError: if the set cannot be found, or it is not clear which column to use.
     """
     datasets, splits = _library(str(source)), {}
-    name, label, train = "stream", f"a Hugging Face data set of type {type(source).__name__}", source
+    name, label, train = (
+        "stream",
+        f"a Hugging Face data set of type {type(source).__name__}",
+        source,
+    )
     if isinstance(source, str):
         name, label = source.removeprefix("hf:"), source
         splits = _splits(datasets, name, streaming=True)
@@ -145,8 +153,14 @@ def hub_passes(
     def count_rows() -> int:
         try:
             return len(train)
-        except TypeError:  # a stream, whose number of rows may be known; but not that of one made from another
-            known = (getattr(train.info, "splits", None) or {}).get(str(train.split)) if splits else None
+        except (
+            TypeError
+        ):  # a stream, whose number of rows may be known; but not that of one made from another
+            known = (
+                (getattr(train.info, "splits", None) or {}).get(str(train.split))
+                if splits
+                else None
+            )
             return (known and known.num_examples) or sum(map(len, rows(train)))
 
     read: Callable[[Any], Iterator[Array]]
@@ -154,13 +168,18 @@ def hub_passes(
         first = list(islice(chain.from_iterable(rows(train)), PLANNED_FROM))
         headers = Counter(read_header(_content(cell)) for cell in first)
         plan = make_plan(headers, image_size, channels, None, label)
-        notes = (*notes, *(f"among the first {len(first)}, {note}" for note in plan_notes(headers, plan)))
+        notes = (
+            *notes,
+            *(f"among the first {len(first)}, {note}" for note in plan_notes(headers, plan)),
+        )
 
         def read(table: Any) -> Iterator[Array]:  # noqa: ANN401
             return _decoded(rows(table), plan, label)
     else:
         if image_size or channels:
-            raise ValueError(f"{label}: {column} holds no encoded images; image_size and channels convert those only")
+            raise ValueError(
+                f"{label}: {column} holds no encoded images; image_size and channels convert those only"
+            )
 
         def read(table: Any) -> Iterator[Array]:  # noqa: ANN401
             return map(np.asarray, rows(table))
@@ -199,7 +218,9 @@ def _library(label: str) -> Any:  # noqa: ANN401 (a module)
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"{label} needs the Hugging Face library: pip install 'equipoise[hub]'") from error
+        raise ImportError(
+            f"{label} needs the Hugging Face library: pip install 'equipoise[hub]'"
+        ) from error
     return datasets
 
 
@@ -236,7 +257,9 @@ def _described(features: Any) -> str:  # noqa: ANN401
     return ", ".join(f"{key} ({feature})" for key, feature in features.items()) or "not known"
 
 
-def _choose_column(datasets: Any, features: Any, column: str | None, label: str) -> tuple[str, tuple[str, ...]]:  # noqa: ANN401
+def _choose_column(
+    datasets: Any, features: Any, column: str | None, label: str
+) -> tuple[str, tuple[str, ...]]:  # noqa: ANN401
     """What to train on, and a note where there was a choice."""
     images = _image_columns(datasets, features)
     arrays = [key for key, feature in features.items() if type(feature).__name__ in ARRAYS]
@@ -246,5 +269,7 @@ def _choose_column(datasets: Any, features: Any, column: str | None, label: str)
         return chosen, (several,) if len(images) > 1 else ()
     chosen = column or (arrays[0] if len(arrays) == 1 else "")
     if not chosen or (features and chosen not in features):
-        raise ValueError(f"{label}: name the column to train on with column; its columns are {_described(features)}")
+        raise ValueError(
+            f"{label}: name the column to train on with column; its columns are {_described(features)}"
+        )
     return chosen, ()

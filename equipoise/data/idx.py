@@ -26,16 +26,22 @@ def read_idx_images(path: Path) -> UInt8[np.ndarray, "n height width"]:
         try:
             content = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is damaged or incomplete ({error}); fetch it again") from error
+            raise ValueError(
+                f"{path} is damaged or incomplete ({error}); fetch it again"
+            ) from error
     elif path.stat().st_size:
         content = np.memmap(path, np.uint8, mode="r")
     else:
         content = np.empty(0, np.uint8)
     if len(content) < 16:
-        raise ValueError(f"{path} is {len(content)} bytes long, shorter than an idx header; fetch it again")
+        raise ValueError(
+            f"{path} is {len(content)} bytes long, shorter than an idx header; fetch it again"
+        )
     magic, *shape = struct.unpack(">4I", content[:16].tobytes())
     if magic != 0x0803:  # two zero bytes, type 8 (unsigned byte), 3 axes
-        raise ValueError(f"{path} starts with {magic:#010x}; an idx file of images starts with 0x00000803")
+        raise ValueError(
+            f"{path} starts with {magic:#010x}; an idx file of images starts with 0x00000803"
+        )
     expected = 16 + math.prod(shape)
     if len(content) != expected:
         raise ValueError(

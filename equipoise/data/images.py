@@ -101,7 +101,9 @@ def make_plan(
             "square out of each and resize it"
         )
     if min(width, height) < MIN_SIDE:
-        raise ValueError(f"{source}: images of {width}x{height}; each side must be at least {MIN_SIDE}")
+        raise ValueError(
+            f"{source}: images of {width}x{height}; each side must be at least {MIN_SIDE}"
+        )
     return Plan((depth, height, width), False)
 
 
@@ -125,7 +127,11 @@ def plan_notes(headers: Counter[Header], plan: Plan) -> tuple[str, ...]:
         *tell("of 16 bits, reduced to 8", [n for h, n in headers.items() if h.mode in DEEP_MODES]),
         *tell(
             f"smaller than {size} pixels, enlarged",
-            [n for h, n in headers.items() if plan.resize and _side((h.width, h.height), plan.crop) < size],
+            [
+                n
+                for h, n in headers.items()
+                if plan.resize and _side((h.width, h.height), plan.crop) < size
+            ],
         ),
     )
 

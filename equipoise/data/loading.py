@@ -81,7 +81,9 @@ def load(
     found = _find(source, data_dir, reader, download)
     data = prepare(found, test_fraction, validation_fraction)
     wanted = (channels and (1 if channels == "grey" else 3), image_size, image_size)
-    if any(wanted) and (data.kind == "table" or any(w and w != s for w, s in zip(wanted, data.shape, strict=True))):
+    if any(wanted) and (
+        data.kind == "table" or any(w and w != s for w, s in zip(wanted, data.shape, strict=True))
+    ):
         raise ValueError(
             f"{data.source}: examples of shape {data.shape}; image_size={image_size} and channels={channels} "
             "convert image files only: convert the array yourself, or leave them out"
@@ -148,7 +150,11 @@ def load_stream(
     label, notes = f"a stream of type {type(source).__name__}", []
     if is_hub_table(source) or (isinstance(source, str) and source.startswith("hf:")):
         found = hub_passes(source, column, image_size, channels)
-        name, label, notes = (found.name if name == "stream" else name), found.source, list(found.notes)
+        name, label, notes = (
+            (found.name if name == "stream" else name),
+            found.source,
+            list(found.notes),
+        )
         count = found.count_rows() if count is None else count
         source = found.train
         validation, test = (
@@ -165,13 +171,16 @@ def load_stream(
             "hf:owner/name"
         )
     elif column or image_size or channels:
-        raise ValueError(f"{label}: column, image_size and channels are for Hugging Face data; convert the batches")
+        raise ValueError(
+            f"{label}: column, image_size and channels are for Hugging Face data; convert the batches"
+        )
     read = reader(source, label)
     total = sum(len(batch) for _, batch in read()) if count is None else count
 
     tenth = min(MAX_VALIDATION, max(1, total // 10))
     tests, validations = (
-        tenth if given is None else given if isinstance(given, int) else 0 for given in (test, validation)
+        tenth if given is None else given if isinstance(given, int) else 0
+        for given in (test, validation)
     )
     set_aside = tests + validations
     if min(tests, validations) < 0 or total - set_aside < MIN_EXAMPLES:
@@ -194,10 +203,16 @@ def load_stream(
         0.0,
         0.0,
     )
-    stream = Stream(read, first, set_aside, total - set_aside, data.train.at_hand, buffer_size, label)
+    stream = Stream(
+        read, first, set_aside, total - set_aside, data.train.at_hand, buffer_size, label
+    )
     if set_aside:
-        notes.append(f"held out are the first {set_aside} examples of the stream: they should be like the others")
-    notes.append(f"units and initial values come from the first {len(stream.at_hand)} training examples")
+        notes.append(
+            f"held out are the first {set_aside} examples of the stream: they should be like the others"
+        )
+    notes.append(
+        f"units and initial values come from the first {len(stream.at_hand)} training examples"
+    )
     fingerprint = hashlib.sha256(f"{data.fingerprint} {set_aside} {total}".encode()).hexdigest()
     return replace(data, train=stream, fingerprint=fingerprint, notes=(*notes, *data.notes))
 
@@ -229,13 +244,21 @@ def load_examples(
     Raises:
         ValueError: if the examples are of another shape, or cannot be read.
     """
-    is_files = isinstance(source, str | Path) and (str(source).startswith("hf:") or Path(source).expanduser().is_dir())
+    is_files = isinstance(source, str | Path) and (
+        str(source).startswith("hf:") or Path(source).expanduser().is_dir()
+    )
     is_square = len(shape) == 3 and shape[1] == shape[2]
-    channels: Channels | None = ("grey" if shape[0] == 1 else "rgb") if is_files and len(shape) == 3 else None
-    reader = _reader(shape[1] if is_files and is_square else None, channels, strict, cache_dir, progress)
+    channels: Channels | None = (
+        ("grey" if shape[0] == 1 else "rgb") if is_files and len(shape) == 3 else None
+    )
+    reader = _reader(
+        shape[1] if is_files and is_square else None, channels, strict, cache_dir, progress
+    )
     data = prepare(_find(source, data_dir, reader, download=False), 0.0, 0.0, for_training=False)
     if data.shape != shape:
-        raise ValueError(f"{data.source} has examples of shape {data.shape}, the model was trained on {shape}")
+        raise ValueError(
+            f"{data.source} has examples of shape {data.shape}, the model was trained on {shape}"
+        )
     return data.test if len(data.test) else data.train.at_hand
 
 
@@ -250,7 +273,9 @@ def _reader(
     return ImageReader(image_size, channels, strict=strict, cache_dir=folder, progress=progress)
 
 
-def _find(source: object, data_dir: str | Path | None, reader: ImageReader, download: bool) -> Found:
+def _find(
+    source: object, data_dir: str | Path | None, reader: ImageReader, download: bool
+) -> Found:
     root = None if data_dir is None else Path(data_dir).expanduser()
     if not isinstance(source, str | Path):
         return Found("array", f"an object of type {type(source).__name__}", Part(_as_array(source)))
@@ -278,11 +303,13 @@ def _load_path(path: Path, reader: ImageReader) -> Found:
         return Found(path.absolute().name, source, reader.read(list_images(path).encoded()))
     if not path.exists():
         siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(source.lower().replace("_", "-"), NAMES) + difflib.get_close_matches(
-            source, siblings
-        )
+        close = difflib.get_close_matches(
+            source.lower().replace("_", "-"), NAMES
+        ) + difflib.get_close_matches(source, siblings)
         hint = f"; did you mean {' or '.join(close)}?" if close else "."
-        raise ValueError(f"{source!r} is neither a known data set nor a path{hint} Expected {POSSIBLE}")
+        raise ValueError(
+            f"{source!r} is neither a known data set nor a path{hint} Expected {POSSIBLE}"
+        )
     if path.suffix not in {".npy", ".npz"}:
         raise ValueError(f"{source} is a file of a type that cannot be read; expected {POSSIBLE}")
     try:
@@ -296,7 +323,9 @@ def _load_path(path: Path, reader: ImageReader) -> Found:
             arrays = {key: content[key] for key in _npz_keys(content.files, source)}
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
-    train, validation, test = (next((Part(arrays[key]) for key in keys if key in arrays), None) for keys in NPZ_KEYS)
+    train, validation, test = (
+        next((Part(arrays[key]) for key in keys if key in arrays), None) for keys in NPZ_KEYS
+    )
     return Found(path.stem, source, train or Part(next(iter(arrays.values()))), validation, test)
 
 
@@ -316,7 +345,11 @@ def _npz_keys(found: list[str], source: str) -> list[str]:
 
 def _as_array(source: object) -> Array:
     """An array, tensor, data frame, nested list or map-style data set, as an array."""
-    if isinstance(source, np.ndarray | list | tuple) or hasattr(source, "detach") or hasattr(source, "__array__"):
+    if (
+        isinstance(source, np.ndarray | list | tuple)
+        or hasattr(source, "detach")
+        or hasattr(source, "__array__")
+    ):
         return as_array(source)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         return _collect(source)
@@ -344,6 +377,8 @@ def _collect(dataset: Any) -> Array:  # noqa: ANN401
     for index in range(len(dataset)):
         item = first if index == 0 else example(index)  # once each: items may be expensive
         if item.shape != first.shape:
-            raise ValueError(f"item {index} of the data set has the shape {item.shape}, item 0 {first.shape}")
+            raise ValueError(
+                f"item {index} of the data set has the shape {item.shape}, item 0 {first.shape}"
+            )
         collected[index] = item
     return collected

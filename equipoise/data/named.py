@@ -49,18 +49,24 @@ def idx_set(name: str, data_dir: Path | None) -> Found:
     searched = places(data_dir, ("", "raw", f"{theirs}/raw", f"{name}/{theirs}/raw", name, theirs))
     for folder in searched:
         # Both sets use the same file names, so that a folder that is named for the other is not taken.
-        whose = next((part for part in reversed(folder.absolute().parts) if "mnist" in part.lower()), name)
+        whose = next(
+            (part for part in reversed(folder.absolute().parts) if "mnist" in part.lower()), name
+        )
         files = [_plain_or_gzipped(folder / stem) for stem in IDX_FILES]
         if ("fashion" in whose.lower()) != (name == "fashion-mnist") or files == [None, None]:
             continue
         if files[0] is None or files[1] is None:
-            raise FileNotFoundError(f"{folder} holds only one of {' and '.join(IDX_FILES)}; add the other")
+            raise FileNotFoundError(
+                f"{folder} holds only one of {' and '.join(IDX_FILES)}; add the other"
+            )
         train, test = Part(read_idx_images(files[0])), Part(read_idx_images(files[1]))
         return Found(name, str(folder), train, test=test)
     advice = f"put {' and '.join(IDX_FILES)} (plain or .gz) in one of these"
     if name == "fashion-mnist":
         advice += ", or install the Debian package dataset-fashion-mnist"
-    raise FileNotFoundError(_not_found(name, searched, f"{advice}, or fetch it with --download (download=True)"))
+    raise FileNotFoundError(
+        _not_found(name, searched, f"{advice}, or fetch it with --download (download=True)")
+    )
 
 
 def celeba(data_dir: Path | None, reader: ImageReader) -> Found:
@@ -91,7 +97,9 @@ def celeba(data_dir: Path | None, reader: ImageReader) -> Found:
             )
             train, *held_out = _celeba_parts(listing)
             first = reader.read(listing.encoded(train))
-            validation, test = (reader.read(listing.encoded(names)) if names else None for names in held_out)
+            validation, test = (
+                reader.read(listing.encoded(names)) if names else None for names in held_out
+            )
             return Found("celeba", str(folder), first, validation, test)
     advice = (
         "put the folder img_align_celeba (and list_eval_partition.txt beside it) from "
@@ -106,7 +114,9 @@ def _celeba_parts(listing: Listing) -> Sequence[list[str]]:
         for path in folder.glob("list_eval_partition.*"):
             lines = path.read_text().replace(",", " ").splitlines()
             part = dict(fields for line in lines if len(fields := line.split()) == 2)
-            parts = [[n for n in listing.names if part.get(n.rpartition("/")[2]) == k] for k in "012"]
+            parts = [
+                [n for n in listing.names if part.get(n.rpartition("/")[2]) == k] for k in "012"
+            ]
             if all(parts):
                 return parts
     cut = len(listing.names) - len(listing.names) // 8
@@ -126,7 +136,9 @@ def places(data_dir: Path | None, inside: tuple[str, ...]) -> list[Path]:
     """
     given = (data_dir, os.environ.get("EQUIPOISE_DATA"))
     usual = ("data", "~/data", "~/.cache/equipoise/data", "/usr/share/datasets")
-    return [Path(root).expanduser() / folder for root in (*given, *usual) if root for folder in inside]
+    return [
+        Path(root).expanduser() / folder for root in (*given, *usual) if root for folder in inside
+    ]
 
 
 def _not_found(name: str, searched: list[Path], advice: str) -> str:

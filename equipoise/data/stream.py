@@ -81,7 +81,9 @@ class Stream:
     def _cast(self, values: Array, index: int) -> Array:
         where = f"{self.source}, batch {index}"
         is_narrowed = self.dtype == np.uint8 and values.dtype != np.uint8
-        if is_narrowed and (values.dtype.kind not in "bui" or values.min() < 0 or values.max() > 255):
+        if is_narrowed and (
+            values.dtype.kind not in "bui" or values.min() < 0 or values.max() > 255
+        ):
             raise ValueError(
                 f"{where}: {values.dtype} values from {values.min():g} to {values.max():g}; expected whole numbers in "
                 "0..255, as the first examples are"
@@ -138,7 +140,9 @@ def reader(source: object, name: str) -> Callable[[], Iterator[tuple[int, Array]
                 continue
             values = examples(values, where)
             if shape not in (None, values.shape[1:]):
-                raise ValueError(f"{where}: examples of shape {values.shape[1:]}; those before are of shape {shape}")
+                raise ValueError(
+                    f"{where}: examples of shape {values.shape[1:]}; those before are of shape {shape}"
+                )
             shape = values.shape[1:]
             yield index, values
 

@@ -28,7 +28,9 @@ try:
     from starlette.staticfiles import StaticFiles
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ImportError as error:
-    raise ImportError("the explorer needs Starlette and uvicorn: pip install 'equipoise[explore]'") from error
+    raise ImportError(
+        "the explorer needs Starlette and uvicorn: pip install 'equipoise[explore]'"
+    ) from error
 
 ADDRESS, DEFAULT_PORT = "127.0.0.1", 8769
 PAGE = Path(__file__).parent / "page"
@@ -71,15 +73,21 @@ def explore(
     if data is not None:
         run.check_data(data)
     with _listen(port) as listener:
-        app = make_app(View((model or run.model()).eval(), run.mixture(), data, run.folder.resolve().name))
+        app = make_app(
+            View((model or run.model()).eval(), run.mixture(), data, run.folder.resolve().name)
+        )
         server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=1)
+            uvicorn.Config(
+                app, log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=1
+            )
         )
         url = f"http://{ADDRESS}:{listener.getsockname()[1]}/"
         on_ready(url)
         if open_browser:
             webbrowser.open(url)
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended by then, and raises it again
+        with contextlib.suppress(
+            KeyboardInterrupt
+        ):  # uvicorn has ended by then, and raises it again
             server.run([listener])
 
 
@@ -124,13 +132,17 @@ def make_app(view: View) -> Starlette:
 
     async def sample(request: Request) -> Response:
         asked = await _json(request)
-        return _decoded(view, view.sample(str(asked.get("source")), _whole(asked, "n"), _whole(asked, "seed")))
+        return _decoded(
+            view, view.sample(str(asked.get("source")), _whole(asked, "n"), _whole(asked, "seed"))
+        )
 
     async def inspect(request: Request) -> Response:
         return JSONResponse(view.inspect(view.read(await request.body()))._asdict())
 
     async def example(request: Request) -> Response:
-        return JSONResponse(view.inspect(view.example(_whole(await _json(request), "index")))._asdict())
+        return JSONResponse(
+            view.inspect(view.example(_whole(await _json(request), "index")))._asdict()
+        )
 
     async def refuse(_: Request, error: Exception) -> Response:
         return PlainTextResponse(str(error), status_code=400)
@@ -144,7 +156,10 @@ def make_app(view: View) -> Starlette:
             Route("/example", example, methods=["POST"]),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, [ADDRESS, "localhost"]), Middleware(_SameOrigin)],
+        middleware=[
+            Middleware(TrustedHostMiddleware, [ADDRESS, "localhost"]),
+            Middleware(_SameOrigin),
+        ],
         exception_handlers={ValueError: refuse},
         max_body_size=MAX_UPLOAD_BYTES,
     )
@@ -160,12 +175,16 @@ class _SameOrigin:
         request = Request(scope)
         origin = request.headers.get("origin")
         if origin not in (None, f"http://{request.headers['host']}"):
-            await PlainTextResponse("requests from other sites are refused", 403)(scope, receive, send)
+            await PlainTextResponse("requests from other sites are refused", 403)(
+                scope, receive, send
+            )
             return
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] += [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message["headers"] += [
+                    (name.encode(), value.encode()) for name, value in HEADERS.items()
+                ]
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
@@ -195,9 +214,13 @@ def _numbers(value: object, shape: tuple[int | None, ...]) -> NDArray[np.float64
         want in (None, got) for want, got in zip(shape, numbers.shape, strict=True)
     )
     if not fits or not (np.abs(numbers) < LARGEST_NUMBER).all():
-        raise ValueError(f"expected {expected} numbers below {LARGEST_NUMBER:g}, got shape {numbers.shape}")
+        raise ValueError(
+            f"expected {expected} numbers below {LARGEST_NUMBER:g}, got shape {numbers.shape}"
+        )
     return numbers
 
 
 def _decoded(view: View, codes: NDArray[Any]) -> Response:
-    return Response(view.decode(codes).astype("<f4").tobytes(), media_type="application/octet-stream")
+    return Response(
+        view.decode(codes).astype("<f4").tobytes(), media_type="application/octet-stream"
+    )

@@ -92,7 +92,9 @@ class View:
         (3, 130)
     """
 
-    def __init__(self, model: VAE, mixture: GaussianMixture, data: Data | None = None, name: str = "model") -> None:
+    def __init__(
+        self, model: VAE, mixture: GaussianMixture, data: Data | None = None, name: str = "model"
+    ) -> None:
         self.model, self.mixture, self.data, self.name = model, mixture, data, name
         self.reference = None
         if data is not None and len(data.validation) >= MIN_REFERENCE:
@@ -111,7 +113,11 @@ class View:
             posterior = encode_all(self.model, Batches(train.take(np.sort(rows)), BATCH).epoch())
         plane = latent_plane(posterior, self.mixture, _generator(0), PLANE_POINTS)
         axes, full = torch.from_numpy(plane.axes), copy.deepcopy(self.mixture).double()
-        return _Map(plane, axes, GaussianMixture(full.weights, full.means @ axes.mT, axes @ full.covariances @ axes.mT))
+        return _Map(
+            plane,
+            axes,
+            GaussianMixture(full.weights, full.means @ axes.mT, axes @ full.covariances @ axes.mT),
+        )
 
     def about(self) -> dict[str, Any]:
         """Everything that the page has to know once, as JSON values.
@@ -193,7 +199,9 @@ class View:
         target = torch.from_numpy(point).double()
         k = int(projected.responsibilities(target[None]).argmax())
         shift = torch.linalg.solve(projected.covariances[k], target - projected.means[k])
-        code = self.mixture.means[k].double() + self.mixture.covariances[k].double() @ axes.mT @ shift
+        code = (
+            self.mixture.means[k].double() + self.mixture.covariances[k].double() @ axes.mT @ shift
+        )
         at: Array = code[None].numpy()
         return at
 
@@ -221,7 +229,9 @@ class View:
             return self.mixture.sample(n, generator).numpy()
         if source.isdecimal():
             return self.mixture.sample(n, generator, component=int(source)).numpy()
-        raise ValueError(f"expected the source 'prior', 'mixture' or the number of a component, got {source!r}")
+        raise ValueError(
+            f"expected the source 'prior', 'mixture' or the number of a component, got {source!r}"
+        )
 
     def read(self, upload: bytes) -> Num[np.ndarray, "1 *shape"]:
         r"""Make an example of what was dropped on the page: an image file, or the numbers of a row.
@@ -244,16 +254,24 @@ class View:
             with Image.open(io.BytesIO(upload), formats=IMAGE_FORMATS) as image:
                 size = image.size
         except Exception as error:  # Pillow's readers raise nearly anything on a broken file
-            raise ValueError(f"no image that can be read ({error}); expected {', '.join(IMAGE_FORMATS)}") from error
+            raise ValueError(
+                f"no image that can be read ({error}); expected {', '.join(IMAGE_FORMATS)}"
+            ) from error
         if math.prod(size) > MAX_PIXELS:
-            raise ValueError(f"the image has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}; make it smaller")
+            raise ValueError(
+                f"the image has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}; make it smaller"
+            )
         try:
-            pixels = decode(io.BytesIO(upload), Plan((channels, height, width), resize=height == width))
+            pixels = decode(
+                io.BytesIO(upload), Plan((channels, height, width), resize=height == width)
+            )
         except Exception as error:
             raise ValueError(
                 f"the image cannot be used ({error}); save it as PNG or JPEG of {width} x {height}"
             ) from error
-        levels: Array = self.model.scaling.restore_levels(torch.from_numpy(pixels.copy())[None] / 255).numpy()
+        levels: Array = self.model.scaling.restore_levels(
+            torch.from_numpy(pixels.copy())[None] / 255
+        ).numpy()
         return levels
 
     def _read_row(self, upload: bytes) -> Array:
@@ -261,9 +279,13 @@ class View:
         try:
             row = np.array([float(word) for word in words])
         except ValueError as error:
-            raise ValueError(f"expected {self.model.shape[0]} numbers separated by commas: {error}") from error
+            raise ValueError(
+                f"expected {self.model.shape[0]} numbers separated by commas: {error}"
+            ) from error
         if row.shape != self.model.shape or not np.isfinite(row).all():
-            raise ValueError(f"expected {self.model.shape[0]} finite numbers separated by commas, got {len(words)}")
+            raise ValueError(
+                f"expected {self.model.shape[0]} finite numbers separated by commas, got {len(words)}"
+            )
         return row[None]
 
     def example(self, index: int) -> Num[np.ndarray, "1 *shape"]:

@@ -169,7 +169,9 @@ def calibration(
 
 
 @torch.no_grad()
-def noise_calibration(model: VAE, batches: Iterable[Tensor], varying: Bool[Tensor, "*event"]) -> NoiseCalibration:
+def noise_calibration(
+    model: VAE, batches: Iterable[Tensor], varying: Bool[Tensor, "*event"]
+) -> NoiseCalibration:
     r"""Evaluate the std maps that a model shows beside its reconstructions, see :func:`calibration`.
 
     The mean and std are those of :meth:`VAE.reconstruct`, which decodes the posterior mean. The variance was learned
@@ -187,7 +189,9 @@ def noise_calibration(model: VAE, batches: Iterable[Tensor], varying: Bool[Tenso
         ValueError: if ``varying`` has another shape, there are no batches or a reconstruction is not finite.
     """
     if varying.shape != model.shape:
-        raise ValueError(f"varying must have the shape of one example, {model.shape}, got {tuple(varying.shape)}")
+        raise ValueError(
+            f"varying must have the shape of one example, {model.shape}, got {tuple(varying.shape)}"
+        )
     device = next(model.parameters()).device
     among = varying.flatten().to(device)
     one, two, three = (model.noise.interval_factor(k) for k in (1.0, 2.0, 3.0))
@@ -209,8 +213,12 @@ class _Sums:
         self.n = 0
         self.interval_factors = interval_factors
         self.per_example: list[Tensor] = []
-        self.by_std = torch.zeros(3, GROUPS, CELLS, dtype=torch.float64, device=device)  # count, var, squared error
-        self.by_error = torch.zeros(2, GROUPS, CELLS, dtype=torch.float64, device=device)  # count, squared error
+        self.by_std = torch.zeros(
+            3, GROUPS, CELLS, dtype=torch.float64, device=device
+        )  # count, var, squared error
+        self.by_error = torch.zeros(
+            2, GROUPS, CELLS, dtype=torch.float64, device=device
+        )  # count, squared error
         self.by_pit = torch.zeros(1, GROUPS, PIT_BINS, dtype=torch.float64, device=device)
 
     def update(self, residual: Tensor, std: Tensor) -> None:
@@ -224,7 +232,9 @@ class _Sums:
                     "expected finite residuals and positive, finite std, got residuals from "
                     f"{float(r.min()):g} to {float(r.max()):g} and std from {float(s.min()):g} to {float(s.max()):g}"
                 )
-            within = [(z.abs() <= k).double().mean(1) for k in (1.0, 2.0, 3.0, *self.interval_factors)]
+            within = [
+                (z.abs() <= k).double().mean(1) for k in (1.0, 2.0, 3.0, *self.interval_factors)
+            ]
             self.per_example.append(torch.stack([*within, z.square().mean(1)]))
             group = (self.n + torch.arange(len(r), device=r.device))[:, None] % GROUPS
             self.by_std += _histogram(group, _cell(s), CELLS, s.square(), squared)
@@ -236,7 +246,9 @@ class _Sums:
     def calibration(self) -> Calibration:
         if self.n == 0:
             raise ValueError("no examples to judge the noise by; give at least one batch")
-        by_std, by_error = (sums[:, :, sums[0].any(0)].cpu().numpy() for sums in (self.by_std, self.by_error))
+        by_std, by_error = (
+            sums[:, :, sums[0].any(0)].cpu().numpy() for sums in (self.by_std, self.by_error)
+        )
         by_pit = self.by_pit.cpu().numpy()
 
         def over_groups(figure: Callable[[NDArray[np.int64]], float]) -> Estimate:
@@ -258,10 +270,16 @@ class _Sums:
             normalised_calibration_error=over_groups(
                 lambda groups: _normalised_calibration_error(_reliability(by_std[:, groups].sum(1)))
             ),
-            pit_histogram_error=over_groups(lambda groups: _pit_histogram_error(by_pit[0, groups].sum(0))),
-            sparsification_error_area=over_groups(lambda groups: _area_above_oracle(sparsification(groups))),
+            pit_histogram_error=over_groups(
+                lambda groups: _pit_histogram_error(by_pit[0, groups].sum(0))
+            ),
+            sparsification_error_area=over_groups(
+                lambda groups: _area_above_oracle(sparsification(groups))
+            ),
             random_sparsification_error_area=over_groups(
-                lambda groups: _area_above_oracle(sparsification(groups)._replace(model=np.ones_like(REMOVED)))
+                lambda groups: _area_above_oracle(
+                    sparsification(groups)._replace(model=np.ones_like(REMOVED))
+                )
             ),
             reliability=_reliability(by_std.sum(1)),
             sparsification=sparsification(slice(None)),

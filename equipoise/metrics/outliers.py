@@ -50,7 +50,9 @@ class ModelScores(NamedTuple):
     @property
     def _vectors(self) -> Float64[np.ndarray, "n 3"]:
         """What is combined: what the code leaves out, what it costs, where it lies. None of them is random."""
-        return np.stack([self.standardised_residual, self.rate, self.negative_mixture_log_prob], axis=1)
+        return np.stack(
+            [self.standardised_residual, self.rate, self.negative_mixture_log_prob], axis=1
+        )
 
 
 class OutlierScores(NamedTuple):
@@ -74,7 +76,10 @@ class OutlierScores(NamedTuple):
 
 @torch.no_grad()
 def model_scores(
-    model: VAE, mixture: GaussianMixture, batches: Iterable[Tensor], generator: torch.Generator | None = None
+    model: VAE,
+    mixture: GaussianMixture,
+    batches: Iterable[Tensor],
+    generator: torch.Generator | None = None,
 ) -> ModelScores:
     r"""Score each example by the parts of a model.
 
@@ -105,7 +110,9 @@ def model_scores(
     scores = ModelScores(*torch.cat(rows, 1).double().cpu().numpy())
     for name, values in scores._asdict().items():
         if n_bad := int((~np.isfinite(values)).sum()):
-            raise ValueError(f"{name} is not finite for {n_bad} of {len(values)} examples: are their values?")
+            raise ValueError(
+                f"{name} is not finite for {n_bad} of {len(values)} examples: are their values?"
+            )
     return scores
 
 
@@ -140,7 +147,9 @@ def outlier_scores(scores: ModelScores, reference: ModelScores) -> OutlierScores
     """
     vectors, n = reference._vectors, len(reference.rate)
     if n < MIN_REFERENCE:
-        raise ValueError(f"a covariance of three scores needs a reference of {MIN_REFERENCE} examples, got {n}")
+        raise ValueError(
+            f"a covariance of three scores needs a reference of {MIN_REFERENCE} examples, got {n}"
+        )
     mean = vectors.mean(0)
     covariance = np.cov(vectors.T) + np.diag(np.square(SCORE_PRECISION * np.abs(mean).clip(1.0)))
 
@@ -207,8 +216,12 @@ def outlier_detection(inliers: OutlierScores, outliers: OutlierScores) -> Outlie
     n_outliers, n_inliers = len(outliers.combined), len(inliers.combined)
     return OutlierDetection(
         negative_elbo=_detection(inliers.negative_elbo, outliers.negative_elbo),
-        standardised_residual=_detection(inliers.standardised_residual, outliers.standardised_residual),
-        negative_mixture_log_prob=_detection(inliers.negative_mixture_log_prob, outliers.negative_mixture_log_prob),
+        standardised_residual=_detection(
+            inliers.standardised_residual, outliers.standardised_residual
+        ),
+        negative_mixture_log_prob=_detection(
+            inliers.negative_mixture_log_prob, outliers.negative_mixture_log_prob
+        ),
         combined=_detection(inliers.combined, outliers.combined),
         outlier_share=n_outliers / (n_inliers + n_outliers),
     )
@@ -246,7 +259,9 @@ def auroc(inliers: Float[np.ndarray, " n"], outliers: Float[np.ndarray, " m"]) -
     return Estimate(float(below.mean()), standard_error, len(inliers) + len(outliers))
 
 
-def average_precision(inliers: Float[np.ndarray, " n"], outliers: Float[np.ndarray, " m"]) -> Estimate:
+def average_precision(
+    inliers: Float[np.ndarray, " n"], outliers: Float[np.ndarray, " m"]
+) -> Estimate:
     r"""Area under the precision-recall curve as a step function, with the jackknife over the examples.
 
     .. math:: \sum_k (R_k - R_{k-1}) P_k
@@ -294,4 +309,6 @@ def _detection(inliers: Array, outliers: Array) -> Detection:
 def _share_below(scores: Array, others: Array) -> Array:
     """Share of the others below each score, ties counted half."""
     ordered = np.sort(others)
-    return (np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right")) / (2 * len(others))
+    return (
+        np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right")
+    ) / (2 * len(others))

@@ -31,7 +31,9 @@ class SampleQuality(NamedTuple):
     kernel: Estimate
 
 
-def sample_quality(features: Float[Tensor, "n d"], reference: Float[Tensor, "m _"], seed: int = 0) -> SampleQuality:
+def sample_quality(
+    features: Float[Tensor, "n d"], reference: Float[Tensor, "m _"], seed: int = 0
+) -> SampleQuality:
     """Measure both distances.
 
     Args:
@@ -42,7 +44,9 @@ def sample_quality(features: Float[Tensor, "n d"], reference: Float[Tensor, "m _
     Returns:
         The distances.
     """
-    return SampleQuality(frechet_distance(features, reference), kernel_distance(features, reference, seed))
+    return SampleQuality(
+        frechet_distance(features, reference), kernel_distance(features, reference, seed)
+    )
 
 
 def frechet_distance(features: Float[Tensor, "n d"], reference: Float[Tensor, "m _"]) -> Estimate:
@@ -71,7 +75,11 @@ def frechet_distance(features: Float[Tensor, "n d"], reference: Float[Tensor, "m
     """
     _check(features, reference, least=2)
     features, reference = features.double(), reference.double()
-    d, shift, centred = features.shape[1], features.mean(0) - reference.mean(0), features - features.mean(0)
+    d, shift, centred = (
+        features.shape[1],
+        features.mean(0) - reference.mean(0),
+        features - features.mean(0),
+    )
     covariance, reference_covariance = (x.mT.cov().reshape(d, d) for x in (features, reference))
     # With R R^T = Sigma_r the trace of the root is the sum of the roots of the variances of R^T x along its principal
     # axes: two symmetric decompositions, several times faster than the eigenvalues of the product.
@@ -79,14 +87,20 @@ def frechet_distance(features: Float[Tensor, "n d"], reference: Float[Tensor, "m
     scores = centred @ (axes * reference_vars.clamp(min=0).sqrt())
     score_vars, axes = torch.linalg.eigh(scores.mT.cov().reshape(d, d))
     trace_of_root = score_vars.clamp(min=0).sqrt().sum()
-    value = shift.square().sum() + covariance.trace() + reference_covariance.trace() - 2 * trace_of_root
+    value = (
+        shift.square().sum() + covariance.trace() + reference_covariance.trace() - 2 * trace_of_root
+    )
     # Derivative of the distance by the weight of each example, up to a constant.
     inverse_stds = torch.where(score_vars > EPSILON * score_vars[-1], score_vars, torch.inf).rsqrt()
-    influence = 2 * centred @ shift + centred.square().sum(1) - (scores @ axes).square() @ inverse_stds
+    influence = (
+        2 * centred @ shift + centred.square().sum(1) - (scores @ axes).square() @ inverse_stds
+    )
     return Estimate(float(value), Estimate.of_mean(influence).standard_error, len(features))
 
 
-def kernel_distance(features: Float[Tensor, "n d"], reference: Float[Tensor, "m _"], seed: int = 0) -> Estimate:
+def kernel_distance(
+    features: Float[Tensor, "n d"], reference: Float[Tensor, "m _"], seed: int = 0
+) -> Estimate:
     r"""Kernel distance: squared maximum mean discrepancy of two sets of features, without bias.
 
     .. math:: E\,k(x, x') + E\,k(y, y') - 2\,E\,k(x, y), \qquad k(x, y) = (x^\top y / d + 1)^3
@@ -116,19 +130,29 @@ def kernel_distance(features: Float[Tensor, "n d"], reference: Float[Tensor, "m 
     n = min(len(features), len(reference))
     subset_size = min(SUBSET_SIZE, n // 2)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all", UserWarning)
+        warnings.filterwarnings(
+            "ignore", "Metric `Kernel Inception Distance` will save all", UserWarning
+        )
         metric = KernelInceptionDistance(nn.Identity(), subsets=SUBSETS, subset_size=subset_size)
     metric.update(reference, real=True)
     metric.update(features, real=False)
-    with torch.random.fork_rng(devices=[]):  # the metric draws its subsets from the global generator
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the metric draws its subsets from the global generator
         torch.default_generator.manual_seed(seed)
         mean, std = metric.compute()
-    return Estimate(float(mean), float(std) * math.sqrt(subset_size / (n - subset_size) + 1 / SUBSETS), len(features))
+    return Estimate(
+        float(mean),
+        float(std) * math.sqrt(subset_size / (n - subset_size) + 1 / SUBSETS),
+        len(features),
+    )
 
 
 def _check(features: Tensor, reference: Tensor, least: int) -> None:
     if min(len(features), len(reference)) < least:
-        raise ValueError(f"expected at least {least} examples on either side, got {len(features)} and {len(reference)}")
+        raise ValueError(
+            f"expected at least {least} examples on either side, got {len(features)} and {len(reference)}"
+        )
     if features.shape[1] != reference.shape[1]:
         raise ValueError(
             f"expected features of one kind, got {features.shape[1]} and {reference.shape[1]} dimensions; "

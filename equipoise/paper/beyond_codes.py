@@ -28,7 +28,9 @@ def compute(lab: Lab) -> dict[str, Any]:
         found = lab.evaluation(spec)
         latent, about = found["latent"], found["about"]
         for row in ROWS:
-            copies = latent["memorisation"] if row == "mixture" else latent["memorisation"].get(row, {})
+            copies = (
+                latent["memorisation"] if row == "mixture" else latent["memorisation"].get(row, {})
+            )
             rows.setdefault(spec.data, {})[row] = found["samples"][row] | {
                 "held_out_log_likelihood": latent["code_log_likelihood"].get(row),
                 "closer": copies.get("closer"),

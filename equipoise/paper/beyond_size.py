@@ -6,7 +6,9 @@ from equipoise.paper.markdown import table
 from equipoise.paper.protocol import Lab, Spec
 
 TITLE = "Beyond the paper: what larger models and longer training buy"
-TEXT = "MNIST, learned variance, one change at a time; the first row is the model of the other tables."
+TEXT = (
+    "MNIST, learned variance, one change at a time; the first row is the model of the other tables."
+)
 CHANGES: dict[str, tuple[tuple[str, Any], ...]] = {
     "16 latent units, width 32": (),
     "8 latent units": (("latent_dim", 8),),
@@ -20,7 +22,9 @@ CHANGES: dict[str, tuple[tuple[str, Any], ...]] = {
 def changes(lab: Lab) -> dict[str, tuple[tuple[str, Any], ...]]:
     """Changes by name, and half and twice the epochs."""
     epochs = lab.epochs_of("mnist")
-    return CHANGES | {f"{n} epochs": (("stage_1_epochs", n),) for n in (max(1, epochs // 2), 2 * epochs)}
+    return CHANGES | {
+        f"{n} epochs": (("stage_1_epochs", n),) for n in (max(1, epochs // 2), 2 * epochs)
+    }
 
 
 def specs(lab: Lab) -> list[Spec]:
@@ -48,5 +52,14 @@ def compute(lab: Lab) -> dict[str, Any]:
 
 def markdown(found: dict[str, Any]) -> str:
     """The table."""
-    head = ["", "parameters", "training, s", "ELBO, nats", "MSE", "active units", "Fréchet, rec.", "Fréchet, mixture"]
+    head = [
+        "",
+        "parameters",
+        "training, s",
+        "ELBO, nats",
+        "MSE",
+        "active units",
+        "Fréchet, rec.",
+        "Fréchet, mixture",
+    ]
     return table(head, [[name, *row.values()] for name, row in found["rows"].items()])

@@ -18,7 +18,10 @@ TEXT = (
 SPECS = {
     "1": Spec("mnist", "beta-vae"),
     "0.5": Spec("mnist", "vae"),
-    **{str(var): Spec("mnist", "fixed", (("noise_var", var),), brief=True) for var in (0.1, 0.02, 0.005, 0.001)},
+    **{
+        str(var): Spec("mnist", "fixed", (("noise_var", var),), brief=True)
+        for var in (0.1, 0.02, 0.005, 0.001)
+    },
     "learned": Spec("mnist", "learned"),
 }
 
@@ -51,13 +54,16 @@ def draw(rows: dict[str, Any]) -> Figure:
         "Fréchet distance": {"prior": "frechet_prior", "mixture": "frechet_mixture"},
         "KL(mixture, prior), nats": {"mixture": "kl_mixture_prior"},
     }
-    fixed = sorted((row for name, row in rows.items() if name != "learned"), key=lambda row: row["noise_var"])
+    fixed = sorted(
+        (row for name, row in rows.items() if name != "learned"), key=lambda row: row["noise_var"]
+    )
     measures = {
         label: {name: np.array([row[key]["value"] for row in fixed]) for name, key in lines.items()}
         for label, lines in panels.items()
     }
     stars = {
-        label: {name: rows["learned"][key]["value"] for name, key in lines.items()} for label, lines in panels.items()
+        label: {name: rows["learned"][key]["value"] for name, key in lines.items()}
+        for label, lines in panels.items()
     }
     noise_vars = np.array([row["noise_var"] for row in fixed])
     return plots.variance_sweep(noise_vars, measures, rows["learned"]["noise_var"], stars)

@@ -32,13 +32,20 @@ def compute(lab: Lab) -> dict[str, Any]:
         samples = lab.evaluation(spec)["samples"]
         prior, mixture = (samples[source]["frechet_distance"] for source in ("prior", "mixture"))
         ratio = prior["value"] / mixture["value"]
-        rows.setdefault(spec.data, {})[spec.method] = {"prior": prior, "mixture": mixture, "ratio": ratio}
+        rows.setdefault(spec.data, {})[spec.method] = {
+            "prior": prior,
+            "mixture": mixture,
+            "ratio": ratio,
+        }
     plots.save(draw(rows), lab.images / "figure-2.png")
     for data in lab.sets:
         spec = Spec(data, "learned")
         model, mixture = lab.model(spec), lab.run(spec).mixture().to(lab.device)
         sets = {}
-        for title, source in {"prior": StandardNormal(model.latent_dim).to(lab.device), "mixture": mixture}.items():
+        for title, source in {
+            "prior": StandardNormal(model.latent_dim).to(lab.device),
+            "mixture": mixture,
+        }.items():
             generator = torch.Generator(lab.device).manual_seed(lab.seed)
             sets[title] = model.generate(SHOWN, source, generator).mean.cpu().numpy()
         plots.save(plots.samples_compared(sets), lab.images / f"figure-2-{data}.png")
@@ -48,10 +55,15 @@ def compute(lab: Lab) -> dict[str, Any]:
 def draw(rows: dict[str, Any]) -> Figure:
     """Bars of both distances."""
     groups = {
-        SET_TITLES[data]: {source: [row[source]["value"] for row in found.values()] for source in ("prior", "mixture")}
+        SET_TITLES[data]: {
+            source: [row[source]["value"] for row in found.values()]
+            for source in ("prior", "mixture")
+        }
         for data, found in rows.items()
     }
-    return plots.bars(groups, [TITLES[method].split(",")[0].replace(" (ours)", "") for method in PAPERS_FIVE])
+    return plots.bars(
+        groups, [TITLES[method].split(",")[0].replace(" (ours)", "") for method in PAPERS_FIVE]
+    )
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -60,5 +72,8 @@ def markdown(found: dict[str, Any]) -> str:
     head = ["Fréchet distance, prior / mixture", *(SET_TITLES[data] for data in rows)]
     return table(
         head,
-        [[TITLES[method], *(f"{rows[data][method]['ratio']:.2f}" for data in rows)] for method in PAPERS_FIVE],
+        [
+            [TITLES[method], *(f"{rows[data][method]['ratio']:.2f}" for data in rows)]
+            for method in PAPERS_FIVE
+        ],
     )

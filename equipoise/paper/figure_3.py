@@ -35,7 +35,9 @@ def compute(lab: Lab) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for spec in specs(lab):
         found = lab.evaluation(spec)["noise"].get("varying") or {}
-        rows.setdefault(spec.data, {})[spec.method] = {name: part for name, part in found.items() if name not in CURVES}
+        rows.setdefault(spec.data, {})[spec.method] = {
+            name: part for name, part in found.items() if name not in CURVES
+        }
     for data in lab.sets:
         model = lab.model(Spec(data, PICTURED))
         x = model.scaling(torch.from_numpy(lab.data(data).test[:SHOWN]).to(lab.device))
@@ -51,10 +53,19 @@ def markdown(found: dict[str, Any]) -> str:
     lines = []
     for data, rows in found["rows"].items():
         for method, row in rows.items():
-            coverage = [estimate(row, f"{prefix}coverage_{k}") for prefix in ("", "interval_") for k in (1, 2, 3)]
+            coverage = [
+                estimate(row, f"{prefix}coverage_{k}")
+                for prefix in ("", "interval_")
+                for k in (1, 2, 3)
+            ]
             ence = estimate(row, "normalised_calibration_error")
-            ause, random = (estimate(row, f"{prefix}sparsification_error_area") for prefix in ("", "random_"))
+            ause, random = (
+                estimate(row, f"{prefix}sparsification_error_area") for prefix in ("", "random_")
+            )
             value = f"{ause['value']:.3f} ({random['value']:.3f})" if ause and random else None
             lines.append([SET_TITLES[data], TITLES[method], *coverage, ence, value])
     intervals = ["in .683 interval", ".954", ".997"]
-    return table(["", "", "within 1 std", "2 std", "3 std", *intervals, "ENCE", "sparsification error"], lines)
+    return table(
+        ["", "", "within 1 std", "2 std", "3 std", *intervals, "ENCE", "sparsification error"],
+        lines,
+    )

@@ -27,20 +27,33 @@ def compute(lab: Lab) -> dict[str, Any]:
         model, mixture = lab.model(spec), lab.run(spec).mixture().to(lab.device)
         made = model.generate(1000, mixture, torch.Generator(lab.device).manual_seed(lab.seed))
         test = lab.data(spec.data).test
-        seen = model.reconstruct(model.scaling(torch.from_numpy(test[: min(1000, len(test))]).to(lab.device)))
+        seen = model.reconstruct(
+            model.scaling(torch.from_numpy(test[: min(1000, len(test))]).to(lab.device))
+        )
         rows[spec.data] = {
-            name: {"value": float(std.mean()), "standard_error": float(std.std() / len(std) ** 0.5), "n": len(std)}
+            name: {
+                "value": float(std.mean()),
+                "standard_error": float(std.std() / len(std) ** 0.5),
+                "n": len(std),
+            }
             for name, std in {
                 "samples": made.std.flatten(1).mean(1),
                 "reconstructions": seen.std.flatten(1).mean(1),
             }.items()
         }
-        figure = plots.samples(made.mean[:SHOWN].cpu().numpy(), made.std[:SHOWN].cpu().numpy(), "samples, mixture")
+        figure = plots.samples(
+            made.mean[:SHOWN].cpu().numpy(), made.std[:SHOWN].cpu().numpy(), "samples, mixture"
+        )
         plots.save(figure, lab.images / f"figure-4-{spec.data}.png")
     return {"rows": rows}
 
 
 def markdown(found: dict[str, Any]) -> str:
     """Mean predicted std."""
-    lines = [[SET_TITLES[data], row["samples"], row["reconstructions"]] for data, row in found["rows"].items()]
-    return table(["mean predicted std (1 = full scale)", "samples", "reconstructions of test images"], lines)
+    lines = [
+        [SET_TITLES[data], row["samples"], row["reconstructions"]]
+        for data, row in found["rows"].items()
+    ]
+    return table(
+        ["mean predicted std (1 = full scale)", "samples", "reconstructions of test images"], lines
+    )

@@ -26,7 +26,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         | mixture | – |
     """
     lines = [head, ["---"] * len(head), *([cell(value) for value in row] for row in rows)]
-    return "\n".join(("|" + "|".join(line) + "|") if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(
+        ("|" + "|".join(line) + "|") if line[0] == "---" else f"| {' | '.join(line)} |"
+        for line in lines
+    )
 
 
 def cell(value: Any) -> str:  # noqa: ANN401 (any JSON value)

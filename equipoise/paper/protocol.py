@@ -20,7 +20,14 @@ from equipoise.data import Data, load
 from equipoise.evaluation import evaluate
 from equipoise.model import VAE
 from equipoise.store import read_json
-from equipoise.training.config import DETERMINISTIC, ConfigError, TrainConfig, make_config, read_recipe, shipped_recipes
+from equipoise.training.config import (
+    DETERMINISTIC,
+    ConfigError,
+    TrainConfig,
+    make_config,
+    read_recipe,
+    shipped_recipes,
+)
 from equipoise.training.engine import choose_device
 from equipoise.training.logging import Sink
 from equipoise.training.run import Run, train
@@ -85,8 +92,12 @@ SET_TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "celeba": "Cel
 _THREE = {name: name for name in SET_TITLES}
 BUDGETS = {
     "tiny": Budget({"mnist": "digits"}, {"mnist": 4}, (2, 8), 2000, 10),
-    "small": Budget(_THREE, dict.fromkeys(_THREE, 6), (32, 100, 500, 1000, 2000, 10_000), 20_000, 8),
-    "full": Budget(_THREE, dict.fromkeys(_THREE, 40), (32, 100, 500, 1000, 2000, 10_000), 50_000, 50),
+    "small": Budget(
+        _THREE, dict.fromkeys(_THREE, 6), (32, 100, 500, 1000, 2000, 10_000), 20_000, 8
+    ),
+    "full": Budget(
+        _THREE, dict.fromkeys(_THREE, 40), (32, 100, 500, 1000, 2000, 10_000), 50_000, 50
+    ),
 }
 SHARE_OF_STAGE_1 = 0.7
 
@@ -118,7 +129,9 @@ class Spec:
     @property
     def name(self) -> str:
         """Name of the run folder."""
-        return "-".join([self.data, self.method, *(f"{key}={value}" for key, value in self.options)])
+        return "-".join(
+            [self.data, self.method, *(f"{key}={value}" for key, value in self.options)]
+        )
 
 
 def _silent(_: str) -> None:
@@ -206,7 +219,12 @@ class Lab:
         recipe.pop("data")
         epochs = self.epochs_of(spec.data)
         first = round(SHARE_OF_STAGE_1 * epochs) if spec.method in TWO_STAGES else epochs
-        stages = {"stage_1_epochs": first, "stage_2_epochs": epochs - first, "tolerance": 0.0, "seed": self.seed}
+        stages = {
+            "stage_1_epochs": first,
+            "stage_2_epochs": epochs - first,
+            "tolerance": 0.0,
+            "seed": self.seed,
+        }
         return make_config(recipe | stages, METHODS[spec.method] | dict(spec.options))
 
     def epochs_of(self, data: str) -> int:
@@ -254,13 +272,17 @@ class Lab:
         """
         wanted = _without_repeats(spec for spec in specs if spec.data in self.size.sets)
         # The longest first, so that none is left to run alone at the end.
-        missing = sorted((spec for spec in wanted if not self._is_done(spec)), key=self._steps, reverse=True)
+        missing = sorted(
+            (spec for spec in wanted if not self._is_done(spec)), key=self._steps, reverse=True
+        )
         if self.jobs == 1 or len(missing) < 2:
             for number, spec in enumerate(missing, 1):
                 self.message(f"Model {number} of {len(missing)}: {spec.name}")
                 self._make(spec)
             return
-        with ProcessPoolExecutor(min(self.jobs, len(missing)), mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            min(self.jobs, len(missing)), mp_context=get_context("spawn")
+        ) as pool:
             lab = replace(self, jobs=1, sinks=(), message=_silent, loaded={})
             futures = {pool.submit(_make_alone, lab, spec, self.jobs): spec for spec in missing}
             problems = []
@@ -280,7 +302,11 @@ class Lab:
 
     def _steps(self, spec: Spec) -> int:
         config = self.config(spec)
-        return (config.stage_1_epochs + config.stage_2_epochs) * len(self.data(spec.data).train) // config.batch_size
+        return (
+            (config.stage_1_epochs + config.stage_2_epochs)
+            * len(self.data(spec.data).train)
+            // config.batch_size
+        )
 
     def _is_done(self, spec: Spec) -> bool:
         run = self.run(spec)
@@ -288,16 +314,24 @@ class Lab:
             return False
         self._check(run, spec)
         found = self.evaluation(spec)
-        whole = spec.brief or self.config(spec).objective in DETERMINISTIC or "iwae_20" in found.get("likelihood", {})
+        whole = (
+            spec.brief
+            or self.config(spec).objective in DETERMINISTIC
+            or "iwae_20" in found.get("likelihood", {})
+        )
         judged = all(source in found.get("samples", {}) for source in spec.sources)
         return whole and judged and all(section in found for section in spec.sections)
 
     def _check(self, run: Run, spec: Spec) -> None:
         was, wanted = run.config(), self.config(spec)
         if was != wanted:
-            changed = [name for name, value in wanted.as_dict().items() if was.as_dict()[name] != value]
+            changed = [
+                name for name, value in wanted.as_dict().items() if was.as_dict()[name] != value
+            ]
             raise ConfigError(
-                [f"{run.folder} was made with other values of {', '.join(changed)}: remove it, or give another --runs"]
+                [
+                    f"{run.folder} was made with other values of {', '.join(changed)}: remove it, or give another --runs"
+                ]
             )
 
     def _make(self, spec: Spec) -> None:
@@ -305,7 +339,9 @@ class Lab:
         if run.config_file.is_file():
             self._check(run, spec)
         if not run.model_file.is_file():
-            options = {"source": self.size.sets[spec.data]} | ({"data_dir": self.data_dir} if self.data_dir else {})
+            options = {"source": self.size.sets[spec.data]} | (
+                {"data_dir": self.data_dir} if self.data_dir else {}
+            )
             train(
                 data,
                 config,
@@ -333,7 +369,9 @@ def _without_repeats(specs: Iterable[Spec]) -> list[Spec]:
         other = found.get(spec.name, spec)
         sources = tuple(dict.fromkeys(other.sources + spec.sources))
         sections = tuple(dict.fromkeys(other.sections + spec.sections))
-        found[spec.name] = replace(spec, brief=spec.brief and other.brief, sections=sections, sources=sources)
+        found[spec.name] = replace(
+            spec, brief=spec.brief and other.brief, sections=sections, sources=sources
+        )
     return list(found.values())
 
 

@@ -49,10 +49,15 @@ def make_items(lab: Lab, names: Sequence[str], out: Path) -> list[Path]:
             + (f" --epochs {lab.epochs}" if lab.epochs else ""),
             "item": name,
             "budget": lab.budget,
-            "epochs": {data: lab.epochs_of(data) for data in dict.fromkeys(spec.data for spec in specs)},
+            "epochs": {
+                data: lab.epochs_of(data) for data in dict.fromkeys(spec.data for spec in specs)
+            },
             "seed": lab.seed,
             "features": lab.features,
-            "data": {data: data_record(lab.data(data)) for data in dict.fromkeys(spec.data for spec in specs)},
+            "data": {
+                data: data_record(lab.data(data))
+                for data in dict.fromkeys(spec.data for spec in specs)
+            },
             "options": {spec.name: lab.config(spec).as_dict() for spec in specs},
             "seconds": {
                 "training": round(sum(part[0] for part in seconds.values()), 1),
@@ -90,7 +95,9 @@ def write_page(out: Path, page: Path, images: Path) -> Path:
     if notes.is_file():
         parts.append(notes.read_text(encoding="utf-8"))
     for name, item in ITEMS.items():
-        by_budget = {budget: _read(out / f"{name}-{budget}.json") for budget in ("full", "small", "tiny")}
+        by_budget = {
+            budget: _read(out / f"{name}-{budget}.json") for budget in ("full", "small", "tiny")
+        }
         shown = {budget: found for budget, found in by_budget.items() if found}
         if shown.keys() - {"tiny"}:
             shown.pop("tiny", None)
@@ -98,7 +105,10 @@ def write_page(out: Path, page: Path, images: Path) -> Path:
             continue
         parts.append(f"## {item.TITLE}\n\n{_wrapped(item.TEXT)}\n")
         pictures = sorted(images.glob(f"{name}.png")) + sorted(images.glob(f"{name}-*.png"))
-        parts += [f"![{item.TITLE}]({picture.relative_to(page.parent).as_posix()})\n" for picture in pictures]
+        parts += [
+            f"![{item.TITLE}]({picture.relative_to(page.parent).as_posix()})\n"
+            for picture in pictures
+        ]
         for budget, found in shown.items():
             link = f"[{name}-{budget}.json](../{out.name}/{name}-{budget}.json)"
             parts.append(f"{_wrapped(f'{_origin(found)} ({link}):')}\n\n{item.markdown(found)}\n")
@@ -110,7 +120,9 @@ def write_page(out: Path, page: Path, images: Path) -> Path:
 def _origin(found: dict[str, Any]) -> str:
     """Command, machine, versions and time of an item, in a sentence."""
     seconds = found["seconds"]
-    trained = ", ".join(f"{found['data'][data]['name']} {epochs}" for data, epochs in found["epochs"].items())
+    trained = ", ".join(
+        f"{found['data'][data]['name']} {epochs}" for data, epochs in found["epochs"].items()
+    )
     return (
         f"`{found['command']}`, seed {found['seed']}, epochs: {trained}; {found['machine']}, "
         f"torch {found['versions']['torch']}, {found['date']}; {seconds['training'] / 60:.0f} min of training and "

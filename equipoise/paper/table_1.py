@@ -18,7 +18,12 @@ TEXT = (
     "samples of q(z|x). The picture shows log densities on the plane of the codes: of the exact aggregate posterior, "
     "eq. (12), of its mixture, eq. (13), and of the prior."
 )
-PAPER = {"1": "0.094 ± 0.003", "0.5": "0.132 ± 0.003", "learned": "0.422 ± 0.011 (0.035)", "0.01": "1.552 ± 0.034"}
+PAPER = {
+    "1": "0.094 ± 0.003",
+    "0.5": "0.132 ± 0.003",
+    "learned": "0.422 ± 0.011 (0.035)",
+    "0.01": "1.552 ± 0.034",
+}
 """KL of the paper's table 1, nats."""
 D2 = ("latent_dim", 2)
 NEEDED: dict[str, Any] = {"brief": True, "sections": ("likelihood", "latent")}
@@ -44,7 +49,11 @@ def compute(lab: Lab) -> dict[str, Any]:
     points = torch.cartesian_prod(grid, grid).flip(1)
     rows, densities = {}, {}
     for name, spec in SPECS.items():
-        found, model, mixture = lab.evaluation(spec), lab.model(spec), lab.run(spec).mixture().to(lab.device)
+        found, model, mixture = (
+            lab.evaluation(spec),
+            lab.model(spec),
+            lab.run(spec).mixture().to(lab.device),
+        )
         rows[name] = {
             "noise_var": found["likelihood"]["noise_var"]["value"],
             "kl_mixture_prior": found["latent"]["kl_mixture_prior"],
@@ -52,14 +61,19 @@ def compute(lab: Lab) -> dict[str, Any]:
             "kl": found["likelihood"]["kl"],
             "mse": found["likelihood"]["mse"],
         }
-        posterior = encode_all(model, Batches(lab.data(spec.data).train.at_hand, 1000, lab.device).epoch())
+        posterior = encode_all(
+            model, Batches(lab.data(spec.data).train.at_hand, 1000, lab.device).epoch()
+        )
         shown = {
             "aggregate posterior": AggregatePosterior(*posterior),
             f"mixture of {mixture.n_components}": mixture,
             "prior": StandardNormal(2).to(lab.device, torch.float64),
         }
-        densities[f"σ² = {rows[name]['noise_var']:.2g}" + (" (learned)" if name == "learned" else "")] = {
-            title: density.log_prob(points).reshape(POINTS, POINTS).cpu().numpy() for title, density in shown.items()
+        densities[
+            f"σ² = {rows[name]['noise_var']:.2g}" + (" (learned)" if name == "learned" else "")
+        ] = {
+            title: density.log_prob(points).reshape(POINTS, POINTS).cpu().numpy()
+            for title, density in shown.items()
         }
     axis = np.asarray(grid.cpu())
     plots.save(plots.density_rows(axis, axis, densities), lab.images / "table-1.png")

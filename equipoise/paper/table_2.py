@@ -15,7 +15,8 @@ TEXT = (
 )
 PAPER = {
     "mnist": dict(zip(PAPERS_FIVE, (8.9, 74.9, 438.1, 114.9, 142.8), strict=True)) | {"real": 1.9},
-    "fashion-mnist": dict(zip(PAPERS_FIVE, (10.6, 123.8, 281.5, 103.6, 149.5), strict=True)) | {"real": 0.7},
+    "fashion-mnist": dict(zip(PAPERS_FIVE, (10.6, 123.8, 281.5, 103.6, 149.5), strict=True))
+    | {"real": 0.7},
     "celeba": dict(zip(PAPERS_FIVE, (74.7, 78.4, 106.4, 87.5, 85.4), strict=True)) | {"real": 2.9},
 }
 """Inception distances of the paper's table 2."""
@@ -51,12 +52,30 @@ def markdown(found: dict[str, Any]) -> str:
     parts = []
     for data, rows in found["rows"].items():
         real = rows["real"]
-        lines = [["real training images", None, None, None, real["frechet_distance"], PAPER[data]["real"]]]
+        lines = [
+            [
+                "real training images",
+                None,
+                None,
+                None,
+                real["frechet_distance"],
+                PAPER[data]["real"],
+            ]
+        ]
         for method in methods(data):
             distances = [estimate(rows, method, source, "frechet_distance") for source in SOURCES]
             kernel = estimate(rows, method, "mixture", "kernel_distance")
-            lines.append([TITLES[method], *distances[:2], kernel, distances[2], PAPER[data].get(method)])
-        lines[0] = ["real training images", real["frechet_distance"], None, real["kernel_distance"], None, lines[0][-1]]
+            lines.append(
+                [TITLES[method], *distances[:2], kernel, distances[2], PAPER[data].get(method)]
+            )
+        lines[0] = [
+            "real training images",
+            real["frechet_distance"],
+            None,
+            real["kernel_distance"],
+            None,
+            lines[0][-1],
+        ]
         head = [
             SET_TITLES[data],
             "prior",

@@ -56,7 +56,9 @@ def compute(lab: Lab) -> dict[str, Any]:
         found = lab.evaluation(spec)["likelihood"]
         row = {name: found.get(name) for name in FIGURES}
         if spec.method not in ("pixel", "pixel-low"):
-            row["noise_floor_var"] = found["noise_var"]["value"]  # one variance for all is its own floor
+            row["noise_floor_var"] = found["noise_var"][
+                "value"
+            ]  # one variance for all is its own floor
         rows.setdefault(spec.data, {})[spec.method] = row
     return {"rows": rows}
 
@@ -79,6 +81,14 @@ def markdown(found: dict[str, Any]) -> str:
                     f"{paper[0]} / {paper[1]}" if paper else None,
                 ]
             )
-        head = [SET_TITLES[data], "prior", "mixture", "floor, σ²", "bits, prior", "bits, mixture", "paper, nats"]
+        head = [
+            SET_TITLES[data],
+            "prior",
+            "mixture",
+            "floor, σ²",
+            "bits, prior",
+            "bits, mixture",
+            "paper, nats",
+        ]
         parts.append(table(head, lines))
     return "\n\n".join(parts)

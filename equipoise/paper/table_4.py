@@ -50,10 +50,13 @@ def compute(lab: Lab) -> dict[str, Any]:
     data, model = lab.data(spec.data), lab.model(spec)
     generator = torch.Generator(device).manual_seed(lab.seed)
     training, test = (
-        encode_all(model, Batches(part.at_hand, BATCH, device).epoch()) for part in (data.train, data.test)
+        encode_all(model, Batches(part.at_hand, BATCH, device).epoch())
+        for part in (data.train, data.test)
     )
     repeats = -(-size.codes // len(data.train))
-    drawn = Gaussian(training.mean.repeat(repeats, 1), training.log_var.repeat(repeats, 1)).sample(generator)
+    drawn = Gaussian(training.mean.repeat(repeats, 1), training.log_var.repeat(repeats, 1)).sample(
+        generator
+    )
     codes, held_out = drawn[: size.codes], test.sample(generator)
 
     extractor = load_features(lab.features, data)
@@ -70,17 +73,32 @@ def compute(lab: Lab) -> dict[str, Any]:
     for K in (K for K in size.components if len(codes) >= K):
         started = time.perf_counter()
         start = _at_random_codes(codes, K, generator) if K >= FROM_RANDOM_CODES else None
-        fit = fit_mixture(codes, K, start=start, max_iter=size.mixture_iterations, generator=generator)
-        rows[str(K)] = {"seconds": round(time.perf_counter() - started, 1), "components_floored": fit.n_floored} | (
-            _judge(model, fit.mixture, n, extractor, reference, held_out, generator)
+        fit = fit_mixture(
+            codes, K, start=start, max_iter=size.mixture_iterations, generator=generator
         )
+        rows[str(K)] = {
+            "seconds": round(time.perf_counter() - started, 1),
+            "components_floored": fit.n_floored,
+        } | (_judge(model, fit.mixture, n, extractor, reference, held_out, generator))
         shown = as_vectors([model.generate(n_judged, fit.mixture, generator).mean])
-        rows[str(K)]["copies"] = memorisation(shown, training_images, unseen, test_images).closer._asdict()
+        rows[str(K)]["copies"] = memorisation(
+            shown, training_images, unseen, test_images
+        ).closer._asdict()
     exact = AggregatePosterior(*training)
-    rows["exact, one per image"] = _judge(model, exact, n, extractor, reference, held_out, generator)
+    rows["exact, one per image"] = _judge(
+        model, exact, n, extractor, reference, held_out, generator
+    )
     shown = as_vectors([model.generate(n_judged, exact, generator).mean])
-    rows["exact, one per image"]["copies"] = memorisation(shown, training_images, unseen, test_images).closer._asdict()
-    return {"set": spec.data, "n_codes": len(codes), "n_images": len(data.train), "n_samples": n, "rows": rows}
+    rows["exact, one per image"]["copies"] = memorisation(
+        shown, training_images, unseen, test_images
+    ).closer._asdict()
+    return {
+        "set": spec.data,
+        "n_codes": len(codes),
+        "n_images": len(data.train),
+        "n_samples": n,
+        "rows": rows,
+    }
 
 
 def _at_random_codes(codes: Tensor, K: int, generator: torch.Generator) -> GaussianMixture:
@@ -104,7 +122,9 @@ def _judge(
 
     def images() -> Iterator[Tensor]:
         for first in range(0, n, BATCH):
-            yield model.scaling.restore_levels(model.generate(min(BATCH, n - first), density, generator).mean)
+            yield model.scaling.restore_levels(
+                model.generate(min(BATCH, n - first), density, generator).mean
+            )
 
     quality = sample_quality(features_of(extractor, images()).to(reference.device), reference)
     log_prob = density.log_prob(held_out).double()
@@ -121,7 +141,16 @@ def _judge(
 
 def markdown(found: dict[str, Any]) -> str:
     """The table, with the paper's distances."""
-    head = ["K", "Fréchet", "kernel distance", "held out, nats", "copies", "floored", "fit, s", "paper (Inception)"]
+    head = [
+        "K",
+        "Fréchet",
+        "kernel distance",
+        "held out, nats",
+        "copies",
+        "floored",
+        "fit, s",
+        "paper (Inception)",
+    ]
     return table(
         head,
         [

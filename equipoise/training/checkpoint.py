@@ -70,7 +70,10 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             continue
         return Checkpoint(path, _unflatten(tree, tensors), refused)
     if refused:
-        raise StoreError("Every checkpoint is damaged; train anew into another folder.\n  " + "\n  ".join(refused))
+        raise StoreError(
+            "Every checkpoint is damaged; train anew into another folder.\n  "
+            + "\n  ".join(refused)
+        )
     return None
 
 
@@ -85,13 +88,19 @@ def _flatten(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:  # noqa: 
         tensors[path] = node.detach().cpu().clone()
         return {"tensor": path}
     if isinstance(node, dict):
-        return {"dict": [[key, _flatten(value, f"{path}/{key}", tensors)] for key, value in node.items()]}
+        return {
+            "dict": [
+                [key, _flatten(value, f"{path}/{key}", tensors)] for key, value in node.items()
+            ]
+        }
     if isinstance(node, list | tuple):
         kind = "tuple" if isinstance(node, tuple) else "list"
         return {kind: [_flatten(value, f"{path}/{i}", tensors) for i, value in enumerate(node)]}
     if node is None or isinstance(node, bool | int | float | str):
         return {"value": node}
-    raise TypeError(f"A checkpoint holds tensors and plain values only, {path} is a {type(node).__name__}.")
+    raise TypeError(
+        f"A checkpoint holds tensors and plain values only, {path} is a {type(node).__name__}."
+    )
 
 
 def _unflatten(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401 (a JSON tree)

@@ -38,7 +38,9 @@ class RelativeClipping(nn.Module):
             parameters: whose gradients to clip, in place.
         """
         with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-        norm = get_total_norm([parameter.grad for parameter in with_gradient if parameter.grad is not None])
+        norm = get_total_norm(
+            [parameter.grad for parameter in with_gradient if parameter.grad is not None]
+        )
         limit = torch.where(self.steps > 0, self.factor * self.average, norm)
         # On the CPU a look at the norm is free and saves a pass over the gradients; elsewhere it would wait.
         if norm.device.type != "cpu" or norm > limit:

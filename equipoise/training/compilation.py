@@ -43,4 +43,8 @@ def begin_step() -> None:
 
 def _networks(model: VAE) -> list[nn.Module]:
     noise = model.noise
-    return [model.encoder, model.decoder, *([noise.network] if isinstance(noise, PredictedNoise) else [])]
+    return [
+        model.encoder,
+        model.decoder,
+        *([noise.network] if isinstance(noise, PredictedNoise) else []),
+    ]

@@ -16,7 +16,9 @@ from typing import Any, Literal, cast, get_args, get_origin
 
 import yaml
 
-Objective = Literal["elbo", "vae", "beta-vae", "dip-vae-i", "dip-vae-ii", "wae-mmd", "sigma-vae", "rae-l2"]
+Objective = Literal[
+    "elbo", "vae", "beta-vae", "dip-vae-i", "dip-vae-ii", "wae-mmd", "sigma-vae", "rae-l2"
+]
 
 _SQUARED_ERROR: dict[str, Any] = {"noise": "fixed", "noise_var": 0.5, "stage_2_epochs": 0}
 OBJECTIVE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -154,11 +156,20 @@ class TrainConfig:
         found += [
             f"{name} must be at least {least}, got {getattr(self, name)}"
             for name, least in _AT_LEAST.items()
-            if (value := getattr(self, name)) is not None and not isinstance(value, str) and value < least
+            if (value := getattr(self, name)) is not None
+            and not isinstance(value, str)
+            and value < least
         ]
         found += [
             f"{name} must be above 0, got {getattr(self, name)}"
-            for name in ("learning_rate", "stage_2_learning_rate", "floor", "noise_var", "beta", "penalty")
+            for name in (
+                "learning_rate",
+                "stage_2_learning_rate",
+                "floor",
+                "noise_var",
+                "beta",
+                "penalty",
+            )
             if isinstance(getattr(self, name), int | float) and not getattr(self, name) > 0
         ]
         found += [
@@ -174,18 +185,28 @@ class TrainConfig:
         if self.stage_1_epochs == 0 and self.stage_2_epochs == 0:
             found.append("stage_1_epochs and stage_2_epochs cannot both be 0")
         if 0 < self.clip <= 1:
-            found.append(f"clip={self.clip:g} would shrink every gradient: give a multiple above 1, or 0")
+            found.append(
+                f"clip={self.clip:g} would shrink every gradient: give a multiple above 1, or 0"
+            )
         if self.noise == "fixed" and self.noise_var is None:
-            found.append("noise=fixed needs noise_var (0.5 is the usual VAE, 1 the paper's beta-VAE)")
+            found.append(
+                "noise=fixed needs noise_var (0.5 is the usual VAE, 1 the paper's beta-VAE)"
+            )
         if self.noise != "fixed" and self.noise_var is not None:
-            found.append(f"noise_var={self.noise_var:g} needs noise=fixed; noise={self.noise} learns its variance")
+            found.append(
+                f"noise_var={self.noise_var:g} needs noise=fixed; noise={self.noise} learns its variance"
+            )
         if self.noise == "fixed" and self.stage_2_epochs > 0:
-            found.append("noise=fixed has no learned variance to hand to stage 2; set stage_2_epochs=0")
+            found.append(
+                "noise=fixed has no learned variance to hand to stage 2; set stage_2_epochs=0"
+            )
         found += self._problems_of_objective()
         if isinstance(self.devices, int) and self.devices > 0:
             found += self.problems_of_sharing(self.devices * self.num_nodes)
         if self.recalibrate != "none" and self.stage_2_epochs == 0:
-            found.append(f"recalibrate={self.recalibrate} rescales the variance of stage 2, but stage_2_epochs=0")
+            found.append(
+                f"recalibrate={self.recalibrate} rescales the variance of stage 2, but stage_2_epochs=0"
+            )
         return found
 
     def problems_of_sharing(self, processes: int) -> list[str]:
@@ -199,9 +220,13 @@ class TrainConfig:
         """
         found = []
         if processes > 1 and self.objective in COUPLED:
-            found.append(f"objective={self.objective} needs whole batches; train it in one process (devices=1)")
+            found.append(
+                f"objective={self.objective} needs whole batches; train it in one process (devices=1)"
+            )
         if processes > 0 and self.batch_size % processes:
-            found.append(f"batch_size={self.batch_size} must be a multiple of the {processes} processes")
+            found.append(
+                f"batch_size={self.batch_size} must be a multiple of the {processes} processes"
+            )
         return found
 
     def _problems_of_objective(self) -> list[str]:
@@ -209,15 +234,22 @@ class TrainConfig:
         if objective != "elbo" and self.stage_2_epochs > 0:
             found.append(f"objective={objective} has no stage 2; set stage_2_epochs=0")
         if "noise" in OBJECTIVE_OPTIONS.get(objective, {}) and self.noise != "fixed":
-            found.append(f"objective={objective} is one with a fixed variance; leave noise out, or take objective=elbo")
-        if objective == "sigma-vae" and (self.noise, self.noise_update) != ("global", "closed-form"):
+            found.append(
+                f"objective={objective} is one with a fixed variance; leave noise out, or take objective=elbo"
+            )
+        if objective == "sigma-vae" and (self.noise, self.noise_update) != (
+            "global",
+            "closed-form",
+        ):
             found.append(
                 "objective=sigma-vae has one variance, optimal for each batch; leave noise and noise_update out"
             )
         if objective not in ("elbo", "vae", "beta-vae") and self.beta != 1:
             found.append(f"objective={objective} has no beta; beta goes with elbo and beta-vae")
         if self.penalty is not None and objective not in PENALISED:
-            found.append(f"penalty={self.penalty:g} goes with {', '.join(PENALISED)}; objective={objective} has none")
+            found.append(
+                f"penalty={self.penalty:g} goes with {', '.join(PENALISED)}; objective={objective} has none"
+            )
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -254,7 +286,9 @@ class ConfigError(ValueError):
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = list(problems)
         one = len(self.problems) == 1
-        super().__init__(self.problems[0] if one else "several problems:\n  - " + "\n  - ".join(self.problems))
+        super().__init__(
+            self.problems[0] if one else "several problems:\n  - " + "\n  - ".join(self.problems)
+        )
 
 
 def make_config(values: Mapping[str, Any], over: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -280,7 +314,9 @@ def make_config(values: Mapping[str, Any], over: Mapping[str, Any] | None = None
 
     over = over or {}
     # An objective named on top of a recipe brings its options over the recipe's; in one mapping all given stays.
-    of_recipe, of_user = (OBJECTIVE_OPTIONS.get(str(given.get("objective")), {}) for given in (values, over))
+    of_recipe, of_user = (
+        OBJECTIVE_OPTIONS.get(str(given.get("objective")), {}) for given in (values, over)
+    )
     values = {**of_recipe, **values, **of_user, **over}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig)
@@ -289,7 +325,9 @@ def make_config(values: Mapping[str, Any], over: Mapping[str, Any] | None = None
     for name, value in values.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            problems.append(f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else ""))
+            problems.append(
+                f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else "")
+            )
             continue
         try:
             parsed[name] = getattr(parser.parse_object({name: value}), name)
@@ -331,7 +369,12 @@ def type_name(option: str) -> str:
 def _literals(option: str) -> set[object]:
     """Strings that an option may be."""
     parts = [TrainConfig.__annotations__[option]]
-    return {value for part in (*parts, *get_args(parts[0])) if get_origin(part) is Literal for value in get_args(part)}
+    return {
+        value
+        for part in (*parts, *get_args(parts[0]))
+        if get_origin(part) is Literal
+        for value in get_args(part)
+    }
 
 
 @functools.cache
@@ -371,7 +414,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ConfigError(
-            [f"there is no recipe {path}; those that come with equipoise are {', '.join(shipped_recipes())}"]
+            [
+                f"there is no recipe {path}; those that come with equipoise are {', '.join(shipped_recipes())}"
+            ]
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

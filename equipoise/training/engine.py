@@ -32,7 +32,9 @@ def choose_device(config: TrainConfig) -> torch.device:
         ValueError: if CUDA is asked for and absent.
     """
     if config.accelerator == "cuda" and not torch.cuda.is_available():
-        raise ValueError("accelerator=cuda, but torch finds no CUDA GPU; use accelerator=auto or cpu.")
+        raise ValueError(
+            "accelerator=cuda, but torch finds no CUDA GPU; use accelerator=auto or cpu."
+        )
     is_cuda = config.accelerator != "cpu" and torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
 

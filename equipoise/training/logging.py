@@ -18,7 +18,9 @@ class Sink(Protocol):
     def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
         """Training starts, or goes on after ``done_steps`` optimiser steps and the epochs of ``history``."""
 
-    def step(self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]) -> None:
+    def step(
+        self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]
+    ) -> None:
         """About once a second: position, and running averages by name."""
 
     def epoch(self, row: Row) -> None:
@@ -44,9 +46,13 @@ class JsonlSink:
     def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
         """Begin with the rows of the checkpoint: a kill may have left the file a row apart from it."""
         with whole_file(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps(row) + "\n" for row in history), encoding="utf-8"
+            )
 
-    def step(self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]) -> None:
+    def step(
+        self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]
+    ) -> None:
         """Do nothing: rows are per epoch."""
 
     def epoch(self, row: Row) -> None:

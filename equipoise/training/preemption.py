@@ -39,11 +39,18 @@ class Sigterm:
         self.received = False
         # A handler that is not Python's (None) could not be put back.
         self.previous = signal.getsignal(signal.SIGTERM)
-        self.is_installed = self.previous is not None and threading.current_thread() is threading.main_thread()
+        self.is_installed = (
+            self.previous is not None and threading.current_thread() is threading.main_thread()
+        )
         if self.is_installed:
             signal.signal(signal.SIGTERM, self._note)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         if self.is_installed:
             signal.signal(signal.SIGTERM, self.previous)
 

@@ -67,7 +67,9 @@ class Run:
             StoreError: if the folder is not a run.
         """
         if not self.config_file.is_file():
-            raise StoreError(f"{self.folder} is not a run: it has no config.json. Runs are made by 'equipoise train'.")
+            raise StoreError(
+                f"{self.folder} is not a run: it has no config.json. Runs are made by 'equipoise train'."
+            )
         settings: dict[str, Any] = read_json(self.config_file)
         return settings
 
@@ -78,7 +80,9 @@ class Run:
             The configuration; options that this version no longer knows are left out.
         """
         known = TrainConfig.__annotations__
-        return make_config({name: value for name, value in self.settings()["options"].items() if name in known})
+        return make_config(
+            {name: value for name, value in self.settings()["options"].items() if name in known}
+        )
 
     def model(self, encoder: nn.Module | None = None, decoder: nn.Module | None = None) -> VAE:
         """Load the trained model, in evaluation mode, on the CPU.
@@ -182,7 +186,9 @@ def train(
     launch(fabric)
     run = Run(in_main_process(fabric, partial(_open_folder, data, out, resume)))
     if fabric.broadcast(data.fingerprint) != data.fingerprint:
-        raise StoreError(f"Process {fabric.global_rank} has found other data in {data.source} than process 0.")
+        raise StoreError(
+            f"Process {fabric.global_rank} has found other data in {data.source} than process 0."
+        )
     # Everything that can refuse the input has run: only now does a folder appear.
     torch.manual_seed(config.seed)
     model = make_model(data, config, encoder, decoder)
@@ -194,10 +200,14 @@ def train(
         if config.tracker != "none":
             all_sinks.append(TRACKERS[config.tracker](run.folder, config.as_dict()))
     else:
-        torch.manual_seed(config.seed + fabric.global_rank)  # dropout in own networks differs between processes
+        torch.manual_seed(
+            config.seed + fabric.global_rank
+        )  # dropout in own networks differs between processes
     trainer = Trainer(model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric)
     trainer.fit(resume=resume)
-    del trainer  # and the training examples that it holds on the device: they are encoded from their source
+    del (
+        trainer
+    )  # and the training examples that it holds on the device: they are encoded from their source
     model.eval()
     fit = fit_aggregate(model, data, config, fabric.device, on_mixture, processes_of(fabric))
     model.cpu()
@@ -219,14 +229,21 @@ def _open_folder(data: Data, out: str | Path | None, resume: bool) -> Path:
     if resume:
         run.check_data(data)
         if run.model_file.is_file() and not run.checkpoints.is_dir():
-            raise StoreError(f"{run.folder} is trained and has no checkpoints to go on from; train into another --out.")
+            raise StoreError(
+                f"{run.folder} is trained and has no checkpoints to go on from; train into another --out."
+            )
     elif run.config_file.exists():
-        raise StoreError(f"{run.folder} holds a run already: resume it with --resume, or choose another --out.")
+        raise StoreError(
+            f"{run.folder} holds a run already: resume it with --resume, or choose another --out."
+        )
     return run.folder
 
 
 def make_model(
-    data: Data, config: TrainConfig, encoder: nn.Module | None = None, decoder: nn.Module | None = None
+    data: Data,
+    config: TrainConfig,
+    encoder: nn.Module | None = None,
+    decoder: nn.Module | None = None,
 ) -> VAE:
     """Build the untrained model that suits the data.
 
@@ -248,16 +265,33 @@ def make_model(
     noise = make_noise(data, config)
     shape, latent_dim = data.shape, _latent_dim(data, config)
     traits: dict[str, Any] = {
-        "mean_bounds": None if data.quantum is None else (0.0, 1.0),  # digital data reach from offset to offset + scale
+        "mean_bounds": None
+        if data.quantum is None
+        else (0.0, 1.0),  # digital data reach from offset to offset + scale
         "deterministic": config.objective in DETERMINISTIC,
     }
     if encoder is not None and decoder is not None:
         return VAE(
-            encoder, decoder, noise, shape=shape, latent_dim=latent_dim, scaling=scaling, width=config.width, **traits
+            encoder,
+            decoder,
+            noise,
+            shape=shape,
+            latent_dim=latent_dim,
+            scaling=scaling,
+            width=config.width,
+            **traits,
         )
-    architecture: Architecture = default_architecture(shape) if config.architecture == "auto" else config.architecture
+    architecture: Architecture = (
+        default_architecture(shape) if config.architecture == "auto" else config.architecture
+    )
     model = VAE.build(
-        shape, latent_dim, architecture=architecture, width=config.width, noise=noise, scaling=scaling, **traits
+        shape,
+        latent_dim,
+        architecture=architecture,
+        width=config.width,
+        noise=noise,
+        scaling=scaling,
+        **traits,
     )
     sample = scaling(examples(data.train, 10_000, torch.device("cpu")))
     model.start_at_data(sample.mean(0), sample.std())
@@ -279,13 +313,17 @@ def make_noise(data: Data, config: TrainConfig) -> NoiseModel:
     memory = min(100, math.ceil(len(data.train) / config.batch_size))
     if config.noise == "global":
         return GlobalNoise(config.noise_update, memory=memory)
-    shape = (data.shape[0], *(1 for _ in data.shape[1:])) if config.noise == "channel" else data.shape
+    shape = (
+        (data.shape[0], *(1 for _ in data.shape[1:])) if config.noise == "channel" else data.shape
+    )
     if data.quantum is None:
         return DimensionNoise(shape, config.noise_update, memory=memory)
     return DimensionNoise(shape, config.noise_update, memory=memory, min_var=data.quantum**2 / 12)
 
 
-def sample_aggregate(model: VAE, training: ExampleSet, n: int, generator: torch.Generator) -> Tensor:
+def sample_aggregate(
+    model: VAE, training: ExampleSet, n: int, generator: torch.Generator
+) -> Tensor:
     """Draw from the exact aggregate posterior, eq. (12): a random example each, and a sample of its q(z|x).
 
     Args:
@@ -300,8 +338,12 @@ def sample_aggregate(model: VAE, training: ExampleSet, n: int, generator: torch.
     rows = torch.randint(len(training), (n,), generator=generator, device=generator.device).cpu()
     if isinstance(training, Stream):
         posterior = encode_examples(model, training, generator.device)
-        return Gaussian(*(parameter[rows.to(generator.device)] for parameter in posterior)).sample(generator)
-    return encode_examples(model, training.at_hand.take(rows.numpy()), generator.device).sample(generator)
+        return Gaussian(*(parameter[rows.to(generator.device)] for parameter in posterior)).sample(
+            generator
+        )
+    return encode_examples(model, training.at_hand.take(rows.numpy()), generator.device).sample(
+        generator
+    )
 
 
 def fit_aggregate(
@@ -330,16 +372,22 @@ def fit_aggregate(
     def encode(examples: ExampleSet) -> tuple[Gaussian, Tensor]:
         """Posteriors of this process's part, and a sample of each, the same whatever the number of processes."""
         posterior = encode_examples(model, examples, device, processes)
-        return posterior, posterior.sample(SharedGenerator(generator, len(examples), processes.rank, processes.size))
+        return posterior, posterior.sample(
+            SharedGenerator(generator, len(examples), processes.rank, processes.size)
+        )
 
     posterior, codes = encode(data.train)
     if config.mixture_fit == "variational":
-        n_components = min(32, len(data.train)) if config.n_components == "auto" else config.n_components
+        n_components = (
+            min(32, len(data.train)) if config.n_components == "auto" else config.n_components
+        )
         return fit_variational_mixture(processes.gather(codes), n_components, generator=generator)
     held_out = encode(data.validation)[1] if config.n_components == "auto" else None
     exact = config.mixture_from == "moments"
     if processes.rank:
-        generator.manual_seed(config.seed + 4 + processes.rank)  # for random subsets, to which each gives a share
+        generator.manual_seed(
+            config.seed + 4 + processes.rank
+        )  # for random subsets, to which each gives a share
     return fit_mixture(
         posterior.mean if exact else codes,
         config.n_components,
@@ -351,7 +399,9 @@ def fit_aggregate(
     )
 
 
-def encode_examples(model: VAE, examples: ExampleSet, device: torch.device, processes: Processes = ALONE) -> Gaussian:
+def encode_examples(
+    model: VAE, examples: ExampleSet, device: torch.device, processes: Processes = ALONE
+) -> Gaussian:
     """Posterior q(z|x) of every example, or of this process's part of them.
 
     What is kept is 8 d bytes each, 1.3 GB for ten million codes of d = 16.
@@ -365,7 +415,9 @@ def encode_examples(model: VAE, examples: ExampleSet, device: torch.device, proc
     Returns:
         Means and log-variances, (N, d).
     """
-    batches = batches_of(examples, EVALUATION_BATCH, device, rank=processes.rank, world_size=processes.size)
+    batches = batches_of(
+        examples, EVALUATION_BATCH, device, rank=processes.rank, world_size=processes.size
+    )
     return encode_all(model, batches.epoch())
 
 
@@ -383,8 +435,13 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
     problems = config.problems()
     dimensions = int(np.prod(data.shape))
     if config.stage_1_epochs == 0:
-        problems.append("stage_1_epochs=0 is for models trained before: give one to Trainer in Python")
-    if min(len(data.train), len(data.validation), len(data.test)) < 2 or len(data.train) < min_train:
+        problems.append(
+            "stage_1_epochs=0 is for models trained before: give one to Trainer in Python"
+        )
+    if (
+        min(len(data.train), len(data.validation), len(data.test)) < 2
+        or len(data.train) < min_train
+    ):
         problems.append(
             f"too few examples: {len(data.train)} for training, {len(data.validation)} for validation and "
             f"{len(data.test)} for the test; at least {min_train}, 2 and 2 are needed"
@@ -395,13 +452,19 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
             "there is nothing to compress"
         )
     if isinstance(config.n_components, int) and config.n_components > len(data.train):
-        problems.append(f"n_components={config.n_components} exceeds the {len(data.train)} training examples")
+        problems.append(
+            f"n_components={config.n_components} exceeds the {len(data.train)} training examples"
+        )
     if config.floor == "quantisation" and data.quantum is None:
-        problems.append("floor=quantisation needs digital data such as 8-bit images; give a multiple such as 1.0")
+        problems.append(
+            "floor=quantisation needs digital data such as 8-bit images; give a multiple such as 1.0"
+        )
     if config.noise == "channel" and len(data.shape) != 3:
         problems.append("noise=channel needs images; for tables use noise=dimension")
     if config.architecture in ("conv", "residual") and len(data.shape) != 3:
-        problems.append(f"architecture={config.architecture} needs images; for tables use architecture=mlp")
+        problems.append(
+            f"architecture={config.architecture} needs images; for tables use architecture=mlp"
+        )
     if config.tracker in TRACKERS and not is_installed(config.tracker):
         problems.append(
             f"tracker={config.tracker} needs the library of that name: pip install {config.tracker}, or "
@@ -456,7 +519,9 @@ def _fit_messages(fit: MixtureFit) -> list[str]:
     said = []
     if len(fit.held_out) > 1:
         tried = ", ".join(f"{k}: {score.value:.2f}" for k, score in fit.held_out.items())
-        said.append(f"Mixture of {count} components, by held-out log-likelihood of codes ({tried} nats).")
+        said.append(
+            f"Mixture of {count} components, by held-out log-likelihood of codes ({tried} nats)."
+        )
     if fit.n_floored:
         said.append(
             f"Warning: {fit.n_floored} of the mixture's {count} components have shrunk to their floor; its density is "
@@ -483,5 +548,8 @@ def describe_mixture(fit: MixtureFit, config: TrainConfig) -> dict[str, Any]:
         "iterations": fit.n_iterations,
         "converged": fit.converged,
         "components_floored": fit.n_floored,
-        "held_out": [{"n_components": k, **log_likelihood._asdict()} for k, log_likelihood in fit.held_out.items()],
+        "held_out": [
+            {"n_components": k, **log_likelihood._asdict()}
+            for k, log_likelihood in fit.held_out.items()
+        ],
     }

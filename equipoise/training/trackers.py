@@ -36,12 +36,17 @@ class TrackerSink(Sink):
     def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
         """Open the tracker's run, the same one as before if this is a resume."""
 
-    def step(self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]) -> None:
+    def step(
+        self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]
+    ) -> None:
         """Do nothing: points are per epoch."""
 
     def epoch(self, row: Row) -> None:
         """Log every number of the row."""
-        self.log({name: float(value) for name, value in row.items() if isinstance(value, int | float)}, row["epoch"])
+        self.log(
+            {name: float(value) for name, value in row.items() if isinstance(value, int | float)},
+            row["epoch"],
+        )
 
     @abstractmethod
     def log(self, figures: dict[str, float], epoch: int) -> None:
@@ -79,7 +84,9 @@ class TensorBoardSink(TrackerSink):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=len(history) + 1)
-        self.writer.add_text("options", "\n".join(f"- {name}: {value}" for name, value in self.options.items()), 0)
+        self.writer.add_text(
+            "options", "\n".join(f"- {name}: {value}" for name, value in self.options.items()), 0
+        )
 
     def log(self, figures: dict[str, float], epoch: int) -> None:
         """Write a point."""
@@ -136,7 +143,11 @@ class MlflowSink(TrackerSink):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it is sent from the import on
         import mlflow
 
-        uri = None if mlflow.is_tracking_uri_set() else f"sqlite:///{(self.folder / 'mlflow.db').resolve()}"
+        uri = (
+            None
+            if mlflow.is_tracking_uri_set()
+            else f"sqlite:///{(self.folder / 'mlflow.db').resolve()}"
+        )
         self.client = mlflow.MlflowClient(uri)
         self.opened_id = self.run_id(self._create)
         self.client.update_run(self.opened_id, status="RUNNING")
@@ -146,7 +157,9 @@ class MlflowSink(TrackerSink):
 
         project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         experiment = self.client.get_experiment_by_name(project)
-        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(project)
+        experiment_id = (
+            experiment.experiment_id if experiment else self.client.create_experiment(project)
+        )
         run_id: str = self.client.create_run(experiment_id, run_name=self.folder.name).info.run_id
         params = [Param(key=name, value=str(value)) for name, value in self.options.items()]
         self.client.log_batch(run_id, params=params)
@@ -157,7 +170,10 @@ class MlflowSink(TrackerSink):
         from mlflow.entities import Metric
 
         now = round(1000 * time.time())  # milliseconds
-        metrics = [Metric(key=name, value=value, timestamp=now, step=epoch) for name, value in figures.items()]
+        metrics = [
+            Metric(key=name, value=value, timestamp=now, step=epoch)
+            for name, value in figures.items()
+        ]
         self.client.log_batch(self.opened_id, metrics=metrics)
 
     def close(self) -> None:

@@ -24,7 +24,13 @@ from equipoise.data import Data, EpochBatches, ExampleSet, batches_of
 from equipoise.data.varying import varying_dimensions
 from equipoise.gaussian import SharedGenerator
 from equipoise.model import VAE
-from equipoise.noise import DimensionNoise, GlobalNoise, PredictedNoise, ResidualQuantiles, ResidualVariance
+from equipoise.noise import (
+    DimensionNoise,
+    GlobalNoise,
+    PredictedNoise,
+    ResidualQuantiles,
+    ResidualVariance,
+)
 from equipoise.objectives import (
     BatchVarianceElbo,
     DetachedVarianceElbo,
@@ -100,7 +106,14 @@ class RunningMeans:
             step: optimiser steps done, to name the one at which the loss stopped being finite.
         """
         noise_var = terms.log_var.exp().mean().expand_as(terms.kl)
-        values = (terms.elbo, terms.log_likelihood, terms.kl, terms.squared_error, noise_var, terms.loss)
+        values = (
+            terms.elbo,
+            terms.log_likelihood,
+            terms.kl,
+            terms.squared_error,
+            noise_var,
+            terms.loss,
+        )
         sums = torch.stack(values).sum(1, dtype=torch.float64)
         self.sums += sums[:-1]
         self.count += len(terms.kl)
@@ -114,13 +127,18 @@ class RunningMeans:
         self._checks = []
         low = torch.stack(lows).nan_to_num(math.inf, math.inf, -math.inf).min()
         high = torch.stack(highs).nan_to_num(-math.inf, math.inf, -math.inf).max()
-        low, high = torch.minimum(self.log_var_range[0], low), torch.maximum(self.log_var_range[1], high)
+        low, high = (
+            torch.minimum(self.log_var_range[0], low),
+            torch.maximum(self.log_var_range[1], high),
+        )
         self.log_var_range = torch.stack([low, high])
         bad = torch.stack(losses).isfinite().logical_not().tolist()
         if self.first_bad_step < 0 and any(bad):
             self.first_bad_step = steps[bad.index(True)]
 
-    def read(self, dimensions: int, stage: Stage, all_reduce: Callable[..., Tensor]) -> dict[str, float]:
+    def read(
+        self, dimensions: int, stage: Stage, all_reduce: Callable[..., Tensor]
+    ) -> dict[str, float]:
         """Averages so far, over all processes; the only place that waits for the device.
 
         Args:
@@ -136,10 +154,15 @@ class RunningMeans:
             NotFiniteError: if a loss was not finite.
         """
         self._check()
-        count, is_bad = self.sums.new_tensor([self.count]), self.sums.new_tensor([self.first_bad_step >= 0])
+        count, is_bad = (
+            self.sums.new_tensor([self.count]),
+            self.sums.new_tensor([self.first_bad_step >= 0]),
+        )
         *sums, n, n_bad = all_reduce(torch.cat([self.sums, count, is_bad])).tolist()
         if n_bad:
-            signs = self.log_var_range.new_tensor([-1.0, 1.0])  # the lowest is the highest of the negatives
+            signs = self.log_var_range.new_tensor(
+                [-1.0, 1.0]
+            )  # the lowest is the highest of the negatives
             low, high = (all_reduce(self.log_var_range * signs, "max") * signs).tolist()
             bad_step = int(all_reduce(self.sums.new_tensor([self.first_bad_step]), "max"))
             raise NotFiniteError(
@@ -161,7 +184,9 @@ class RunningMeans:
         """Everything in one tensor, which is exact, (10,), float64."""
         self._check()
         others = [self.count, self.first_bad_step, self.seconds]
-        return torch.cat([self.sums, self.log_var_range.double(), self.sums.new_tensor(others)]).cpu()
+        return torch.cat(
+            [self.sums, self.log_var_range.double(), self.sums.new_tensor(others)]
+        ).cpu()
 
     def unpack(self, packed: Tensor) -> None:
         """Go on where :meth:`pack` was called.
@@ -209,7 +234,9 @@ class Trainer:
         self.folder = folder
         self.sinks = sinks
         self.fabric = fabric or make_fabric(config)
-        self.schedule = StageSchedule(config.stage_1_epochs, config.stage_2_epochs, config.tolerance, config.patience)
+        self.schedule = StageSchedule(
+            config.stage_1_epochs, config.stage_2_epochs, config.tolerance, config.patience
+        )
         self.position = Position()
         self.sigterm = Sigterm()
         self.objective: Any = None
@@ -222,9 +249,13 @@ class Trainer:
         self.sum_over_processes = self.all_reduce if self.fabric.world_size > 1 else None
         device = self.fabric.device
         model.to(device)
-        if problems := config.problems_of_sharing(self.fabric.world_size):  # a number that torchrun may have chosen
+        if problems := config.problems_of_sharing(
+            self.fabric.world_size
+        ):  # a number that torchrun may have chosen
             raise ConfigError(problems)
-        self.train_batches = self._batches(data.train, min(config.batch_size, len(data.train)), seed=config.seed)
+        self.train_batches = self._batches(
+            data.train, min(config.batch_size, len(data.train)), seed=config.seed
+        )
         self.validation_batches = self._batches(data.validation, EVALUATION_BATCH)
         self.test_batches = self._batches(data.test, EVALUATION_BATCH)
         self.generator = torch.Generator(device).manual_seed(config.seed)
@@ -290,7 +321,9 @@ class Trainer:
         unit_sums = torch.zeros(2, model.latent_dim, dtype=torch.float64, device=self.fabric.device)
         with torch.no_grad():
             for batch, raw in enumerate(self._steps(batches.epoch(0))):
-                terms = objective(self._to_model_units(raw), self._shared(generator, batches, batch))
+                terms = objective(
+                    self._to_model_units(raw), self._shared(generator, batches, batch)
+                )
                 means.add(terms, self.position.step)
                 floor_share += model.noise.floor_share(terms.log_var) * len(raw)
                 posterior_mean = terms.posterior.mean.double()
@@ -310,11 +343,18 @@ class Trainer:
             unit_var=((unit_squares - unit_sum.square() / n) / (n - 1)).float().cpu(),
         )
 
-    def _batches(self, examples: ExampleSet, batch_size: int, seed: int | None = None) -> EpochBatches:
+    def _batches(
+        self, examples: ExampleSet, batch_size: int, seed: int | None = None
+    ) -> EpochBatches:
         """This process's part of batches that have ``batch_size`` examples over all processes."""
         rank, size = self.processes.rank, self.processes.size
         return batches_of(
-            examples, math.ceil(batch_size / size), self.fabric.device, seed=seed, rank=rank, world_size=size
+            examples,
+            math.ceil(batch_size / size),
+            self.fabric.device,
+            seed=seed,
+            rank=rank,
+            world_size=size,
         )
 
     def _steps(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -324,16 +364,24 @@ class Trainer:
                 begin_step()
             yield raw
 
-    def _shared(self, generator: torch.Generator, batches: EpochBatches, batch: int) -> SharedGenerator:
+    def _shared(
+        self, generator: torch.Generator, batches: EpochBatches, batch: int
+    ) -> SharedGenerator:
         """The source of a batch's draws, which do not depend on the number of processes."""
-        return SharedGenerator(generator, batches.size(batch), self.processes.rank, self.processes.size)
+        return SharedGenerator(
+            generator, batches.size(batch), self.processes.rank, self.processes.size
+        )
 
     def _agree(self, *wishes: bool) -> list[bool]:
         """What any process wishes, so that all do the same."""
         if self.fabric.world_size == 1:
             return list(wishes)
         return (
-            self.all_reduce(torch.tensor(wishes, dtype=torch.int32, device=self.fabric.device), "max").bool().tolist()
+            self.all_reduce(
+                torch.tensor(wishes, dtype=torch.int32, device=self.fabric.device), "max"
+            )
+            .bool()
+            .tolist()
         )
 
     def _look_at_data(self) -> None:
@@ -362,7 +410,9 @@ class Trainer:
         """Make the objective, optimiser and learning-rate schedule of the stage."""
         config, stage = self.config, self.schedule.stage
         objective = make_objective(self.model, config, stage)
-        peak = config.learning_rate if stage is Stage.SHARED_VARIANCE else config.stage_2_learning_rate
+        peak = (
+            config.learning_rate if stage is Stage.SHARED_VARIANCE else config.stage_2_learning_rate
+        )
         groups = parameter_groups(self.model, peak, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
         total = self.schedule.epochs[stage] * self.steps_per_epoch
@@ -378,7 +428,9 @@ class Trainer:
         self._place_model()
         if config.compile:
             compile_networks(self.model, self.fabric.device, self.fabric.world_size)
-        self.objective = self.optimizer = None  # hooks of the stage before, which synchronise gradients, go with them
+        self.objective = self.optimizer = (
+            None  # hooks of the stage before, which synchronise gradients, go with them
+        )
         gc.collect()
         self.objective, self.optimizer = self.fabric.setup(objective, optimizer)
         self.clipping = RelativeClipping(config.clip).to(self.fabric.device)
@@ -431,7 +483,9 @@ class Trainer:
         for raw in self._steps(batches.epoch(self.position.epoch, self.position.batch)):
             epoch, step, stage_step, batch = self.position
             self.optimizer.zero_grad()
-            terms: Terms = self.objective(self._to_model_units(raw), self._shared(self.generator, batches, batch))
+            terms: Terms = self.objective(
+                self._to_model_units(raw), self._shared(self.generator, batches, batch)
+            )
             # The engine averages over processes: this is the mean over the whole batch, whatever the parts.
             self.fabric.backward(terms.loss.sum() / (batches.size(batch) / processes))
             if self.config.clip:
@@ -459,7 +513,9 @@ class Trainer:
                 saved = now
         self.position = self.position._replace(epoch=self.position.epoch + 1, batch=0)
 
-    def _end_stage(self, ended: Stage, decision: Decision, figures: SplitFigures) -> tuple[dict[str, float], list[str]]:
+    def _end_stage(
+        self, ended: Stage, decision: Decision, figures: SplitFigures
+    ) -> tuple[dict[str, float], list[str]]:
         """Average weights, find the exact closed form or recalibrate; return test figures and what to tell."""
         said = [decision.reason[0].upper() + decision.reason[1:] + "."]
         if self.average:
@@ -477,12 +533,17 @@ class Trainer:
         else:
             said += self._recalibrate()
         test = self.evaluate(self.test_batches)
-        on_floor = f", {test.floor_share:.0%} of the variances on their floor" if test.floor_share else ""
+        on_floor = (
+            f", {test.floor_share:.0%} of the variances on their floor" if test.floor_share else ""
+        )
         said.append(
             f"Test set, {test.n:,} examples: ELBO {test.elbo:.1f} nats, KL {test.kl:.1f}, MSE {test.mse:.5f}{on_floor}."
         )
         is_floor_expected = ended is Stage.PREDICTED_VARIANCE
-        said += [f"Warning: {warning}" for warning in warnings_for(figures, self.data_var, is_floor_expected)]
+        said += [
+            f"Warning: {warning}"
+            for warning in warnings_for(figures, self.data_var, is_floor_expected)
+        ]
         return at_end | {f"test_{name}": getattr(test, name) for name in _LOGGED}, said
 
     def _hand_over(self) -> None:
@@ -516,11 +577,17 @@ class Trainer:
                 statistic.update(terms.residual * torch.exp(-0.5 * terms.log_var))
             statistic.all_reduce(self.all_reduce)
             noise.recalibrate(statistic)
-        varying = varying_dimensions(examples(self.data.train, VARYING_EXAMPLES, self.fabric.device))
+        varying = varying_dimensions(
+            examples(self.data.train, VARYING_EXAMPLES, self.fabric.device)
+        )
         if varying.any():
-            noise.calibrate_intervals(self._standardised(varying), rescale=self.config.recalibrate == "coverage")
+            noise.calibrate_intervals(
+                self._standardised(varying), rescale=self.config.recalibrate == "coverage"
+            )
             factors = ", ".join(f"{noise.interval_factor(k):.2f}" for k in (1.0, 2.0, 3.0))
-            said.append(f"Within {factors} predicted std lie .683, .954 and .997 of the errors of {held_out}.")
+            said.append(
+                f"Within {factors} predicted std lie .683, .954 and .997 of the errors of {held_out}."
+            )
         if self.config.recalibrate != "none":
             scale = float((0.5 * noise.calibration).exp().mean())
             said.insert(0, f"Recalibrated the predicted std on {held_out}: x {scale:.3f}.")
@@ -551,8 +618,13 @@ class Trainer:
 
     def _total_steps(self) -> int:
         """Steps of the whole run if no stage ends early; shrinks when one has."""
-        ahead = [epochs for stage, epochs in self.schedule.epochs.items() if stage > self.schedule.stage]
-        here = self.schedule.epochs.get(self.schedule.stage, 0) * self.steps_per_epoch - self.position.stage_step
+        ahead = [
+            epochs for stage, epochs in self.schedule.epochs.items() if stage > self.schedule.stage
+        ]
+        here = (
+            self.schedule.epochs.get(self.schedule.stage, 0) * self.steps_per_epoch
+            - self.position.stage_step
+        )
         return self.position.step + here + sum(ahead) * self.steps_per_epoch
 
     def _read_and_show(self) -> dict[str, float]:
@@ -589,15 +661,21 @@ class Trainer:
             # The global ones serve a user's own networks, such as dropout.
             "global_generators": self._of_each(torch.get_rng_state()),
             "cuda_generators": (
-                self._of_each(torch.cuda.get_rng_state()) if self.fabric.device.type == "cuda" else None
+                self._of_each(torch.cuda.get_rng_state())
+                if self.fabric.device.type == "cuda"
+                else None
             ),
             "config": self.config.as_dict(),
             "fingerprint": self.data.fingerprint,
         }
-        path = in_main_process(self.fabric, partial(save_checkpoint, self.folder, self.position.step, state))
+        path = in_main_process(
+            self.fabric, partial(save_checkpoint, self.folder, self.position.step, state)
+        )
         (is_stopped,) = self._agree(self.sigterm.received)
         if is_stopped:
-            message = f"stopped by SIGTERM after step {self.position.step}, with the checkpoint {path}"
+            message = (
+                f"stopped by SIGTERM after step {self.position.step}, with the checkpoint {path}"
+            )
             raise Preempted(message) if self.fabric.is_global_zero else Preempted(message, code=0)
 
     def _restore(self) -> bool:
@@ -617,10 +695,14 @@ class Trainer:
             )
         was = TrainConfig().as_dict() | state["config"]  # which an older version may have written
         changed = [
-            name for name, value in self.config.as_dict().items() if was[name] != value and name not in PLACEMENT
+            name
+            for name, value in self.config.as_dict().items()
+            if was[name] != value and name not in PLACEMENT
         ]
         if changed:
-            raise StoreError(f"{path} was trained with other values of {', '.join(changed)}; resume with the same.")
+            raise StoreError(
+                f"{path} was trained with other values of {', '.join(changed)}; resume with the same."
+            )
         self.position = Position(*state["position"])
         if self.position.batch:
             self._restore_means(state["means"])
@@ -639,7 +721,11 @@ class Trainer:
             if self.average:
                 self.average.load_state_dict(state["average"])
         self._restore_generators(state)
-        within = f" and {self.position.batch} of {len(self.train_batches)} batches" if self.position.batch else ""
+        within = (
+            f" and {self.position.batch} of {len(self.train_batches)} batches"
+            if self.position.batch
+            else ""
+        )
         self._message(f"Resumed {path.name}, after {self.position.epoch} epochs{within}.")
         return True
 
@@ -664,7 +750,9 @@ class Trainer:
                 "same batches and draws, summed in another order."
             )
         if rank < len(states):
-            torch.set_rng_state(states[rank].clone())  # torch reads from the start of the storage, row or not
+            torch.set_rng_state(
+                states[rank].clone()
+            )  # torch reads from the start of the storage, row or not
             if state["cuda_generators"] is not None and self.fabric.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_generators"][rank].clone())
 
@@ -727,12 +815,18 @@ def parameter_groups(model: VAE, learning_rate: float, weight_decay: float) -> l
     """
     noise = model.noise
     variances = (
-        [noise.log_var] if isinstance(noise, GlobalNoise | DimensionNoise) and noise.log_var.requires_grad else []
+        [noise.log_var]
+        if isinstance(noise, GlobalNoise | DimensionNoise) and noise.log_var.requires_grad
+        else []
     )
     known = {id(parameter) for parameter in variances}
     others = [parameter for parameter in model.parameters() if id(parameter) not in known]
     groups = [
-        {"params": [p for p in others if p.ndim >= 2], "lr": learning_rate, "weight_decay": weight_decay},
+        {
+            "params": [p for p in others if p.ndim >= 2],
+            "lr": learning_rate,
+            "weight_decay": weight_decay,
+        },
         {"params": [p for p in others if p.ndim < 2], "lr": learning_rate, "weight_decay": 0.0},
         {"params": variances, "lr": 10 * learning_rate, "weight_decay": 0.0},
     ]
