@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
+from equipoise.config import make_config, read_recipe, shipped_recipes
 from equipoise.data import Batches, load
+from equipoise.data.batches import examples
 from equipoise.data.varying import varying_dimensions
 from equipoise.estimate import Estimate
 from equipoise.metrics.calibration import noise_calibration
 from equipoise.metrics.likelihood import bits_per_dimension, iwae, likelihood
 from equipoise.provenance import provenance
 from equipoise.store import load_model, save_model
-from equipoise.training.config import make_config, read_recipe, shipped_recipes
-from equipoise.training.run import make_model
-from equipoise.training.trainer import Trainer, examples
+from equipoise.training.setup import make_model
+from equipoise.training.trainer import Trainer
 
 RECALIBRATIONS = ("none", "scale", "coverage")
 SHARES = (1.0, 2.0, 3.0)

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.config import make_config
 from equipoise.data import load
 from equipoise.mixture_fit import fit_mixture
 from equipoise.provenance import provenance
-from equipoise.training.config import make_config
-from equipoise.training.run import make_model
+from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 
 SEED = 0

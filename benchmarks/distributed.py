@@ -15,10 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from equipoise.config import make_config, read_recipe, shipped_recipes
 from equipoise.data import load
 from equipoise.provenance import provenance
-from equipoise.training.config import make_config, read_recipe, shipped_recipes
-from equipoise.training.run import Run
+from equipoise.run import Run
 
 SHORT = {"stage_1_epochs": 1, "stage_2_epochs": 1, "tolerance": 0, "n_components": 8}
 WAYS = {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from equipoise.glossary import CURVES, leaves, measure, term
 from equipoise.provenance import provenance
-from equipoise.training.run import Run
+from equipoise.run import Run
 
 ROWS = {
     "ELBO, nats": "likelihood.elbo",

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from equipoise.provenance import provenance
-from equipoise.training.run import Run
+from equipoise.run import Run
 
 
 def main():

@@ -42,13 +42,14 @@ from pythae.samplers import GaussianMixtureSampler, GaussianMixtureSamplerConfig
 from pythae.trainers import BaseTrainerConfig, CoupledOptimizerTrainerConfig
 
 from equipoise.aggregate import StandardNormal
+from equipoise.config import make_config, read_recipe, shipped_recipes
 from equipoise.data import Batches, load
 from equipoise.metrics.features import cached_features, features_of, load_features
 from equipoise.metrics.samples import sample_quality
+from equipoise.processes import choose_device
 from equipoise.provenance import provenance
-from equipoise.training.config import make_config, read_recipe, shipped_recipes
-from equipoise.training.engine import choose_device
-from equipoise.training.run import fit_aggregate, make_model
+from equipoise.sources import fit_aggregate
+from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 
 BATCH = 500

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
+from equipoise.config import TrainConfig, make_config, read_recipe, shipped_recipes
 from equipoise.data import Batches, load
 from equipoise.estimate import Estimate
 from equipoise.metrics.likelihood import iwae, likelihood
 from equipoise.provenance import provenance
-from equipoise.training.config import TrainConfig, make_config, read_recipe, shipped_recipes
-from equipoise.training.run import make_model
+from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 
 VARIANTS = {

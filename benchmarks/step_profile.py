@@ -19,11 +19,11 @@ from tables import step_profile
 from throughput import PRECISIONS, Silent
 from torch.profiler import ProfilerActivity, profile
 
+from equipoise.config import make_config, read_recipe, shipped_recipes
 from equipoise.data import load
+from equipoise.processes import choose_device
 from equipoise.provenance import provenance
-from equipoise.training.config import make_config, read_recipe, shipped_recipes
-from equipoise.training.engine import choose_device
-from equipoise.training.run import make_model
+from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 
 KINDS = {

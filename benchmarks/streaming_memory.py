@@ -116,9 +116,9 @@ def train(kind, n, folder):
     """Load, train for an epoch and fit the mixture; return the peaks."""
     import torch
 
+    from equipoise.config import TrainConfig
     from equipoise.data import Batches, load, load_stream
-    from equipoise.training.config import TrainConfig
-    from equipoise.training.run import train as run
+    from equipoise.training.job import train as run
 
     torch.set_num_threads(1)
     if kind == MAPPED:

@@ -28,14 +28,14 @@ import torch
 from torch.nn.functional import mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
+from equipoise.config import make_config, read_recipe, shipped_recipes
 from equipoise.data import load
 from equipoise.networks import GELU, ConvTranspose2d
+from equipoise.processes import choose_device
 from equipoise.provenance import provenance
 from equipoise.stages import Stage
-from equipoise.training.config import make_config, read_recipe, shipped_recipes
-from equipoise.training.engine import choose_device
-from equipoise.training.run import make_model
-from equipoise.training.trainer import Trainer, make_objective
+from equipoise.training.setup import make_model, make_objective
+from equipoise.training.trainer import Trainer
 
 LOG_2PI = math.log(2 * math.pi)
 OURS, LEAN, CLIPPED, PLAIN, PYTHAE, CEILING = (

@@ -22,13 +22,13 @@ from peers import BATCH, N_SAMPLES, fit_equipoise, fit_pythae, fit_pythae_mixtur
 from tables import time_to_quality
 from throughput import PRECISIONS
 
+from equipoise.config import make_config, read_recipe, shipped_recipes
 from equipoise.data import Batches, load
 from equipoise.metrics.features import cached_features, features_of, load_features
 from equipoise.metrics.samples import sample_quality
+from equipoise.processes import choose_device
 from equipoise.provenance import provenance
-from equipoise.training.config import make_config, read_recipe, shipped_recipes
-from equipoise.training.engine import choose_device
-from equipoise.training.run import fit_aggregate
+from equipoise.sources import fit_aggregate
 
 COMPONENTS = (32, 64)
 LEARNING_RATE = 0.01

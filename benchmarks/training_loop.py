@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from throughput import LEAN, OURS, HandWritten, Turns
 
+from equipoise.config import make_config, read_recipe, shipped_recipes
 from equipoise.data import load
 from equipoise.provenance import provenance
-from equipoise.training.config import make_config, read_recipe, shipped_recipes
-from equipoise.training.run import Run, train
+from equipoise.run import Run
+from equipoise.training.job import train
 
 
 def main():

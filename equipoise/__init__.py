@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from equipoise.aggregate import AggregatePosterior as AggregatePosterior
     from equipoise.aggregate import GaussianMixture as GaussianMixture
     from equipoise.aggregate import StandardNormal as StandardNormal
+    from equipoise.config import TrainConfig as TrainConfig
     from equipoise.data import Data as Data
     from equipoise.data import load as load_data  # noqa: F401 (re-exported under a clearer name)
     from equipoise.data import load_stream as load_stream
@@ -35,16 +36,16 @@ if TYPE_CHECKING:
     from equipoise.objectives import DetachedVarianceElbo as DetachedVarianceElbo
     from equipoise.objectives import Elbo as Elbo
     from equipoise.objectives import importance_weighted_bound as importance_weighted_bound
+    from equipoise.run import Run as Run
     from equipoise.sharing import push as push
     from equipoise.stages import StageSchedule as StageSchedule
     from equipoise.store import load_model as load_model
     from equipoise.store import save_model as save_model
-    from equipoise.training.config import TrainConfig as TrainConfig
-    from equipoise.training.run import Run as Run
-    from equipoise.training.run import train as train
+    from equipoise.training.job import train as train
 
 _HOMES = {
     "equipoise.aggregate": ("AggregatePosterior", "GaussianMixture", "StandardNormal"),
+    "equipoise.config": ("TrainConfig",),
     "equipoise.data": ("Data", "load_data", "load_stream"),
     "equipoise.estimator": ("VAEEstimator",),
     "equipoise.evaluation": ("evaluate",),
@@ -60,11 +61,11 @@ _HOMES = {
         "PredictedNoise",
     ),
     "equipoise.objectives": ("DetachedVarianceElbo", "Elbo", "importance_weighted_bound"),
+    "equipoise.run": ("Run",),
     "equipoise.sharing": ("push",),
     "equipoise.stages": ("StageSchedule",),
     "equipoise.store": ("load_model", "save_model"),
-    "equipoise.training.config": ("TrainConfig",),
-    "equipoise.training.run": ("Run", "train"),
+    "equipoise.training.job": ("train",),
 }
 _RENAMED = {"load_data": "load"}
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}

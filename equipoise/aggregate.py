@@ -390,6 +390,32 @@ class GaussianMixture(LatentDistribution):
         return self.weights.log() + log_det - 0.5 * (d * LOG_2PI + squared_distance)
 
 
+@torch.no_grad()
+def single_gaussian(mixture: GaussianMixture) -> GaussianMixture:
+    r"""Replace a mixture by one Gaussian with the mixture's mean and covariance.
+
+    .. math:: \mu = \sum_k \pi_k \mu_k, \qquad
+        \Sigma = \sum_k \pi_k \bigl(\Sigma_k + (\mu_k - \mu)(\mu_k - \mu)^T\bigr)
+
+    EM keeps the moments of the codes. So this is the Gaussian of highest likelihood on the codes
+    that the mixture was fitted to.
+
+    Args:
+        mixture: The mixture of K components.
+
+    Returns:
+        A mixture of one component.
+
+    Example:
+        >>> means = torch.tensor([[-1.0], [1.0]])
+        >>> halves = GaussianMixture(torch.tensor([0.5, 0.5]), means, torch.ones(2, 1, 1))
+        >>> single_gaussian(halves).covariances
+        tensor([[[2.]]])
+    """
+    mean, covariance = mixture.moments()
+    return GaussianMixture(torch.ones_like(mixture.weights[:1]), mean[None], covariance[None])
+
+
 def _factorise(mixture: GaussianMixture, _incompatible_keys: Any = None) -> None:  # noqa: ANN401
     """Check the state of a mixture and derive the Cholesky factors of its covariances and their inverses.
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from equipoise import __version__
-from equipoise.training.config import (
+from equipoise.catalogue import SOURCES
+from equipoise.config import (
     PLACEMENT,
     ConfigError,
     TrainConfig,
@@ -31,8 +32,9 @@ from equipoise.training.preemption import Preempted
 
 if TYPE_CHECKING:
     from equipoise.data import Data, Subset
+    from equipoise.mixture_fit import EMStep
+    from equipoise.run import Run
     from equipoise.terminal import Terminal
-    from equipoise.training.run import Run
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 PAPER_ITEMS = (
@@ -42,16 +44,14 @@ PAPER_ITEMS = (
     "beyond-noise",
     "beyond-size",
 )
-LOADING = ("data_dir", "download", "strict", "stream")
-"""Flags of how data are found and read, which a run keeps."""
 SHORTHANDS = (*PLACEMENT, "precision")
 """Options of the machine, which have flags of their own."""
 RUN_HELP = "run folder, or hf:owner/name of a published one"
 SOURCES_HELP = (
-    "the run's own mixture; mixture=K, such as mixture=500, or mixture=auto, where held-out codes choose K; flow, a "
-    "normalising flow (extra 'flow'); gaussian, with the mixture's moments; prior, N(0, I); aggregate, the "
-    "exact aggregate posterior of the training data (noisy reconstructions). mixture=... and flow need the training "
-    "data once: they are fitted when first asked for, and kept in RUN"
+    "; ".join(f"{name}: {source.summary}" for name, source in SOURCES.items())
+    + ". Those that are fitted ("
+    + ", ".join(name for name, source in SOURCES.items() if source.is_fitted)
+    + ") need the training data when they are first asked for, and are kept in RUN"
 )
 
 
@@ -390,44 +390,43 @@ def _add_data_dir(parser: ArgumentParser) -> None:
 
 
 def _train(options: Namespace) -> None:
-    from equipoise.data import NAMES
+    from equipoise.run import Run
     from equipoise.training.engine import is_main_process
-    from equipoise.training.run import Run, train
+    from equipoise.training.job import train
 
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every process
-    run_to_resume = Run(options.resume) if options.resume else None
-    if run_to_resume:
+    # It announces every process.
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+
+    if options.resume:
         _refuse_with_resume(options)
-        placement = {name: value for name in PLACEMENT if (value := getattr(options, name))}
+        run_to_resume = Run(options.resume)
+        placement = {name: getattr(options, name) for name in PLACEMENT if getattr(options, name)}
         config = make_config(run_to_resume.config().as_dict(), placement)
-        load_options = _load_options_of(run_to_resume, options.data_dir)
     else:
         config, source = _resolve(options)
-        load_options = {name: value for name in LOADING if (value := getattr(options, name))}
-        # Absolute, so that the run finds its data again from anywhere.
-        is_path = source not in NAMES and Path(source).exists()
-        load_options["source"] = str(Path(source).resolve()) if is_path else source
-        if options.data_dir:
-            load_options["data_dir"] = str(Path(options.data_dir).expanduser().resolve())
+
     with _terminal(quiet=options.quiet, silent=not is_main_process()) as terminal:
-        data = _load(load_options, config, terminal)
+        if options.resume:
+            data = run_to_resume.data(options.data_dir, _decoding_bar(terminal))
+        else:
+            data = _load(source, config, options, terminal)
         terminal.message(f"{data.name}: {_describe_data(data)}.")
         for note in data.notes:
             terminal.message(f"Note: {note}")
+
+        def show_mixture(step: "EMStep") -> None:
+            label = f"mixture of {step.n_components}"
+            figure = f"{step.log_likelihood:.3f} nats per code"
+            terminal.progress(label, step.iteration, None, figure)
+
         run = train(
             data,
             config,
             options.resume or options.out,
             resume=bool(options.resume),
             sinks=[terminal],
-            data_options=load_options,
             command=["equipoise", *sys.argv[1:]],
-            on_mixture=lambda step: terminal.progress(
-                f"mixture of {step.n_components}",
-                step.iteration,
-                None,
-                f"{step.log_likelihood:.3f} nats per code",
-            ),
+            on_mixture=show_mixture,
         )
         if is_main_process():
             _finish(run, data, terminal)
@@ -469,15 +468,17 @@ def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
     return config, source
 
 
-def _load(load_options: dict[str, Any], config: TrainConfig, terminal: "Terminal") -> "Data":
+def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Terminal") -> "Data":
+    """Load the data that are named on the command line."""
     from equipoise.data import load, load_stream
 
-    if load_options.get("stream"):
-        return load_stream(
-            load_options["source"], image_size=config.image_size, channels=config.channels
-        )
+    if options.stream:
+        return load_stream(source, image_size=config.image_size, channels=config.channels)
     return load(
-        **load_options,
+        source,
+        data_dir=options.data_dir,
+        strict=options.strict,
+        download=options.download,
         image_size=config.image_size,
         channels=config.channels,
         test_fraction=config.test_fraction,
@@ -515,8 +516,8 @@ def _finish(run: "Run", data: "Data", terminal: "Terminal") -> None:
 def _evaluate(options: Namespace) -> None:
     from equipoise.evaluation import Examples, evaluate
     from equipoise.glossary import warnings_of
+    from equipoise.run import Run
     from equipoise.terminal import format_section
-    from equipoise.training.run import Run
 
     run = Run(options.run)
     model = run.model()
@@ -558,12 +559,12 @@ def _report(options: Namespace) -> None:
 
 def _explore(options: Namespace) -> None:
     from equipoise.explorer import explore
-    from equipoise.training.run import Run
+    from equipoise.run import Run
 
     run = Run(options.run)
     with _terminal() as terminal:
         data = None
-        if "source" in run.settings()["data"]["load"]:
+        if run.settings()["data"]["load"]:
             data = _data_of(run, terminal, options.data_dir)
         else:
             terminal.message(
@@ -581,7 +582,7 @@ def _explore(options: Namespace) -> None:
 
 def _export(options: Namespace) -> None:
     from equipoise.export import export
-    from equipoise.training.run import Run
+    from equipoise.run import Run
 
     run = Run(options.run)
     folder = Path(options.out) if options.out else run.folder / "export"
@@ -592,8 +593,8 @@ def _export(options: Namespace) -> None:
 
 
 def _push(options: Namespace) -> None:
+    from equipoise.run import Run
     from equipoise.sharing import push
-    from equipoise.training.run import Run
 
     with _terminal() as terminal:
         terminal.message(
@@ -645,36 +646,34 @@ def _paper(options: Namespace) -> None:
 
 def _sample(options: Namespace) -> None:
     from equipoise.outputs import torch_generator, write_samples
-    from equipoise.sources import code_source, file_stem
-    from equipoise.training.run import Run, sample_aggregate
+    from equipoise.run import Run
+    from equipoise.sources import draw_codes, file_stem
 
     if options.n < 1:
         raise ConfigError([f"-n must be at least 1, got {options.n}"])
     run = Run(options.run)
     model, generator = run.model(), torch_generator(options.seed)
+
     with _terminal() as terminal:
-        if options.source == "aggregate":  # of which only what is drawn need be encoded
-            data = _data_of(run, terminal, options.data_dir)
-            codes = sample_aggregate(model, data.train, options.n, generator)
-        else:
-            source = code_source(
-                run,
-                model,
-                options.source,
-                lambda: _data_of(run, terminal, options.data_dir),
-                terminal.progress,
-            )
-            codes = source.sample(options.n, generator)
-        folder = Path(options.out) if options.out else run.folder / "samples"
-        files = write_samples(
-            model, codes, file_stem(options.source), folder, generator, noise=options.noise
+        codes = draw_codes(
+            run,
+            model,
+            options.source,
+            options.n,
+            generator,
+            lambda: _data_of(run, terminal, options.data_dir),
+            terminal.progress,
         )
+
+        folder = Path(options.out) if options.out else run.folder / "samples"
+        name = file_stem(options.source)
+        files = write_samples(model, codes, name, folder, generator, noise=options.noise)
         terminal.message("\n".join(map(str, files)))
 
 
 def _reconstruct(options: Namespace) -> None:
     from equipoise.outputs import write_reconstructions
-    from equipoise.training.run import Run
+    from equipoise.run import Run
 
     run = Run(options.run)
     model = run.model()
@@ -690,11 +689,7 @@ def _reconstruct(options: Namespace) -> None:
 
 
 def _data_of(run: "Run", terminal: "Terminal", data_dir: str | None) -> "Data":
-    """The data a run was trained on, as its config.json says, and no other."""
-    load_options = _load_options_of(run, data_dir)
-    data = _load(load_options, run.config(), terminal)
-    run.check_data(data)
-    return data
+    return run.data(data_dir, _decoding_bar(terminal))
 
 
 def _other_examples(
@@ -703,17 +698,6 @@ def _other_examples(
     from equipoise.data import load_examples
 
     return load_examples(source, shape, data_dir=data_dir, progress=_decoding_bar(terminal))
-
-
-def _load_options_of(run: "Run", data_dir: str | None) -> dict[str, Any]:
-    load_options: dict[str, Any] = run.settings()["data"]["load"]
-    if "source" not in load_options:
-        raise ConfigError(
-            [
-                f"{run.folder} was trained from Python, on {run.settings()['data']['source']}: go on with it there"
-            ]
-        )
-    return load_options | ({"data_dir": data_dir} if data_dir else {})
 
 
 @contextmanager

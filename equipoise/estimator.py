@@ -18,20 +18,21 @@ from sklearn.utils import Tags, check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from equipoise.aggregate import GaussianMixture, LatentDistribution, StandardNormal
+from equipoise.aggregate import GaussianMixture
+from equipoise.config import TrainConfig, make_config
 from equipoise.data import load, load_examples
 from equipoise.data.arrays import MIN_EXAMPLES
 from equipoise.data.dataset import Array
 from equipoise.gaussian import Gaussian
 from equipoise.model import VAE, encode_all
-from equipoise.noise import PredictedNoise
 from equipoise.objectives import importance_weighted_bound
+from equipoise.run import Row
+from equipoise.sources import fit_aggregate, ready_source
 from equipoise.store import build_model, fill, read_tensors, write_tensors
-from equipoise.training.config import TrainConfig, make_config
 from equipoise.training.diagnostics import warnings_for
-from equipoise.training.logging import Row
-from equipoise.training.run import check_fit, fit_aggregate, make_model, make_noise
-from equipoise.training.trainer import EVALUATION_BATCH, Trainer
+from equipoise.training.passes import EVALUATION_BATCH
+from equipoise.training.setup import check_fit, make_model, make_noise
+from equipoise.training.trainer import Trainer
 
 AUTO_STEPS = 1000
 AUTO_EPOCHS = (10, 200)
@@ -149,10 +150,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         examples = self._array(x, reset=True)
         self.history_: list[Row] = []
         trainer = self._train(examples, self._config(len(examples)), None)
-        figures = trainer.evaluate(trainer.validation_batches)
-        for text in warnings_for(
-            figures, trainer.data_var, isinstance(trainer.model.noise, PredictedNoise)
-        ):
+        figures = trainer.figures(trainer.validation)
+        for text in warnings_for(figures, trainer.data_var, trainer.model.noise.depends_on_code):
             warnings.warn(text, ConvergenceWarning, stacklevel=2)
         return self._finish(trainer)
 
@@ -244,7 +243,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         Args:
             n: how many.
-            source: of codes: "mixture", or "prior" for N(0, I).
+            source: Where codes come from: "mixture", "gaussian" for one Gaussian with the mixture's
+                mean and covariance, or "prior" for N(0, I).
             noise: add the noise of p(x|z). Without it samples are means, which look best as images but spread less
                 than the rows of a table do.
 
@@ -255,16 +255,14 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             ValueError: if there is no such source, or nothing to draw.
         """
         check_is_fitted(self, "model_")
-        sources: dict[str, LatentDistribution] = {
-            "mixture": self.mixture_,
-            "prior": StandardNormal(self.model_.latent_dim),
-        }
-        if source not in sources or n < 1:
-            raise ValueError(f"expected n >= 1 from 'mixture' or 'prior', got {n} from {source!r}")
+        if n < 1:
+            raise ValueError(f"expected n >= 1 samples, got {n}")
+        density = ready_source(source, self.mixture_)
+
         generator = torch.Generator().manual_seed(self._seed())
-        likelihood = self._decode(sources[source].sample(n, generator).float())
-        found = likelihood.sample(generator) if noise else likelihood.mean
-        return self._as_given(self.model_.scaling.restore_levels(found))
+        likelihood = self._decode(density.sample(n, generator).float())
+        samples = likelihood.sample(generator) if noise else likelihood.mean
+        return self._as_given(self.model_.scaling.restore_levels(samples))
 
     def score_samples(self, x: object, importance_samples: int = 20) -> Float64[np.ndarray, " n"]:
         r"""Bound the log-density of each example from below by importance weighting; low values are odd.
@@ -406,10 +404,12 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             torch.manual_seed(config.seed)
             if model is None:
                 model = make_model(data, config)
-            elif isinstance(model.noise, PredictedNoise):
-                reference_var = model.noise.reference_log_var.exp()
+            elif model.noise.depends_on_code and model.noise.shared_log_var is not None:
+                # The stream goes on in stage 1, from the variance that stage 2 started at.
+                shared_var = model.noise.shared_log_var.exp()
                 model.noise = make_noise(data, config)
-                model.noise.set_var(reference_var)
+                model.noise.set_var(shared_var)
+
             trainer = Trainer(model, data, config)
             history = trainer.fit()
         self.history_ += [
@@ -424,13 +424,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _adopt(self, model: VAE, mixture: GaussianMixture) -> "VAEEstimator":
         self.model_, self.mixture_ = model, mixture
-        noise = model.noise
-        log_var = (
-            noise.reference_log_var
-            if isinstance(noise, PredictedNoise)
-            else noise(torch.zeros(1, 1))
-        )
-        self.noise_var_ = log_var.detach().exp().numpy()[()]
+
+        shared_log_var = model.noise.shared_log_var
+        if shared_log_var is None:
+            shared_log_var = torch.tensor(self.history_[-1]["validation_noise_var"]).log()
+        self.noise_var_ = shared_log_var.detach().exp().numpy()[()]
         return self
 
     def _array(self, x: object, *, reset: bool) -> Array:

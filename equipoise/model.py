@@ -12,16 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from equipoise.catalogue import ARCHITECTURES
 from equipoise.gaussian import Gaussian
-from equipoise.networks import (
-    Architecture,
-    Decoder,
-    build_decoder,
-    build_encoder,
-    default_architecture,
-    start_at_data,
-)
-from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise, bounded
+from equipoise.kernels import bounded
+from equipoise.networks import build_decoder, build_encoder, default_architecture, start_at_data
+from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise, describe_noise
 
 LOG_VAR_RANGE = (-20.0, 5.0)
 """Bounds on the log-variance of q(z|x); no healthy unit comes near either end. An encoder thrown beyond them by one bad
@@ -191,7 +186,7 @@ class VAE(nn.Module):
         shape: tuple[int, ...],
         latent_dim: int,
         scaling: Scaling | None = None,
-        architecture: Architecture | None = None,
+        architecture: str | None = None,
         width: int = 32,
         mean_bounds: tuple[float, float] | None = None,
         deterministic: bool = False,
@@ -215,7 +210,7 @@ class VAE(nn.Module):
         shape: tuple[int, ...],
         latent_dim: int = 16,
         *,
-        architecture: Architecture | None = None,
+        architecture: str | None = None,
         width: int = 32,
         noise: NoiseModel | None = None,
         scaling: Scaling | None = None,
@@ -372,11 +367,13 @@ class VAE(nn.Module):
         network = self.blank_variance_network()
         if self.architecture is not None:
             network.load_state_dict(self.decoder.state_dict())
-        nn.init.zeros_(network.output.weight)
-        nn.init.zeros_(cast(Tensor, network.output.bias))
+
+        output = cast(nn.Linear, network.output)  # or a convolution, whose names are the same
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
         return network
 
-    def blank_variance_network(self) -> Decoder:
+    def blank_variance_network(self) -> nn.Module:
         """Untrained variance network of the shape that :meth:`predict_variance` makes.
 
         Returns:
@@ -394,6 +391,27 @@ class VAE(nn.Module):
         """
         if self.architecture is not None:
             start_at_data(self.encoder, self.decoder, mean, std)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Layout of images in memory that suits the networks.
+
+        Channels last is faster for our convolutions. A user's own networks get the usual layout,
+        because they may rely on it when they change shapes.
+        """
+        if self.architecture is not None and ARCHITECTURES[self.architecture].needs_images:
+            return torch.channels_last
+        return torch.contiguous_format
+
+    def place(self, device: torch.device | str) -> None:
+        """Move the model to a device, in the layout of :attr:`memory_format`.
+
+        Args:
+            device: Where to compute.
+        """
+        self.to(device)
+        if self.memory_format is torch.channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def description(self) -> dict[str, Any]:
         """Constructor arguments as JSON values, from which ``store.py`` builds the model before it fills it.
@@ -413,7 +431,7 @@ class VAE(nn.Module):
             "quantum": self.scaling.quantum,
             "offset_shape": list(self.scaling.offset.shape),
             "scale_shape": list(self.scaling.scale.shape),
-            "noise": self.noise.description(),
+            "noise": describe_noise(self.noise),
         }
 
     @torch.no_grad()

@@ -13,13 +13,17 @@ first posterior is close to the prior, the KL starts near zero and training begi
 
 import itertools
 import math
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Architecture = Literal["mlp", "conv", "residual"]
+from equipoise.catalogue import ARCHITECTURES
+from equipoise.kernels import GELU, ConvTranspose2d
+
 Shape = tuple[int, ...]
 
 MIN_IMAGE_SIZE = 8
@@ -27,9 +31,7 @@ COARSEST_SIZE = 4
 """Images are halved while the next size would stay at or above this one: 28 -> 14 -> 7, 64 -> 32 -> 16 -> 8 -> 4."""
 
 
-def build_encoder(
-    architecture: Architecture, shape: Shape, latent_dim: int, width: int
-) -> nn.Module:
+def build_encoder(architecture: str, shape: Shape, latent_dim: int, width: int) -> nn.Module:
     r"""Make the encoder half of a pair.
 
     Args:
@@ -46,14 +48,11 @@ def build_encoder(
         ValueError: if the architecture does not fit the shape.
     """
     _check(architecture, shape, latent_dim, width)
-    if architecture == "mlp":
-        return MLPEncoder(shape, latent_dim, width)
-    return ConvEncoder(shape, latent_dim, width, residual=architecture == "residual")
+    make_encoder, _ = NETWORKS[architecture]
+    return make_encoder(shape, latent_dim, width)
 
 
-def build_decoder(
-    architecture: Architecture, shape: Shape, latent_dim: int, width: int
-) -> "Decoder":
+def build_decoder(architecture: str, shape: Shape, latent_dim: int, width: int) -> nn.Module:
     r"""Make the decoder half of a pair; also the shape of a variance network, which maps codes to log-variances.
 
     Args:
@@ -69,12 +68,11 @@ def build_decoder(
         ValueError: if the architecture does not fit the shape.
     """
     _check(architecture, shape, latent_dim, width)
-    if architecture == "mlp":
-        return MLPDecoder(shape, latent_dim, width)
-    return ConvDecoder(shape, latent_dim, width, residual=architecture == "residual")
+    _, make_decoder = NETWORKS[architecture]
+    return make_decoder(shape, latent_dim, width)
 
 
-def default_architecture(shape: Shape) -> Architecture:
+def default_architecture(shape: Shape) -> str:
     """Convolutions for images, fully connected layers for the rest.
 
     Args:
@@ -91,23 +89,27 @@ def start_at_data(encoder: nn.Module, decoder: nn.Module, mean: Tensor, std: Ten
     """Fit an untrained pair of this module to the scale of the data.
 
     Args:
-        encoder: takes the standardisation of its input.
-        decoder: takes the mean as its output's bias, convolutions per channel; its last weights become small.
-        mean: mean of the training data, one example's shape, model units.
-        std: standard deviation over all dimensions, a scalar, model units.
+        encoder: Its layer ``standardise`` takes the mean and std of the data.
+        decoder: Its layer ``output`` takes the mean as its bias, and starts with small weights. A
+            convolution takes one mean per channel.
+        mean: Mean of the training data, one example's shape, model units.
+        std: Standard deviation over all dimensions, a scalar, model units.
 
     Raises:
         ValueError: if the networks are not of this module.
     """
-    if not isinstance(encoder, MLPEncoder | ConvEncoder) or not isinstance(
-        decoder, MLPDecoder | ConvDecoder
-    ):
+    standardise = getattr(encoder, "standardise", None)
+    output = getattr(decoder, "output", None)
+    if not isinstance(standardise, Standardise) or not isinstance(output, nn.Module):
         raise ValueError("start_at_data knows the networks of networks.py only.")
-    encoder.standardise.mean.copy_(mean.mean())
-    encoder.standardise.std.copy_(std)
-    decoder.output.weight.mul_(0.1)
-    per_output = mean.mean(dim=(1, 2)) if isinstance(decoder, ConvDecoder) else mean.flatten()
-    cast(Tensor, decoder.output.bias).copy_(per_output)
+
+    standardise.mean.copy_(mean.mean())
+    standardise.std.copy_(std)
+
+    cast(Tensor, output.weight).mul_(0.1)
+    bias = cast(Tensor, output.bias)
+    is_per_channel = len(bias) != mean.numel()
+    bias.copy_(mean.mean(dim=(1, 2)) if is_per_channel else mean.flatten())
 
 
 class Standardise(nn.Module):
@@ -256,90 +258,6 @@ class ConvDecoder(nn.Module):
         return mean
 
 
-class GELU(nn.GELU):
-    """torch's, fed in the order of the memory: on CPUs it takes up to twice as long for channels-last strides."""
-
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Apply to each value."""
-        if x.is_contiguous(memory_format=torch.channels_last):
-            return nn.functional.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return nn.functional.gelu(x)
-
-
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """torch's with kernel 4, stride 2 and padding 1, in the same values but less time on CPUs.
-
-    The bias is added afterwards: its gradient takes as long as that of the weights otherwise. Few channels, as of an
-    image, are made by :func:`_double`, for the usual kernel computes as many as fill a vector.
-    """
-
-    FEW_CHANNELS = 4
-
-    def __init__(self, inputs: int, outputs: int, output_padding: tuple[int, int]) -> None:
-        super().__init__(inputs, outputs, 4, stride=2, padding=1, output_padding=output_padding)
-
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"], output_size: list[int] | None = None
-    ) -> Float[Tensor, "batch outputs big_height big_width"]:
-        """Convolve, and add the bias."""
-        padding = cast(tuple[int, int], self.output_padding)
-        # Compilers and the transforms of torch.func know torch's own operations only.
-        is_transformed = (
-            torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        )
-        if x.device.type == "cpu" and self.out_channels <= self.FEW_CHANNELS and not is_transformed:
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-            y: Tensor = _Double.apply(x.to(dtype), self.weight.to(dtype), padding)  # type: ignore[no-untyped-call]
-        else:
-            y = nn.functional.conv_transpose2d(x, self.weight, None, 2, 1, padding)
-        return y + cast(Tensor, self.bias).to(y.dtype)[:, None, None]
-
-
-class _Double(torch.autograd.Function):
-    """:func:`_double`, with torch's own gradients, which are fast and can be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, output_padding: tuple[int, int]) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(x, weight)
-        ctx.output_padding = output_padding
-        return _double(x, weight, output_padding)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN401
-        x, weight = ctx.saved_tensors
-        wanted = (*ctx.needs_input_grad[:2], False)
-        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-            gradient, x, weight, None, (2, 2), (1, 1), (1, 1), True, ctx.output_padding, 1, wanted
-        )
-        return of_x, of_weight, None
-
-
-def _double(x: Tensor, weight: Tensor, output_padding: tuple[int, int]) -> Tensor:
-    r"""Transposed convolution with kernel 4, stride 2 and padding 1 as one of kernel 2 with four times the channels.
-
-    Output o of an axis takes inputs i with o = 2 i - 1 + k, k = 0 .. 3. Hence inputs p - 1 and p give outputs 2 p - 1,
-    by k = 2 and 0, and 2 p, by k = 3 and 1: those are channels here, one for each parity of both axes, and are then
-    put side by side.
-    """
-    n, _, height, width = x.shape
-    inputs, outputs = weight.shape[:2]
-    # k = 2 (1 - tap) + parity, along both axes
-    kernel = weight.view(inputs, outputs, 2, 2, 2, 2).flip(2, 4).permute(3, 5, 1, 0, 2, 4)
-    kernel = kernel.reshape(4 * outputs, inputs, 2, 2).contiguous(memory_format=torch.channels_last)
-    pairs = nn.functional.conv2d(x, kernel, padding=1).permute(0, 2, 3, 1)
-    pairs = pairs.view(n, height + 1, width + 1, 2, 2, outputs).permute(0, 1, 3, 2, 4, 5)
-    y = pairs.reshape(n, 2 * height + 2, 2 * width + 2, outputs)
-    y = y[:, 1 : 1 + 2 * height + output_padding[0], 1 : 1 + 2 * width + output_padding[1]].permute(
-        0, 3, 1, 2
-    )
-    is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    return y.contiguous(
-        memory_format=torch.channels_last if is_channels_last else torch.contiguous_format
-    )
-
-
 class ResidualBlock(nn.Module):
     """x + f(x) with two 3 x 3 convolutions, normalised so that depth does not change the scale.
 
@@ -365,7 +283,19 @@ class ResidualBlock(nn.Module):
         return x + change
 
 
-Decoder = MLPDecoder | ConvDecoder
+NETWORKS: dict[
+    str,
+    tuple[Callable[[Shape, int, int], nn.Module], Callable[[Shape, int, int], nn.Module]],
+] = {
+    "mlp": (MLPEncoder, MLPDecoder),
+    "conv": (ConvEncoder, ConvDecoder),
+    "residual": (partial(ConvEncoder, residual=True), partial(ConvDecoder, residual=True)),
+}
+"""How encoder and decoder of each architecture are made from the shape of an example, d and the
+width. The names are those of :data:`equipoise.catalogue.ARCHITECTURES`.
+
+An encoder has a layer ``standardise``, a decoder a last layer ``output``; see
+:func:`start_at_data`."""
 
 
 def _pyramid(shape: Shape, width: int) -> tuple[list[tuple[int, int]], list[int]]:
@@ -387,14 +317,20 @@ def _posterior_layer(units: int, latent_dim: int) -> nn.Linear:
 
 
 def _check(architecture: str, shape: Shape, latent_dim: int, width: int) -> None:
-    if architecture not in ("mlp", "conv", "residual"):
-        raise ValueError(f"architecture must be 'mlp', 'conv' or 'residual', got {architecture!r}.")
+    if architecture not in NETWORKS:
+        names = ", ".join(repr(name) for name in NETWORKS)
+        raise ValueError(f"architecture must be one of {names}, got {architecture!r}.")
+
     if latent_dim < 1 or width < 1 or not shape or min(shape) < 1:
         raise ValueError(
-            f"latent_dim, width and every axis of the data must be at least 1, got {latent_dim}, {width} and {shape}."
+            "latent_dim, width and every axis of the data must be at least 1, "
+            f"got {latent_dim}, {width} and {shape}."
         )
-    if architecture != "mlp" and (len(shape) != 3 or min(shape[1:]) < MIN_IMAGE_SIZE):
+
+    needs_images = ARCHITECTURES[architecture].needs_images
+    if needs_images and (len(shape) != 3 or min(shape[1:]) < MIN_IMAGE_SIZE):
         raise ValueError(
-            f"architecture={architecture!r} needs images (channels, height, width) of at least {MIN_IMAGE_SIZE} x "
-            f"{MIN_IMAGE_SIZE} pixels, got examples of shape {shape}; use architecture='mlp'."
+            f"architecture={architecture!r} needs images (channels, height, width) of at least "
+            f"{MIN_IMAGE_SIZE} x {MIN_IMAGE_SIZE} pixels, got examples of shape {shape}; "
+            "use architecture='mlp'."
         )

@@ -1,37 +1,41 @@
-r"""Noise models: how the decoder's mean m(z) becomes a likelihood p(x|z) = N(m(z), sigma^2), eqs. (8), (10), (11).
+r"""Noise models: how the decoder's mean m(z) becomes a likelihood p(x|z) = N(m(z), sigma^2).
 
-The variance sets the exchange rate between reconstruction and prior: the squared error enters the evidence
-lower bound with weight 1/(2 sigma^2). Four models, from rigid to free:
+The variance sets the balance between reconstruction and prior: the squared error enters the
+evidence lower bound with the weight 1/(2 sigma^2). Four models, from rigid to free:
 
-======================= ============================================= ==========================
+======================= ============================================= ======================
 :class:`FixedNoise`     one given variance (0.5 is the plain VAE)     eq. (8)
-:class:`GlobalNoise`    one learned variance, closed form             eqs. (8), (10)
+:class:`GlobalNoise`    one learned variance, in closed form          eqs. (8), (10)
 :class:`DimensionNoise` one per pixel or channel, shared by inputs    eq. (10) per dimension
 :class:`PredictedNoise` one per pixel and input, from a network       eq. (11)
-======================= ============================================= ==========================
+======================= ============================================= ======================
 
-Each maps codes z (B, d) to a log-variance that broadcasts against the data (B, \*).
+Each maps codes z (B, d) to a log-variance that broadcasts against the data (B, \*). A noise model
+of your own is a subclass of :class:`NoiseModel`. Defining it is enough: models that have it are
+saved, loaded and resumed like all others, as long as the module that defines it is imported.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.gaussian import sum_dimensions
+from equipoise.kernels import lower_bound
 
 NoiseUpdate = Literal["closed-form", "gradient"]
 AllReduce: TypeAlias = Callable[[Tensor], Tensor]
-"""Sum of a tensor over processes, the same in all of them."""
+"""A function that sums a tensor over processes, with the same result in all of them."""
 
 MIN_VAR = 1e-10
-"""Smallest variance of any model, in squared units of data of order one: float32 cannot resolve a smaller residual."""
+"""Smallest variance of any model, in squared units of data of order one. float32 cannot resolve a
+smaller residual."""
 MAX_INTERVAL_STD, INTERVAL_POINTS = 4.0, 33
-"""Calibrated intervals are known every eighth of a std up to four, and interpolated between."""
+"""Calibrated intervals are known at every eighth of a std up to four, and interpolated between."""
 
 
 class ResidualVariance(nn.Module):
@@ -39,13 +43,13 @@ class ResidualVariance(nn.Module):
 
     .. math:: \sigma_*^2 = \frac1{ND} \sum_n \mathrm{E}_{q(z|x_n)} \sum_i (x_{ni} - m_i(z))^2
 
-    The residuals must come from *samples* z of q(z|x): the expectation over z belongs to the equation,
-    and the posterior mean in its place underestimates the variance. Sums add up, so partial results of
+    The residuals must come from *samples* z of q(z|x): the expectation over z belongs to the
+    equation, and the posterior mean in its place underestimates the variance. Partial results of
     several processes combine by adding ``sum`` and ``count``.
 
     Args:
-        shape: () for one variance; otherwise a shape that broadcasts to one example's, with 1 for each axis
-            that is averaged over.
+        shape: () for one variance. Otherwise a shape that broadcasts to one example's, with 1 for
+            each axis that is averaged over.
 
     Example:
         >>> statistic = ResidualVariance()
@@ -73,41 +77,42 @@ class ResidualVariance(nn.Module):
 
         Args:
             residual: x - m(z), (B, \*), in the unit of the data.
-            keep: factor on everything seen before; below one, old batches are forgotten exponentially.
-            all_reduce: if given, ``residual`` is this process's part of the batch, and the sums of all are added.
+            keep: Factor on all earlier batches. Below one, they are forgotten exponentially.
+            all_reduce: Sums over processes, if ``residual`` is this process's part of the batch.
         """
         squared = residual.square()
         if not self.sum.ndim:
-            squared = sum_dimensions(
-                squared
-            )  # so few that float32 is enough; float64 is slow on many devices
+            # So few values that float32 is enough; float64 is slow on many devices.
+            squared = sum_dimensions(squared)
         squared = squared.sum(0, dtype=torch.float64).sum_to_size(self.sum.shape)
         count: float | Tensor = residual.numel() / self.sum.numel()
+
         if all_reduce is not None:
             totals = all_reduce(torch.cat([squared.flatten(), squared.new_tensor([count])]))
             squared, count = totals[:-1].view_as(squared), totals[-1]
+
         self.sum.mul_(keep).add_(squared)
         self.count.mul_(keep).add_(count)
 
     def all_reduce(self, all_reduce: AllReduce) -> None:
-        """Take in what other processes have seen.
+        """Add the batches of the other processes.
 
         Args:
-            all_reduce: sums over the processes.
+            all_reduce: Sums over the processes.
         """
         self.sum.copy_(all_reduce(self.sum))
         self.count.copy_(all_reduce(self.count))
 
     @property
     def var(self) -> Tensor:
-        """The variance, of the given shape, in the squared unit of the data; NaN before the first batch."""
+        """The variance, in the squared unit of the data; NaN before the first batch."""
         return self.sum / self.count
 
 
 class ResidualQuantiles(nn.Module):
-    r"""Quantiles of the size of standardised residuals, from a histogram that takes in any number of them.
+    r"""Quantiles of the size of standardised residuals, from a histogram of any number of them.
 
-    Each power of two has 2048 cells, so that a quantile is exact to 0.05 %, and rounded up. Counts add up, so partial
+    Each power of two has 2048 cells, so that a quantile is exact to 0.05 %, and rounded up. Partial
     results of several processes combine by adding ``counts``.
 
     Example:
@@ -141,24 +146,24 @@ class ResidualQuantiles(nn.Module):
             raise ValueError(
                 "expected finite residuals and a positive std, but their ratio is not finite"
             )
-        cell = (
-            size.view(torch.int32) >> self.SHIFT
-        )  # floats that are not negative have the order of their bits
+
+        # Floats that are not negative have the order of their bits.
+        cell = size.view(torch.int32) >> self.SHIFT
         self.counts += torch.bincount(cell, minlength=len(self.counts))
 
     def all_reduce(self, all_reduce: AllReduce) -> None:
-        """Take in what other processes have seen.
+        """Add the batches of the other processes.
 
         Args:
-            all_reduce: sums over the processes.
+            all_reduce: Sums over the processes.
         """
         self.counts.copy_(all_reduce(self.counts))
 
     def quantile(self, share: Float[Tensor, " shares"]) -> Float[Tensor, " shares"]:
-        """Smallest size that at least the given shares of the residuals do not exceed.
+        """Find the smallest size that at least the given shares of the residuals do not exceed.
 
         Args:
-            share: each within 0 and 1.
+            share: Each within 0 and 1.
 
         Returns:
             One size per share, float32, in predicted std.
@@ -167,42 +172,87 @@ class ResidualQuantiles(nn.Module):
             ValueError: if there have been no residuals.
         """
         cumulative = self.counts.cumsum(0)
-        if not (n := int(cumulative[-1])):
+        n = int(cumulative[-1])
+        if not n:
             raise ValueError(
                 "no residuals to take quantiles of; give at least one batch of held-out data"
             )
+
         rank = (share.double().to(cumulative.device) * n).ceil().clamp(1, n).long()
         cell = torch.searchsorted(cumulative, rank)
         return ((cell + 1) << self.SHIFT).to(torch.int32).view(torch.float32)
 
 
 class NoiseModel(nn.Module, ABC):
-    """The variance of p(x|z) as a function of the code."""
+    """The variance of p(x|z) as a function of the code.
+
+    A subclass needs :meth:`forward` and :meth:`description`. Everything else has a default that
+    means: there is no closed form, no floor, no calibration, and every parameter learns like the
+    weights of a network.
+    """
+
+    summary: ClassVar[str] = "The noise variance comes from a noise model of the user's own"
+    """The model in words, for the model card of a published run."""
+    depends_on_code: ClassVar[bool] = False
+    """Whether the variance differs between inputs, so that there is a map of it to look at."""
+
+    _classes: ClassVar[dict[str, type["NoiseModel"]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401 (of any metaclass)
+        super().__init_subclass__(**options)
+        known = NoiseModel._classes.get(cls.__name__)
+        if known is not None and known.__module__ != cls.__module__:
+            raise TypeError(
+                f"there is a noise model {cls.__name__} in {known.__module__} already; "
+                "saved models are built again by this name, so choose another"
+            )
+        NoiseModel._classes[cls.__name__] = cls
 
     @abstractmethod
     def forward(self, z: Float[Tensor, "batch latent"]) -> Tensor:
-        r"""Log-variance of the likelihood.
+        r"""Compute the log-variance of the likelihood.
 
         Args:
-            z: codes, (B, d).
+            z: Codes, (B, d).
 
         Returns:
             Natural logarithm of the variance; broadcasts to (B, \*).
         """
 
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """Describe the model by JSON values, from which it is built again."""
+
+    @classmethod
+    def from_description(
+        cls, description: dict[str, Any], make_network: Callable[[], nn.Module]
+    ) -> Self:
+        """Build the model that a description is of; its tensors are filled afterwards.
+
+        The default takes the description as the arguments of the constructor.
+
+        Args:
+            description: What :meth:`description` returned.
+            make_network: Makes an untrained network from codes (B, d) to the shape of the data.
+
+        Returns:
+            The noise model, with meaningless values.
+        """
+        return cls(**description)
+
     def update(self, residual: Tensor, all_reduce: AllReduce | None = None) -> None:
-        r"""Take a training batch into the closed form (10); does nothing where the model has none.
+        r"""Take a training batch into the closed form (10); does nothing where there is none.
 
         Args:
             residual: x - m(z) with z sampled from q(z|x), (B, \*).
-            all_reduce: if given, ``residual`` is this process's part of the batch.
+            all_reduce: Sums over processes, if ``residual`` is this process's part of the batch.
         """
 
     def set_var(self, var: Tensor) -> None:
-        """Replace the variance by the exact closed form over a whole data set; does nothing where there is none.
+        """Replace the variance by the closed form over a whole data set, where there is one.
 
         Args:
-            var: the variance, of the shape of :attr:`statistic_shape`.
+            var: The variance, of the shape of :attr:`statistic_shape`.
         """
 
     @property
@@ -211,47 +261,152 @@ class NoiseModel(nn.Module, ABC):
         return ()
 
     @property
+    def shared_log_var(self) -> Tensor | None:
+        """Log of the variance that all inputs share, which is eq. (10) where it is learned.
+
+        None where there is no such variance.
+        """
+        return None
+
+    @property
     def floor_var(self) -> Tensor:
         """Smallest variance that the model can produce; zero where there is no floor."""
         return torch.zeros(())
 
-    def interval_factor(self, n_std: float) -> float:
-        """Predicted std that hold as large a share of the errors as a Gaussian has within so many of its std.
-
-        Args:
-            n_std: std of a Gaussian, at least 0.
-
-        Returns:
-            The same number, where the model has not learned better from held-out errors.
-        """
-        return n_std
-
     def floor_share(self, log_var: Tensor) -> Tensor:
-        """Share of the given log-variances at which the floor is active.
+        """Compute the share of log-variances at which the floor is active.
 
         Args:
-            log_var: what ``forward`` returned.
+            log_var: What ``forward`` returned.
 
         Returns:
             Scalar between 0 and 1.
         """
         return torch.zeros((), device=log_var.device)
 
-    @abstractmethod
-    def description(self) -> dict[str, Any]:
-        """Constructor arguments as JSON values, from which ``store.py`` builds the model before it fills it."""
+    def interval_factor(self, n_std: float) -> float:
+        """Return the half-width of an interval, in predicted std.
+
+        The interval holds the share of the errors that a Gaussian has within ``n_std`` of its std.
+
+        Args:
+            n_std: Std of a Gaussian, at least 0.
+
+        Returns:
+            The same number, where the model has not learned better from held-out errors.
+        """
+        return n_std
+
+    def recalibrate(self, standardised: ResidualVariance) -> None:
+        """Rescale the variance by held-out residuals, where the model has a scale for that.
+
+        Args:
+            standardised: Statistic of (x - m(z)) / std(z) on held-out data, of the shape of
+                :attr:`calibration_shape`.
+        """
+
+    def calibrate_intervals(
+        self, standardised: ResidualQuantiles, *, rescale: bool = False
+    ) -> None:
+        """Learn :meth:`interval_factor` from held-out residuals, where the model has that.
+
+        Args:
+            standardised: Of (x - m(z)) / std(z) on held-out data, over the dimensions that vary.
+            rescale: Multiply the predicted std, so that one std holds .683 of the errors.
+        """
+
+    @property
+    def calibration_shape(self) -> tuple[int, ...]:
+        """Shape of the statistic that :meth:`recalibrate` takes."""
+        return ()
+
+    @property
+    def calibration_scale(self) -> float:
+        """Mean factor by which calibration has multiplied the predicted std."""
+        return 1.0
+
+    def learning_rate_factors(self) -> dict[str, float]:
+        """Name the parameters that are not a network's weights, with factors on the learning rate.
+
+        These parameters are also left out of weight decay, which would pull them towards zero.
+
+        Returns:
+            Factor by parameter name; empty where every parameter learns like a network.
+        """
+        return {}
+
+    def networks(self) -> list[nn.Module]:
+        """List the networks within the model, which can be compiled.
+
+        Returns:
+            The networks; none where the variance does not come from one.
+        """
+        return []
+
+
+def noise_class(name: str) -> type[NoiseModel]:
+    """Look up the class of a noise model.
+
+    Args:
+        name: Name of the class.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: if no class of that name has been defined.
+    """
+    if name not in NoiseModel._classes:
+        raise ValueError(
+            f"the noise model {name!r} is not defined; "
+            "import the module with its class before the model is loaded"
+        )
+    return NoiseModel._classes[name]
+
+
+def build_noise(description: dict[str, Any], make_network: Callable[[], nn.Module]) -> NoiseModel:
+    """Build the noise model that a description is of; its tensors are filled afterwards.
+
+    Args:
+        description: What :func:`describe_noise` returned.
+        make_network: Makes an untrained network from codes (B, d) to the shape of the data.
+
+    Returns:
+        The noise model, with meaningless values.
+
+    Raises:
+        ValueError: if no class of that name has been defined.
+    """
+    arguments = dict(description)
+    cls = noise_class(arguments.pop("kind"))
+    return cls.from_description(arguments, make_network)
+
+
+def describe_noise(noise: NoiseModel) -> dict[str, Any]:
+    """Describe a noise model by JSON values, from which :func:`build_noise` builds it again.
+
+    Args:
+        noise: Any noise model.
+
+    Returns:
+        Its :meth:`NoiseModel.description`, and the name of its class as "kind".
+    """
+    return {"kind": type(noise).__name__, **noise.description()}
 
 
 class FixedNoise(NoiseModel):
-    """One given variance, eq. (8): 0.5 is the usual 'squared error + KL', 1 the paper's beta-VAE (beta = 2).
+    """One given variance, eq. (8).
+
+    0.5 is the usual 'squared error + KL', and 1 the paper's beta-VAE (beta = 2).
 
     Args:
-        var: the variance, in the squared unit of the data.
+        var: The variance, in the squared unit of the data.
 
     Raises:
         ValueError: if ``var`` is not positive and finite.
     """
 
+    summary = "The noise variance is given, not learned"
     log_var: Tensor
 
     def __init__(self, var: float = 0.5) -> None:
@@ -261,16 +416,21 @@ class FixedNoise(NoiseModel):
         self.register_buffer("log_var", torch.tensor(math.log(var)))
 
     def forward(self, z: Float[Tensor, "batch latent"]) -> Tensor:
-        """Logarithm of the given variance, ()."""
+        """Return the logarithm of the given variance, ()."""
+        return self.log_var
+
+    @property
+    def shared_log_var(self) -> Tensor:
+        """Logarithm of the given variance."""
         return self.log_var
 
     def description(self) -> dict[str, Any]:
-        """The variance."""
-        return {"kind": "FixedNoise", "var": self.log_var.exp().item()}
+        """Return the variance."""
+        return {"var": self.log_var.exp().item()}
 
 
 class _SharedNoise(NoiseModel):
-    """What :class:`GlobalNoise` and :class:`DimensionNoise` have in common: a learned variance that ignores z."""
+    """What :class:`GlobalNoise` and :class:`DimensionNoise` share: a learned variance without z."""
 
     log_var: Tensor
 
@@ -282,6 +442,7 @@ class _SharedNoise(NoiseModel):
             raise ValueError(f"update must be 'closed-form' or 'gradient', got {update!r}.")
         if not min_var > 0 or memory < 1:
             raise ValueError(f"Need min_var > 0 and memory >= 1 batch, got {min_var} and {memory}.")
+
         self.update_rule = update
         self.memory = memory
         self.min_var = min_var
@@ -292,20 +453,19 @@ class _SharedNoise(NoiseModel):
         self.running = ResidualVariance(shape)
 
     def forward(self, z: Float[Tensor, "batch latent"]) -> Tensor:
-        if self.update_rule == "gradient":
-            return lower_bound(self.log_var, self.log_var.new_tensor(math.log(self.min_var)))
-        return self.log_var
+        return self.shared_log_var
 
     def update(self, residual: Tensor, all_reduce: AllReduce | None = None) -> None:
-        r"""Alternate, as Algorithm 1 does: after a step on the networks, sigma^2 becomes the closed form (10).
+        r"""Set sigma^2 to the closed form (10), after each step on the networks (Algorithm 1).
 
-        Within an epoch the sum over all N examples is a running one over about the last ``memory`` batches,
-        because older residuals belong to older networks. Under ``update="gradient"`` only the very first
-        batch counts: it puts the parameter at the optimum from which gradients then move it.
+        Within an epoch the sum over all N examples is a running one over about the last ``memory``
+        batches, because older residuals belong to older networks. Under ``update="gradient"`` only
+        the very first batch counts: it puts the parameter at the optimum, from which gradients then
+        move it.
 
         Args:
             residual: x - m(z) with z sampled from q(z|x), (B, \*).
-            all_reduce: if given, ``residual`` is this process's part of the batch.
+            all_reduce: Sums over processes, if ``residual`` is this process's part of the batch.
         """
         if self.update_rule == "closed-form":
             self.running.update(residual, 1 - 1 / self.memory, all_reduce)
@@ -323,31 +483,39 @@ class _SharedNoise(NoiseModel):
         return tuple(self.log_var.shape)
 
     @property
+    def shared_log_var(self) -> Tensor:
+        if self.update_rule == "gradient":
+            return lower_bound(self.log_var, self.log_var.new_tensor(math.log(self.min_var)))
+        return self.log_var
+
+    @property
     def floor_var(self) -> Tensor:
         return self.log_var.new_tensor(self.min_var)
 
     def floor_share(self, log_var: Tensor) -> Tensor:
         return (log_var <= math.log(self.min_var) + 1e-5).float().mean()
 
+    def learning_rate_factors(self) -> dict[str, float]:
+        """Ten times the networks' rate for a variance that is learned by gradient.
+
+        Its logarithm has a long way to go, and follows residuals that shrink all the while.
+        """
+        return {"log_var": 10.0} if self.update_rule == "gradient" else {}
+
     def description(self) -> dict[str, Any]:
-        return {
-            "kind": type(self).__name__,
-            "update": self.update_rule,
-            "min_var": self.min_var,
-            "memory": self.memory,
-        }
+        return {"update": self.update_rule, "min_var": self.min_var, "memory": self.memory}
 
 
 class GlobalNoise(_SharedNoise):
     r"""One learned variance for all pixels and inputs, eqs. (8)-(10): the heart of the paper.
 
-    At the optimum the gradient of the evidence lower bound with respect to sigma^2 vanishes, so the closed
-    form (10) replaces a gradient step: nothing is tuned and it converges at once.
+    At the optimum the gradient of the evidence lower bound with respect to sigma^2 vanishes. The
+    closed form (10) therefore replaces a gradient step: nothing is tuned and it converges at once.
 
     Args:
         update: "closed-form" (10), or "gradient" to learn log sigma^2 by the optimiser.
-        min_var: smallest variance, in the squared unit of the data.
-        memory: batches over which the running estimate extends within an epoch.
+        min_var: Smallest variance, in the squared unit of the data.
+        memory: Number of batches over which the running estimate extends within an epoch.
 
     Raises:
         ValueError: if an argument is out of its domain.
@@ -359,6 +527,8 @@ class GlobalNoise(_SharedNoise):
         tensor(0.0100)
     """
 
+    summary = "One noise variance is learned for all dimensions"
+
     def __init__(
         self, update: NoiseUpdate = "closed-form", *, min_var: float = MIN_VAR, memory: int = 100
     ) -> None:
@@ -366,19 +536,21 @@ class GlobalNoise(_SharedNoise):
 
 
 class DimensionNoise(_SharedNoise):
-    r"""One learned variance per dimension, shared by all inputs: eq. (10) with the sum over i taken away.
+    r"""One learned variance per dimension, shared by all inputs: eq. (10) without the sum over i.
 
     Args:
-        shape: broadcasts to one example's: (C, H, W) for one variance per pixel, (C, 1, 1) per channel, (D,) per
-            column.
+        shape: Broadcasts to one example's: (C, H, W) for one variance per pixel, (C, 1, 1) per
+            channel, (D,) per column.
         update: "closed-form" or "gradient".
-        min_var: smallest variance, in the squared unit of the data. A dimension that is constant in the data would
-            otherwise drive its variance to zero and the likelihood to infinity.
-        memory: batches over which the running estimate extends within an epoch.
+        min_var: Smallest variance, in the squared unit of the data. A dimension that is constant in
+            the data would otherwise drive its variance to zero and the likelihood to infinity.
+        memory: Number of batches over which the running estimate extends within an epoch.
 
     Raises:
         ValueError: if an argument is out of its domain.
     """
+
+    summary = "Noise variances are learned, the same for all examples"
 
     def __init__(
         self,
@@ -388,31 +560,36 @@ class DimensionNoise(_SharedNoise):
         min_var: float = 1e-6,
         memory: int = 100,
     ) -> None:
-        super().__init__(shape, update, min_var, memory)
+        super().__init__(tuple(shape), update, min_var, memory)
 
     def description(self) -> dict[str, Any]:
-        """The options and the shape."""
+        """Return the options and the shape."""
         return super().description() | {"shape": list(self.log_var.shape)}
 
 
 class PredictedNoise(NoiseModel):
     r"""A variance per pixel and per input, predicted from the code, eq. (11).
 
-    .. math:: \log\sigma_i^2(z) = \max\bigl(\log\sigma_*^2 + h_i(z),\ \log\sigma_{\min}^2\bigr) + c_i
+    .. math:: \log\sigma_i^2(z)
+        = \max\bigl(\log\sigma_*^2 + h_i(z),\ \log\sigma_{\min}^2\bigr) + c_i
 
-    with the network h, the optimal global variance sigma_*^2 of stage 1 and the floor that Algorithm 1 hands
-    over (without one the log-variance gradient dominates and the prediction gets stuck near zero). c is zero
-    until it is recalibrated. A network h = 0 is exactly :class:`GlobalNoise`: stage 2 starts where stage 1 ended.
+    Here h is the network, sigma_*^2 the optimal variance of stage 1, and sigma_min^2 the floor that
+    Algorithm 1 hands over. Without a floor the log-variance gradient dominates and the prediction
+    gets stuck near zero. c is zero until it is recalibrated. A network h = 0 is exactly
+    :class:`GlobalNoise`: stage 2 starts where stage 1 ended.
 
     Args:
         network: h, any module from (B, d) to (B, \*).
         reference_var: sigma_*^2, a scalar or a shape that broadcasts to one example's.
-        floor_var: sigma_min^2, likewise.
+        floor_var: sigma_min^2, a scalar or a shape that broadcasts to one example's.
         calibration_shape: () for one c, or one example's shape for one c per dimension.
 
     Raises:
         ValueError: if a variance is not positive and finite.
     """
+
+    summary = "The noise variance is predicted for every dimension of every example"
+    depends_on_code = True
 
     reference_log_var: Tensor
     floor_log_var: Tensor
@@ -430,22 +607,26 @@ class PredictedNoise(NoiseModel):
         for name, var in (("reference_var", reference_var), ("floor_var", floor_var)):
             if not bool(torch.all(var > 0) and torch.all(torch.isfinite(var))):
                 raise ValueError(f"{name} must be positive and finite, got {var}.")
+
         self.network = network
         dtype = torch.get_default_dtype()
+        calibration = torch.zeros(calibration_shape, device=reference_var.device)
         self.register_buffer("reference_log_var", reference_var.log().to(dtype))
         self.register_buffer("floor_log_var", floor_var.log().to(dtype))
-        self.register_buffer(
-            "calibration", torch.zeros(calibration_shape, device=reference_var.device)
-        )
+        self.register_buffer("calibration", calibration)
         self.register_buffer("interval_factors", None)
 
     def forward(self, z: Float[Tensor, "batch latent"]) -> Tensor:
-        r"""Log-variance of eq. (11), bounded and calibrated, (B, \*)."""
+        r"""Compute the log-variance of eq. (11), bounded and calibrated, (B, \*)."""
         correction = self.network(z)
-        log_var = self.reference_log_var + correction.to(
-            torch.promote_types(correction.dtype, self.reference_log_var.dtype)
-        )
+        dtype = torch.promote_types(correction.dtype, self.reference_log_var.dtype)
+        log_var = self.reference_log_var + correction.to(dtype)
         return lower_bound(log_var, self.floor_log_var) + self.calibration
+
+    @property
+    def shared_log_var(self) -> Tensor:
+        """Logarithm of sigma_*^2, the optimum of stage 1."""
+        return self.reference_log_var
 
     @property
     def floor_var(self) -> Tensor:
@@ -453,160 +634,185 @@ class PredictedNoise(NoiseModel):
         return (self.floor_log_var + self.calibration).min().exp()
 
     def floor_share(self, log_var: Tensor) -> Tensor:
-        """Share of the log-variances on their floor."""
+        """Compute the share of the log-variances that lie on their floor."""
         return (log_var <= self.floor_log_var + self.calibration + 1e-5).float().mean()
+
+    @property
+    def calibration_shape(self) -> tuple[int, ...]:
+        """Shape of c."""
+        return tuple(self.calibration.shape)
+
+    @property
+    def calibration_scale(self) -> float:
+        """Mean factor exp(c / 2) by which calibration has multiplied the predicted std."""
+        return float((0.5 * self.calibration).exp().mean())
 
     @torch.no_grad()
     def recalibrate(self, standardised: ResidualVariance, shrinkage: float = 1.0) -> None:
-        r"""Rescale the predicted variance so that held-out standardised residuals have unit variance.
+        r"""Rescale the predicted variance so that held-out residuals have the predicted size.
 
-        The scale is eq. (10) once more, for residuals divided by their predicted standard deviation, hence
-        the one of highest held-out likelihood. One scale per dimension is shrunk to the common scale with
-        the weight of ``shrinkage`` examples, since some pixels never vary.
+        The scale is eq. (10) once more, for residuals divided by their predicted standard
+        deviation. Hence it is the scale of highest held-out likelihood. One scale per dimension is
+        shrunk towards the common scale with the weight of ``shrinkage`` examples, because some
+        pixels never vary.
 
         Args:
-            standardised: statistic of (x - m(z)) / std(z) on held-out data, of shape () or one example's.
-            shrinkage: weight of the common scale, in examples.
+            standardised: Statistic of (x - m(z)) / std(z) on held-out data, of shape () or one
+                example's.
+            shrinkage: Weight of the common scale, in examples.
 
         Raises:
-            ValueError: if the statistic has seen no data, or all its residuals are zero.
+            ValueError: if the statistic is without data, or all its residuals are zero.
         """
         common = standardised.sum.mean() / standardised.count
         if not bool(torch.isfinite(common) and common > 0):
             raise ValueError("Recalibration needs held-out residuals that are not all zero.")
-        scale = (standardised.sum + shrinkage * common) / (standardised.count + shrinkage)
-        if standardised.sum.ndim == 0:
+
+        is_common = standardised.sum.ndim == 0
+        if is_common:
             scale = common
+        else:
+            weight = standardised.count + shrinkage
+            scale = (standardised.sum + shrinkage * common) / weight
         self.calibration = (self.calibration + scale.log()).to(self.calibration.dtype)
-        if (
-            self.interval_factors is not None
-        ):  # the intervals stay, as far as one factor for all can tell
-            one_scale = scale.ndim == 0
-            self.interval_factors = (
-                (self.interval_factors / scale.sqrt()).to(self.calibration) if one_scale else None
-            )
+
+        if self.interval_factors is not None:
+            # One scale leaves the intervals where they were. Several scales make them unknown.
+            factors = (self.interval_factors / scale.sqrt()).to(self.calibration)
+            self.interval_factors = factors if is_common else None
 
     @torch.no_grad()
     def calibrate_intervals(
         self, standardised: ResidualQuantiles, *, rescale: bool = False
     ) -> None:
-        r"""Learn from held-out data how many predicted std hold which share of the errors.
+        r"""Learn from held-out data which interval holds which share of the errors.
 
         .. math:: q(k) = \min\bigl\{ q : \mathrm{share}(|x_{ni} - m_i| \le q\, std_{ni}) \ge
             \mathrm{erf}(k / \sqrt2) \bigr\}
 
-        A Gaussian has q(k) = k; of errors with heavier tails q(1) is below and q(3) above it. Split conformal
-        prediction: whatever the errors' distribution, a dimension drawn at random of a new example lies within q(k) std
-        of its mean with a probability of at least N / (N + 1) times that of k, N being the number of held-out examples.
-        Angelopoulos and Bates (2021), *A gentle introduction to conformal prediction*; for groups, here of dimensions,
-        Dunn, Wasserman and Ramdas (2018), *Distribution-free prediction sets for two-layer hierarchical models*.
+        A Gaussian has q(k) = k. Errors with heavier tails have a q(1) below 1 and a q(3) above 3.
+        This is split conformal prediction: whatever the distribution of the errors, a dimension
+        drawn at random of a new example lies within q(k) std of its mean with a probability of at
+        least N / (N + 1) times that of k, where N is the number of held-out examples.
+        Angelopoulos and Bates (2021), *A gentle introduction to conformal prediction*. For groups,
+        which are dimensions here: Dunn, Wasserman and Ramdas (2018), *Distribution-free prediction
+        sets for two-layer hierarchical models*.
 
         Args:
-            standardised: of (x - m(z)) / std(z) on held-out data, over the dimensions that vary.
-            rescale: multiply the predicted std, and with it the likelihood's, by q(1), so that one std holds .683.
+            standardised: Of (x - m(z)) / std(z) on held-out data, over the dimensions that vary.
+            rescale: Multiply the predicted std, and with it the likelihood's, by q(1), so that one
+                std holds .683 of the errors.
 
         Raises:
-            ValueError: if the statistic has seen no data, or, to rescale, if q(1) is zero.
+            ValueError: if the statistic is without data, or, to rescale, if q(1) is zero.
         """
         n_std = torch.linspace(0, MAX_INTERVAL_STD, INTERVAL_POINTS, dtype=torch.float64)
         factors = standardised.quantile(torch.erf(n_std / math.sqrt(2))).double()
         factors[0] = 0.0
+
         if rescale:
             one = _interpolate(factors, 1.0)
             if not one > MIN_VAR:
                 raise ValueError(
                     "Recalibration needs held-out residuals of which at least a third are not zero."
                 )
-            self.calibration = (self.calibration + 2 * math.log(one)).to(self.calibration.dtype)
+            calibration = self.calibration + 2 * math.log(one)
+            self.calibration = calibration.to(self.calibration.dtype)
             factors = factors / one
+
         self.interval_factors = factors.to(self.calibration)
 
     def interval_factor(self, n_std: float) -> float:
-        """The function q of :meth:`calibrate_intervals`; before it, the number itself."""
-        return (
-            n_std if self.interval_factors is None else _interpolate(self.interval_factors, n_std)
-        )
+        """Return q(n_std) of :meth:`calibrate_intervals`; before it, the number itself."""
+        if self.interval_factors is None:
+            return n_std
+        return _interpolate(self.interval_factors, n_std)
+
+    def networks(self) -> list[nn.Module]:
+        """Return the network h."""
+        return [self.network]
 
     def description(self) -> dict[str, Any]:
-        """The shapes; the network is the decoder's kind."""
+        """Return the shapes; the network is of the decoder's kind."""
+        n_points = 0 if self.interval_factors is None else len(self.interval_factors)
         return {
-            "kind": "PredictedNoise",
             "reference_shape": list(self.reference_log_var.shape),
             "floor_shape": list(self.floor_log_var.shape),
             "calibration_shape": list(self.calibration.shape),
-            "interval_points": 0 if self.interval_factors is None else len(self.interval_factors),
+            "interval_points": n_points,
         }
+
+    @classmethod
+    def from_description(
+        cls, description: dict[str, Any], make_network: Callable[[], nn.Module]
+    ) -> Self:
+        """Build the model that a description is of, with an untrained network."""
+        noise = cls(
+            make_network(),
+            torch.ones(description["reference_shape"]),
+            torch.ones(description["floor_shape"]),
+            tuple(description["calibration_shape"]),
+        )
+
+        if description["interval_points"]:
+            noise.interval_factors = torch.zeros(description["interval_points"])
+        return noise
 
 
 def _interpolate(factors: Tensor, n_std: float) -> float:
-    """Value at ``n_std`` of a function with given values from 0 to ``MAX_INTERVAL_STD``, linear beyond it."""
+    """Interpolate values given from 0 to ``MAX_INTERVAL_STD``; linear beyond it."""
     position = n_std / MAX_INTERVAL_STD * (len(factors) - 1)
     below = min(int(position), len(factors) - 2)
     low, high = factors[below : below + 2].tolist()
     return float(low + (position - below) * (high - low))
 
 
-class _Clamp(torch.autograd.Function):
-    """Values within bounds; the gradient of one beyond them is kept where descent would bring it back."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, low: Tensor | float, high: float | None) -> Tensor:  # noqa: ANN401 (torch's own context type)
-        clamped = values.clamp(low, high)  # type: ignore[arg-type] # a tensor and None serve
-        ctx.save_for_backward(values, clamped)
-        return clamped
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:  # noqa: ANN401
-        (gradient,) = gradients
-        values, clamped = ctx.saved_tensors
-        # Descent moves a value further out where excess and gradient differ in sign: where their product is negative.
-        # The kernel of a ReLU's gradient is a quarter of the time of torch.where on a CPU.
-        product = (values - clamped) * gradient
-        return (
-            torch.ops.aten.threshold_backward(gradient, product, -torch.finfo(product.dtype).tiny),
-            None,
-            None,
-        )
-
-
-def lower_bound(values: Tensor, bound: Tensor) -> Tensor:
-    """Clamp from below, exactly, without losing the gradient that would lift a value off the bound.
-
-    ``torch.clamp`` has no gradient below the bound, so a variance that once fell under its floor would stay
-    there; a softplus has one but bends every value above the floor.
+class NoiseOptions(NamedTuple):
+    """What the option ``noise`` can build a noise model from.
 
     Args:
-        values: any shape.
-        bound: broadcasts to ``values``; receives no gradient.
-
-    Returns:
-        The larger of the two, elementwise.
-
-    Example:
-        >>> raw = torch.tensor([-1.0, -1.0, 2.0], requires_grad=True)
-        >>> (lower_bound(raw, torch.tensor(0.0)) * torch.tensor([1.0, -1.0, 1.0])).sum().backward()
-        >>> raw.grad  # descent raises the second: kept; it would lower the first: dropped
-        tensor([ 0., -1.,  1.])
+        shape: One example's shape.
+        latent_dim: Number of latent units d.
+        update: Option ``noise_update``.
+        memory: Number of batches over which a running estimate extends.
+        var: Option ``noise_var``.
+        quantum: Distance of two neighbouring values, for digital data. None for continuous data.
     """
-    return _clamp(values, bound, None)
+
+    shape: tuple[int, ...]
+    latent_dim: int
+    update: NoiseUpdate
+    memory: int
+    var: float | None
+    quantum: float | None
 
 
-def bounded(values: Tensor, low: float, high: float) -> Tensor:
-    """Clamp on both sides, exactly, without losing the gradient that would bring a value back, see :func:`lower_bound`.
-
-    Args:
-        values: any shape.
-        low: smallest value of the result.
-        high: largest value of the result.
-
-    Returns:
-        The values, those beyond a bound replaced by it.
-
-    Example:
-        >>> bounded(torch.tensor([-0.2, 0.4, 1.3]), 0.1, 1.0)
-        tensor([0.1000, 0.4000, 1.0000])
-    """
-    return _clamp(values, low, high)
+def _global_noise(options: NoiseOptions) -> NoiseModel:
+    return GlobalNoise(options.update, memory=options.memory)
 
 
-_clamp = cast(Callable[[Tensor, Tensor | float, float | None], Tensor], _Clamp.apply)
+def _channel_noise(options: NoiseOptions) -> NoiseModel:
+    channels, *axes = options.shape
+    return _dimension_noise(options._replace(shape=(channels, *[1 for _ in axes])))
+
+
+def _dimension_noise(options: NoiseOptions) -> NoiseModel:
+    shape, update, memory = options.shape, options.update, options.memory
+    if options.quantum is None:
+        return DimensionNoise(shape, update, memory=memory)
+
+    rounding_var = options.quantum**2 / 12
+    return DimensionNoise(shape, update, memory=memory, min_var=rounding_var)
+
+
+def _fixed_noise(options: NoiseOptions) -> NoiseModel:
+    return FixedNoise(float(options.var or 0.0))
+
+
+NOISE_BUILDERS: dict[str, Callable[[NoiseOptions], NoiseModel]] = {
+    "global": _global_noise,
+    "channel": _channel_noise,
+    "dimension": _dimension_noise,
+    "fixed": _fixed_noise,
+}
+"""How each choice of the option ``noise`` is built, see :data:`equipoise.catalogue.NOISES`."""

@@ -31,7 +31,7 @@ from equipoise.gaussian import (
     standard_normal_log_prob,
     sum_dimensions,
 )
-from equipoise.noise import MIN_VAR, PredictedNoise
+from equipoise.noise import MIN_VAR, NoiseModel
 
 
 @runtime_checkable
@@ -39,7 +39,7 @@ class LatentVariableModel(Protocol):
     """What an objective needs of a model; :class:`equipoise.model.VAE` is one."""
 
     @property
-    def noise(self) -> nn.Module:
+    def noise(self) -> NoiseModel:
         """Noise model: codes to log-variances."""
 
     @property
@@ -166,7 +166,8 @@ class DetachedVarianceElbo(Objective):
     The remedy is Stirn et al. (2023), *Faithful heteroscedastic regression with neural networks*, here for a VAE.
 
     Args:
-        model: a model whose noise is :class:`equipoise.noise.PredictedNoise`.
+        model: A model whose noise depends on the code and has a shared variance beside, such as
+            :class:`equipoise.noise.PredictedNoise`.
         beta: weight of the KL in the loss, as in :class:`Elbo`.
 
     Raises:
@@ -176,18 +177,19 @@ class DetachedVarianceElbo(Objective):
     def __init__(self, model: LatentVariableModel, beta: float = 1.0) -> None:
         super().__init__(model)
         self.beta = beta
-        if not isinstance(model.noise, PredictedNoise):
+        if not model.noise.depends_on_code or model.noise.shared_log_var is None:
             raise ValueError(
-                f"DetachedVarianceElbo trains a PredictedNoise, the model has {type(model.noise).__name__}; use Elbo."
+                "DetachedVarianceElbo trains a noise model such as PredictedNoise, with a shared "
+                f"variance to start from; the model has {type(model.noise).__name__}, so use Elbo."
             )
 
     def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
         """Evaluate both parts with the same sample of z."""
-        noise = cast(PredictedNoise, self.model.noise)
+        noise = self.model.noise
         posterior = self.model.encode(x)
         z = posterior.sample(generator)
         mean = self.model.decode_mean(z)
-        at_global_variance = Gaussian(mean, noise.reference_log_var).log_prob(x)
+        at_global_variance = Gaussian(mean, cast(Tensor, noise.shared_log_var)).log_prob(x)
         log_var = noise(z.detach())
         log_likelihood = Gaussian(mean.detach(), log_var).log_prob(x)
         kl = posterior.kl()

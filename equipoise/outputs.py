@@ -11,9 +11,8 @@ from torch import Tensor
 from equipoise import plots
 from equipoise.data import Data
 from equipoise.model import VAE
-from equipoise.noise import PredictedNoise
+from equipoise.run import Run
 from equipoise.store import whole_file
-from equipoise.training.run import Run
 
 SHOWN_IMAGES = 25
 SHOWN_IMAGES_WITHOUT_STD = 100
@@ -74,7 +73,7 @@ def write_samples(
     noisy = means + std * torch.empty_like(means).normal_(generator=generator)
     x = noisy if noise else means
     if len(model.shape) == 3:
-        has_map = isinstance(model.noise, PredictedNoise)
+        has_map = model.noise.depends_on_code
         shown = slice(0, SHOWN_IMAGES if has_map else SHOWN_IMAGES_WITHOUT_STD)
         stds = std[shown].numpy() if has_map else None
         figure = plots.samples(x[shown].numpy(), stds, f"samples, {name}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -111,3 +112,27 @@ class Processes:
 
 ALONE = Processes(rank=0, size=1, all_reduce=lambda values: values)
 """One process, which has all examples."""
+
+
+def choose_device(accelerator: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
+    """Choose the device on which one process computes.
+
+    Args:
+        accelerator: Option of that name. "auto" takes a CUDA GPU where there is one. It never takes
+            Apple's MPS, which has no float64, the type in which eq. (10) is summed.
+
+    Returns:
+        The CPU, or the current CUDA GPU.
+
+    Raises:
+        ValueError: if CUDA is asked for and absent.
+    """
+    has_cuda = torch.cuda.is_available()
+    if accelerator == "cuda" and not has_cuda:
+        raise ValueError(
+            "accelerator=cuda, but torch finds no CUDA GPU; use accelerator=auto or cpu."
+        )
+
+    if accelerator == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

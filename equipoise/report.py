@@ -11,8 +11,8 @@ from xml.etree.ElementTree import Element, tostring
 from PIL import Image
 
 from equipoise.glossary import Keys, format_figure, leaves, measure, term, warnings_of
+from equipoise.run import Run
 from equipoise.store import StoreError, read_json, whole_file
-from equipoise.training.run import Run
 
 LARGEST_PNG = 350_000
 """Bytes from which a figure is embedded as JPEG: ten of them stay below 5 MB."""

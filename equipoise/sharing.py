@@ -9,15 +9,9 @@ import yaml
 from equipoise.data.hub import MIRRORS
 from equipoise.glossary import format_figure, leaves, measure, term, title
 from equipoise.hub import PREFIX, RUN_FILES, publish
+from equipoise.noise import NoiseModel, noise_class
+from equipoise.run import Run
 from equipoise.store import read_json, read_tensors
-from equipoise.training.run import Run
-
-NOISE = {
-    "FixedNoise": "The noise variance is given, not learned",
-    "GlobalNoise": "One noise variance is learned for all dimensions",
-    "DimensionNoise": "Noise variances are learned, the same for all examples",
-    "PredictedNoise": "The noise variance is predicted for every dimension of every example",
-}
 
 
 def push(run: Run, name: str, *, license_id: str | None = None, private: bool = True) -> str:
@@ -106,7 +100,7 @@ def _summary(settings: dict[str, Any], description: dict[str, Any], n_components
     )
     return f"""\
 A variational autoencoder of {shape} {kind}, trained on `{data["name"]}` with \
-equipoise. {NOISE[description["noise"]["kind"]]}; new codes are drawn from \
+equipoise. {_noise_summary(description["noise"]["kind"])}; new codes are drawn from \
 a mixture of {n_components} Gaussians, fitted to the aggregate posterior. Method: Lin, Roberts, Trigoni and Clark \
 (2019), *Balancing Reconstruction Quality and Regularisation in ELBO for VAEs*, \
 [arXiv 1909.03765](https://arxiv.org/abs/1909.03765).
@@ -121,6 +115,14 @@ a mixture of {n_components} Gaussians, fitted to the aggregate posterior. Method
 
 All options are in `config.json`, the course of the training in `metrics.jsonl`.
 """
+
+
+def _noise_summary(kind: str) -> str:
+    """Say what a noise model is; a general sentence where its class is not at hand."""
+    try:
+        return noise_class(kind).summary
+    except ValueError:
+        return NoiseModel.summary
 
 
 def _usage(name: str, description: dict[str, Any]) -> str:

@@ -1,19 +1,38 @@
-"""Densities to draw codes from, by name: those a run comes with, and others, fitted when first asked for and kept."""
+"""Where codes come from: the aggregate posterior, densities fitted to it, and the prior.
+
+:data:`equipoise.catalogue.SOURCES` lists them. A source is either ready once a run has its mixture
+(:data:`READY`), or fitted to the codes of the training set when it is first asked for and then kept
+in the run folder (:data:`FITTED`). The exact aggregate posterior, eq. (12), is encoded anew.
+"""
 
 import contextlib
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
-from equipoise.aggregate import AggregatePosterior, LatentDistribution, StandardNormal
-from equipoise.data import Data
-from equipoise.flow_fit import fit_flow
-from equipoise.metrics.latent import single_gaussian
-from equipoise.model import VAE
+from equipoise.aggregate import (
+    AggregatePosterior,
+    GaussianMixture,
+    LatentDistribution,
+    StandardNormal,
+    single_gaussian,
+)
+from equipoise.catalogue import SOURCES
+from equipoise.config import ConfigError, TrainConfig
+from equipoise.data import Data, ExampleSet, Stream, batches_of
+from equipoise.flow_fit import CodeFlow, FlowEpoch, fit_flow
+from equipoise.gaussian import Gaussian, SharedGenerator
+from equipoise.mixture_fit import EMStep, MixtureFit, fit_mixture, fit_variational_mixture
+from equipoise.model import VAE, encode_all
+from equipoise.processes import ALONE, Processes, choose_device
+from equipoise.run import Run
 from equipoise.store import (
     StoreError,
     file_checksum,
@@ -22,43 +41,286 @@ from equipoise.store import (
     save_flow,
     save_mixture,
 )
-from equipoise.training.config import ConfigError
-from equipoise.training.engine import choose_device
-from equipoise.training.run import Run, describe_mixture, encode_examples, fit_aggregate
 
-CHOICES = "mixture, mixture=K such as mixture=500, mixture=auto, flow, gaussian, prior, aggregate"
+ENCODED_AT_ONCE = 500
+VARIATIONAL_COMPONENTS = 32
+"""Components of a variational fit where their number is 'auto'. It empties those not needed."""
 
 Progress = Callable[[str, int, int | None, str], None]
-"""Label, position, total if known, and the figure of merit in words."""
+"""Takes the label of a job, its position, its total if known, and its figure of merit in words."""
 
 
-def check_source(name: str) -> None:
-    """Refuse what is not the name of a source.
+def encode_examples(
+    model: VAE, examples: ExampleSet, device: torch.device, processes: Processes = ALONE
+) -> Gaussian:
+    """Encode every example, or this process's part of the examples, to its posterior q(z|x).
+
+    The posteriors take 8 d bytes per example, which is 1.3 GB for ten million codes of d = 16.
 
     Args:
-        name: as the user gave it.
+        model: A model in evaluation mode, on the device.
+        examples: Raw examples.
+        device: Where to compute.
+        processes: The processes that share the work. Each takes every ``size``-th example.
+
+    Returns:
+        Means and log-variances, (N, d).
+    """
+    batches = batches_of(
+        examples, ENCODED_AT_ONCE, device, rank=processes.rank, world_size=processes.size
+    )
+    return encode_all(model, batches.epoch())
+
+
+def fit_aggregate(
+    model: VAE,
+    data: Data,
+    config: TrainConfig,
+    device: torch.device,
+    on_iteration: Callable[[EMStep], None] | None = None,
+    processes: Processes = ALONE,
+) -> MixtureFit:
+    """Fit a Gaussian mixture to the aggregate posterior of the training set, eq. (13).
+
+    Args:
+        model: A trained model in evaluation mode, on the device.
+        data: The training set is encoded. The validation set chooses K where it is 'auto'.
+        config: Options ``n_components``, ``mixture_fit``, ``mixture_from`` and ``seed``.
+        device: Where to compute.
+        on_iteration: Called with each iteration of EM.
+        processes: The processes that share the work, each with its part of the examples.
+
+    Returns:
+        The mixture and how it was found.
+    """
+    generator = torch.Generator(device).manual_seed(config.seed + 4)
+
+    def encode(examples: ExampleSet) -> tuple[Gaussian, Tensor]:
+        """Encode this process's part, and draw a code of each posterior.
+
+        The draws are the same whatever the number of processes.
+        """
+        posterior = encode_examples(model, examples, device, processes)
+        shared = SharedGenerator(generator, len(examples), processes.rank, processes.size)
+        return posterior, posterior.sample(shared)
+
+    posterior, codes = encode(data.train)
+    if config.mixture_fit == "variational":
+        n_components = min(VARIATIONAL_COMPONENTS, len(data.train))
+        if config.n_components != "auto":
+            n_components = config.n_components
+        return fit_variational_mixture(processes.gather(codes), n_components, generator=generator)
+
+    held_out = None
+    if config.n_components == "auto":
+        held_out = encode(data.validation)[1]
+
+    if processes.rank:
+        # For the draws of random subsets, to which each process gives a share of its own.
+        generator.manual_seed(config.seed + 4 + processes.rank)
+
+    is_exact = config.mixture_from == "moments"
+    return fit_mixture(
+        posterior.mean if is_exact else codes,
+        config.n_components,
+        log_vars=posterior.log_var if is_exact else None,
+        held_out=held_out,
+        generator=generator,
+        on_iteration=on_iteration,
+        processes=processes,
+    )
+
+
+def describe_mixture(fit: MixtureFit, config: TrainConfig) -> dict[str, Any]:
+    """Describe how a mixture was fitted, for its file.
+
+    Args:
+        fit: What :func:`fit_aggregate` returned.
+        config: The options of that fit.
+
+    Returns:
+        JSON values.
+    """
+    held_out = [
+        {"n_components": n_components, **log_likelihood._asdict()}
+        for n_components, log_likelihood in fit.held_out.items()
+    ]
+    return {
+        "fit": config.mixture_fit,
+        "from": config.mixture_from,
+        "n_components": fit.mixture.n_components,
+        "log_likelihood": fit.log_likelihoods[-1],
+        "iterations": fit.n_iterations,
+        "converged": fit.converged,
+        "components_floored": fit.n_floored,
+        "held_out": held_out,
+    }
+
+
+READY: dict[str, Callable[[GaussianMixture], LatentDistribution]] = {
+    "prior": lambda mixture: StandardNormal(mixture.latent_dim).to(mixture.means.device),
+    "gaussian": single_gaussian,
+    "mixture": lambda mixture: mixture,
+}
+"""Sources that the run's own mixture is all that is needed for, by their rows in the catalogue."""
+
+
+class FitTask(NamedTuple):
+    """What a source is fitted with.
+
+    Args:
+        run: The run whose codes are fitted. It has finished training.
+        model: The run's model, in evaluation mode, on the device.
+        data: The data that the run was trained on. The validation set ends the fit.
+        config: The run's options, of which the seed is used.
+        device: Where to compute.
+        argument: What stands behind the source's name and "=", such as "500".
+        progress: Called with each step of the fit.
+    """
+
+    run: Run
+    model: VAE
+    data: Data
+    config: TrainConfig
+    device: torch.device
+    argument: str
+    progress: Progress
+
+
+class FittedSource(ABC):
+    """A density that is fitted to the codes of the training set, and kept in the run folder."""
+
+    starts_from_mixture = False
+    """Whether the fit depends on the run's mixture, and must be repeated when that changes."""
+
+    @abstractmethod
+    def fit(self, task: FitTask) -> tuple[LatentDistribution, dict[str, Any]]:
+        """Fit the density.
+
+        Args:
+            task: What to fit it with.
+
+        Returns:
+            The density on the device of the task, and JSON values that say how it was fitted.
+        """
+
+    @abstractmethod
+    def save(self, path: Path, density: LatentDistribution, description: dict[str, Any]) -> None:
+        """Write the density and its description into one file."""
+
+    @abstractmethod
+    def load(self, path: Path) -> tuple[LatentDistribution, dict[str, Any]]:
+        """Read what :meth:`save` wrote; a ``StoreError`` if it is absent or damaged."""
+
+
+class MixtureSource(FittedSource):
+    """A mixture of another number of components than the run's own."""
+
+    def fit(self, task: FitTask) -> tuple[LatentDistribution, dict[str, Any]]:
+        """Fit it by EM. The argument is K, or 'auto' for the K of highest held-out likelihood."""
+        config = replace(task.config, n_components="auto", mixture_fit="em")
+        if task.argument != "auto":
+            config = replace(config, n_components=int(task.argument))
+
+        def report(step: EMStep) -> None:
+            label = f"mixture of {step.n_components}"
+            task.progress(label, step.iteration, None, f"{step.log_likelihood:.3f} nats per code")
+
+        fit = fit_aggregate(task.model, task.data, config, task.device, report)
+        return fit.mixture, describe_mixture(fit, config)
+
+    def save(self, path: Path, density: LatentDistribution, description: dict[str, Any]) -> None:
+        """Write the mixture."""
+        save_mixture(path, cast(GaussianMixture, density), description)
+
+    def load(self, path: Path) -> tuple[LatentDistribution, dict[str, Any]]:
+        """Read the mixture."""
+        return load_mixture(path)
+
+
+class FlowSource(FittedSource):
+    """A normalising flow whose base is the run's mixture."""
+
+    starts_from_mixture = True
+
+    def fit(self, task: FitTask) -> tuple[LatentDistribution, dict[str, Any]]:
+        """Fit it by gradient, until held-out codes gain no more."""
+        generator = torch.Generator(task.device).manual_seed(task.config.seed + 4)
+        training = encode_examples(task.model, task.data.train, task.device)
+        validation = encode_examples(task.model, task.data.validation, task.device)
+
+        def report(step: FlowEpoch) -> None:
+            task.progress("flow", step.epoch, step.epochs, f"{step.held_out:.3f} nats per code")
+
+        fit = fit_flow(
+            training,
+            validation.sample(generator),
+            task.run.mixture().to(task.device),
+            generator=generator,
+            on_epoch=report,
+        )
+        return fit.flow, {
+            "epochs": len(fit.history),
+            "best_epoch": fit.best_epoch,
+            "held_out": fit.held_out,
+        }
+
+    def save(self, path: Path, density: LatentDistribution, description: dict[str, Any]) -> None:
+        """Write the flow."""
+        save_flow(path, cast(CodeFlow, density), description)
+
+    def load(self, path: Path) -> tuple[LatentDistribution, dict[str, Any]]:
+        """Read the flow."""
+        return load_flow(path)
+
+
+FITTED: dict[str, FittedSource] = {
+    "mixture=K": MixtureSource(),
+    "mixture=auto": MixtureSource(),
+    "flow": FlowSource(),
+}
+"""Sources that are fitted when they are first asked for, by their rows in the catalogue."""
+
+
+def check_source(name: str) -> str:
+    """Find the row of the catalogue that a source's name belongs to.
+
+    Args:
+        name: Name that the user gave.
+
+    Returns:
+        The row in :data:`equipoise.catalogue.SOURCES`. "mixture=500" belongs to "mixture=K".
 
     Raises:
-        ConfigError: with the choices.
+        ConfigError: with the choices, if there is no such source.
 
     Example:
+        >>> check_source("mixture=500")
+        'mixture=K'
         >>> check_source("mixture=0")
         Traceback (most recent call last):
         ...
-        equipoise.training.config.ConfigError: there is no source of codes 'mixture=0'; choose from mixture, ...
+        equipoise.config.ConfigError: there is no source of codes 'mixture=0'; choose from ...
     """
-    if not re.fullmatch(r"mixture(=([1-9]\d*|auto))?|flow|gaussian|prior|aggregate", name):
-        raise ConfigError([f"there is no source of codes {name!r}; choose from {CHOICES}"])
+    for row in SOURCES:
+        if row.endswith("=K"):
+            is_match = re.fullmatch(re.escape(row[:-1]) + r"[1-9]\d*", name) is not None
+        else:
+            is_match = name == row
+        if is_match:
+            return row
+
+    raise ConfigError([f"there is no source of codes {name!r}; choose from {', '.join(SOURCES)}"])
 
 
 def file_stem(name: str) -> str:
-    """Name a source's files.
+    """Name the files of a source.
 
     Args:
-        name: of the source.
+        name: Name of the source.
 
     Returns:
-        The stem of its file in the run folder, and of the samples drawn from it.
+        The stem of its file in the run folder, and of the files of samples drawn from it.
 
     Example:
         >>> file_stem("mixture=500")
@@ -67,27 +329,48 @@ def file_stem(name: str) -> str:
     return name.replace("=", "-")
 
 
+def ready_source(name: str, mixture: GaussianMixture) -> LatentDistribution:
+    """Find a source that needs no other fit than the mixture.
+
+    Args:
+        name: "prior", "gaussian" or "mixture".
+        mixture: The mixture fitted to the aggregate posterior, eq. (13).
+
+    Returns:
+        The density, on the device of the mixture.
+
+    Raises:
+        ValueError: if there is no such source, or it is not ready.
+    """
+    if name not in READY:
+        raise ValueError(
+            f"expected a source of codes among {', '.join(map(repr, READY))}, got {name!r}"
+        )
+    return READY[name](mixture)
+
+
+def _report_nothing(label: str, done: int, total: int | None, text: str) -> None:
+    """Take the progress of a fit, and show nothing."""
+
+
 def code_source(
     run: Run,
     model: VAE,
     name: str,
     data: Callable[[], Data],
-    progress: Progress = lambda label, done, total, text: None,
+    progress: Progress = _report_nothing,
 ) -> LatentDistribution:
-    """Find a source of codes by its name.
+    """Find a source of codes by its name; fit it if it is asked for the first time.
 
-    ``mixture`` is the run's own, ``gaussian`` has its mean and covariance, ``prior`` is N(0, I). ``aggregate`` is the
-    exact aggregate posterior, eq. (12), which hands out the training data again. ``flow`` and ``mixture=K`` are fitted
-    to the codes of the training set, with the run's seed; the flow starts from the run's mixture. The validation set
-    ends its fit, and chooses K for ``mixture=auto``. They are kept in the run folder, and fitted anew if the
-    model has changed since.
+    A source that is fitted starts from the run's seed. It is kept in the run folder, and fitted
+    anew if the model has changed since.
 
     Args:
-        run: finished training.
-        model: the run's, in evaluation mode.
-        name: one of the above.
-        data: gives what the run was trained on; not called where that is not needed.
-        progress: told of each step of a fit.
+        run: A run that has finished training.
+        model: The run's model, in evaluation mode.
+        name: One of :data:`equipoise.catalogue.SOURCES`.
+        data: Returns the data that the run was trained on. It is called only where they are needed.
+        progress: Called with each step of a fit.
 
     Returns:
         The density, on the device of the model.
@@ -97,67 +380,114 @@ def code_source(
         StoreError: if the data are not those of the run.
         ImportError: if the flow's library, of the extra ``flow``, is missing.
     """
-    check_source(name)
+    row = check_source(name)
     home = model.scaling.scale.device
-    if name == "prior":
-        return StandardNormal(model.latent_dim).to(home)
-    if name in ("mixture", "gaussian"):
-        mixture = run.mixture().to(home)
-        return mixture if name == "mixture" else single_gaussian(mixture)
-    path = run.folder / f"{file_stem(name)}.safetensors"
-    fitted_to = {"model": file_checksum(run.model_file)}
-    if name == "flow":  # which starts from the mixture
-        fitted_to["mixture"] = file_checksum(run.mixture_file)
-    with contextlib.suppress(StoreError):  # absent, damaged, or of another version
-        kept, description = load_flow(path) if name == "flow" else load_mixture(path)
-        if description.items() >= fitted_to.items():
-            return kept.to(home)
-    config, given, device = run.config(), data(), choose_device(run.config())
-    run.check_data(given)
+    if row in READY:
+        return READY[row](run.mixture().to(home))
+
+    if row in FITTED:
+        stored = _load_fitted(run, name)
+        if stored is not None:
+            return stored.to(home)
+
+    training_data = data()
+    run.check_data(training_data)
+    config = run.config()
+    device = choose_device(config.accelerator)
+
     model.to(device)
     try:
-        if name == "aggregate":
-            return AggregatePosterior(*encode_examples(model, given.train, device)).to(home)
+        if row not in FITTED:
+            return AggregatePosterior(*encode_examples(model, training_data.train, device)).to(home)
+
+        argument = name.partition("=")[2]
+        task = FitTask(run, model, training_data, config, device, argument, progress)
         started = time.perf_counter()
-
-        def told(what: dict[str, Any]) -> dict[str, Any]:
-            return fitted_to | what | {"seconds": round(time.perf_counter() - started, 1)}
-
-        if name == "flow":
-            generator = torch.Generator(device).manual_seed(config.seed + 4)
-            flow_fit = fit_flow(
-                encode_examples(model, given.train, device),
-                encode_examples(model, given.validation, device).sample(generator),
-                run.mixture().to(device),
-                generator=generator,
-                on_epoch=lambda step: progress(
-                    "flow", step.epoch, step.epochs, f"{step.held_out:.3f} nats per code"
-                ),
-            )
-            _, history, best_epoch, held_out = flow_fit
-            save_flow(
-                path,
-                flow_fit.flow,
-                told({"epochs": len(history), "best_epoch": best_epoch, "held_out": held_out}),
-            )
-            return flow_fit.flow.to(home)
-        count = name.removeprefix("mixture=")
-        options = replace(
-            config, n_components="auto" if count == "auto" else int(count), mixture_fit="em"
-        )
-        mixture_fit = fit_aggregate(
-            model,
-            given,
-            options,
-            device,
-            lambda step: progress(
-                f"mixture of {step.n_components}",
-                step.iteration,
-                None,
-                f"{step.log_likelihood:.3f} nats per code",
-            ),
-        )
-        save_mixture(path, mixture_fit.mixture, told(describe_mixture(mixture_fit, options)))
-        return mixture_fit.mixture.to(home)
+        density, description = FITTED[row].fit(task)
+        seconds = round(time.perf_counter() - started, 1)
     finally:
         model.to(home)
+
+    description = {**_fitted_to(run, row), **description, "seconds": seconds}
+    FITTED[row].save(_fitted_file(run, name), density, description)
+    return density.to(home)
+
+
+def _fitted_file(run: Run, name: str) -> Path:
+    return run.folder / f"{file_stem(name)}.safetensors"
+
+
+def _fitted_to(run: Run, row: str) -> dict[str, str]:
+    """Checksums of what a fit depends on, which are kept in its file."""
+    checksums = {"model": file_checksum(run.model_file)}
+    if FITTED[row].starts_from_mixture:
+        checksums["mixture"] = file_checksum(run.mixture_file)
+    return checksums
+
+
+def _load_fitted(run: Run, name: str) -> LatentDistribution | None:
+    """Load a density that was fitted to this very model; None if there is none that can be read."""
+    row = check_source(name)
+    with contextlib.suppress(StoreError):
+        density, description = FITTED[row].load(_fitted_file(run, name))
+        if description.items() >= _fitted_to(run, row).items():
+            return density
+    return None
+
+
+def draw_codes(
+    run: Run,
+    model: VAE,
+    name: str,
+    n: int,
+    generator: torch.Generator,
+    data: Callable[[], Data],
+    progress: Progress = _report_nothing,
+) -> Tensor:
+    """Draw codes from a source.
+
+    Of the aggregate posterior, only the examples that are drawn are encoded.
+
+    Args:
+        run: A run that has finished training.
+        model: The run's model, in evaluation mode.
+        name: One of :data:`equipoise.catalogue.SOURCES`.
+        n: Number of codes.
+        generator: Source of randomness, on the model's device.
+        data: Returns the data that the run was trained on. It is called only where they are needed.
+        progress: Called with each step of a fit.
+
+    Returns:
+        Codes, (n, d).
+    """
+    if name == "aggregate":
+        training_data = data()
+        run.check_data(training_data)
+        return sample_aggregate(model, training_data.train, n, generator)
+    return code_source(run, model, name, data, progress).sample(n, generator)
+
+
+def sample_aggregate(
+    model: VAE, training: ExampleSet, n: int, generator: torch.Generator
+) -> Tensor:
+    """Draw from the exact aggregate posterior, eq. (12): a random example, then a code of it.
+
+    Args:
+        model: A model in evaluation mode, on the generator's device.
+        training: The training set. Only the examples that are drawn are encoded, but a stream is
+            encoded as a whole.
+        n: Number of codes.
+        generator: Source of randomness.
+
+    Returns:
+        Codes, (n, d).
+    """
+    device = generator.device
+    rows = torch.randint(len(training), (n,), generator=generator, device=device).cpu()
+
+    if isinstance(training, Stream):
+        everything = encode_examples(model, training, device)
+        posterior = Gaussian(*(parameter[rows.to(device)] for parameter in everything))
+    else:
+        posterior = encode_examples(model, training.at_hand.take(rows.numpy()), device)
+    return posterior.sample(generator)

@@ -23,7 +23,7 @@ from equipoise.aggregate import GaussianMixture
 from equipoise.flow_fit import CodeFlow
 from equipoise.model import VAE, Scaling
 from equipoise.networks import build_decoder, build_encoder
-from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, NoiseModel, PredictedNoise
+from equipoise.noise import GlobalNoise, build_noise
 
 FORMAT = "equipoise-1"
 
@@ -292,47 +292,15 @@ def build_model(
         scaling=scaling,
         architecture=architecture,
         width=width,
-        # Files of before these two were options do not name them.
-        mean_bounds=tuple(description.get("mean_bounds") or ()) or None,
-        deterministic=description.get("deterministic", False),
+        mean_bounds=tuple(description["mean_bounds"]) if description["mean_bounds"] else None,
+        deterministic=description["deterministic"],
     )
-    model.noise = build_noise(description["noise"], model)
+
+    try:
+        model.noise = build_noise(description["noise"], model.blank_variance_network)
+    except ValueError as error:
+        raise StoreError(f"{what} cannot be loaded: {error}.") from error
     return model
-
-
-def build_noise(description: dict[str, Any], model: VAE) -> NoiseModel:
-    """Build the noise model that a description tells of; its tensors are still to be filled.
-
-    Args:
-        description: what :meth:`NoiseModel.description` returned.
-        model: the model it is for, which gives a variance network its shape.
-
-    Returns:
-        The noise model with meaningless values.
-
-    Raises:
-        StoreError: if the kind is unknown.
-    """
-    arguments = dict(description)
-    kind = arguments.pop("kind")
-    if kind == "PredictedNoise":
-        noise = PredictedNoise(
-            model.blank_variance_network(),
-            torch.ones(arguments["reference_shape"]),
-            torch.ones(arguments["floor_shape"]),
-            tuple(arguments["calibration_shape"]),
-        )
-        if points := arguments.get("interval_points", 0):  # absent from files of version 0.1
-            noise.interval_factors = torch.zeros(points)
-        return noise
-    if kind == "DimensionNoise":
-        return DimensionNoise(tuple(arguments.pop("shape")), **arguments)
-    kinds: dict[str, type[NoiseModel]] = {"FixedNoise": FixedNoise, "GlobalNoise": GlobalNoise}
-    if kind not in kinds:
-        raise StoreError(
-            f"Unknown noise model {kind!r}; this file comes from a newer version of equipoise."
-        )
-    return kinds[kind](**arguments)
 
 
 def save_mixture(path: Path, mixture: GaussianMixture, description: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from rich.progress import (
 from rich.table import Table
 
 from equipoise.glossary import format_figure, leaves, measure, term, title
-from equipoise.training.logging import Row
+from equipoise.run import Row
 
 SECONDS_BETWEEN_LINES = 2.0
 

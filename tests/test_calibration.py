@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
+from equipoise.config import TrainConfig
 from equipoise.data import load
 from equipoise.data import varying as varying_module
 from equipoise.estimate import Estimate
@@ -21,8 +22,7 @@ from equipoise.metrics.calibration import (
     varying_dimensions,
 )
 from equipoise.noise import FixedNoise
-from equipoise.training.config import TrainConfig
-from equipoise.training.run import make_model
+from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 from tests.oracles import Ppca, linear_gaussian_data, ppca_vae
 

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from equipoise.cli import main
-from equipoise.training.run import Run
+from equipoise.run import Run
 
 QUICK = [
     "--set",
@@ -524,7 +524,7 @@ def test_a_trained_run_without_checkpoints_is_not_trained_over(trained, tmp_path
 def test_help_teaches_every_option():
     from dataclasses import fields
 
-    from equipoise.training.config import TrainConfig
+    from equipoise.config import TrainConfig
 
     assert "train" in run("--help").stdout
     shown = run("train", "--help").stdout

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from equipoise.config import TrainConfig
 from equipoise.stages import Stage
 from equipoise.training import trainer as trainer_module
 from equipoise.training.compilation import compile_networks
-from equipoise.training.config import TrainConfig
-from equipoise.training.run import make_model
+from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 
 QUICK = TrainConfig(
@@ -109,8 +109,8 @@ import torch
 from equipoise.data import load
 from equipoise.objectives import Elbo
 from equipoise.training.compilation import begin_step, compile_networks, restore_networks
-from equipoise.training.config import TrainConfig
-from equipoise.training.run import make_model
+from equipoise.config import TrainConfig
+from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 
 data = load("digits")

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 
 import equipoise
 from equipoise.cli import main
+from equipoise.config import TrainConfig
 from equipoise.data import Batches, Stream, StreamBatches, Subset, batches_of, load, load_stream
 from equipoise.evaluation import evaluate
+from equipoise.run import Run
+from equipoise.sources import encode_examples, sample_aggregate
 from equipoise.store import read_json
-from equipoise.training.config import TrainConfig
-from equipoise.training.run import Run, encode_examples, make_model, sample_aggregate, train
+from equipoise.training.job import train
+from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 
 QUICK = TrainConfig(

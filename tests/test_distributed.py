@@ -15,15 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning_fabric import Fabric
 
+from equipoise.config import ConfigError, make_config
 from equipoise.data import load
 from equipoise.gaussian import Gaussian, SharedGenerator
 from equipoise.noise import GlobalNoise, PredictedNoise
 from equipoise.objectives import Elbo
+from equipoise.run import Run
 from equipoise.stages import Stage
-from equipoise.training.config import ConfigError, make_config
 from equipoise.training.engine import in_main_process
-from equipoise.training.run import Run, make_model
-from equipoise.training.trainer import RunningMeans, Trainer
+from equipoise.training.figures import RunningMeans
+from equipoise.training.setup import make_model
+from equipoise.training.trainer import Trainer
 from tests.test_training import assert_same_files, without_times
 
 TRAIN = [sys.executable, "-m", "equipoise", "train"]

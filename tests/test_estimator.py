@@ -19,10 +19,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from equipoise.config import TrainConfig
 from equipoise.estimator import VAEEstimator
 from equipoise.noise import GlobalNoise, PredictedNoise
 from equipoise.store import StoreError, save_model
-from equipoise.training.config import TrainConfig
 
 QUICK = {
     "latent_dim": 2,

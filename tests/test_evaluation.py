@@ -10,13 +10,13 @@ from PIL import Image
 
 import equipoise
 from equipoise.aggregate import GaussianMixture
+from equipoise.config import ConfigError
 from equipoise.data import Subset
 from equipoise.evaluation import BATCH, ROWS, SECTIONS, Examples, evaluate
 from equipoise.glossary import leaves, warnings_of
 from equipoise.model import encode_all
 from equipoise.store import save_mixture
-from equipoise.training.config import ConfigError
-from equipoise.training.run import train
+from equipoise.training.job import train
 
 torch.set_num_threads(1)
 

@@ -15,11 +15,12 @@ import torch
 import yaml
 from torch import nn
 
+from equipoise.config import TrainConfig
 from equipoise.data import load
 from equipoise.hub import RUN_FILES, HubError, publish, run_folder
+from equipoise.run import Run
 from equipoise.sharing import model_card, push
-from equipoise.training.config import TrainConfig
-from equipoise.training.run import Run, train
+from equipoise.training.job import train
 
 COMMIT = 40 * "a"
 QUICK = TrainConfig(

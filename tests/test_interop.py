@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from equipoise.config import TrainConfig
 from equipoise.data import Batches
 from equipoise.interop import from_autoencoder_kl, read_pythae
 from equipoise.model import Scaling
 from equipoise.noise import PredictedNoise
 from equipoise.objectives import Elbo
 from equipoise.store import StoreError, load_model, save_model
-from equipoise.training.config import TrainConfig
-from equipoise.training.run import train
+from equipoise.training.job import train
 from equipoise.training.trainer import Trainer
 
 SHAPE, LATENT_DIM = (1, 8, 8), 4

@@ -9,15 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from equipoise.aggregate import AggregatePosterior, GaussianMixture
+from equipoise.aggregate import AggregatePosterior, GaussianMixture, single_gaussian
 from equipoise.gaussian import Gaussian
 from equipoise.metrics import latent as latent_module
-from equipoise.metrics.latent import (
-    code_log_likelihood,
-    latent_plane,
-    latent_units,
-    single_gaussian,
-)
+from equipoise.metrics.latent import code_log_likelihood, latent_plane, latent_units
 from equipoise.mixture_fit import fit_mixture
 from equipoise.model import encode_all
 from equipoise.noise import FixedNoise

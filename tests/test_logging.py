@@ -16,10 +16,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from equipoise.config import ConfigError, TrainConfig
 from equipoise.training import run as run_module
-from equipoise.training.config import ConfigError, TrainConfig
+from equipoise.training.job import train
 from equipoise.training.logging import JsonlSink, Sink
-from equipoise.training.run import train
 from equipoise.training.trackers import TRACKERS, is_installed
 
 QUICK = TrainConfig(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from equipoise.cli import PAPER_ITEMS
+from equipoise.config import ConfigError
 from equipoise.data import Batches
 from equipoise.objectives import (
     BatchVarianceElbo,
@@ -25,9 +26,7 @@ from equipoise.paper.markdown import cell, table
 from equipoise.paper.protocol import BUDGETS, METHODS, PAPERS_FIVE, TITLES, Lab, Spec
 from equipoise.paper.results import make_items, write_page
 from equipoise.stages import Stage
-from equipoise.training.config import ConfigError
-from equipoise.training.run import make_model
-from equipoise.training.trainer import make_objective, parameter_groups
+from equipoise.training.setup import make_model, make_objective, parameter_groups
 
 ROOT = Path(__file__).parent.parent
 FREE = {
@@ -196,7 +195,7 @@ def test_a_run_with_other_options_is_refused(lab):
     """And nothing of it is overwritten."""
     spec = Spec("mnist", "learned", brief=True)
     other = Lab("tiny", lab.runs, epochs=2)
-    from equipoise.training.run import train
+    from equipoise.training.job import train
 
     train(lab.data("mnist"), other.config(spec), other.run(spec).folder)
     before = other.run(spec).model_file.read_bytes()

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from equipoise.config import ConfigError, TrainConfig
 from equipoise.data import load
 from equipoise.metrics.calibration import NOMINAL_COVERAGE, varying_dimensions
 from equipoise.model import VAE
@@ -29,16 +30,18 @@ from equipoise.noise import (
     ResidualVariance,
 )
 from equipoise.objectives import Elbo
+from equipoise.run import Run, read_rows
 from equipoise.store import StoreError
 from equipoise.training import run as run_module
 from equipoise.training import trainer as trainer_module
 from equipoise.training.checkpoint import load_checkpoint
-from equipoise.training.config import ConfigError, TrainConfig
-from equipoise.training.diagnostics import SplitFigures, range_warning, warnings_for
-from equipoise.training.logging import JsonlSink, read_rows
+from equipoise.training.diagnostics import range_warning, warnings_for
+from equipoise.training.figures import NotFiniteError, SplitFigures
+from equipoise.training.job import train
+from equipoise.training.logging import JsonlSink
 from equipoise.training.preemption import Preempted
-from equipoise.training.run import Run, make_model, train
-from equipoise.training.trainer import NotFiniteError, Trainer, parameter_groups
+from equipoise.training.setup import make_model, parameter_groups
+from equipoise.training.trainer import Trainer
 from tests.oracles import Ppca, linear_gaussian_data
 
 QUICK = TrainConfig(
@@ -750,8 +753,8 @@ def test_the_history_follows_the_checkpoint(tmp_path):
 KILLED = """
 import sys
 from equipoise.data import load
-from equipoise.training.config import make_config
-from equipoise.training.run import train
+from equipoise.config import make_config
+from equipoise.training.job import train
 options = dict(latent_dim=4, width=4, stage_1_epochs=8, stage_2_epochs=4, n_components=2, tolerance=0.0)
 train(load("digits"), make_config(options), sys.argv[1], resume=sys.argv[2] == "resume")
 """

@@ -77,6 +77,22 @@ def batches_of(
     )
 
 
+def examples(part: ExampleSet, n: int, device: torch.device | str = "cpu") -> Tensor:
+    r"""Take a few examples: evenly spread over an array, or over the first ones of a stream.
+
+    Args:
+        part: One split of the data.
+        n: Number of examples to take. All are taken if there are fewer.
+        device: Device of the result.
+
+    Returns:
+        Raw data, (n, \*).
+    """
+    array = part.at_hand
+    index = np.linspace(0, len(array) - 1, min(n, len(array))).astype(np.int64)
+    return torch.from_numpy(array[index]).to(device)
+
+
 class EpochBatches(ABC):
     r"""Batches of raw examples, epoch by epoch, of which each process gets its part.
 

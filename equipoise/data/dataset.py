@@ -1,7 +1,8 @@
 """The record that loading returns, the view it is made of, and the split into three parts."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -136,6 +137,9 @@ class Data:
             pixels, so that a copy of a folder, whose files have other times, is known for the same data.
         source: where the examples were found.
         notes: sentences that a user should read.
+        loading: Arguments of :func:`load` with which these examples are found again; those of
+            :func:`load_stream` if "stream" is true among them. Empty for examples that came as an
+            object in memory.
     """
 
     name: str
@@ -150,6 +154,7 @@ class Data:
     fingerprint: str
     source: str
     notes: tuple[str, ...] = ()
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Split(NamedTuple):

@@ -88,7 +88,19 @@ def load(
             f"{data.source}: examples of shape {data.shape}; image_size={image_size} and channels={channels} "
             "convert image files only: convert the array yourself, or leave them out"
         )
-    return data
+    return replace(
+        data,
+        loading=_record(
+            source,
+            data_dir=data_dir and str(Path(data_dir).expanduser().resolve()),
+            image_size=image_size,
+            channels=channels,
+            test_fraction=test_fraction,
+            validation_fraction=validation_fraction,
+            strict=strict,
+            download=download,
+        ),
+    )
 
 
 def load_stream(
@@ -147,6 +159,20 @@ def load_stream(
     """
     if buffer_size < 1:
         raise ValueError(f"buffer_size must be at least 1, not {buffer_size}")
+    loading: dict[str, Any] = {}
+    if isinstance(validation, int | None) and isinstance(test, int | None):
+        loading = _record(
+            source,
+            stream=True,
+            count=count,
+            validation=validation,
+            test=test,
+            buffer_size=buffer_size,
+            name=name,
+            column=column,
+            image_size=image_size,
+            channels=channels,
+        )
     label, notes = f"a stream of type {type(source).__name__}", []
     if is_hub_table(source) or (isinstance(source, str) and source.startswith("hf:")):
         found = hub_passes(source, column, image_size, channels)
@@ -214,7 +240,31 @@ def load_stream(
         f"units and initial values come from the first {len(stream.at_hand)} training examples"
     )
     fingerprint = hashlib.sha256(f"{data.fingerprint} {set_aside} {total}".encode()).hexdigest()
-    return replace(data, train=stream, fingerprint=fingerprint, notes=(*notes, *data.notes))
+    return replace(
+        data,
+        train=stream,
+        fingerprint=fingerprint,
+        notes=(*notes, *data.notes),
+        loading=loading,
+    )
+
+
+def _record(source: object, **arguments: Any) -> dict[str, Any]:
+    """Record with which arguments a source that has a name is found again.
+
+    Paths become absolute, so that a run finds its data from anywhere. Arguments that change nothing
+    are left out. Nothing is recorded of an object in memory.
+    """
+    if not isinstance(source, str | Path):
+        return {}
+
+    name = str(source)
+    if name not in NAMES and Path(name).expanduser().exists():
+        name = str(Path(name).expanduser().resolve())
+    set_arguments = {
+        key: value for key, value in arguments.items() if value is not None and value is not False
+    }
+    return {"source": name, **set_arguments}
 
 
 def load_examples(

@@ -4,19 +4,37 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
+from equipoise.data.batches import examples
+from equipoise.data.dataset import ExampleSet
+
 VARYING_TAIL = 0.05
+MASK_EXAMPLES = 5000
 BLOCK = 2**20
-"""Values at a time: about 100 MB of work space."""
+"""Number of values that are looked at together, which take about 100 MB of work space."""
+
+
+def varying_mask(training: ExampleSet) -> Bool[Tensor, "*event"]:
+    r"""Find the dimensions of a data set that vary, from up to 5000 of its training examples.
+
+    Intervals are calibrated on these dimensions, and judged on the same.
+
+    Args:
+        training: The training examples.
+
+    Returns:
+        True where the data vary, of one example's shape, on the CPU.
+    """
+    return varying_dimensions(examples(training, MASK_EXAMPLES))
 
 
 def varying_dimensions(x: Shaped[Tensor, "batch *event"]) -> Bool[Tensor, "*event"]:
-    r"""Tell the dimensions that vary over the examples from those that hardly do, as the border pixels of MNIST.
+    r"""Tell the dimensions that vary from those that hardly do, such as the border pixels of MNIST.
 
-    A dimension varies if the central 90 % of its values spread over more than one grey level (whole numbers) or are
-    not all the same (real numbers).
+    A dimension of whole numbers varies if the central 90 % of its values spread over more than one
+    grey level. A dimension of real numbers varies if they are not all the same.
 
     Args:
-        x: raw data, (B, \*); a few thousand examples suffice.
+        x: Raw data, (B, \*). A few thousand examples suffice.
 
     Returns:
         True where the data vary, of one example's shape.
@@ -31,11 +49,15 @@ def varying_dimensions(x: Shaped[Tensor, "batch *event"]) -> Bool[Tensor, "*even
     n = len(x)
     if n == 0:
         raise ValueError("no examples, so nothing varies; give at least one")
+
     tail = int(VARYING_TAIL * n)
-    step = 0 if x.is_floating_point() else 1
+    smallest_spread = 0 if x.is_floating_point() else 1
+
     # In blocks, because kthvalue also makes an index of 8 bytes for each value.
-    spreads = [
-        part.kthvalue(n - tail, dim=0).values - part.kthvalue(1 + tail, dim=0).values
-        for part in torch.split(x.flatten(1), max(1, BLOCK // n), dim=1)
-    ]
-    return (torch.cat(spreads) > step).view(x.shape[1:])
+    spreads = []
+    for block in torch.split(x.flatten(1), max(1, BLOCK // n), dim=1):
+        high = block.kthvalue(n - tail, dim=0).values
+        low = block.kthvalue(1 + tail, dim=0).values
+        spreads.append(high - low)
+
+    return (torch.cat(spreads) > smallest_spread).view(x.shape[1:])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from equipoise.data import Data
 from equipoise.explorer.views import MAX_CODES, View
 from equipoise.model import VAE
-from equipoise.training.run import Run
+from equipoise.run import Run
 
 try:
     import uvicorn

@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from equipoise.aggregate import GaussianMixture, StandardNormal
+from equipoise.aggregate import GaussianMixture, single_gaussian
 from equipoise.data import Batches, Data
 from equipoise.data.images import Plan, decode
 from equipoise.gaussian import Gaussian
-from equipoise.metrics.latent import LatentPlane, latent_plane, single_gaussian
+from equipoise.metrics.latent import LatentPlane, latent_plane
 from equipoise.metrics.likelihood import iwae
 from equipoise.metrics.outliers import MIN_REFERENCE, model_scores, outlier_scores
 from equipoise.model import VAE, encode_all
 from equipoise.plots import NATS_BELOW_PEAK, UNCERTAINTY_MAP
+from equipoise.sources import READY, ready_source
 
 Array = NDArray[Any]
 
@@ -223,14 +224,13 @@ class View:
         if not 1 <= n <= MAX_CODES:
             raise ValueError(f"1 to {MAX_CODES} samples are drawn at once, got {n}")
         generator = _generator(seed)
-        if source == "prior":
-            return StandardNormal(self.model.latent_dim).sample(n, generator).numpy()
-        if source == "mixture":
-            return self.mixture.sample(n, generator).numpy()
+        if source in READY:
+            return ready_source(source, self.mixture).sample(n, generator).numpy()
         if source.isdecimal():
             return self.mixture.sample(n, generator, component=int(source)).numpy()
         raise ValueError(
-            f"expected the source 'prior', 'mixture' or the number of a component, got {source!r}"
+            f"expected a source among {', '.join(map(repr, READY))} or the number of a component, "
+            f"got {source!r}"
         )
 
     def read(self, upload: bytes) -> Num[np.ndarray, "1 *shape"]:

@@ -8,7 +8,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from equipoise.aggregate import ACTIVE_UNIT_VAR, AggregatePosterior, GaussianMixture
+from equipoise.aggregate import (
+    ACTIVE_UNIT_VAR,
+    AggregatePosterior,
+    GaussianMixture,
+    single_gaussian,
+)
 from equipoise.estimate import Estimate
 from equipoise.gaussian import Gaussian, standard_normal_log_prob
 
@@ -72,30 +77,6 @@ def latent_units(posterior: Gaussian) -> tuple[LatentUnit, ...]:
         LatentUnit(Estimate.of_mean(deviations), Estimate.of_mean(rate))
         for deviations, rate in zip(squared_deviations.mT, rates.mT, strict=True)
     )
-
-
-@torch.no_grad()
-def single_gaussian(mixture: GaussianMixture) -> GaussianMixture:
-    r"""Gaussian with the mean and covariance of a mixture: the density of codes that one component would give.
-
-    .. math:: \mu = \sum_k \pi_k \mu_k, \qquad
-        \Sigma = \sum_k \pi_k \bigl(\Sigma_k + (\mu_k - \mu)(\mu_k - \mu)^T\bigr)
-
-    EM keeps the moments of the codes, so this is the Gaussian of highest likelihood on the codes of the fit.
-
-    Args:
-        mixture: K components.
-
-    Returns:
-        One component.
-
-    Example:
-        >>> halves = GaussianMixture(torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1, 1))
-        >>> single_gaussian(halves).covariances
-        tensor([[[2.]]])
-    """
-    mean, covariance = mixture.moments()
-    return GaussianMixture(torch.ones_like(mixture.weights[:1]), mean[None], covariance[None])
 
 
 class CodeLogLikelihood(NamedTuple):

@@ -16,21 +16,22 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
-from equipoise.data import Data, load
-from equipoise.evaluation import evaluate
-from equipoise.model import VAE
-from equipoise.store import read_json
-from equipoise.training.config import (
-    DETERMINISTIC,
+from equipoise.catalogue import OBJECTIVES
+from equipoise.config import (
     ConfigError,
     TrainConfig,
     make_config,
     read_recipe,
     shipped_recipes,
 )
-from equipoise.training.engine import choose_device
+from equipoise.data import Data, load
+from equipoise.evaluation import evaluate
+from equipoise.model import VAE
+from equipoise.processes import choose_device
+from equipoise.run import Run
+from equipoise.store import read_json
+from equipoise.training.job import train
 from equipoise.training.logging import Sink
-from equipoise.training.run import Run, train
 
 METHODS: dict[str, dict[str, Any]] = {
     "learned": {"stage_2_epochs": 0},
@@ -180,7 +181,7 @@ class Lab:
     @property
     def device(self) -> torch.device:
         """Where models are evaluated."""
-        return choose_device(TrainConfig())
+        return choose_device()
 
     def model(self, spec: Spec) -> VAE:
         """Load a model.
@@ -316,7 +317,7 @@ class Lab:
         found = self.evaluation(spec)
         whole = (
             spec.brief
-            or self.config(spec).objective in DETERMINISTIC
+            or OBJECTIVES[self.config(spec).objective].is_deterministic
             or "iwae_20" in found.get("likelihood", {})
         )
         judged = all(source in found.get("samples", {}) for source in spec.sources)
@@ -339,16 +340,12 @@ class Lab:
         if run.config_file.is_file():
             self._check(run, spec)
         if not run.model_file.is_file():
-            options = {"source": self.size.sets[spec.data]} | (
-                {"data_dir": self.data_dir} if self.data_dir else {}
-            )
             train(
                 data,
                 config,
                 run.folder,
                 resume=run.config_file.is_file(),
                 sinks=self.sinks,
-                data_options=options,
                 command=["equipoise", "paper"],
             )
         evaluate(
@@ -358,7 +355,7 @@ class Lab:
             sources=spec.sources,
             features=self.features,
             # Without a density, q(z|x) being a point, the bound tells nothing.
-            brief=spec.brief or config.objective in DETERMINISTIC,
+            brief=spec.brief or OBJECTIVES[config.objective].is_deterministic,
         )
 
 

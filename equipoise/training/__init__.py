@@ -1,4 +1,1 @@
-"""Training: options, the loop, checkpoints, and the run folder.
-
-Nothing is imported here, so that the options can be read without torch.
-"""
+"""Training: the loop, what a stage descends with, checkpoints, and the job that makes a run."""

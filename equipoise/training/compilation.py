@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from equipoise.model import VAE
-from equipoise.noise import PredictedNoise
 
 
 def compile_networks(model: VAE, device: torch.device, n_processes: int) -> None:
@@ -42,9 +41,4 @@ def begin_step() -> None:
 
 
 def _networks(model: VAE) -> list[nn.Module]:
-    noise = model.noise
-    return [
-        model.encoder,
-        model.decoder,
-        *([noise.network] if isinstance(noise, PredictedNoise) else []),
-    ]
+    return [model.encoder, model.decoder, *model.noise.networks()]

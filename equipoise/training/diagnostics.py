@@ -1,40 +1,9 @@
 """Warnings that save a day: what a trained model's figures say is wrong, and what to do about it."""
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from equipoise.aggregate import ACTIVE_UNIT_VAR
-
-
-class SplitFigures(NamedTuple):
-    """Averages over one split of the data.
-
-    Args:
-        n: examples.
-        elbo: nats per example.
-        log_likelihood: nats per example.
-        kl: nats per example.
-        mse: squared error per dimension, squared model units.
-        noise_var: mean variance of p(x|z), squared model units.
-        floor_share: share of variances that lie on the model's floor.
-        unit_var: variance over the data of each latent unit's posterior mean, (d,).
-    """
-
-    n: int
-    elbo: float
-    log_likelihood: float
-    kl: float
-    mse: float
-    noise_var: float
-    floor_share: float
-    unit_var: Tensor
-
-    @property
-    def active_units(self) -> int:
-        """Latent units that the model uses."""
-        return int((self.unit_var > ACTIVE_UNIT_VAR).sum())
+from equipoise.training.figures import SplitFigures
 
 
 def warnings_for(figures: SplitFigures, data_var: float, floor_is_expected: bool) -> list[str]:

@@ -13,30 +13,10 @@ from lightning_fabric import Fabric
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from equipoise.processes import Processes
-from equipoise.training.config import TrainConfig
+from equipoise.config import TrainConfig
+from equipoise.processes import Processes, choose_device
 
 T = TypeVar("T")
-
-
-def choose_device(config: TrainConfig) -> torch.device:
-    """Choose where one process computes.
-
-    Args:
-        config: option ``accelerator``. Apple's MPS is not chosen by 'auto': it has no float64, which eq. (10) sums in.
-
-    Returns:
-        The CPU, or the current CUDA GPU.
-
-    Raises:
-        ValueError: if CUDA is asked for and absent.
-    """
-    if config.accelerator == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "accelerator=cuda, but torch finds no CUDA GPU; use accelerator=auto or cpu."
-        )
-    is_cuda = config.accelerator != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
@@ -52,7 +32,7 @@ def make_fabric(config: TrainConfig) -> Fabric:
     Raises:
         ValueError: if CUDA is asked for and absent.
     """
-    accelerator = choose_device(config).type
+    accelerator = choose_device(config.accelerator).type
     devices, num_nodes = config.devices, config.num_nodes
     if devices == "auto":
         devices = torch.cuda.device_count() if accelerator == "cuda" else 1

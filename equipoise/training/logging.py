@@ -2,13 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+from equipoise.run import Row
 from equipoise.store import whole_file
-
-Row = dict[str, Any]
-"""One epoch: epoch, stage, seconds, examples_per_second, learning_rate, decision, and the figures of both splits as
-``train_elbo`` and ``validation_elbo``, likewise log_likelihood, kl, mse, noise_var."""
 
 
 @runtime_checkable
@@ -65,23 +62,3 @@ class JsonlSink:
 
     def close(self) -> None:
         """Do nothing: the file is closed after each row."""
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Read ``metrics.jsonl``; a last line cut off by a kill is left out.
-
-    Args:
-        path: the file.
-
-    Returns:
-        One dictionary per epoch; empty if there is no file.
-    """
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows

@@ -14,8 +14,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from equipoise.run import Row
 from equipoise.store import read_json, write_json
-from equipoise.training.logging import Row, Sink
+from equipoise.training.logging import Sink
 
 PROJECT = "equipoise"
 

@@ -1,0 +1,499 @@
+"""Every option of a training run: its meaning, its default, and what contradicts it.
+
+One flat record is the Python signature, the recipe file and ``--set key=value`` at once. The string
+under each field is its help.
+"""
+
+import ast
+import difflib
+import functools
+import inspect
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, get_origin
+
+import yaml
+
+from equipoise.catalogue import ARCHITECTURES, NOISES, OBJECTIVES
+
+PLACEMENT = ("devices", "num_nodes")
+"""Options that may change when a run is resumed: they say where it runs, not what it does."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": tuple(OBJECTIVES),
+    "noise": tuple(NOISES),
+    "architecture": ("auto", *ARCHITECTURES),
+}
+"""Options whose values are the rows of a table in ``catalogue.py``."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of a training run."""
+
+    latent_dim: int | Literal["auto"] = "auto"
+    """Number of latent units d. 'auto' is 16, or half the data's dimensions if there are fewer than
+    32. Units that the data do not need switch themselves off."""
+    architecture: str = "auto"
+    """Networks. 'auto' takes 'conv' for images and 'mlp' for tables."""
+    width: int = 32
+    """Size of the networks: the channels of the first convolution, or an eighth of the units of a
+    fully connected layer."""
+
+    objective: str = "elbo"
+    """What training descends. Objectives other than 'elbo' are for comparison. They set noise and
+    stage_2_epochs as they need them."""
+    beta: float = 1.0
+    """Weight of the KL in the loss. The bound has 1. A beta-VAE with a fixed variance has more."""
+    penalty: float | None = None
+    """Weight of what an objective adds to its loss. null takes the objective's own default."""
+    noise: str = "global"
+    """Noise variance of stage 1."""
+    noise_var: float | None = None
+    """The variance when noise=fixed, in squared model units. Images are scaled to [0, 1], where the
+    usual VAE has 0.5."""
+    noise_update: Literal["closed-form", "gradient"] = "closed-form"
+    """How the learned variance of stage 1 moves: by eq. (10), or by gradient."""
+    floor: float | Literal["quantisation"] = 1.0
+    """Smallest variance in stage 2. A number is a multiple of stage 1's optimum, and 1.0 is the
+    paper's choice. 'quantisation' is the variance of rounding to grey levels."""
+    stage_2_gradients: Literal["stop", "joint"] = "stop"
+    """Gradients in stage 2. 'stop' keeps the predicted variance from bending the mean. 'joint'
+    trains everything on eq. (11), as the paper does."""
+    recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none"
+    """How the predicted std is rescaled on the validation set after stage 2: by the one factor of
+    highest likelihood ('scale'), by one per dimension ('dimension'), or by the factor with which
+    .683 of the errors lie within one std ('coverage')."""
+
+    stage_1_epochs: int = 10
+    """Epoch limit of stage 1, which learns one variance. From Python, 0 adds stage 2 to a model
+    that was trained before."""
+    stage_2_epochs: int = 5
+    """Epoch limit of stage 2, which predicts a variance per pixel and input. 0 leaves it out."""
+    tolerance: float = 1e-3
+    """Relative change below which a figure counts as settled. A stage has converged when its noise
+    variance and its validation ELBO are both settled. 0 always runs to the epoch limits."""
+    patience: int = 3
+    """Number of epochs in a row for which both figures must be settled."""
+
+    batch_size: int = 256
+    """Examples per step, over all processes together."""
+    learning_rate: float = 2e-3
+    """Peak of the learning rate of stage 1. It warms up linearly and decays as a cosine."""
+    stage_2_learning_rate: float = 1e-3
+    """Peak of the learning rate of stage 2."""
+    warm_up: float = 0.1
+    """Share of a stage's steps over which the learning rate warms up."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    clip: float = 3.0
+    """Largest norm of the gradient, as a multiple of its average over the last 100 steps. 0 never
+    clips."""
+    ema_decay: float = 0.0
+    """Decay per step of an exponential moving average of the weights, which replaces them at the
+    end of a stage. 0 keeps no average."""
+
+    n_components: int | Literal["auto"] = "auto"
+    """Components of the mixture that approximates the aggregate posterior. 'auto' chooses their
+    number by held-out likelihood."""
+    mixture_fit: Literal["em", "variational"] = "em"
+    """How the mixture is fitted: by expectation maximisation, or by scikit-learn's variational
+    Bayes, which is slower."""
+    mixture_from: Literal["samples", "moments"] = "samples"
+    """What the mixture is fitted to: samples of q(z|x), or its exact second moments."""
+
+    seed: int = 0
+    """Seed of weights, order and noise. The same seed on the same machine gives the same result."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Arithmetic of the networks. Likelihoods and noise statistics stay in float32 and float64."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device. 'auto' takes a CUDA GPU where there is one."""
+    devices: int | Literal["auto"] = 1
+    """Processes on this machine, one per GPU, or per share of the CPU. Each takes its part of every
+    batch. 'auto' takes all GPUs."""
+    num_nodes: int = 1
+    """Number of machines. Each runs the same number of processes. The guide on scaling says how
+    they find one another."""
+    compile: bool = False
+    """Compile the networks with torch.compile, which delays the start of each stage. On one GPU it
+    uses CUDA graphs."""
+    checkpoint_seconds: float = 0.0
+    """Seconds between checkpoints within an epoch that takes longer than this. 0 writes one after
+    each epoch only. SIGTERM writes one at once in any case."""
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
+    """Experiment tracker that takes the options and each epoch's figures, beside metrics.jsonl. It
+    needs the extra 'track'. Trackers stay local unless their own environment variables, such as
+    WANDB_MODE=online, say otherwise."""
+
+    image_size: int | None = None
+    """For folders of images: crop a centred square and resize it to this many pixels a side."""
+    channels: Literal["grey", "rgb"] | None = None
+    """For folders of images: convert them to grey or RGB. null keeps them as they are."""
+    test_fraction: float = 0.1
+    """Share of the examples held out as the test set where the data bring none."""
+    validation_fraction: float = 0.1
+    """Share of the training examples held out to decide on stages, K and calibration. At most 2,000
+    examples are held out."""
+
+    def problems(self) -> list[str]:
+        """Find every value that is out of its domain or contradicts another.
+
+        Returns:
+            One sentence for each, with what to do. Empty if all is well.
+        """
+        return [
+            *self._problems_of_values(),
+            *self._problems_of_stages(),
+            *self._problems_of_objective(),
+            *self._problems_of_processes(),
+        ]
+
+    def problems_of_sharing(self, processes: int) -> list[str]:
+        """Find what keeps a batch from being divided among processes.
+
+        Args:
+            processes: Number of processes.
+
+        Returns:
+            One sentence for each problem, with what to do. Empty if all is well.
+        """
+        problems = []
+
+        is_coupled = self.objective in OBJECTIVES and OBJECTIVES[self.objective].is_coupled
+        if processes > 1 and is_coupled:
+            problems.append(
+                f"objective={self.objective} needs whole batches; "
+                "train it in one process (devices=1)"
+            )
+
+        if processes > 0 and self.batch_size % processes:
+            problems.append(
+                f"batch_size={self.batch_size} must be a multiple of the {processes} processes"
+            )
+        return problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all options as JSON values.
+
+        Returns:
+            Values by field name.
+        """
+        return asdict(self)
+
+    def _problems_of_values(self) -> list[str]:
+        """Find values that are out of their own domain."""
+        problems = []
+
+        for name in TrainConfig.__annotations__:
+            value = getattr(self, name)
+            if isinstance(value, str) and value not in _possible_strings(name):
+                problems.append(f"{name} must be {type_name(name)}, got {value!r}")
+
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if isinstance(value, int | float) and value < least:
+                problems.append(f"{name} must be at least {least}, got {value}")
+
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            # Not the same as value <= 0: NaN is refused, too.
+            if isinstance(value, int | float) and not value > 0:
+                problems.append(f"{name} must be above 0, got {value}")
+
+        for name in ("warm_up", "ema_decay"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                problems.append(f"{name} must be at least 0 and below 1, got {value}")
+
+        for name in ("test_fraction", "validation_fraction"):
+            value = getattr(self, name)
+            if not 0 < value < 1:
+                problems.append(f"{name} must be above 0 and below 1, got {value}")
+
+        if 0 < self.clip <= 1:
+            problems.append(
+                f"clip={self.clip:g} would shrink every gradient: give a multiple above 1, or 0"
+            )
+        return problems
+
+    def _problems_of_stages(self) -> list[str]:
+        """Find contradictions between noise, variance and the two stages."""
+        problems = []
+
+        if self.stage_1_epochs == 0 and self.stage_2_epochs == 0:
+            problems.append("stage_1_epochs and stage_2_epochs cannot both be 0")
+
+        if self.noise == "fixed" and self.noise_var is None:
+            problems.append(
+                "noise=fixed needs noise_var (0.5 is the usual VAE, 1 the paper's beta-VAE)"
+            )
+        if self.noise != "fixed" and self.noise_var is not None:
+            problems.append(
+                f"noise_var={self.noise_var:g} needs noise=fixed; "
+                f"noise={self.noise} learns its variance"
+            )
+        if self.noise == "fixed" and self.stage_2_epochs > 0:
+            problems.append(
+                "noise=fixed has no learned variance to hand to stage 2; set stage_2_epochs=0"
+            )
+
+        if self.recalibrate != "none" and self.stage_2_epochs == 0:
+            problems.append(
+                f"recalibrate={self.recalibrate} rescales the variance of stage 2, "
+                "but stage_2_epochs=0"
+            )
+        return problems
+
+    def _problems_of_objective(self) -> list[str]:
+        """Find options that the objective does not have, or cannot have at this value."""
+        name = self.objective
+        if name not in OBJECTIVES:
+            return []
+        objective = OBJECTIVES[name]
+        problems = []
+
+        if "stage_2_epochs" in objective.requires and self.stage_2_epochs > 0:
+            problems.append(f"objective={name} has no stage 2; set stage_2_epochs=0")
+
+        for option, value in objective.requires.items():
+            if option != "stage_2_epochs" and getattr(self, option) != value:
+                problems.append(
+                    f"objective={name} goes with {option}={value}; "
+                    f"leave {option} out, or take objective=elbo"
+                )
+
+        if self.beta != 1 and not objective.has_beta:
+            with_beta = [row for row in OBJECTIVES if OBJECTIVES[row].has_beta]
+            problems.append(f"objective={name} has no beta; beta goes with {', '.join(with_beta)}")
+
+        if self.penalty is not None and objective.penalty is None:
+            with_penalty = [row for row in OBJECTIVES if OBJECTIVES[row].penalty is not None]
+            problems.append(
+                f"penalty={self.penalty:g} goes with {', '.join(with_penalty)}; "
+                f"objective={name} has none"
+            )
+        return problems
+
+    def _problems_of_processes(self) -> list[str]:
+        """Find what keeps a batch from being divided among the processes that are asked for."""
+        if not isinstance(self.devices, int) or self.devices < 1:
+            return []
+        return self.problems_of_sharing(self.devices * self.num_nodes)
+
+
+_AT_LEAST: dict[str, float] = {
+    "latent_dim": 1,
+    "width": 1,
+    "stage_1_epochs": 0,
+    "stage_2_epochs": 0,
+    "tolerance": 0,
+    "patience": 1,
+    "batch_size": 1,
+    "weight_decay": 0,
+    "clip": 0,
+    "n_components": 1,
+    "seed": 0,
+    "devices": 1,
+    "num_nodes": 1,
+    "checkpoint_seconds": 0,
+    "image_size": 8,
+}
+_POSITIVE = ("learning_rate", "stage_2_learning_rate", "floor", "noise_var", "beta", "penalty")
+
+
+class ConfigError(ValueError):
+    """All problems of a configuration in one message.
+
+    Args:
+        problems: One sentence for each.
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+
+        message = self.problems[0]
+        if len(self.problems) > 1:
+            message = "several problems:\n  - " + "\n  - ".join(self.problems)
+        super().__init__(message)
+
+
+def make_config(values: Mapping[str, Any], over: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Make a configuration from names and values, which may be the strings of a command line.
+
+    An objective brings the options that it needs, see :data:`equipoise.catalogue.OBJECTIVES`. One
+    that is named in ``over`` brings them over ``values``, and one in ``values`` beneath them.
+
+    Args:
+        values: Values by option name, such as those of a recipe.
+        over: Values by option name that win over ``values``, such as those of a user.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: with every unknown name, every value of the wrong type and every contradiction.
+
+    Example:
+        >>> make_config({"latent_dim": "8", "floor": "quantisation"}).latent_dim
+        8
+        >>> make_config({"stage_2_epochs": 5}, {"objective": "dip-vae-ii"}).stage_2_epochs
+        0
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    over = over or {}
+    values = {**_options_of_objective(values), **values, **_options_of_objective(over), **over}
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig)
+    names = {field.name for field in fields(TrainConfig)}
+
+    problems, parsed = [], {}
+    for name, value in values.items():
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            problems.append(f"unknown option {name}{hint}")
+            continue
+
+        try:
+            parsed[name] = getattr(parser.parse_object({name: value}), name)
+        except ArgumentError:
+            problems.append(f"{name} must be {type_name(name)}, got {value!r}")
+
+    config = TrainConfig(**parsed)
+    problems += config.problems()
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _options_of_objective(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options that the objective among ``values`` sets; none if there is no such objective."""
+    objective = OBJECTIVES.get(str(values.get("objective")))
+    return objective.options if objective else {}
+
+
+def type_name(option: str) -> str:
+    """Write the type of an option as a user would.
+
+    Args:
+        option: Field name.
+
+    Returns:
+        For instance "a number or 'quantisation'".
+    """
+    if option in CHOICES:
+        return " or ".join(repr(choice) for choice in CHOICES[option])
+
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        type(None): "null",
+    }
+
+    def describe(part: Any) -> list[str]:  # noqa: ANN401 (a typing construct)
+        if part in names:
+            return [names[part]]
+        if get_origin(part) is Literal:
+            return [repr(value) for value in get_args(part)]
+        return [text for inner in get_args(part) for text in describe(inner)]
+
+    return " or ".join(describe(TrainConfig.__annotations__[option]))
+
+
+def _possible_strings(option: str) -> set[object]:
+    """Strings that an option may be."""
+    if option in CHOICES:
+        return set(CHOICES[option])
+
+    annotation = TrainConfig.__annotations__[option]
+    strings: set[object] = set()
+    for part in (annotation, *get_args(annotation)):
+        if get_origin(part) is Literal:
+            strings.update(get_args(part))
+    return strings
+
+
+@functools.cache
+def _option_texts() -> dict[str, str]:
+    """Strings under the fields of :class:`TrainConfig`, by field name."""
+    body = ast.parse(inspect.getsource(TrainConfig)).body[0]
+
+    texts = {}
+    for field, text in itertools.pairwise(cast(ast.ClassDef, body).body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            texts[ast.unparse(field.target)] = " ".join(str(ast.literal_eval(text.value)).split())
+    return texts
+
+
+def option_help(option: str) -> str:
+    """Explain an option.
+
+    Args:
+        option: Field name.
+
+    Returns:
+        The string under the field, and what each choice is where a table has them.
+    """
+    text = _option_texts()[option]
+
+    tables: dict[str, Mapping[str, Any]] = {
+        "objective": OBJECTIVES,
+        "noise": NOISES,
+        "architecture": ARCHITECTURES,
+    }
+    for name, choice in tables.get(option, {}).items():
+        text += f" {name!r}: {choice.summary}."
+
+    if option == "penalty":
+        for name, objective in OBJECTIVES.items():
+            if objective.penalty is not None:
+                text += f" {name}: {objective.penalty:g}."
+    return text
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe: YAML with option names as keys, and optionally ``data``.
+
+    Args:
+        path: The file, or the name of a recipe that comes with the package, such as "mnist".
+
+    Returns:
+        Values by name, not yet checked.
+
+    Raises:
+        ConfigError: if there is no such file, or it is not a mapping.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            [
+                f"there is no recipe {path}; "
+                f"those that come with equipoise are {', '.join(shipped_recipes())}"
+            ]
+        )
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError([f"recipe {path} is not valid YAML: {error}"]) from error
+
+    if not isinstance(values, dict):
+        raise ConfigError([f"recipe {path} must be a mapping of options, such as 'latent_dim: 16'"])
+    return values
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Find the recipes that come with the package.
+
+    Returns:
+        Name, such as "mnist", to file.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if folder.is_dir():
+            return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {}

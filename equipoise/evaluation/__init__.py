@@ -1,0 +1,6 @@
+"""The evaluation of a run on held-out data, by one fixed protocol; a file for each section of it."""
+
+from equipoise.evaluation.protocol import SECTIONS, evaluate
+from equipoise.evaluation.subject import Examples
+
+__all__ = ["SECTIONS", "Examples", "evaluate"]

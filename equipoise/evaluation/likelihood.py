@@ -1,0 +1,100 @@
+"""The section ``likelihood``: bounds on log p(x), with the prior and with the mixture as p(z)."""
+
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from equipoise import plots
+from equipoise.estimate import Estimate
+from equipoise.evaluation.subject import Subject
+from equipoise.gaussian import standard_normal_log_prob
+from equipoise.metrics.likelihood import Likelihood, bits_per_dimension, iwae, likelihood
+
+PAPER_SAMPLES, PAPER_EXAMPLES = 20, 500
+"""The protocol of the paper's Table 3: 20 importance samples on 500 test examples."""
+SWEEP = np.geomspace(0.1, 10, 81)
+"""Multiples of the optimal variance at which the closed-form curve is drawn."""
+
+
+def likelihood_section(subject: Subject) -> dict[str, Any]:
+    """Bound log p(x) of raw data, and of dequantised data where they are digital.
+
+    Args:
+        subject: What is evaluated.
+
+    Returns:
+        Estimates by name, nats per example.
+    """
+    model, test = subject.model, subject.test.raw
+    elbo = likelihood(model, subject.batches("ELBO", test), subject.generator("elbo"))
+    section: dict[str, Any] = elbo._asdict()
+    section["noise_floor_var"] = section.pop("floor_var")
+
+    log_priors = [standard_normal_log_prob, subject.mixture.log_prob]
+    first = subject.batches("IWAE of the paper", test.take(slice(PAPER_EXAMPLES)))
+    paper = iwae(model, first, PAPER_SAMPLES, log_priors, subject.generator("paper"))
+    section |= _by_prior("iwae_20_first_500", paper[0])
+
+    _draw_variance_sweep(subject, elbo)
+    if subject.importance_samples:
+        section |= _bounds_of_all(subject)
+    return section
+
+
+def _bounds_of_all(subject: Subject) -> dict[str, Any]:
+    """Importance-weighted bounds over the whole test set, and bits per dimension from them."""
+    model, n_samples = subject.model, subject.importance_samples
+    quantum = model.scaling.quantum
+    bounds = iwae(
+        model,
+        subject.batches(f"IWAE-{n_samples}", subject.test.raw),
+        n_samples,
+        [standard_normal_log_prob, subject.mixture.log_prob],
+        subject.generator("iwae"),
+        dequantised=quantum is not None,
+    )
+
+    name = f"iwae_{n_samples}"
+    section: dict[str, Any] = dict(_by_prior(name, bounds[0]))
+    if quantum is None:
+        return section
+
+    dimensions = math.prod(model.shape)
+    dequantised = _by_prior(name, bounds[1])
+    section["dequantised"] = dequantised
+    section["bits_per_dim"] = bits_per_dimension(dequantised[name], dimensions, quantum)
+    section["bits_per_dim_mixture"] = bits_per_dimension(
+        dequantised[f"{name}_mixture"], dimensions, quantum
+    )
+    return section
+
+
+def _by_prior(name: str, bounds: Tensor) -> dict[str, Estimate]:
+    """Name a pair of bounds, of which the first has the prior as p(z), the second the mixture."""
+    with_prior, with_mixture = bounds
+    return {
+        name: Estimate.of_mean(with_prior),
+        f"{name}_mixture": Estimate.of_mean(with_mixture),
+    }
+
+
+def _draw_variance_sweep(subject: Subject, elbo: Likelihood) -> None:
+    """Draw the ELBO, eq. (9), of the networks as they are with any one variance.
+
+    It is highest at their squared error, eq. (10).
+    """
+    dimensions, mse = math.prod(subject.model.shape), elbo.mse.value
+    var = SWEEP * mse
+    log_likelihood = -dimensions / 2 * (np.log(2 * math.pi * var) + mse / var)
+    curve = log_likelihood - elbo.kl.value
+
+    learned = elbo.noise_var.value
+    shared_log_var = subject.model.noise.shared_log_var
+    if subject.model.noise.depends_on_code and shared_log_var is not None:
+        learned = float(shared_log_var.exp().mean())
+
+    curves = {"ELBO with one variance, nats": {"test data": curve}}
+    figure = plots.variance_sweep(var, curves, learned)
+    plots.save(figure, subject.figures / "variance-sweep.png")

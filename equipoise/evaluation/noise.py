@@ -1,0 +1,57 @@
+"""The section ``noise``: whether the predicted std is the error that is found."""
+
+from typing import Any
+
+import numpy as np
+
+from equipoise import plots
+from equipoise.data.varying import varying_mask
+from equipoise.evaluation.subject import Subject
+from equipoise.metrics.calibration import Calibration, noise_calibration
+
+
+def noise_section(subject: Subject) -> dict[str, Any]:
+    """Calibrate over all dimensions, and over those that vary.
+
+    Args:
+        subject: What is evaluated.
+
+    Returns:
+        Figures of both, and the share of the dimensions that vary.
+    """
+    varying = varying_mask(subject.data.train)
+    batches = subject.batches("Noise", subject.test.raw)
+    calibration = noise_calibration(subject.model, batches, varying)
+
+    parts = {"all": calibration.all_dimensions}
+    if calibration.varying_dimensions is not None:
+        parts["varying"] = calibration.varying_dimensions
+
+    dimensions = "pixels" if subject.is_image else "columns"
+    curves = {f"{name} {dimensions}": _curves(part) for name, part in parts.items()}
+    plots.save(plots.reliability(curves), subject.figures / "reliability.png")
+
+    part = calibration.varying_dimensions or calibration.all_dimensions
+    plots.save(plots.sparsification(*part.sparsification), subject.figures / "sparsification.png")
+
+    section: dict[str, Any] = {"varying_share": float(varying.float().mean())}
+    for name, part in parts.items():
+        section[name] = part._asdict()
+    return section
+
+
+def _curves(part: Calibration) -> plots.NoiseCurves:
+    """Collect what is drawn of a calibration."""
+    coverage = [part.coverage_1, part.coverage_2, part.coverage_3]
+    intervals = [
+        part.interval_coverage_1,
+        part.interval_coverage_2,
+        part.interval_coverage_3,
+    ]
+    return plots.NoiseCurves(
+        part.reliability.predicted_std,
+        part.reliability.observed_rmse,
+        part.pit_histogram,
+        np.array([share.value for share in coverage]),
+        np.array([share.value for share in intervals]),
+    )

@@ -1,0 +1,139 @@
+"""What a stage descends with: objective, optimiser, learning rate, clipping and average."""
+
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from equipoise.config import TrainConfig
+from equipoise.gaussian import Randomness
+from equipoise.model import VAE
+from equipoise.objectives import Terms
+from equipoise.stages import Stage
+from equipoise.training.clipping import RelativeClipping
+from equipoise.training.setup import make_objective, parameter_groups
+
+
+class Descent:
+    """One stage's way down: AdamW with warm-up and cosine decay.
+
+    Args:
+        model: The model, on the engine's device and in its layout.
+        config: Options of the optimiser.
+        stage: Stage of Algorithm 1.
+        n_steps: Steps of the stage if it does not end early.
+        fabric: The engine.
+    """
+
+    def __init__(
+        self, model: VAE, config: TrainConfig, stage: Stage, n_steps: int, fabric: Fabric
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.fabric = fabric
+
+        peak = config.learning_rate
+        if stage is Stage.PREDICTED_VARIANCE:
+            peak = config.stage_2_learning_rate
+        groups = parameter_groups(model, peak, config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
+
+        warm_up = max(1, round(config.warm_up * n_steps))
+        self.scheduler = SequentialLR(
+            optimizer,
+            [
+                LinearLR(optimizer, start_factor=1 / (warm_up + 1), total_iters=warm_up),
+                CosineAnnealingLR(optimizer, T_max=max(1, n_steps - warm_up)),
+            ],
+            milestones=[warm_up],
+        )
+
+        objective = make_objective(model, config, stage)
+        self.objective: nn.Module
+        self.optimizer: torch.optim.Optimizer
+        self.objective, self.optimizer = fabric.setup(objective, optimizer)
+        self.parameters = list(self.objective.parameters())
+        self.clipping = RelativeClipping(config.clip).to(fabric.device)
+
+        self.average: AveragedModel | None = None
+        if config.ema_decay:
+            decay = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(model, multi_avg_fn=decay)
+
+    def step(self, x: Tensor, generator: Randomness, batch_size: int) -> Terms:
+        r"""Take a step on the networks.
+
+        Args:
+            x: This process's part of a batch, in model units, (B, \*).
+            generator: Source of one sample of z per example.
+            batch_size: Examples of the batch, over all processes.
+
+        Returns:
+            The terms of the objective, from before the step.
+        """
+        self.optimizer.zero_grad()
+        terms: Terms = self.objective(x, generator)
+
+        # The engine averages over processes, so this is the mean over the whole batch.
+        mean_part = batch_size / self.fabric.world_size
+        self.fabric.backward(terms.loss.sum() / mean_part)
+
+        if self.config.clip:
+            self.clipping.clip(self.parameters)
+        self.optimizer.step()
+        self.scheduler.step()
+        return terms
+
+    def update_average(self) -> None:
+        """Take the weights after a step into their moving average, where there is one."""
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    @property
+    def evaluated_model(self) -> VAE:
+        """The model with averaged weights where there are some, else the model itself."""
+        if self.average is None:
+            return self.model
+
+        averaged: VAE = self.average.module  # type: ignore[assignment] # a copy of the model
+        return averaged
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the networks at the next step."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    def take_average(self) -> None:
+        """Put the averaged weights in place of the model's, at the end of the stage."""
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+            self.average = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, besides the model.
+
+        Returns:
+            A tree of numbers and tensors.
+        """
+        return {
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "clipping": self.clipping.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where :meth:`state_dict` was taken.
+
+        Args:
+            state: What it returned.
+        """
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.clipping.load_state_dict(state["clipping"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])

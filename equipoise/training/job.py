@@ -1,0 +1,186 @@
+"""The main job: data in, a run folder out."""
+
+import datetime
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from equipoise.config import TrainConfig
+from equipoise.data import Data
+from equipoise.mixture_fit import EMStep, MixtureFit
+from equipoise.model import VAE
+from equipoise.noise import NoiseModel
+from equipoise.provenance import data_record, versions
+from equipoise.run import Run
+from equipoise.sources import describe_mixture, fit_aggregate
+from equipoise.store import StoreError, save_mixture, save_model, write_json
+from equipoise.training.engine import in_main_process, launch, make_fabric, processes_of
+from equipoise.training.logging import JsonlSink, Sink
+from equipoise.training.setup import check_fit, make_model
+from equipoise.training.trackers import TRACKERS
+from equipoise.training.trainer import Trainer
+
+
+def train(
+    data: Data,
+    config: TrainConfig | None = None,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    sinks: Sequence[Sink] = (),
+    encoder: nn.Module | None = None,
+    decoder: nn.Module | None = None,
+    noise: NoiseModel | None = None,
+    command: Sequence[str] | None = None,
+    on_mixture: Callable[[EMStep], None] | None = None,
+) -> Run:
+    r"""Train a model by Algorithm 1, fit a mixture to its aggregate posterior, and keep both.
+
+    A configuration that does not fit the data is a ``ConfigError``, and then no folder is made.
+
+    With several ``devices``, the program that calls this is started again for each, unless
+    ``torchrun`` or ``fabric run`` has done so. All of them return. The first one alone has written
+    the folder and called the sinks.
+
+    Args:
+        data: What :func:`equipoise.load_data` or :func:`equipoise.load_stream` returned.
+        config: Options; the defaults if None.
+        out: The run folder. None takes ``runs/NAME``, or the next free name after it.
+        resume: Go on with the run in ``out``.
+        sinks: What takes in the figures, besides ``metrics.jsonl``.
+        encoder: Your own module from (B, \*) to (B, 2 d); give a decoder with it.
+        decoder: Your own module from (B, d) to (B, \*); give an encoder with it.
+        noise: Your own noise model of stage 1, in place of the option ``noise``.
+        command: The command line, kept in ``config.json``.
+        on_mixture: Called with each iteration of the mixture's fit.
+
+    Returns:
+        The run.
+
+    Raises:
+        StoreError: if the folder holds a run already, or there is nothing to resume.
+        Preempted: if SIGTERM came during an epoch. The run goes on from there with
+            ``resume=True``.
+
+    Example:
+        >>> run = equipoise.train(equipoise.load_data("digits"))  # doctest: +SKIP
+        >>> run.model().noise.floor_var  # doctest: +SKIP
+    """
+    config = config or TrainConfig()
+    check_fit(data, config)
+    fabric = make_fabric(config)
+    launch(fabric)
+
+    folder = in_main_process(fabric, partial(_choose_folder, data, out, resume))
+    run = Run(folder)
+    if fabric.broadcast(data.fingerprint) != data.fingerprint:
+        raise StoreError(
+            f"Process {fabric.global_rank} has found other data in {data.source} than process 0."
+        )
+
+    # Everything that can refuse the input has run: only now does a folder appear.
+    torch.manual_seed(config.seed)
+    model = make_model(data, config, encoder, decoder, noise)
+    all_sinks: list[Sink] = []
+    if fabric.is_global_zero:
+        if not resume:
+            write_json(run.config_file, _settings(data, config, model, command))
+        all_sinks = [JsonlSink(run.metrics_file), *sinks]
+        if config.tracker != "none":
+            all_sinks.append(TRACKERS[config.tracker](run.folder, config.as_dict()))
+    else:
+        # Dropout in a user's own networks shall differ between processes.
+        torch.manual_seed(config.seed + fabric.global_rank)
+
+    trainer = Trainer(model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric)
+    trainer.fit(resume=resume)
+    # Its copy of the training examples on the device goes, too: they are encoded from their source.
+    del trainer
+
+    model.eval()
+    processes = processes_of(fabric)
+    fit = fit_aggregate(model, data, config, fabric.device, on_mixture, processes)
+    model.cpu()
+
+    def save() -> None:
+        save_model(run.model_file, model)
+        save_mixture(run.mixture_file, fit.mixture, describe_mixture(fit, config))
+
+    in_main_process(fabric, save)
+    for sink in all_sinks:
+        for text in _describe_fit(fit):
+            sink.message(text)
+    return run
+
+
+def _choose_folder(data: Data, out: str | Path | None, resume: bool) -> Path:
+    """Choose the folder of a run, and refuse one that cannot be used for it."""
+    run = Run(out) if out else Run(_free_folder(data.name))
+
+    if resume:
+        run.check_data(data)
+        if run.model_file.is_file() and not run.checkpoints.is_dir():
+            raise StoreError(
+                f"{run.folder} is trained and has no checkpoints to go on from; "
+                "train into another --out."
+            )
+    elif run.config_file.exists():
+        raise StoreError(
+            f"{run.folder} holds a run already: resume it with --resume, or choose another --out."
+        )
+    return run.folder
+
+
+def _free_folder(name: str) -> Path:
+    """Return runs/NAME, or runs/NAME-2, runs/NAME-3, ... where that is taken."""
+    base = Path("runs") / name.replace("/", "-")
+
+    folder, number = base, 2
+    while folder.exists():
+        folder = base.with_name(f"{base.name}-{number}")
+        number += 1
+    return folder
+
+
+def _settings(
+    data: Data, config: TrainConfig, model: VAE, command: Sequence[str] | None
+) -> dict[str, Any]:
+    """Everything that ``config.json`` holds."""
+    return {
+        "command": list(command or []),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "data": {
+            **data_record(data),
+            "source": data.source,
+            "load": dict(data.loading),
+            "shape": list(data.shape),
+        },
+        "options": config.as_dict(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "versions": versions(),
+    }
+
+
+def _describe_fit(fit: MixtureFit) -> list[str]:
+    """Say what a person should know of the mixture."""
+    n_components = fit.mixture.n_components
+    messages = []
+
+    if len(fit.held_out) > 1:
+        scores = ", ".join(f"{k}: {score.value:.2f}" for k, score in fit.held_out.items())
+        messages.append(
+            f"Mixture of {n_components} components, "
+            f"by held-out log-likelihood of codes ({scores} nats)."
+        )
+
+    if fit.n_floored:
+        messages.append(
+            f"Warning: {fit.n_floored} of the mixture's {n_components} components have shrunk to "
+            "their floor; its density is not to be trusted. There are too many components for the "
+            "codes: lower n_components, or n_components=auto."
+        )
+    return messages
