@@ -33,10 +33,12 @@ def test_the_jackknife_of_a_ratio_covers_the_truth():
     """Of 200 repetitions about 95 % lie within two standard errors."""
     rng = np.random.default_rng(0)
     within = 0
+
     for _ in range(200):
         x, y = rng.normal(2.0, 1.0, 500), rng.normal(4.0, 1.0, 500)
         found = jackknife(
             lambda rows, x=x, y=y: float(y[rows].mean() / x[rows].mean()), 500, groups=20
         )
         within += abs(found.value - 2.0) < 2 * found.standard_error
+
     assert 180 <= within <= 199

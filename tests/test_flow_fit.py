@@ -45,6 +45,7 @@ def random_flow(d, dtype=torch.float64):
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=seeded(parameter.numel()))
+
     return flow.to(dtype)
 
 
@@ -60,6 +61,7 @@ def test_the_density_integrates_to_one(d):
     grid = torch.cartesian_prod(*[axis] * d).reshape(-1, d)
     with torch.no_grad():
         total = flow.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** d
+
     assert total.item() == pytest.approx(1, abs=2e-3)
 
 
@@ -85,6 +87,7 @@ def test_draws_have_the_density(d):
     z = flow.sample(20_000, seeded())
     p = Gaussian(z.mean(0), z.var(0).log() - 1)
     ratio = (p._replace(mean=p.mean.expand_as(z)).log_prob(z) - flow.log_prob(z)).exp()
+
     assert ratio.mean().item() == pytest.approx(1, abs=5 * ratio.std().item() / math.sqrt(len(z)))
 
 
@@ -92,6 +95,7 @@ def test_before_a_fit_it_is_its_base():
     base = mixture_of(ring(500), 4)
     flow = CodeFlow(base)
     codes = ring(50, 1).sample(seeded())
+
     torch.testing.assert_close(
         flow.log_prob(codes), base.log_prob(codes).float(), atol=1e-4, rtol=0
     )
@@ -106,8 +110,11 @@ def test_a_ring_is_no_ellipse(ring_fit):
     posterior = ring(4000, 5)
     distances = (codes[:, None] - posterior.mean).square().sum(2)
     exact = (torch.logsumexp(-50 * distances, 1) + math.log(50 / math.pi / 4000)).mean().item()
+
     assert gaussian + 0.5 < found < exact + 0.05
+
     radius = ring_fit.flow.sample(2000, seeded()).norm(dim=1)
+
     assert radius.mean().item() == pytest.approx(1, abs=0.1)
     assert ((radius > 0.6) & (radius < 1.4)).float().mean() > 0.8  # of one Gaussian 0.56
 
@@ -116,12 +123,14 @@ def test_it_starts_from_its_mixture_and_is_no_worse_on_held_out_codes():
     posterior, held_out = ring(300), ring(1000, 1).sample(seeded(2))
     mixture = mixture_of(posterior, 8)
     before = mixture.log_prob(held_out).mean().item()
+
     for rate in (5e-3, 10.0):  # at the second, every epoch is worse than the start
         found = fit(posterior, held_out, 8, epochs=3, learning_rate=rate)
         assert found.held_out >= before - 1e-4
         assert found.held_out == pytest.approx(
             found.flow.log_prob(held_out).mean().item(), abs=1e-4
         )
+
     assert found.best_epoch == 0
 
 
@@ -131,6 +140,7 @@ def test_it_stops_when_held_out_codes_gain_no_more():
     found = fit(
         posterior, ring(1000, 1).sample(seeded(2)), epochs=400, patience=4, on_epoch=told.append
     )
+
     assert len(found.history) == found.best_epoch + 4 < 400
     assert tuple(told) == found.history
     assert found.held_out == max(step.held_out for step in found.history)
@@ -154,6 +164,7 @@ def test_codes_that_are_moved_and_scaled_have_the_fit_moved_and_scaled():
     other = fit_flow(
         moved, held_out * scale + shift, moved_base, generator=seeded(), **SMALL, epochs=3
     )
+
     assert one.best_epoch > 0
     torch.testing.assert_close(
         other.flow.log_prob(held_out * scale + shift) + scale.log().sum(),
@@ -165,6 +176,7 @@ def test_a_seed_says_it_all_and_the_global_generator_is_left_alone():
     posterior, held_out = ring(300), ring(100, 1).sample(seeded(2))
     state = torch.get_rng_state()
     one, other = (fit(posterior, held_out, epochs=2) for _ in range(2))
+
     assert torch.equal(one.flow.sample(9, seeded(3)), other.flow.sample(9, seeded(3)))
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(one.flow.sample(9, seeded(3)), one.flow.sample(9, seeded(4)))
@@ -175,14 +187,17 @@ def test_a_file_holds_it_bit_for_bit(ring_fit, tmp_path):
     save_flow(file, ring_fit.flow, {"seconds": 1.5})
     loaded, description = load_flow(file)
     codes = ring(50, 1).sample(seeded())
+
     assert description == {"seconds": 1.5}
     assert torch.equal(loaded.log_prob(codes), ring_fit.flow.log_prob(codes))
     assert torch.equal(loaded.sample(50, seeded()), ring_fit.flow.sample(50, seeded()))
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
     tensors, description = read_tensors(file, "flow")
     del tensors["transform.transforms.0.hyper.0.bias"]
     write_tensors(file, "flow", tensors, description)
+
     with pytest.raises(StoreError, match=r"missing: transform\.transforms\.0\.hyper\.0\.bias"):
         load_flow(file)
 
@@ -190,8 +205,10 @@ def test_a_file_holds_it_bit_for_bit(ring_fit, tmp_path):
 def test_without_its_library_it_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "zuko"]:
         monkeypatch.delitem(sys.modules, name)
+
     monkeypatch.setitem(sys.modules, "zuko.flows", None)
     monkeypatch.setitem(sys.modules, "zuko", None)
+
     with pytest.raises(ImportError, match=r"equipoise\[flow\]"):
         CodeFlow(GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None]))
 
@@ -199,6 +216,7 @@ def test_without_its_library_it_says_what_to_install(monkeypatch):
 def test_wrong_input_is_refused():
     posterior, base = ring(50), mixture_of(ring(50), 1)
     codes = posterior.mean
+
     with pytest.raises(ValueError, match=r"held_out \(M, 2\)"):
         fit_flow(posterior, codes[:0], base)
     with pytest.raises(ValueError, match="base has 2 dimensions"):

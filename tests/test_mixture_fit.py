@@ -40,6 +40,7 @@ def clusters(N=600, K=4, d=2, distance=8.0, seed=0):
     centres[:, 0], centres[:, 1] = distance * angles.cos(), distance * angles.sin()
     shapes = torch.eye(d, dtype=torch.float64) + 0.3 * normal(K, d, d, seed=seed + 1)
     labels = torch.arange(N) % K
+
     return centres[labels] + (shapes[labels] @ normal(N, d, 1, seed=seed)).squeeze(2)
 
 
@@ -73,7 +74,9 @@ def test_equals_scikit_learn(d, K):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         oracle.fit(codes.numpy())
+
     fit = fit_mixture(codes, K, start=start, tol=0.0, max_iter=12)
+
     assert fit.n_iterations == 12
     assert not fit.converged
     assert fit.log_likelihoods == pytest.approx(oracle.lower_bounds_, rel=1e-11)
@@ -101,6 +104,7 @@ def test_stops_where_scikit_learn_stops():
         precisions_init=torch.linalg.inv(start.covariances).numpy(),
     ).fit(codes.numpy())
     fit = fit_mixture(codes, 3, start=start, tol=1e-5, max_iter=1000)
+
     assert fit.converged
     assert oracle.converged_
     assert fit.n_iterations == len(fit.log_likelihoods) == oracle.n_iter_
@@ -110,8 +114,11 @@ def test_reported_likelihood_is_that_of_the_mixture():
     codes = clusters()
     start = a_start(codes, 3)
     fit = fit_mixture(codes, 3, start=start, max_iter=1)
+
     assert fit.log_likelihoods[0] == pytest.approx(start.log_prob(codes).mean().item(), rel=1e-12)
+
     again = fit_mixture(codes, 3, start=fit.mixture, max_iter=1)
+
     assert again.log_likelihoods[0] == pytest.approx(
         fit.mixture.log_prob(codes).mean().item(), rel=1e-12
     )
@@ -128,6 +135,7 @@ def test_likelihood_never_decreases(seed, d, K, posteriors):
         codes, K, log_vars=log_vars, start=a_start(codes, K, seed), tol=0.0, max_iter=30
     )
     steps = torch.tensor(fit.log_likelihoods).diff()
+
     assert (steps >= -1e-9).all()
 
 
@@ -135,6 +143,7 @@ def test_likelihood_never_decreases(seed, d, K, posteriors):
 def test_chunks_do_not_matter(log_vars):
     codes = clusters()
     expected = fit_mixture(codes, 3, log_vars=log_vars, start=a_start(codes, 3), max_iter=9)
+
     for chunk_size in (1, 7, 599, 10**6):
         fit = fit_mixture(
             codes, 3, log_vars=log_vars, start=a_start(codes, 3), max_iter=9, chunk_size=chunk_size
@@ -153,6 +162,7 @@ def in_processes(fit_part, parts):
             barrier.wait()
             total = sum(shared[other] for other in range(len(parts)))
             barrier.wait()
+
             return total
 
         try:
@@ -180,6 +190,7 @@ def test_processes_do_not_matter(log_vars):
 
     fits = in_processes(fit_part, rows)
     expected = fit_mixture(codes, 3, log_vars=log_vars, start=start, max_iter=9)
+
     for fit in fits:
         assert_same(fit.mixture, expected.mixture, rtol=1e-9, atol=1e-10)
         assert fit.log_likelihoods == pytest.approx(expected.log_likelihoods, rel=1e-11)
@@ -201,11 +212,14 @@ def test_processes_find_a_start_together(n_components, subsample):
         return fit_mixture(codes[part], n_components, **options)
 
     one, other = in_processes(fit_part, (order[:1500], order[1500:]))
+
     assert_same(one.mixture, other.mixture, rtol=0.0, atol=0.0)
     assert one.log_likelihoods == other.log_likelihoods
     assert one.held_out == other.held_out
     assert list(one.held_out) == ([1, 2, 4, 8] if n_components == "auto" else [])
+
     alone = fit_mixture(codes, 4, tol=0.0, start=one.mixture, max_iter=50)
+
     assert one.mixture.n_components == 4
     assert alone.log_likelihoods[-1] == pytest.approx(alone.log_likelihoods[0], abs=0.01)
 
@@ -220,6 +234,7 @@ def test_processes_score_the_held_out_codes_of_all():
         parts,
     )
     expected = Estimate.of_mean(fits[0].mixture.log_prob(held_out))
+
     for fit in fits:
         assert fit.held_out[4].value == pytest.approx(expected.value)
         assert fit.held_out[4].standard_error == pytest.approx(expected.standard_error)
@@ -266,8 +281,11 @@ def test_two_real_processes(tmp_path):
         subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, str(rank), str(tmp_path)])
         for rank in range(2)
     ]
+
     assert [child.wait(timeout=120) for child in children] == [0, 0]
+
     expected = fit_mixture(codes, 3, start=start, max_iter=9).mixture
+
     for name in ("given", "found"):
         one, other = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2))
         assert all(torch.equal(one[key], other[key]) for key in one)
@@ -287,12 +305,15 @@ def test_first_phase_needs_fewer_passes_over_all_codes():
         for subsample, steps in seen.items()
     }
     whole, first = fits[None], fits[2000]
+
     assert {step.n_codes for step in seen[None]} == {20_000}
     assert {step.n_codes for step in seen[2000]} == {2000, 20_000}
     assert first.converged
     assert first.n_iterations < whole.n_iterations / 2
     assert first.log_likelihoods[-1] == pytest.approx(whole.log_likelihoods[-1], abs=1e-3)
+
     on_all = [step.log_likelihood for step in seen[2000] if step.n_codes == 20_000]
+
     assert first.log_likelihoods == tuple(on_all)
 
 
@@ -301,6 +322,7 @@ def test_first_phase_of_posteriors():
     means, log_vars = clusters(N=3000), normal(3000, 2, seed=9)
     first = fit_mixture(means, 4, log_vars=log_vars, subsample=1000, tol=1e-6, generator=seeded())
     whole = fit_mixture(means, 4, log_vars=log_vars, subsample=None, tol=1e-6, generator=seeded())
+
     assert first.log_likelihoods[0] == pytest.approx(whole.log_likelihoods[-1], abs=0.05)
     assert first.log_likelihoods[-1] == pytest.approx(whole.log_likelihoods[-1], abs=1e-4)
 
@@ -316,16 +338,22 @@ def test_no_first_phase_where_it_would_not_pay(monkeypatch):
             rtol=0,
             atol=0,
         )
+
     monkeypatch.setattr(mixture_fit, "SUBSAMPLE_CODES", 100)
     monkeypatch.setattr(mixture_fit, "SUBSAMPLE_CODES_PER_COMPONENT_AND_UNIT", 1)
     seen = []
     fit_mixture(codes, 3, generator=seeded(), on_iteration=seen.append)
+
     assert {step.n_codes for step in seen} == {100, 600}
+
     start, seen = a_start(codes, 3), []
     fit_mixture(codes, 3, start=start, on_iteration=seen.append)
+
     assert {step.n_codes for step in seen} == {600}
     assert seen[0].log_likelihood == pytest.approx(start.log_prob(codes).mean().item(), rel=1e-12)
+
     fit_mixture(codes, 3, start=start, subsample=100, generator=seeded(), on_iteration=seen.append)
+
     assert {step.n_codes for step in seen} == {100, 600}
 
 
@@ -336,7 +364,9 @@ def test_affine_equivariance(K):
     fit = fit_mixture(codes, K, generator=seeded())
     mapped = fit_mixture(codes @ matrix.mT + shift, K, generator=seeded())
     order = mapped.mixture.responsibilities(fit.mixture.means @ matrix.mT + shift).argmax(1)
+
     assert sorted(order.tolist()) == list(range(K))
+
     expected = GaussianMixture(
         fit.mixture.weights,
         fit.mixture.means @ matrix.mT + shift,
@@ -345,8 +375,11 @@ def test_affine_equivariance(K):
     actual = GaussianMixture(
         *(getattr(mapped.mixture, name)[order] for name in expected.state_dict())
     )
+
     assert_same(actual, expected, rtol=1e-6, atol=1e-8)
+
     log_det = matrix.logdet().real if matrix.det() > 0 else (-matrix.det()).log()
+
     assert mapped.log_likelihoods[-1] == pytest.approx(
         fit.log_likelihoods[-1] - log_det.item(), abs=1e-8
     )
@@ -357,6 +390,7 @@ def test_far_away_and_narrow():
     codes = clusters()
     near = fit_mixture(codes, 4, generator=seeded())
     far = fit_mixture(1e4 + 1e-2 * codes, 4, generator=seeded())
+
     torch.testing.assert_close(
         (far.mixture.means - 1e4) / 1e-2, near.mixture.means, rtol=1e-7, atol=1e-7
     )
@@ -368,6 +402,7 @@ def test_far_away_and_narrow():
 def test_one_component_has_the_moments_of_the_codes():
     codes = clusters(d=3)
     mixture = fit_mixture(codes, 1).mixture
+
     assert mixture.weights.tolist() == [1]
     torch.testing.assert_close(mixture.means[0], codes.mean(0))
     torch.testing.assert_close(mixture.covariances[0], codes.mT.cov(correction=0))
@@ -377,10 +412,13 @@ def test_one_component_has_the_moments_of_the_aggregate_posterior():
     means, log_vars = clusters(d=3), normal(600, 3, seed=9)
     fit = fit_mixture(means, 1, log_vars=log_vars)
     moments = AggregatePosterior(means, log_vars).moments()
+
     torch.testing.assert_close(fit.mixture.means[0], moments.mean)
     torch.testing.assert_close(fit.mixture.covariances[0], moments.covariance)
+
     # The bound is E_q[log q^] then, which depends on the moments alone: a Gaussian's entropy, negated.
     entropy = 0.5 * (3 * math.log(2 * math.pi * math.e) + moments.covariance.logdet().item())
+
     assert fit.log_likelihoods[-1] == pytest.approx(-entropy, rel=1e-10)
 
 
@@ -394,6 +432,7 @@ def test_posteriors_are_the_limit_of_many_samples():
         [means + (0.5 * log_vars).exp() * normal(600, 2, seed=seed) for seed in range(400)]
     )
     sampled = fit_mixture(draws, 4, start=start)
+
     assert_same(exact.mixture, sampled.mixture, rtol=0.01, atol=0.01)
     assert exact.log_likelihoods[-1] == pytest.approx(sampled.log_likelihoods[-1], abs=0.01)
 
@@ -407,8 +446,11 @@ def test_bound_of_posteriors():
     log_joint = start.responsibilities(means).log() + start.log_prob(means)[:, None]
     expected = log_joint - 0.5 * log_vars.exp() @ precisions.diagonal(dim1=1, dim2=2).mT
     bound = expected.logsumexp(1).mean().item()
+
     assert fit.log_likelihoods[0] == pytest.approx(bound, rel=1e-11)
+
     draws = means + (0.5 * log_vars).exp() * normal(100, 600, 2, seed=10)
+
     assert bound < start.log_prob(draws.reshape(-1, 2)).mean().item()
 
 
@@ -422,6 +464,7 @@ def test_vanishing_variances_are_plain_codes():
 def test_finds_planted_clusters():
     codes = clusters(N=4000)
     fit = fit_mixture(codes, 4, generator=seeded())
+
     assert fit.converged
     assert fit.n_floored == 0
     torch.testing.assert_close(
@@ -432,13 +475,16 @@ def test_finds_planted_clusters():
 
 def test_generator_decides():
     codes = clusters(distance=1.0)
+
     assert_same(
         fit_mixture(codes, 4, generator=seeded()).mixture,
         fit_mixture(codes, 4, generator=seeded()).mixture,
         rtol=0.0,
         atol=0.0,
     )
+
     one, other = (fit_mixture(codes, 4, generator=seeded(seed), max_iter=1) for seed in (1, 2))
+
     assert not torch.equal(one.mixture.means, other.mixture.means)
 
 
@@ -448,6 +494,7 @@ def test_auto_finds_the_planted_number(K, posteriors):
     codes = clusters(N=3000, K=K, distance=15.0)
     log_vars = torch.full_like(codes, -5.0) if posteriors else None
     fit = fit_mixture(codes, "auto", log_vars=log_vars, generator=seeded())
+
     assert fit.mixture.n_components == K
     assert list(fit.held_out) == [2**i for i in range(K.bit_length() + 1)]
     assert max(score.value for score in fit.held_out.values()) < fit.held_out[K].value + 0.1
@@ -457,6 +504,7 @@ def test_auto_with_given_held_out_codes():
     codes, held_out = clusters(N=2000, distance=15.0), clusters(N=1000, distance=15.0, seed=20)
     fit = fit_mixture(codes, "auto", held_out=held_out, generator=seeded())
     log_prob = fit.mixture.log_prob(held_out)
+
     assert fit.mixture.n_components == 4
     assert fit.held_out[4].value == pytest.approx(log_prob.mean().item())
     assert fit.held_out[4].standard_error == pytest.approx(log_prob.std().item() / 1000**0.5)
@@ -469,6 +517,7 @@ def test_auto_does_not_fit_what_it_holds_out():
     fit_mixture(codes, "auto", generator=seeded(), on_iteration=seen.append)
     of_all = fit_mixture(codes, 1, generator=seeded())
     first = [step for step in seen if step.n_components == 1]
+
     assert first[-1].log_likelihood != pytest.approx(of_all.log_likelihoods[-1], abs=1e-6)
     assert {step.n_components for step in seen} >= {1, 2, 4}
 
@@ -492,6 +541,7 @@ def test_empty_component_is_revived():
     means[0] = 1e4
     lost = GaussianMixture(good.mixture.weights, means, good.mixture.covariances)
     fit = fit_mixture(codes, 4, start=lost, tol=1e-6)
+
     assert fit.log_likelihoods[-1] == pytest.approx(good.log_likelihoods[-1], abs=0.01)
     assert fit.mixture.weights.tolist() == pytest.approx([0.25] * 4, abs=0.01)
 
@@ -517,6 +567,7 @@ def test_floor_is_relative_and_clips_only_what_is_below():
     codes = torch.cat([torch.zeros(50, 1), 10 + normal(50, 1)])
     fit = fit_mixture(codes, 2, floor=1e-4, generator=seeded())
     narrow, wide = fit.mixture.covariances.flatten().sort().values.tolist()
+
     assert fit.n_floored == 1
     assert narrow == pytest.approx(1e-4 * codes.var(correction=0).item(), rel=1e-6)
     assert wide == pytest.approx(codes[50:].var(correction=0).item(), rel=1e-6)
@@ -530,6 +581,7 @@ def test_unit_without_variance(column):
     )  # and one unit is the copy of another
     fit = fit_mixture(codes, 4, generator=seeded())
     without = fit_mixture(codes[:, :2], 4, generator=seeded())
+
     assert fit.n_floored == 4
     assert sorted(fit.mixture.weights.tolist()) == pytest.approx(
         sorted(without.mixture.weights.tolist()), abs=0.01
@@ -541,6 +593,7 @@ def test_float32_products():
     codes = clusters()
     double = fit_mixture(codes, 3, start=a_start(codes, 3), max_iter=9)
     single = fit_mixture(codes, 3, start=a_start(codes, 3), max_iter=9, dtype=torch.float32)
+
     assert single.mixture.means.dtype == torch.float64
     assert single.log_likelihoods == pytest.approx(double.log_likelihoods, abs=1e-5)
 
@@ -549,6 +602,7 @@ def test_reads_what_gives_slices(tmp_path):
     codes = clusters().float()
     np.save(tmp_path / "codes.npy", codes.numpy())
     expected = fit_mixture(codes, 3, generator=seeded())
+
     for same in (
         np.load(tmp_path / "codes.npy", mmap_mode="r"),
         codes.numpy(),
@@ -565,12 +619,14 @@ def test_device(tmp_path, device):
     codes = clusters().float()
     np.save(tmp_path / "codes.npy", codes.numpy())
     expected = fit_mixture(codes, 3, start=a_start(codes.double(), 3), max_iter=9).mixture
+
     for source in (np.load(tmp_path / "codes.npy", mmap_mode="r"), codes):
         fit = fit_mixture(
             source, 3, start=a_start(codes.double(), 3), max_iter=9, chunk_size=100, device=device
         )
         assert fit.mixture.means.device.type == device
         assert_same(fit.mixture.cpu(), expected, rtol=1e-9, atol=1e-10)
+
     fit = fit_mixture(
         codes,
         "auto",
@@ -578,6 +634,7 @@ def test_device(tmp_path, device):
         subsample=100,
         generator=torch.Generator(device).manual_seed(0),
     )
+
     assert fit.mixture.means.device.type == device
 
 
@@ -594,6 +651,7 @@ def test_reads_only_slices_of_chunks():
 
     codes, source = clusters(), OnDisk()
     fit = fit_mixture(source, 3, chunk_size=50, generator=seeded())
+
     assert source.longest == 50
     assert fit.log_likelihoods == pytest.approx(
         fit_mixture(codes, 3, generator=seeded()).log_likelihoods
@@ -608,6 +666,7 @@ def test_leaves_codes_and_start_alone():
         {name: value.clone() for name, value in start.state_dict().items()},
     )
     fit_mixture(codes, 3, start=start)
+
     assert torch.equal(codes, codes_before)
     assert all(torch.equal(value, state_before[name]) for name, value in start.state_dict().items())
 
@@ -615,6 +674,7 @@ def test_leaves_codes_and_start_alone():
 def test_progress():
     seen = []
     fit = fit_mixture(clusters(), 3, generator=seeded(), on_iteration=seen.append)
+
     assert [step.iteration for step in seen] == list(range(1, fit.n_iterations + 1))
     assert tuple(step.log_likelihood for step in seen) == fit.log_likelihoods
     assert {step.n_components for step in seen} == {3}
@@ -623,6 +683,7 @@ def test_progress():
 def test_variational_mixture_leaves_components_unused():
     codes = clusters(N=4000, distance=15.0)
     fit = fit_variational_mixture(codes, 10, max_iter=500, generator=seeded())
+
     assert fit.converged
     assert (fit.mixture.weights > 0.02).sum() == 4
     assert fit.log_likelihoods == (pytest.approx(fit.mixture.log_prob(codes).mean().item()),)

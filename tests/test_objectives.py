@@ -31,6 +31,7 @@ def stage_2_model():
     vae.noise.update(torch.full((2, 1, 8, 8), 0.2))
     var = vae.noise(torch.zeros(1, 3)).exp()
     vae.predict_variance(var, 0.1 * var)
+
     return vae
 
 
@@ -47,7 +48,9 @@ def test_closed_form_noise_is_that_of_probabilistic_pca(generator):
     sampled, plugged_in = ResidualVariance(), ResidualVariance()
     for _ in range(100):
         sampled.update(Elbo(vae)(x, generator).residual)
+
     plugged_in.update(x - vae.reconstruct(x).mean)
+
     torch.testing.assert_close(sampled.var, ppca.var, rtol=5e-3, atol=0)
     assert plugged_in.var < 0.8 * ppca.var
 
@@ -70,6 +73,7 @@ def test_importance_weighted_bound_with_one_sample_is_the_elbo():
     ).mean(0)
     with torch.no_grad():
         elbo = torch.stack([Elbo(vae)(x, generator).elbo for _ in range(4000)]).mean(0)
+
     torch.testing.assert_close(bound, elbo, rtol=5e-3, atol=5e-2)
 
 
@@ -86,6 +90,7 @@ def test_importance_weighted_bound_draws_exactly_as_many_samples_as_asked():
     rows = []
     vae.decoder.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
     importance_weighted_bound(vae, torch.zeros(2, 6), 7, max_rows=6)
+
     assert rows == [6, 6, 2]
 
 
@@ -101,6 +106,7 @@ def test_importance_weighted_bound_of_more_examples_than_rows(generator):
         observed=[x[:50], x[50:100]],
         max_rows=8,
     )
+
     torch.testing.assert_close(bounds[0, 0], ppca.log_prob(x[:50]), rtol=1e-9, atol=1e-9)
     assert bounds.shape == (2, 1, 50)
     assert (
@@ -126,6 +132,7 @@ def test_importance_weighted_bound_takes_another_prior(generator):
         log_prior=lambda z: -10 + Gaussian(torch.zeros_like(z), z.new_zeros(())).log_prob(z),
     )
     vae.noise.log_var = ppca.var.log()
+
     torch.testing.assert_close(shifted, ppca.log_prob(x[:20]) - 10, rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match="at least 1"):
         importance_weighted_bound(vae, x, 0)
@@ -135,6 +142,7 @@ def test_terms_are_per_example_and_add_up(generator):
     vae = VAE.build((1, 8, 8), latent_dim=3, width=4)
     x = torch.rand(5, 1, 8, 8)
     terms = Elbo(vae)(x, generator)
+
     assert terms.loss.shape == terms.log_likelihood.shape == terms.kl.shape == (5,)
     torch.testing.assert_close(terms.loss, -terms.elbo)
     torch.testing.assert_close(terms.squared_error, terms.residual.square().flatten(1).sum(1))
@@ -160,6 +168,7 @@ def test_stage_2_starts_where_stage_1_ended():
     var = vae.noise(torch.zeros(1, 3)).exp()
     vae.predict_variance(var, var)
     after = Elbo(vae)(x, torch.Generator().manual_seed(0)).elbo
+
     torch.testing.assert_close(before, after)
 
 
@@ -178,6 +187,7 @@ def test_detached_variance_leaves_the_networks_gradients_as_in_stage_1():
     predicted = vae.noise
     vae.noise = FixedNoise(float(predicted.reference_log_var.exp()))
     stage_1 = gradients(Elbo(vae))
+
     for mine, theirs in zip(detached, stage_1, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     assert any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(joint, stage_1, strict=True))
@@ -190,6 +200,7 @@ def test_detached_variance_trains_the_variance_as_the_joint_objective_does():
     for objective in (DetachedVarianceElbo(vae), Elbo(vae)):
         terms = objective(x, torch.Generator().manual_seed(0))
         gradients.append(torch.autograd.grad(terms.loss.sum(), list(vae.noise.parameters())))
+
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -200,6 +211,7 @@ def test_detached_variance_reports_the_elbo_of_the_whole_model():
     elbos = [
         o(x, torch.Generator().manual_seed(0)).elbo for o in (DetachedVarianceElbo(vae), Elbo(vae))
     ]
+
     torch.testing.assert_close(*elbos)
 
 
@@ -221,12 +233,15 @@ def test_a_planted_noise_map_is_recovered():
     var = x.square().mean()
     noise = PredictedNoise(network, var, var * 1e-3)
     optimiser = torch.optim.Adam(network.parameters(), lr=0.05)
+
     for _ in range(500):
         loss = -Gaussian(torch.zeros_like(x), noise(side)).log_prob(x).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+
     found = (0.5 * noise(torch.tensor([[0.0], [1.0]]))).exp()
+
     torch.testing.assert_close(found, torch.tensor([[0.4, 0.05], [0.05, 0.4]]), rtol=0.05, atol=0)
     assert torch.isfinite(loss)
 
@@ -249,6 +264,7 @@ def test_a_beta_is_a_variance():
     x = torch.rand(6, 1, 8, 8)
     weighted = parameter_gradients(Elbo(small_vae(FixedNoise(0.5)), beta=2.0), x)
     plain = parameter_gradients(Elbo(small_vae(FixedNoise(1.0))), x)
+
     for mine, theirs in zip(weighted, plain, strict=True):
         torch.testing.assert_close(mine, 2 * theirs)
 
@@ -266,7 +282,9 @@ def test_batch_variance_is_optimal_for_the_batch():
     terms = BatchVarianceElbo(vae)(x, torch.Generator().manual_seed(0))
     mse = terms.residual.square().mean()
     expected = -0.5 * 64 * (torch.log(2 * torch.pi * mse) + 1)
+
     torch.testing.assert_close(terms.log_likelihood.mean(), expected)
+
     for factor in (0.8, 1.25):
         vae.noise = FixedNoise(float(factor * mse))
         other = Elbo(vae)(x, torch.Generator().manual_seed(0))
@@ -279,6 +297,7 @@ def test_gradients_of_the_batch_variance_are_those_at_its_value():
     mine = parameter_gradients(BatchVarianceElbo(vae), x)
     mse = BatchVarianceElbo(vae)(x, torch.Generator().manual_seed(0)).residual.square().mean()
     theirs = parameter_gradients(Elbo(small_vae(FixedNoise(float(mse)))), x)
+
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -287,7 +306,9 @@ def dip_penalty(objective, x):
     plain = Elbo(objective.model)(x, torch.Generator().manual_seed(0))
     terms = objective(x, torch.Generator().manual_seed(0))
     penalties = terms.loss - plain.loss
+
     torch.testing.assert_close(penalties, penalties[:1].expand_as(penalties), rtol=1e-3, atol=1e-3)
+
     return penalties.mean(), terms.posterior
 
 
@@ -308,6 +329,7 @@ def test_dip_vae_ii_is_content_with_the_prior():
     vae = small_vae(FixedNoise(0.5))
     torch.nn.init.zeros_(vae.encoder.output.weight)
     x = torch.rand(8, 1, 8, 8)
+
     assert dip_penalty(DipVaeII(vae), x)[0].abs() < 1e-3
     torch.testing.assert_close(
         dip_penalty(DipVaeI(vae), x)[0], torch.tensor(300.0), rtol=1e-5, atol=1e-2
@@ -327,6 +349,7 @@ def test_maximum_mean_discrepancy_is_the_double_sum():
         if i != j
     )
     between = sum(kernel(a, b) for a in z for b in prior)
+
     assert float(maximum_mean_discrepancy(z, prior)) == pytest.approx(
         within / 42 - 2 * between / 49, rel=1e-9
     )
@@ -336,6 +359,7 @@ def test_maximum_mean_discrepancy_is_zero_on_average_for_one_distribution():
     values = torch.stack(
         [maximum_mean_discrepancy(torch.randn(50, 4), torch.randn(50, 4)) for _ in range(300)]
     )
+
     assert abs(float(values.mean())) < 4 * float(values.std()) / 300**0.5
     assert maximum_mean_discrepancy(torch.randn(50, 4) + 1, torch.randn(50, 4)) > 5 * values.std()
 
@@ -343,9 +367,12 @@ def test_maximum_mean_discrepancy_is_zero_on_average_for_one_distribution():
 def test_maximum_mean_discrepancy_has_gradients_where_codes_coincide():
     z = torch.zeros(5, 2, dtype=torch.float64, requires_grad=True)
     maximum_mean_discrepancy(z, torch.ones(5, 2, dtype=torch.float64)).backward()
+
     assert torch.isfinite(z.grad).all()
+
     free = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     prior = torch.randn(5, 2, dtype=torch.float64)
+
     assert torch.autograd.gradcheck(lambda codes: maximum_mean_discrepancy(codes, prior), free)
 
 
@@ -355,6 +382,7 @@ def test_wae_is_squared_error_and_discrepancy():
     terms = WaeMmd(vae, penalty=7.0)(x, torch.Generator().manual_seed(0))
     prior = torch.empty(9, 3).normal_(generator=torch.Generator().manual_seed(0))
     expected = terms.squared_error + 7.0 * maximum_mean_discrepancy(terms.posterior.mean, prior)
+
     torch.testing.assert_close(terms.loss, expected)
 
 
@@ -364,9 +392,12 @@ def test_rae_draws_nothing_and_weighs_codes_and_weights():
     first, second = (
         RaeL2(vae, 0.5, 0.1)(x, torch.Generator().manual_seed(seed)) for seed in (0, 1)
     )
+
     torch.testing.assert_close(first.loss, second.loss)
+
     weights = sum(p.detach().square().sum() for p in vae.decoder.parameters())
     codes = first.posterior.mean.square().sum(1)
+
     torch.testing.assert_close(first.loss, first.squared_error + 0.25 * codes + 0.1 * weights)
 
 

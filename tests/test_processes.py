@@ -22,7 +22,9 @@ def together(call, size):
             values.zero_()
             for other in range(size):
                 values += shared[other]
+
             barrier.wait()
+
             return values
 
         return call(Processes(rank, size, all_reduce))
@@ -60,6 +62,7 @@ def test_shares_add_up_and_are_in_proportion(counts, n):
         for rank in range(len(counts))
     ]
     n = min(n, sum(counts))
+
     assert sum(shares) == n
     for share, count in zip(shares, counts, strict=True):
         assert abs(share * sum(counts) - n * count) < sum(counts)
