@@ -1,4 +1,4 @@
-"""Densities over the codes: eqs. (12) and (13) against torch.distributions, scikit-learn and closed forms."""
+"""Eqs. (12) and (13) are compared with torch.distributions, scikit-learn and closed forms."""
 
 import math
 import pickle
@@ -49,14 +49,14 @@ def densities():
 @pytest.mark.parametrize("density", densities(), ids=lambda density: type(density).__name__)
 class TestContract:
     def test_log_prob_is_a_density(self, density):
-        """Its integral is one: the mean of q / p over draws of a wide p."""
+        """The integral of q, estimated by the mean of q / p over samples of a wide p, is one."""
         z = 3 * normal(200_000, 3)
         log_wide = Independent(Normal(torch.zeros_like(z), 3.0), 1).log_prob(z)
         ratios = (density.log_prob(z) - log_wide).exp()
         assert ratios.mean().item() == pytest.approx(1, abs=5 * ratios.std().item() / len(z) ** 0.5)
 
     def test_samples_follow_log_prob(self, density):
-        """E_q[p / q] is one under draws of q, for a narrow p."""
+        """The mean of p / q over samples of q is one, for a narrow p."""
         z = density.sample(200_000, seeded())
         centre = z[0]
         log_narrow = Independent(Normal(centre, 0.1 * torch.ones_like(centre)), 1).log_prob(z)
@@ -132,7 +132,7 @@ def test_aggregate_posterior_of_one_mixture_component_per_example():
 
 
 def test_aggregate_posterior_far_away_and_narrow():
-    """Codes around 1e4 with std 1e-2: the products of the exact density lose no digits that matter."""
+    """The density loses no digits for codes around 1e4 with std 1e-2."""
     means, log_vars = random_posteriors()
     near = AggregatePosterior(means, log_vars)
     far = AggregatePosterior(1e4 + 1e-2 * means, log_vars + 2 * math.log(1e-2))
@@ -155,12 +155,10 @@ def test_aggregate_posterior_moments():
     posterior = AggregatePosterior(*random_posteriors())
     moments = posterior.moments()
     z = posterior.sample(400_000, seeded())
-
     torch.testing.assert_close(moments.mean, z.mean(0), atol=0.01, rtol=0)
     torch.testing.assert_close(moments.covariance, z.mT.cov(), atol=0.02, rtol=0)
 
     one = AggregatePosterior(torch.zeros(1, 1), torch.zeros(1, 1)).moments()
-
     assert one.mean.tolist() == [0]
     assert one.covariance.tolist() == [[1]]
 
@@ -271,7 +269,6 @@ def test_standard_error_is_that_of_repetitions():
 def test_mixture_state_round_trip():
     mixture, z = random_mixture(), normal(20, 3)
     state = mixture.state_dict()
-
     assert set(state) == {"weights", "means", "covariances"}
 
     loaded = GaussianMixture(

@@ -1,4 +1,4 @@
-"""The flow: a density by the change of variables, its invariances, and that it finds what a mixture cannot say."""
+"""The flow is a density, has invariances, and fits codes that a mixture does not describe."""
 
 import math
 import sys
@@ -21,7 +21,7 @@ def seeded(seed=0):
 
 
 def ring(n, seed=0):
-    """Codes on a circle, with posteriors of std 0.1."""
+    """Return posteriors of std 0.1 with means on a circle."""
     angles = 2 * math.pi * torch.rand(n, generator=seeded(seed))
     means = torch.stack([angles.cos(), angles.sin()], 1)
     return Gaussian(means, torch.full_like(means, math.log(0.01)))
@@ -38,7 +38,7 @@ def fit(posterior, held_out, K=1, **options):
 
 
 def random_flow(d, dtype=torch.float64):
-    """A flow far from the identity, on a mixture of two."""
+    """Return a flow far from the identity, with a mixture of two as its base."""
     means = torch.randn(2, d, generator=seeded(1))
     factors = torch.eye(d) + 0.3 * torch.randn(2, d, d, generator=seeded(2)).tril()
     flow = CodeFlow(GaussianMixture(torch.tensor([0.3, 0.7]), means, factors @ factors.mT), 2, (8,))
@@ -82,7 +82,7 @@ def test_the_density_is_the_change_of_variables(d):
 
 @pytest.mark.parametrize("d", [1, 3])
 def test_draws_have_the_density(d):
-    """E_q[p / q] = 1 for any density p that q covers; and draws are pushed back to draws of the base."""
+    """The mean of p / q over samples of q is one for any density p that q covers."""
     flow = random_flow(d)
     z = flow.sample(20_000, seeded())
     p = Gaussian(z.mean(0), z.var(0).log() - 1)
@@ -105,18 +105,18 @@ def test_before_a_fit_it_is_its_base():
 def test_a_ring_is_no_ellipse(ring_fit):
     codes = ring(2000, 3).sample(seeded(4))
     gaussian = mixture_of(ring(2000), 1).log_prob(codes.double()).mean().item()
-    found = ring_fit.flow.log_prob(codes).mean().item()
-    # The density of the ring itself, at its distance from the centre: radius 1, std 0.1.
+    flow = ring_fit.flow.log_prob(codes).mean().item()
+
+    # The density of the ring itself: its radius is 1, and its std is 0.1.
     posterior = ring(4000, 5)
     distances = (codes[:, None] - posterior.mean).square().sum(2)
     exact = (torch.logsumexp(-50 * distances, 1) + math.log(50 / math.pi / 4000)).mean().item()
 
-    assert gaussian + 0.5 < found < exact + 0.05
+    assert gaussian + 0.5 < flow < exact + 0.05
 
     radius = ring_fit.flow.sample(2000, seeded()).norm(dim=1)
-
     assert radius.mean().item() == pytest.approx(1, abs=0.1)
-    assert ((radius > 0.6) & (radius < 1.4)).float().mean() > 0.8  # of one Gaussian 0.56
+    assert ((radius > 0.6) & (radius < 1.4)).float().mean() > 0.8  # 0.56 for one Gaussian
 
 
 def test_it_starts_from_its_mixture_and_is_no_worse_on_held_out_codes():
@@ -124,37 +124,33 @@ def test_it_starts_from_its_mixture_and_is_no_worse_on_held_out_codes():
     mixture = mixture_of(posterior, 8)
     before = mixture.log_prob(held_out).mean().item()
 
-    for rate in (5e-3, 10.0):  # at the second, every epoch is worse than the start
-        found = fit(posterior, held_out, 8, epochs=3, learning_rate=rate)
-        assert found.held_out >= before - 1e-4
-        assert found.held_out == pytest.approx(
-            found.flow.log_prob(held_out).mean().item(), abs=1e-4
+    for rate in (5e-3, 10.0):  # at the second rate, every epoch is worse than the start
+        result = fit(posterior, held_out, 8, epochs=3, learning_rate=rate)
+        assert result.held_out >= before - 1e-4
+        assert result.held_out == pytest.approx(
+            result.flow.log_prob(held_out).mean().item(), abs=1e-4
         )
 
-    assert found.best_epoch == 0
+    assert result.best_epoch == 0
 
 
 def test_it_stops_when_held_out_codes_gain_no_more():
-    told = []
+    epochs = []
     posterior = ring(40)
-    found = fit(
-        posterior, ring(1000, 1).sample(seeded(2)), epochs=400, patience=4, on_epoch=told.append
+    result = fit(
+        posterior, ring(1000, 1).sample(seeded(2)), epochs=400, patience=4, on_epoch=epochs.append
     )
 
-    assert len(found.history) == found.best_epoch + 4 < 400
-    assert tuple(told) == found.history
-    assert found.held_out == max(step.held_out for step in found.history)
+    assert len(result.history) == result.best_epoch + 4 < 400
+    assert tuple(epochs) == result.history
+    assert result.held_out == max(step.held_out for step in result.history)
 
 
 def test_codes_that_are_moved_and_scaled_have_the_fit_moved_and_scaled():
-    scale, shift = (
-        torch.tensor([8.0, 0.25], dtype=torch.float64),
-        torch.tensor([3.0, -5.0], dtype=torch.float64),
-    )
-    posterior, held_out = (
-        Gaussian(*(values.double() for values in ring(400))),
-        ring(100, 1).sample().double(),
-    )
+    scale = torch.tensor([8.0, 0.25], dtype=torch.float64)
+    shift = torch.tensor([3.0, -5.0], dtype=torch.float64)
+    posterior = Gaussian(*(values.double() for values in ring(400)))
+    held_out = ring(100, 1).sample().double()
     moved = Gaussian(posterior.mean * scale + shift, posterior.log_var + 2 * scale.log())
     base = mixture_of(posterior, 2)
     moved_base = GaussianMixture(
@@ -197,7 +193,6 @@ def test_a_file_holds_it_bit_for_bit(ring_fit, tmp_path):
     tensors, description = read_tensors(file, "flow")
     del tensors["transform.transforms.0.hyper.0.bias"]
     write_tensors(file, "flow", tensors, description)
-
     with pytest.raises(StoreError, match=r"missing: transform\.transforms\.0\.hyper\.0\.bias"):
         load_flow(file)
 

@@ -1,4 +1,4 @@
-"""What several processes make from sums."""
+"""Operations of several processes that need only sums."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -12,7 +12,7 @@ from equipoise.processes import ALONE, Processes
 
 
 def together(call, size):
-    """Return ``call(processes)`` of each rank, in threads that stand for processes and sum in place."""
+    """Return ``call(processes)`` for each rank, with one thread for each process."""
     barrier, shared = Barrier(size), {}
 
     def run(rank):
