@@ -1,12 +1,13 @@
-r"""Densities over the codes, eqs. (12) and (13): where new codes are drawn from.
+r"""Densities over the codes, eqs. (12) and (13), from which new codes are sampled.
 
-A decoder trained on codes of the aggregate posterior
+A decoder is trained on codes of the aggregate posterior
 
 .. math:: q(z) = \frac1N \sum_n q(z|x_n) = \frac1N \sum_n N(z; \mu_n, \mathrm{diag}\,s_n^2)
 
-should be fed codes of that density, and not of the prior N(0, I) when the two differ. q(z) has as many
-components as there are examples; a Gaussian mixture with a few of them stands in for it. The three densities
-share one contract: ``log_prob(z)``, ``sample(n, generator)`` and the distance ``kl_to_prior``.
+New codes should therefore be sampled from this density, and not from the prior N(0, I) if the two
+differ. q(z) has one component for each example. A Gaussian mixture with few components approximates
+it. The three densities have the same methods: ``log_prob(z)``, ``sample(n, generator)`` and the
+distance ``kl_to_prior``.
 """
 
 import math
@@ -21,9 +22,12 @@ from equipoise.estimate import Estimate
 from equipoise.gaussian import LOG_2PI, Gaussian, standard_normal_log_prob
 
 ACTIVE_UNIT_VAR = 0.01
-"""A latent unit is active if the variance of its posterior mean over the data exceeds this (Burda et al., 2016)."""
+"""A unit is active if the variance of its posterior mean over the data is above this value.
 
-# Codes (and posteriors) per block: a block of densities is 2048 x 2048 float64, 32 MiB.
+Source: Burda, Grosse and Salakhutdinov (2016), *Importance weighted autoencoders*.
+"""
+
+# Number of codes, and of posteriors, per block. The densities of a block take 32 MiB in float64.
 BLOCK = 2048
 
 
@@ -31,8 +35,8 @@ class Moments(NamedTuple):
     """First two moments of a density over the codes.
 
     Args:
-        mean: (d,).
-        covariance: (d, d).
+        mean: Mean, (d,).
+        covariance: Covariance, (d, d).
     """
 
     mean: Tensor
@@ -40,7 +44,7 @@ class Moments(NamedTuple):
 
 
 class LatentDistribution(nn.Module, ABC):
-    """A density over the codes: the contract that the prior, eq. (12) and eq. (13) share."""
+    """A density over the codes, the base class of the prior, eq. (12) and eq. (13)."""
 
     @property
     @abstractmethod
@@ -52,10 +56,10 @@ class LatentDistribution(nn.Module, ABC):
         """Log-density of each code.
 
         Args:
-            z: codes, (B, d).
+            z: Codes, (B, d).
 
         Returns:
-            (B,), nats.
+            The log-densities, (B,), nats.
         """
 
     @abstractmethod
@@ -65,11 +69,12 @@ class LatentDistribution(nn.Module, ABC):
         """Draw independent codes.
 
         Args:
-            n: number of codes.
-            generator: source of randomness, on the device of the density; the global one if None.
+            n: Number of codes.
+            generator: Source of randomness, on the device of the density. None means the global
+                generator.
 
         Returns:
-            (n, d).
+            The codes, (n, d).
         """
 
     @torch.no_grad()
@@ -81,17 +86,19 @@ class LatentDistribution(nn.Module, ABC):
         .. math:: KL(q \| p) = E_{z \sim q} [\log q(z) - \log N(z; 0, I)]
 
         Args:
-            n_samples: number of codes drawn, at least 2.
-            generator: source of randomness, on the device of the density; the global one if None.
+            n_samples: Number of codes that are sampled, at least 2.
+            generator: Source of randomness, on the device of the density. None means the global
+                generator.
 
         Returns:
-            The estimate in nats, and its standard error.
+            The estimate in nats, with its standard error.
 
         Raises:
-            ValueError: if fewer than two samples are asked for.
+            ValueError: If ``n_samples`` is less than 2.
         """
         if n_samples < 2:
             raise ValueError(f"a standard error needs n_samples >= 2, got {n_samples}")
+
         z = self.sample(n_samples, generator)
         return Estimate.of_mean(self.log_prob(z) - standard_normal_log_prob(z))
 
@@ -100,10 +107,10 @@ class StandardNormal(LatentDistribution):
     """The prior p(z) = N(0, I).
 
     Args:
-        latent_dim: dimension d of the codes, at least 1.
+        latent_dim: Dimension d of the codes, at least 1.
 
     Raises:
-        ValueError: if ``latent_dim`` is less than 1.
+        ValueError: If ``latent_dim`` is less than 1.
 
     Example:
         >>> StandardNormal(2).log_prob(torch.zeros(1, 2))  # -log(2 pi)
@@ -116,9 +123,9 @@ class StandardNormal(LatentDistribution):
         super().__init__()
         if latent_dim < 1:
             raise ValueError(f"expected latent_dim >= 1, got {latent_dim}")
-        self.register_buffer(
-            "mean", torch.zeros(latent_dim), persistent=False
-        )  # carries dtype and device
+
+        # The buffer also stores dtype and device of the module.
+        self.register_buffer("mean", torch.zeros(latent_dim), persistent=False)
 
     @property
     def latent_dim(self) -> int:
@@ -129,10 +136,10 @@ class StandardNormal(LatentDistribution):
         """Log-density of each code under N(0, I).
 
         Args:
-            z: codes, (B, d).
+            z: Codes, (B, d).
 
         Returns:
-            (B,), nats.
+            The log-densities, (B,), nats.
         """
         _check_codes(z, self.latent_dim)
         return standard_normal_log_prob(z)
@@ -143,28 +150,31 @@ class StandardNormal(LatentDistribution):
         """Draw independent codes.
 
         Args:
-            n: number of codes.
-            generator: source of randomness, on the device of the module; the global one if None.
+            n: Number of codes.
+            generator: Source of randomness, on the device of the module. None means the global
+                generator.
 
         Returns:
-            (n, d).
+            The codes, (n, d).
         """
         return self.mean.new_empty(n, self.latent_dim).normal_(generator=generator)
 
 
 class AggregatePosterior(LatentDistribution):
-    r"""The aggregate posterior itself, eq. (12), one component per example.
+    r"""The aggregate posterior, eq. (12), with one component per example.
 
     .. math:: q(z) = \frac1N \sum_n N(z; \mu_n, \mathrm{diag}\,s_n^2)
 
-    Exact, at the price of N densities per code; computed in blocks, so that no (B, N) tensor is ever held.
+    The density is exact and costs N densities per code. It is computed in blocks, so that memory
+    never holds a (B, N) tensor.
 
     Args:
-        means: posterior means, (N, d).
-        log_vars: logarithms of the posterior variances, (N, d).
+        means: Posterior means, (N, d).
+        log_vars: Logarithms of the posterior variances, (N, d).
 
     Raises:
-        ValueError: if the shapes differ, are empty or not two-dimensional, or if a value is not finite.
+        ValueError: If the shapes differ, are not two-dimensional or contain zero, or if a value is
+            not finite.
 
     Example:
         >>> posterior = AggregatePosterior(torch.tensor([[-1.0], [1.0]]), torch.zeros(2, 1))
@@ -183,6 +193,7 @@ class AggregatePosterior(LatentDistribution):
                 f"got {tuple(means.shape)} and {tuple(log_vars.shape)}"
             )
         _check_finite(means=means, log_vars=log_vars)
+
         self.register_buffer("means", means.detach())
         self.register_buffer("log_vars", log_vars.detach())
 
@@ -195,40 +206,48 @@ class AggregatePosterior(LatentDistribution):
         """Log-density of each code, eq. (12).
 
         Args:
-            z: codes, (B, d).
+            z: Codes, (B, d).
 
         Returns:
-            (B,), nats, computed in float64 and returned in the dtype of ``z``.
+            The log-densities, (B,), nats, computed in float64 and returned in the dtype of ``z``.
         """
         _check_codes(z, self.latent_dim)
-        # log N(z; mu_n, s_n^2) is linear in the features (1, z, z^2) of the code: a block of codes against a
-        # block of posteriors is one matrix product. Its terms cancel, hence centred codes and float64.
+
+        # log N(z; mu_n, s_n^2) is linear in the features (1, z, z^2) of the code. A block of codes
+        # and a block of posteriors need a single matrix product. Its terms cancel, so the codes are
+        # centred and float64.
         centre = self.means.double().mean(0)
-        log_probs = []
+        log_sums = []
         for codes in torch.split(z.double() - centre, BLOCK):
             features = torch.cat([torch.ones_like(codes[:, :1]), codes, codes.square()], 1)
+
             blocks = []
             for first in range(0, len(self.means), BLOCK):
                 mu = self.means[first : first + BLOCK].double() - centre
                 log_var = self.log_vars[first : first + BLOCK].double()
                 precision = torch.exp(-log_var)
+
                 constant = -0.5 * (mu.square() * precision + log_var + LOG_2PI).sum(1, keepdim=True)
                 coefficients = torch.cat([constant, mu * precision, -0.5 * precision], 1)
                 blocks.append((features @ coefficients.mT).logsumexp(1))
-            log_probs.append(torch.stack(blocks).logsumexp(0))
-        return (torch.cat(log_probs) - math.log(len(self.means))).to(z.dtype)
+
+            log_sums.append(torch.stack(blocks).logsumexp(0))
+
+        log_prob = torch.cat(log_sums) - math.log(len(self.means))
+        return log_prob.to(z.dtype)
 
     def sample(
         self, n: int, generator: torch.Generator | None = None
     ) -> Float[Tensor, "{n} latent"]:
-        """Draw independent codes: an example at random, then a sample of its posterior.
+        """Draw independent codes. For each, draw an example and then a sample of its posterior.
 
         Args:
-            n: number of codes.
-            generator: source of randomness, on the device of the buffers; the global one if None.
+            n: Number of codes.
+            generator: Source of randomness, on the device of the buffers. None means the global
+                generator.
 
         Returns:
-            (n, d).
+            The codes, (n, d).
         """
         rows = torch.randint(len(self.means), (n,), generator=generator, device=self.means.device)
         return Gaussian(self.means[rows], self.log_vars[rows]).sample(generator)
@@ -236,7 +255,8 @@ class AggregatePosterior(LatentDistribution):
     def moments(self) -> Moments:
         r"""Mean and covariance of q(z), in closed form.
 
-        .. math:: E[z] = \bar\mu, \qquad \mathrm{Cov}[z] = \mathrm{Cov}[\mu_n] + \mathrm{diag}\,\overline{s^2}
+        .. math:: E[z] = \bar\mu, \qquad
+            \mathrm{Cov}[z] = \mathrm{Cov}[\mu_n] + \mathrm{diag}\,\overline{s^2}
 
         Returns:
             Mean (d,) and covariance (d, d), float64.
@@ -251,15 +271,16 @@ class GaussianMixture(LatentDistribution):
 
     .. math:: \hat q(z) = \sum_k \pi_k N(z; \mu_k, \Sigma_k)
 
-    The state is the three tensors, under their names: ``GaussianMixture(**mixture.state_dict())`` is a copy.
+    The state contains the three tensors under their names.
+    ``GaussianMixture(**mixture.state_dict())`` is therefore a copy.
 
     Args:
-        weights: pi, (K,), not negative, summing to one.
-        means: mu, (K, d).
-        covariances: Sigma, (K, d, d), symmetric and positive definite.
+        weights: Weights pi, (K,), not negative, with a sum of one.
+        means: Means mu, (K, d).
+        covariances: Covariances Sigma, (K, d, d), symmetric and positive definite.
 
     Raises:
-        ValueError: if the shapes do not fit together or a condition above does not hold.
+        ValueError: If the shapes do not fit together, or if a condition above does not hold.
 
     Example:
         >>> means = torch.tensor([[-1.0], [1.0]])
@@ -278,18 +299,24 @@ class GaussianMixture(LatentDistribution):
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
         super().__init__()
-        K, d = means.shape if means.ndim == 2 else (0, 0)
+        K, d = 0, 0
+        if means.ndim == 2:
+            K, d = means.shape
         if K * d == 0 or weights.shape != (K,) or covariances.shape != (K, d, d):
             raise ValueError(
                 "expected weights (K,), means (K, d) and covariances (K, d, d), K and d not zero, "
                 f"got {tuple(weights.shape)}, {tuple(means.shape)} and {tuple(covariances.shape)}"
             )
+
         self.register_buffer("weights", weights.detach().clone())
         self.register_buffer("means", means.detach().clone())
         self.register_buffer("covariances", covariances.detach().clone())
+
+        # Derived tensors: the Cholesky factors of the covariances, and their inverses.
         self.register_buffer("scale_trils", torch.empty_like(covariances), persistent=False)
         self.register_buffer("whiteners", torch.empty_like(covariances), persistent=False)
         _factorise(self)
+
         self.register_load_state_dict_post_hook(_factorise)  # type: ignore[no-untyped-call, unused-ignore]
 
     @property
@@ -313,31 +340,35 @@ class GaussianMixture(LatentDistribution):
         """
         mean = self.weights @ self.means
         spread = self.means - mean
+
         between = (self.weights[:, None] * spread).mT @ spread
         within = torch.einsum("k,kij->ij", self.weights, self.covariances)
+
         return Moments(mean, within + between)
 
     def log_prob(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, " batch"]:
         """Log-density of each code, eq. (13).
 
         Args:
-            z: codes, (B, d).
+            z: Codes, (B, d).
 
         Returns:
-            (B,), nats, in the dtype of the mixture.
+            The log-densities, (B,), nats, in the dtype of the mixture.
         """
         return torch.cat([self._log_joint(codes).logsumexp(1) for codes in self._blocks(z)])
 
     def responsibilities(
         self, z: Float[Tensor, "batch latent"]
     ) -> Float[Tensor, "batch components"]:
-        r"""Posterior probability of each component, :math:`\pi_k N(z; \mu_k, \Sigma_k) / \hat q(z)`.
+        r"""Posterior probability of each component.
+
+        .. math:: r_k(z) = \pi_k N(z; \mu_k, \Sigma_k) / \hat q(z)
 
         Args:
-            z: codes, (B, d).
+            z: Codes, (B, d).
 
         Returns:
-            (B, K), each row summing to one, in the dtype of the mixture.
+            The probabilities, (B, K), in the dtype of the mixture. The sum of each row is one.
         """
         return torch.cat([self._log_joint(codes).softmax(1) for codes in self._blocks(z)])
 
@@ -347,18 +378,21 @@ class GaussianMixture(LatentDistribution):
         """Draw independent codes, of all components or of one.
 
         Args:
-            n: number of codes, at least 1.
-            generator: source of randomness, on the device of the mixture; the global one if None.
-            component: draw from this component alone, counted from 0; None draws it by its weight.
+            n: Number of codes, at least 1.
+            generator: Source of randomness, on the device of the mixture. None means the global
+                generator.
+            component: Number of the component, from 0, from which all codes are drawn. None draws a
+                component for each code with the weights as probabilities.
 
         Returns:
-            (n, d), in random order.
+            The codes, (n, d), in random order.
 
         Raises:
-            ValueError: if there is no such component or ``n`` is less than 1.
+            ValueError: If there is no such component, or if ``n`` is less than 1.
         """
         if n < 1:
             raise ValueError(f"expected n >= 1 codes to draw, got {n}")
+
         if component is None:
             components = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         elif 0 <= component < self.n_components:
@@ -367,25 +401,32 @@ class GaussianMixture(LatentDistribution):
             raise ValueError(
                 f"expected a component from 0 to {self.n_components - 1}, got {component}"
             )
+
         z = self.means.new_empty(n, self.latent_dim).normal_(generator=generator)
-        # One product per component drawn: gathering a factor for each of n codes would take n d^2 numbers.
+        # One matrix product per component saves memory. A factor for each of the n codes would take
+        # n d^2 numbers.
         for k in set(components.tolist()):
             rows = components == k
             z[rows] = self.means[k] + z[rows] @ self.scale_trils[k].mT
+
         return z
 
     def _blocks(self, z: Tensor) -> tuple[Tensor, ...]:
-        """Split codes so that the (B, K, d) whitened residuals of a block stay within 32 MiB of float64."""
+        """Split codes so that the whitened residuals of a block (B, K, d) stay within 32 MiB."""
         _check_codes(z, self.latent_dim)
-        return torch.split(z.to(self.means.dtype), max(1, BLOCK * BLOCK // self.means.numel()))
+        size = max(1, BLOCK * BLOCK // self.means.numel())
+        return torch.split(z.to(self.means.dtype), size)
 
     def _log_joint(self, z: Tensor) -> Tensor:
         """Return log pi_k + log N(z; mu_k, Sigma_k), (B, K)."""
         K, d = self.means.shape
-        centre = self.weights @ self.means  # codes far from the origin lose no digits
+
+        # Codes are centred, so that codes far from the origin lose no digits.
+        centre = self.weights @ self.means
         offsets = self.whiteners @ (self.means - centre).unsqueeze(2)  # (K, d, 1)
         whitened = (z - centre) @ self.whiteners.reshape(K * d, d).mT - offsets.flatten()
         squared_distance = whitened.reshape(-1, K, d).square().sum(2)
+
         log_det = self.whiteners.diagonal(dim1=1, dim2=2).log().sum(1)
         return self.weights.log() + log_det - 0.5 * (d * LOG_2PI + squared_distance)
 
@@ -417,33 +458,39 @@ def single_gaussian(mixture: GaussianMixture) -> GaussianMixture:
 
 
 def _factorise(mixture: GaussianMixture, _incompatible_keys: Any = None) -> None:  # noqa: ANN401
-    """Check the state of a mixture and derive the Cholesky factors of its covariances and their inverses.
+    """Check the state of a mixture, and compute the factors of its covariances and their inverses.
 
-    Runs at construction and after every ``load_state_dict``: the factors are never those of another mixture.
+    This runs at construction and after every ``load_state_dict``, so that the factors always belong
+    to the state.
 
     Args:
-        mixture: the mixture, its three tensors in place.
-        _incompatible_keys: given by torch when it loads a state; not used.
+        mixture: Mixture whose three tensors are set.
+        _incompatible_keys: Argument that torch passes when it loads a state. It is not used.
 
     Raises:
-        ValueError: if a value is not finite, the weights are no distribution, or a covariance is not positive
-            definite.
+        ValueError: If a value is not finite, if the weights are no distribution, or if a covariance
+            is not symmetric and positive definite.
     """
     weights, covariances = mixture.weights.double(), mixture.covariances.double()
     _check_finite(weights=weights, means=mixture.means, covariances=covariances)
+
     if (weights < 0).any() or abs(weights.sum().item() - 1) > 1e-4:
         raise ValueError(
-            f"expected weights >= 0 that sum to one, got a sum of {weights.sum():.6g} and a minimum of "
-            f"{weights.min():.6g}; divide them by their sum"
+            "expected weights >= 0 that sum to one, "
+            f"got a sum of {weights.sum():.6g} and a minimum of {weights.min():.6g}; "
+            "divide them by their sum"
         )
     if (covariances - covariances.mT).abs().max() > 1e-5 * covariances.abs().max():
         raise ValueError("expected symmetric covariances; average each with its transpose")
+
     scale_trils, info = torch.linalg.cholesky_ex(covariances)
     if info.any():
+        components = info.nonzero().flatten().tolist()
         raise ValueError(
-            f"the covariance of component(s) {info.nonzero().flatten().tolist()} is not positive definite: "
+            f"the covariance of component(s) {components} is not positive definite: "
             "fit with a larger floor or fewer components, or add a small multiple of the identity"
         )
+
     identity = torch.eye(mixture.latent_dim, dtype=scale_trils.dtype, device=scale_trils.device)
     mixture.scale_trils.copy_(scale_trils)
     mixture.whiteners.copy_(torch.linalg.solve_triangular(scale_trils, identity, upper=False))
@@ -456,8 +503,9 @@ def _check_codes(z: Tensor, latent_dim: int) -> None:
 
 def _check_finite(**tensors: Tensor) -> None:
     for name, values in tensors.items():
-        if n_bad := int((~values.isfinite()).sum()):
+        n_bad = int((~values.isfinite()).sum())
+        if n_bad:
             raise ValueError(
-                f"{n_bad} of {values.numel()} values of {name} are not finite: the training that gave them "
-                "diverged; go back to its last good checkpoint"
+                f"{n_bad} of {values.numel()} values of {name} are not finite: "
+                "the training that gave them diverged; go back to its last good checkpoint"
             )

@@ -1,4 +1,4 @@
-"""A figure with its uncertainty: what every measure of this library returns."""
+"""A figure with its uncertainty, the result of every measure of this library."""
 
 import math
 from collections.abc import Callable
@@ -11,12 +11,13 @@ from torch import Tensor
 
 
 class Estimate(NamedTuple):
-    """A figure found from a finite number of examples or draws.
+    """A figure that is computed from a finite number of examples or draws.
 
     Args:
-        value: the estimate.
-        standard_error: its standard deviation over repetitions, in the unit of ``value``; None where it is not known.
-        n: independent examples or draws that it rests on.
+        value: The estimate.
+        standard_error: Standard deviation of the estimate over repetitions, in the unit of
+            ``value``. None if it is not known.
+        n: Number of independent examples or draws.
     """
 
     value: float
@@ -28,60 +29,68 @@ class Estimate(NamedTuple):
         """Estimate an expectation by the mean of independent draws.
 
         Args:
-            draws: (n,), at least one.
+            draws: The draws, (n,), at least one.
 
         Returns:
-            Mean and standard deviation / sqrt(n); the standard error of a single draw is None.
+            The mean, with the standard error std / sqrt(n). The standard error of a single draw is
+            None.
 
         Raises:
-            ValueError: if there are no draws.
+            ValueError: If there are no draws.
 
         Example:
             >>> Estimate.of_mean(np.array([1.0, 2.0, 3.0]))
             Estimate(value=2.0, standard_error=0.5773502691896258, n=3)
         """
-        values = (
-            draws.detach().double().cpu().numpy()
-            if isinstance(draws, Tensor)
-            else draws.astype(np.float64)
-        )
+        if isinstance(draws, Tensor):
+            values = draws.detach().double().cpu().numpy()
+        else:
+            values = draws.astype(np.float64)
+
         n = len(values)
         if n == 0:
             raise ValueError("the mean of no draws is not defined; give at least one")
-        return cls(
-            float(values.mean()), float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None, n
-        )
+
+        standard_error = None
+        if n > 1:
+            standard_error = float(values.std(ddof=1)) / math.sqrt(n)
+        return cls(float(values.mean()), standard_error, n)
 
 
 def jackknife(
     statistic: Callable[[NDArray[np.int64]], float], n: int, groups: int = 10
 ) -> Estimate:
-    r"""Estimate a statistic of n independent examples, with the delete-a-group jackknife for its standard error.
+    r"""Estimate a statistic of n independent examples by the delete-a-group jackknife.
 
     .. math:: \mathrm{s.e.}^2 = \frac{g - 1}{g} \sum_j (\theta_{(j)} - \bar\theta_{(\cdot)})^2
 
-    where :math:`\theta_{(j)}` leaves out every g-th example from the j-th on. For statistics that have no standard
-    error in closed form and whose parts hang together within an example, such as the pixels of an image.
-    Efron and Stein (1981), *The jackknife estimate of variance*.
+    Here :math:`\theta_{(j)}` is the statistic without every g-th example from the j-th on. The
+    method is for statistics without a standard error in closed form, whose values within an example
+    are correlated, such as the pixels of an image.
+
+    Source: Efron and Stein (1981), *The jackknife estimate of variance*.
 
     Args:
-        statistic: of a subset of the examples, given by their indices, (k,).
-        n: examples.
-        groups: g; fewer if there are fewer examples than that.
+        statistic: Function from the indices of a subset of the examples, (k,), to the statistic of
+            this subset.
+        n: Number of examples.
+        groups: Number of groups g. It is n if there are fewer examples.
 
     Returns:
-        The statistic of all examples and its standard error, which is None for a single example.
+        The statistic of all examples and its standard error. The standard error of a single example
+        is None.
 
     Example:
         >>> values = np.array([1.0, 2.0, 3.0])
-        >>> jackknife(lambda rows: float(values[rows].mean()), 3)  # of a mean, that of the closed form
+        >>> jackknife(lambda rows: float(values[rows].mean()), 3)  # as for a mean
         Estimate(value=2.0, standard_error=0.5773502691896257, n=3)
     """
     rows: Int64[np.ndarray, " n"] = np.arange(n, dtype=np.int64)
-    value, g = float(statistic(rows)), min(groups, n)
+    value = float(statistic(rows))
+    g = min(groups, n)
     if g < 2:
         return Estimate(value, None, n)
-    left_out = np.array([statistic(rows[rows % g != j]) for j in range(g)])
-    return Estimate(
-        value, math.sqrt((g - 1) / g * float(np.square(left_out - left_out.mean()).sum())), n
-    )
+
+    without_group = np.array([statistic(rows[rows % g != j]) for j in range(g)])
+    squares = float(np.square(without_group - without_group.mean()).sum())
+    return Estimate(value, math.sqrt((g - 1) / g * squares), n)

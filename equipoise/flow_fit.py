@@ -1,13 +1,16 @@
-r"""A normalising flow on the codes: a density of any shape, where a mixture has one of K ellipses (extra ``flow``).
+r"""A normalising flow on the codes, a density of any shape (extra ``flow``).
 
-An invertible network f bends the codes until a mixture, eq. (13), describes them:
+An invertible network f transforms the codes so that a mixture, eq. (13), describes them:
 
 .. math:: \log q(z) = \log \hat q(u) + \log |\det \partial f / \partial w|, \qquad
     u = m + L f(w), \quad w = L^{-1} (z - m)
 
-where m and :math:`L L^T` are the mean and the covariance of the mixture. f is a masked autoregressive flow of the
-library zuko: Papamakarios, Pavlakou and Murray (2017), *Masked autoregressive flow for density estimation*. It starts
-as the identity, so that the fit starts from the mixture; a mixture of one is the usual base, a Gaussian.
+Here m and :math:`L L^T` are the mean and the covariance of the mixture. f is a masked
+autoregressive flow of the library zuko. It starts as the identity, so that the fit starts from the
+mixture. A mixture with one component is a Gaussian, the usual base of a flow.
+
+Source: Papamakarios, Pavlakou and Murray (2017), *Masked autoregressive flow for density
+estimation*.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,18 +23,19 @@ from torch import Tensor, nn
 from equipoise.aggregate import BLOCK, GaussianMixture, LatentDistribution
 from equipoise.gaussian import Gaussian
 
-# Largest norm of the gradient of the mean log-likelihood: rare codes far out would undo an epoch.
+# Largest norm of the gradient of the mean log-likelihood. Without a limit, a few codes far from the
+# others can undo the progress of an epoch.
 CLIP = 5.0
 
 
 class FlowEpoch(NamedTuple):
-    """One pass over the codes, as told to ``on_epoch``.
+    """One pass over the codes, as it is passed to ``on_epoch``.
 
     Args:
-        epoch: from 1.
-        epochs: most there may be.
-        log_likelihood: mean over the epoch's codes while it went, nats per code.
-        held_out: mean over held-out codes after it, nats per code.
+        epoch: Number of the epoch, from 1.
+        epochs: Largest number of epochs.
+        log_likelihood: Mean log-likelihood of the codes during the epoch, in nats per code.
+        held_out: Mean log-likelihood of held-out codes after the epoch, in nats per code.
     """
 
     epoch: int
@@ -41,13 +45,14 @@ class FlowEpoch(NamedTuple):
 
 
 class FlowFit(NamedTuple):
-    """A fitted flow and how the fit went.
+    """A fitted flow and the history of the fit.
 
     Args:
-        flow: of the best epoch, on the device of the codes.
-        history: a record per epoch run.
-        best_epoch: the one whose weights are kept; 0 if none beat the mixture that the fit starts from.
-        held_out: mean log-likelihood of held-out codes under ``flow``, nats per code.
+        flow: Flow of the best epoch, on the device of the codes.
+        history: One record for each epoch.
+        best_epoch: Number of the epoch that ``flow`` comes from. It is 0 if no epoch was better
+            than the mixture that the fit starts from.
+        held_out: Mean log-likelihood of held-out codes under ``flow``, in nats per code.
     """
 
     flow: "CodeFlow"
@@ -59,20 +64,22 @@ class FlowFit(NamedTuple):
 class CodeFlow(LatentDistribution):
     r"""A masked autoregressive flow with a mixture as its base.
 
-    Affine transforms suffice, as the base has the modes; splines on one Gaussian fitted codes of images worse, and took
-    several times as long. A density takes one pass of the network for each transform, a draw d of them.
+    Affine transforms are sufficient, because the base already has the modes. Splines on one
+    Gaussian fitted codes of images worse, and took several times longer. For each transform, a
+    density takes one pass through the network, and a sample takes d passes.
 
     Args:
-        base: mixture that f maps the codes to; it stays as it is.
-        n_transforms: autoregressive transforms, one after the other, in alternating order of the units.
-        hidden: widths of the hidden layers of each transform's network.
+        base: Mixture that f maps the codes to. It does not change.
+        n_transforms: Number of autoregressive transforms. They run one after the other, in
+            alternating order of the units.
+        hidden: Width of each hidden layer in the network of a transform.
 
     Raises:
-        ImportError: if the library of the extra ``flow`` is missing.
+        ImportError: If the library of the extra ``flow`` is missing.
 
     Example:
         >>> base = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
-        >>> CodeFlow(base).log_prob(torch.zeros(1, 2)).detach()  # the base, before it is fitted: -log(2 pi)
+        >>> CodeFlow(base).log_prob(torch.zeros(1, 2)).detach()  # -log(2 pi)
         tensor([-1.8379])
     """
 
@@ -84,9 +91,11 @@ class CodeFlow(LatentDistribution):
     ) -> None:
         super().__init__()
         mean, covariance = base.moments()
+
         self.base = base
         self.register_buffer("mean", mean)
         self.register_buffer("scale_tril", torch.linalg.cholesky(covariance))
+
         self.options = {"n_transforms": n_transforms, "hidden": list(hidden)}
         self.transform = _autoregressive(base.latent_dim, n_transforms, hidden).to(mean)
 
@@ -96,10 +105,10 @@ class CodeFlow(LatentDistribution):
         return self.base.latent_dim
 
     def description(self) -> dict[str, Any]:
-        """What the module is built from before it is filled.
+        """Return the sizes from which the module is built before its state is loaded.
 
         Returns:
-            JSON values.
+            A dictionary of JSON values.
         """
         return {
             "latent_dim": self.latent_dim,
@@ -111,42 +120,50 @@ class CodeFlow(LatentDistribution):
         """Log-density of each code, by the change of variables.
 
         Args:
-            z: codes, (B, d).
+            z: Codes, (B, d).
 
         Returns:
-            (B,), nats, in the dtype of ``z``; differentiable.
+            The log-densities, (B,), nats, in the dtype of ``z``, differentiable.
 
         Raises:
-            ValueError: if the codes have another dimension.
+            ValueError: If the codes have another dimension.
         """
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(
                 f"expected codes of shape (B, {self.latent_dim}), got {tuple(z.shape)}"
             )
-        parts = []
+
+        log_probs = []
         for codes in torch.split(z.to(self.mean.dtype) - self.mean, BLOCK):
             w = torch.linalg.solve_triangular(self.scale_tril, codes.mT, upper=False).mT
-            bent, log_det = self.transform().call_and_ladj(w)
-            parts.append(self.base.log_prob(self.mean + bent @ self.scale_tril.mT) + log_det)
-        return torch.cat(parts).to(z.dtype)
+            transformed, log_det = self.transform().call_and_ladj(w)
+            u = self.mean + transformed @ self.scale_tril.mT
+            log_probs.append(self.base.log_prob(u) + log_det)
+
+        return torch.cat(log_probs).to(z.dtype)
 
     @torch.no_grad()
     def sample(
         self, n: int, generator: torch.Generator | None = None
     ) -> Float[Tensor, "{n} latent"]:
-        """Draw independent codes: those of the base, through the inverse of f.
+        """Draw independent codes from the base and map them through the inverse of f.
 
         Args:
-            n: number of codes.
-            generator: source of randomness, on the device of the flow; the global one if None.
+            n: Number of codes.
+            generator: Source of randomness, on the device of the flow. None means the global
+                generator.
 
         Returns:
-            (n, d).
+            The codes, (n, d).
         """
         u = self.base.sample(n, generator)
-        bent = torch.linalg.solve_triangular(self.scale_tril, (u - self.mean).mT, upper=False).mT
-        unbend = self.transform().inv
-        w = torch.cat([unbend(part) for part in torch.split(bent, BLOCK)])
+        transformed = torch.linalg.solve_triangular(
+            self.scale_tril, (u - self.mean).mT, upper=False
+        ).mT
+
+        inverse = self.transform().inv
+        w = torch.cat([inverse(part) for part in torch.split(transformed, BLOCK)])
+
         return self.mean + w @ self.scale_tril.mT
 
 
@@ -168,64 +185,59 @@ def fit_flow(
 
     .. math:: \max_f \; \mathrm{E}_n \, \mathrm{E}_{q(z|x_n)} \log q(z)
 
-    AdamW with a learning rate that falls to zero as a cosine; each epoch draws new codes from the posteriors. What is
-    kept is the epoch under which held-out codes are likeliest. Codes that are moved, or scaled unit by unit, have the
-    same fit moved and scaled, if the base is.
+    The optimiser is AdamW, with a learning rate that falls to zero as a cosine. Each epoch draws
+    new codes from the posteriors. The result has the weights of the epoch with the largest
+    log-likelihood of the held-out codes. If the codes and the base are moved, or scaled unit by
+    unit, the fit is moved and scaled in the same way.
 
     Args:
-        posterior: q(z|x) of each example, (N, d), at least two.
-        held_out: codes of other examples, (M, d), at least one.
-        base: mixture to start from, such as one that was fitted to the same posteriors.
-        n_transforms: see :class:`CodeFlow`.
-        hidden: see :class:`CodeFlow`.
-        epochs: most passes over the examples.
-        batch_size: codes per step.
-        learning_rate: at the start.
-        patience: stop after so many epochs without a gain on the held-out codes.
-        generator: source of randomness, of the weights too, on the device of the codes; the global one if None.
-        on_epoch: called after each epoch, for instance to show progress.
+        posterior: Posterior q(z|x) of each example, (N, d), at least two.
+        held_out: Codes of other examples, (M, d), at least one.
+        base: Mixture that the fit starts from, for example one that was fitted to the same
+            posteriors.
+        n_transforms: Number of transforms, see :class:`CodeFlow`.
+        hidden: Width of each hidden layer, see :class:`CodeFlow`.
+        epochs: Largest number of passes over the examples.
+        batch_size: Number of codes per step.
+        learning_rate: Learning rate of the first step.
+        patience: The fit stops after this number of epochs without a gain on the held-out codes.
+        generator: Source of randomness, also for the initial weights, on the device of the codes.
+            None means the global generator.
+        on_epoch: Function that is called after each epoch, for example to show progress.
 
     Returns:
         The flow and the history of the fit.
 
     Raises:
-        ImportError: if the library of the extra ``flow`` is missing.
-        ValueError: if the shapes do not fit together, values are not finite, or an option is below 1.
+        ImportError: If the library of the extra ``flow`` is missing.
+        ValueError: If the shapes do not fit together, if a value is not finite, or if an option is
+            below 1.
     """
     options = {"epochs": epochs, "batch_size": batch_size, "patience": patience}
-    if problems := [
+    problems = [
         f"{name} is at least 1, got {value}" for name, value in options.items() if value < 1
-    ]:
+    ]
+    if problems:
         raise ValueError("; ".join(problems))
-    mean, log_var = (values.detach() for values in posterior)
-    n, d = len(mean), base.latent_dim
-    if (
-        mean.shape != (n, d)
-        or log_var.shape != (n, d)
-        or held_out.shape[1:] != (d,)
-        or 0 in (n, len(held_out))
-    ):
-        raise ValueError(
-            f"expected posteriors (N, {d}) and held_out (M, {d}), as the base has {d} dimensions, got "
-            f"{tuple(mean.shape)}, {tuple(log_var.shape)} and {tuple(held_out.shape)}"
-        )
-    if not all(values.isfinite().all() for values in (mean, log_var, held_out)):
-        raise ValueError("the codes are not all finite: encode with the last good checkpoint")
-    start = GaussianMixture(
-        *(values.to(mean) for values in (base.weights, base.means, base.covariances))
-    )
+
+    mean = posterior.mean.detach()
+    log_var = posterior.log_var.detach()
+    _check_input(mean, log_var, held_out, base.latent_dim)
+
+    n = len(mean)
     device = mean.device
+    start = GaussianMixture(base.weights.to(mean), base.means.to(mean), base.covariances.to(mean))
     seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # zuko's weights come from the global generator of the CPU
+    # zuko draws its initial weights from the global generator of the CPU.
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         flow = CodeFlow(start, n_transforms, hidden)
+
     optimizer = torch.optim.AdamW(flow.parameters(), learning_rate)
     steps = epochs * -(-n // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
-    def judged() -> float:
+    def score() -> float:
         with torch.no_grad():
             return flow.log_prob(held_out).double().mean().item()
 
@@ -233,36 +245,57 @@ def fit_flow(
         return {name: value.clone() for name, value in flow.state_dict().items()}
 
     history: list[FlowEpoch] = []
-    best_epoch, best, kept = 0, judged(), weights()
+    best_epoch, best_score, best_weights = 0, score(), weights()
+
     while len(history) < min(epochs, best_epoch + patience):
         total = 0.0
         order = torch.randperm(n, generator=generator, device=device)
         for rows in torch.split(order, batch_size):
             z = Gaussian(mean[rows], log_var[rows]).sample(generator)
             loss = -flow.log_prob(z).mean()
+
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
             nn.utils.clip_grad_norm_(flow.parameters(), CLIP)
             optimizer.step()
             schedule.step()
             total -= loss.item() * len(rows)
-        history.append(FlowEpoch(len(history) + 1, epochs, total / n, judged()))
-        if history[-1].held_out > best:
-            best_epoch, best, kept = len(history), history[-1].held_out, weights()
+
+        epoch = FlowEpoch(len(history) + 1, epochs, total / n, score())
+        history.append(epoch)
+        if epoch.held_out > best_score:
+            best_epoch, best_score, best_weights = epoch.epoch, epoch.held_out, weights()
         if on_epoch is not None:
-            on_epoch(history[-1])
-    flow.load_state_dict(kept)
-    return FlowFit(flow.requires_grad_(False).eval(), tuple(history), best_epoch, best)
+            on_epoch(epoch)
+
+    flow.load_state_dict(best_weights)
+    return FlowFit(flow.requires_grad_(False).eval(), tuple(history), best_epoch, best_score)
+
+
+def _check_input(mean: Tensor, log_var: Tensor, held_out: Tensor, d: int) -> None:
+    shape = (len(mean), d)
+    same_dimension = mean.shape == shape and log_var.shape == shape and held_out.shape[1:] == (d,)
+    if not same_dimension or len(mean) == 0 or len(held_out) == 0:
+        raise ValueError(
+            f"expected posteriors (N, {d}) and held_out (M, {d}), as the base has {d} dimensions, "
+            f"got {tuple(mean.shape)}, {tuple(log_var.shape)} and {tuple(held_out.shape)}"
+        )
+    if not all(values.isfinite().all() for values in (mean, log_var, held_out)):
+        raise ValueError("the codes are not all finite: encode with the last good checkpoint")
 
 
 def _autoregressive(d: int, n_transforms: int, hidden: Sequence[int]) -> nn.Module:
-    """Build f as the identity: shifts and log-scales are zero."""
+    """Build f as the identity, with shifts and log-scales of zero."""
     try:
         from zuko.flows import MAF
     except ImportError as error:
         raise ImportError("a flow needs the library zuko: pip install 'equipoise[flow]'") from error
+
     transform: Any = MAF(d, transforms=n_transforms, hidden_features=list(hidden)).transform
     for step in transform.transforms:
-        for parameter in (step.phi if d == 1 else step.hyper[-1]).parameters():
+        # In one dimension there is no network, only the parameters phi.
+        last_layer = step.phi if d == 1 else step.hyper[-1]
+        for parameter in last_layer.parameters():
             nn.init.zeros_(parameter)
+
     return cast(nn.Module, transform)

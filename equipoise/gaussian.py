@@ -1,11 +1,11 @@
-r"""The diagonal Gaussian, eqs. (6)-(8) and (11): the only density that an equipoise VAE is made of.
+r"""The diagonal Gaussian, eqs. (6)-(8) and (11), the only density in an equipoise VAE.
 
 The encoder's posterior q(z|x) and the decoder's likelihood p(x|z) are both
 
 .. math:: N(x; \mu, \mathrm{diag}\,\sigma^2)
     = \prod_i (2\pi\sigma_i^2)^{-1/2} \exp\bigl(-(x_i-\mu_i)^2 / 2\sigma_i^2\bigr)
 
-so they share one record of two tensors, the mean and the logarithm of the variance.
+Both are therefore records of two tensors, the mean and the logarithm of the variance.
 """
 
 import math
@@ -19,28 +19,31 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def sum_dimensions(values: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
-    r"""Sum over every axis but the first: the one reduction from dimensions to examples.
+    r"""Sum over every axis but the first. This gives one value per example.
 
     Args:
-        values: one value per example and dimension, (B, \*).
+        values: One value per example and dimension, (B, \*).
 
     Returns:
         One value per example, (B,).
     """
-    return values.flatten(1).sum(1) if values.ndim > 1 else values
+    if values.ndim > 1:
+        return values.flatten(1).sum(1)
+    return values
 
 
 class SharedGenerator(NamedTuple):
-    """A source of randomness for one of several processes, each with a part of the same batch.
+    """A source of randomness for one of several processes that share a batch.
 
-    Every process draws for the whole batch, from equal generators, and takes the rows of its own examples: what an
-    example gets does not depend on the number of processes.
+    Every process draws numbers for the whole batch, from equal generators, and uses the rows of its
+    own examples. The numbers of an example therefore do not depend on the number of processes.
 
     Args:
-        generator: equal in all processes.
-        batch_size: examples of the whole batch.
-        rank: number of this process, whose examples are the rows ``rank``, ``rank + world_size``, ... of the batch.
-        world_size: number of processes.
+        generator: Generator with the same state in all processes.
+        batch_size: Number of examples in the whole batch.
+        rank: Number of this process. Its examples are the rows ``rank``, ``rank + world_size``, ...
+            of the batch.
+        world_size: Number of processes.
     """
 
     generator: torch.Generator
@@ -50,37 +53,37 @@ class SharedGenerator(NamedTuple):
 
 
 Randomness: TypeAlias = torch.Generator | SharedGenerator | None
-"""Where draws come from; None is torch's global generator."""
+"""Source of randomness. None means the global generator of torch."""
 
 
 def standard_normal_like(values: Tensor, generator: Randomness = None) -> Tensor:
     r"""Draw from the standard normal distribution.
 
     Args:
-        values: (B, \*), whose shape, dtype and device the draws get.
-        generator: source of randomness, on the device of ``values``.
+        values: Tensor with the shape, dtype and device of the result, (B, \*).
+        generator: Source of randomness, on the device of ``values``.
 
     Returns:
-        (B, \*).
+        The random numbers, (B, \*).
     """
     if not isinstance(generator, SharedGenerator):
         return torch.empty_like(values).normal_(generator=generator)
-    whole = values.new_empty(generator.batch_size, *values.shape[1:]).normal_(
-        generator=generator.generator
-    )
+
+    whole = values.new_empty(generator.batch_size, *values.shape[1:])
+    whole.normal_(generator=generator.generator)
     return whole[generator.rank :: generator.world_size]
 
 
 class Gaussian(NamedTuple):
     r"""A batch of Gaussians with diagonal covariance, as mean and log-variance.
 
-    A NamedTuple rather than a ``torch.distributions`` object: it passes ``torch.compile`` and
-    ``torch.export``, and its draws take a ``generator``.
+    It is a NamedTuple and not a ``torch.distributions`` object, because it works with
+    ``torch.compile`` and ``torch.export``, and because its samples need a ``generator``.
 
     Args:
-        mean: (B, \*), in the unit of the variable.
-        log_var: natural logarithm of the variance, of any shape that broadcasts to that of ``mean``;
-            a scalar is eq. (8), a full (B, \*) is eq. (11).
+        mean: Mean, (B, \*), in the unit of the variable.
+        log_var: Natural logarithm of the variance, of any shape that broadcasts to that of
+            ``mean``. A scalar is eq. (8), and a full (B, \*) is eq. (11).
 
     Example:
         >>> standard = Gaussian(torch.zeros(1, 2), torch.zeros(()))
@@ -109,16 +112,19 @@ class Gaussian(NamedTuple):
         .. math:: -\tfrac12 \sum_i \bigl[\log 2\pi\sigma_i^2 + (x_i-\mu_i)^2/\sigma_i^2\bigr]
 
         Args:
-            x: (B, \*), the same shape as ``mean``.
+            x: Values of the variable, (B, \*), of the shape of ``mean``.
 
         Returns:
-            (B,), nats, summed over the dimensions, constants included.
+            The log-densities, (B,), nats, summed over the dimensions, constants included.
         """
-        squared = nn.functional.mse_loss(
-            self.mean, x, reduction="none"
-        )  # one pass over the data, and one back
-        precision, normaliser = torch.exp(-self.log_var), self.log_var + LOG_2PI
-        if self.log_var.ndim == 0:  # eq. (8), whose variance stands before the sum
+        # This function reads the data once forward and once backward, fewer times than a difference
+        # and a square.
+        squared = nn.functional.mse_loss(self.mean, x, reduction="none")
+        precision = torch.exp(-self.log_var)
+        normaliser = self.log_var + LOG_2PI
+
+        if self.log_var.ndim == 0:
+            # Eq. (8): the variance does not depend on the dimension, and stands before the sum.
             return -0.5 * (sum_dimensions(squared) * precision + x.shape[1:].numel() * normaliser)
         return -0.5 * sum_dimensions(squared * precision + normaliser)
 
@@ -126,14 +132,13 @@ class Gaussian(NamedTuple):
         r"""Draw one reparametrised sample per example, mean + std * epsilon.
 
         Args:
-            generator: source of randomness, on the device of ``mean``.
+            generator: Source of randomness, on the device of ``mean``.
 
         Returns:
-            (B, \*), differentiable with respect to ``mean`` and ``log_var``.
+            The samples, (B, \*), differentiable with respect to ``mean`` and ``log_var``.
         """
-        return self.mean + torch.exp(0.5 * self.log_var) * standard_normal_like(
-            self.mean, generator
-        )
+        epsilon = standard_normal_like(self.mean, generator)
+        return self.mean + torch.exp(0.5 * self.log_var) * epsilon
 
     def kl(self) -> Float[Tensor, " batch"]:
         r"""Kullback-Leibler divergence to the standard normal prior, the last term of eq. (4).
@@ -141,7 +146,7 @@ class Gaussian(NamedTuple):
         .. math:: \tfrac12 \sum_j \bigl[\mu_j^2 + \sigma_j^2 - 1 - \log \sigma_j^2\bigr]
 
         Returns:
-            (B,), nats, never negative.
+            The divergences, (B,), nats, never negative.
         """
         return 0.5 * sum_dimensions(self.mean.square() + self.log_var.exp() - 1 - self.log_var)
 
@@ -150,9 +155,9 @@ def standard_normal_log_prob(z: Float[Tensor, "batch latent"]) -> Float[Tensor, 
     """Log-density of codes under the prior p(z) = N(0, I).
 
     Args:
-        z: codes, (B, d).
+        z: Codes, (B, d).
 
     Returns:
-        (B,), nats.
+        The log-densities, (B,), nats.
     """
     return Gaussian(torch.zeros_like(z), z.new_zeros(())).log_prob(z)

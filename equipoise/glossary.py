@@ -1,4 +1,4 @@
-"""How ``evaluation.json`` reads to people, on a terminal and in the report: what its keys mean, and its numbers."""
+"""Titles, units and explanations of the keys in ``evaluation.json``, for terminal and report."""
 
 import math
 import re
@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 Keys: TypeAlias = tuple[str, ...]
-"""Down to a figure, from the outside in."""
+"""The keys that lead to a figure, from the outermost to the innermost."""
 
 
 class Term(NamedTuple):
     """A key of ``evaluation.json``.
 
     Args:
-        title: for people.
-        unit: of the figure; empty if it has none.
-        meaning: one sentence on what the figure says; empty for the name of a case, such as "prior".
-        better: in which direction the figure is good; empty where neither is.
+        title: Title for readers.
+        unit: Unit of the figure. It is empty if the figure has none.
+        meaning: Explanation of the figure in one or more sentences. It is empty for the name of a
+            case, such as "prior".
+        better: Direction in which the figure is better. It is empty if there is none.
     """
 
     title: str
@@ -25,11 +26,18 @@ class Term(NamedTuple):
     better: Literal["higher", "lower", ""] = ""
 
 
-_BITS = "Bits that a dimension of the dequantised data costs, at most: comparable between models of the same data"
-_COVERAGE = (
-    "Share of the errors within {} predicted std; {} if the noise is Gaussian and its std right."
+_BITS = (
+    "Upper bound on the bits per dimension of the dequantised data. "
+    "It can be compared between models of the same data."
 )
-_INTERVAL = "Share of the errors within the interval that held {} of the held-out errors: calibrated whatever their shape."
+_COVERAGE = (
+    "Share of the errors within {} predicted std. "
+    "It is {} if the noise is Gaussian and its std is correct."
+)
+_INTERVAL = (
+    "Share of the errors within an interval that contains {} of the held-out errors. "
+    "The errors need not be Gaussian."
+)
 
 TERMS: dict[str, Term] = {
     # likelihood
@@ -40,12 +48,12 @@ TERMS: dict[str, Term] = {
     "kl": Term(
         "KL(posterior, prior)",
         "nats",
-        "Regularisation term of the ELBO: what the codes tell of the data.",
+        "Regularisation term of the ELBO: the information in the codes about the data.",
     ),
     "mse": Term(
         "Squared error",
         "(model unit)²",
-        "Per dimension, with z sampled; images have the unit 1.",
+        "Mean over the dimensions, with z sampled. Images have the unit 1.",
         "lower",
     ),
     "noise_var": Term(
@@ -54,21 +62,19 @@ TERMS: dict[str, Term] = {
     "noise_floor_var": Term(
         "Noise floor",
         "(model unit)²",
-        "Smallest variance that the model can predict; it limits the raw likelihood.",
+        "Smallest variance that the model can predict. It limits the raw likelihood.",
     ),
     "dequantised": Term("dequantised data"),
-    "bits_per_dim": Term("Bits per dimension", "bits", f"{_BITS}.", "lower"),
-    "bits_per_dim_mixture": Term(
-        "Bits per dimension, mixture as p(z)", "bits", f"{_BITS}.", "lower"
-    ),
+    "bits_per_dim": Term("Bits per dimension", "bits", _BITS, "lower"),
+    "bits_per_dim_mixture": Term("Bits per dimension, mixture as p(z)", "bits", _BITS, "lower"),
     # samples
     "features": Term(
         "Features",
         "",
-        "Network in whose features images are compared; never compare across networks.",
+        "Network whose features compare images. Figures of two networks are not comparable.",
     ),
     "feature_dimension": Term(
-        "Feature dimension", "", "Fewer samples than this bias the Fréchet distance upwards."
+        "Feature dimension", "", "With fewer samples than this, the Fréchet distance is too large."
     ),
     "reference": Term("Reference", "", "Real images that each set is compared with."),
     "examples": Term("examples"),
@@ -89,30 +95,32 @@ TERMS: dict[str, Term] = {
     "kernel_distance": Term(
         "Kernel distance",
         "",
-        "Unbiased squared maximum mean discrepancy of the features; may be negative.",
+        "Unbiased squared maximum mean discrepancy of the features. It may be negative.",
         "lower",
     ),
     # latent
     "kl_mixture_prior": Term(
-        "KL(mixture, prior)", "nats", "How far the codes in use are from the prior."
+        "KL(mixture, prior)", "nats", "Distance of the density of the codes from the prior."
     ),
     "active_units": Term(
         "Active units", "", "Latent units whose posterior mean varies with the input."
     ),
     "rate_per_unit": Term(
-        "Rate per unit", "nats", "Mean KL of each latent unit; they add up to the KL of the ELBO."
+        "Rate per unit",
+        "nats",
+        "Mean KL of each latent unit. The sum over the units is the KL of the ELBO.",
     ),
     "code_log_likelihood": Term(
         "Log-likelihood of the codes",
         "nats",
-        "How well each density explains codes of held-out data.",
+        "Mean log-density of the codes of held-out data.",
         "higher",
     ),
     "gain": Term("mixture over one Gaussian"),
     "code_gain": Term(
         "Log-likelihood over the run's mixture",
         "nats",
-        "Gain on the same codes, whose error is smaller.",
+        "Gain over the mixture on the same codes. Its standard error is smaller than theirs.",
         "higher",
     ),
     "memorisation": Term(
@@ -126,11 +134,14 @@ TERMS: dict[str, Term] = {
     "closer": Term(
         "Closer than reconstructions",
         "",
-        "Probability that a sample singles out one training example more than a reconstructed test example does; 0.5 "
-        "if nothing is copied, 1 if all is.",
+        "Probability that the distance to the nearest training example, in units of that to the "
+        "second nearest, is smaller for a sample than for a reconstructed test example. It is 0.5 "
+        "if there are no copies, and 1 if all samples are copies.",
     ),
     "copied": Term(
-        "Copies training data", "", "Whether samples are nearer to it than chance allows."
+        "Copies training data",
+        "",
+        "Whether samples single out training examples more than chance explains.",
     ),
     # noise
     "all": Term("all dimensions"),
@@ -144,12 +155,13 @@ TERMS: dict[str, Term] = {
     "standardised_var": Term(
         "Standardised variance",
         "",
-        "Mean of (error / predicted std)²; 1 if right, above it the std is too small.",
+        "Mean of (error / predicted std)². It is 1 if the std is correct, and larger if the std "
+        "is too small.",
     ),
     "normalised_calibration_error": Term(
         "Normalised calibration error",
         "",
-        "Mean relative gap of predicted std and RMSE over the bins.",
+        "Mean relative difference of predicted std and RMSE over the bins.",
         "lower",
     ),
     "pit_histogram_error": Term(
@@ -161,45 +173,52 @@ TERMS: dict[str, Term] = {
     "sparsification_error_area": Term(
         "Sparsification error",
         "",
-        "Area between the orders by predicted std and by true error.",
+        "Area between the curves ordered by predicted std and by true error.",
         "lower",
     ),
     "random_sparsification_error_area": Term(
-        "Sparsification error of a random order", "", "What a std that knows nothing would have."
+        "Sparsification error of a random order",
+        "",
+        "Sparsification error of a std without information.",
     ),
     "varying_share": Term(
         "Share that varies", "", "Share of the dimensions that are not constant in the data."
     ),
     # outliers
-    "against": Term("Outliers from", "", "The data that the model should find odd."),
+    "against": Term("Outliers from", "", "Data that the model should recognise as outliers."),
     "n_inliers": Term("Inliers", "", "Examples of the model's own test set."),
     "n_outliers": Term("Outliers", "", "Examples of the other data."),
-    "outlier_share": Term("Outliers' share", "", "Of all examples; the AUPR depends on it."),
+    "outlier_share": Term(
+        "Outliers' share", "", "Share of the outliers among all examples. The AUPR depends on it."
+    ),
     "negative_elbo": Term("by ELBO"),
     "standardised_residual": Term("by standardised residual"),
     "negative_mixture_log_prob": Term("by mixture density of the code"),
     "combined": Term("by the combination"),
     "auroc": Term(
-        "AUROC", "", "Probability that an outlier scores above an inlier; 0.5 is chance.", "higher"
+        "AUROC", "", "Probability that an outlier scores above an inlier. 0.5 is chance.", "higher"
     ),
     "aupr": Term(
-        "AUPR", "", "Mean precision over the recalls; chance is the outliers' share.", "higher"
+        "AUPR",
+        "",
+        "Mean precision over the recalls. Chance is the share of the outliers.",
+        "higher",
     ),
 }
 
 
 CURVES = frozenset({"reliability", "sparsification", "pit_histogram"})
-"""What is drawn, not printed."""
+"""Keys of curves, which are plotted and not printed."""
 
 
 def term(key: str) -> Term:
-    """Look a key up.
+    """Look up a key.
 
     Args:
-        key: of ``evaluation.json``.
+        key: Key of ``evaluation.json``.
 
     Returns:
-        Its entry; for a key that is not in the table, the key itself with spaces.
+        The entry of the key. For a key that is not in the table, the title is the key with spaces.
 
     Example:
         >>> term("kl_mixture_prior").title
@@ -211,29 +230,41 @@ def term(key: str) -> Term:
         >>> term("some_new_figure").title
         'Some new figure'
     """
-    if bound := re.fullmatch(r"iwae_(\d+)(?:_first_(\d+))?(_mixture)?", key):
-        n_samples, first, mixture = bound.groups()
-        title = (
-            f"IWAE-{n_samples}"
-            + (f", first {first}" if first else "")
-            + (", mixture as p(z)" if mixture else "")
+    bound = re.fullmatch(r"iwae_(\d+)(?:_first_(\d+))?(_mixture)?", key)
+    if bound:
+        n_samples, first, mixture_prior = bound.groups()
+        title = f"IWAE-{n_samples}"
+        if first:
+            title += f", first {first}"
+        if mixture_prior:
+            title += ", mixture as p(z)"
+        meaning = (
+            f"Importance-weighted lower bound on log p(x), {n_samples} samples of z per example. "
+            "It is tighter than the ELBO."
         )
-        meaning = f"Importance-weighted lower bound on log p(x), {n_samples} samples of z each: tighter than the ELBO."
         return Term(title, "nats", meaning, "higher")
-    if mixture := re.fullmatch(r"mixture=(?:(\d+)|auto)", key):
-        return Term(f"mixture of {int(mixture[1]):,}" if mixture[1] else "mixture of chosen K")
-    return TERMS.get(key) or Term(key.replace("_", " ").capitalize())
+
+    mixture = re.fullmatch(r"mixture=(?:(\d+)|auto)", key)
+    if mixture:
+        K = mixture[1]
+        return Term(f"mixture of {int(K):,}" if K else "mixture of chosen K")
+
+    if key in TERMS:
+        return TERMS[key]
+    return Term(key.replace("_", " ").capitalize())
 
 
 def leaves(value: Any, *keys: str) -> Iterator[tuple[Keys, Any]]:  # noqa: ANN401 (any JSON value)
-    """Walk down to the figures of a tree, which are all but dictionaries without a "value"; curves are left out.
+    """Iterate over the figures of a tree, without curves.
+
+    A dictionary without the key "value" is a branch. Any other value is a figure.
 
     Args:
-        value: JSON values.
-        *keys: that have led here.
+        value: JSON value, the tree.
+        *keys: The keys that lead to ``value``.
 
     Yields:
-        Keys and figure.
+        The keys of a figure, and the figure.
 
     Example:
         >>> list(leaves({"prior": {"kernel_distance": {"value": 0.1}}, "n": 3}))
@@ -248,13 +279,14 @@ def leaves(value: Any, *keys: str) -> Iterator[tuple[Keys, Any]]:  # noqa: ANN40
 
 
 def measure(keys: Keys) -> tuple[str, Keys]:
-    """Tell what is measured from the case that it is measured for.
+    """Separate the key of the measure from the keys of the case.
 
     Args:
-        keys: from within a section of ``evaluation.json`` down to a figure, at least one.
+        keys: Keys from within a section of ``evaluation.json`` to a figure, at least one.
 
     Returns:
-        The key of the measure, which is the last one with a meaning, and the keys of the case, which have none.
+        The key of the measure, which is the last one with a meaning, and the keys of the case,
+        which have no meaning.
 
     Example:
         >>> measure(("mixture", "frechet_distance"))
@@ -262,17 +294,21 @@ def measure(keys: Keys) -> tuple[str, Keys]:
         >>> measure(("code_log_likelihood", "mixture"))
         ('code_log_likelihood', ('mixture',))
     """
-    found = next((i for i in reversed(range(len(keys))) if term(keys[i]).meaning), len(keys) - 1)
-    return keys[found], tuple(
-        key for i, key in enumerate(keys) if i != found and not term(key).meaning
-    )
+    index = len(keys) - 1
+    for i in reversed(range(len(keys))):
+        if term(keys[i]).meaning:
+            index = i
+            break
+
+    others = keys[:index] + keys[index + 1 :]
+    return keys[index], tuple(key for key in others if not term(key).meaning)
 
 
 def title(keys: Keys) -> str:
-    """Name a figure in one line: what is measured, and of which case.
+    """Return the title of a figure in one line, with the measure first and then the case.
 
     Args:
-        keys: from within a section of ``evaluation.json`` down to a figure, at least one.
+        keys: Keys from within a section of ``evaluation.json`` to a figure, at least one.
 
     Returns:
         The title.
@@ -286,13 +322,15 @@ def title(keys: Keys) -> str:
 
 
 def format_figure(figure: Any) -> str:  # noqa: ANN401 (any JSON value)
-    r"""Write a figure: its standard error with two digits, its value with as many decimals.
+    r"""Format a figure.
+
+    The standard error has two digits. The value has the same number of decimals.
 
     Args:
-        figure: an estimate as a dictionary, any other JSON value, or a list of them.
+        figure: An estimate as a dictionary, any other JSON value, or a list of them.
 
     Returns:
-        Text without the unit, with a no-break space after the sign.
+        Text without the unit, with a no-break space after the sign ±.
 
     Example:
         >>> format_figure({"value": 50.00225, "standard_error": 1.4725, "n": 180})
@@ -301,62 +339,80 @@ def format_figure(figure: Any) -> str:  # noqa: ANN401 (any JSON value)
         '16 (of 16, threshold 0.01)'
     """
     if isinstance(figure, list):
-        return ", ".join(
-            format_figure(item["value"] if isinstance(item, dict) else item) for item in figure
-        )
+        values = [item["value"] if isinstance(item, dict) else item for item in figure]
+        return ", ".join(format_figure(value) for value in values)
+
     if isinstance(figure, dict):
-        value, error = figure["value"], figure.get("standard_error")
+        text = _format_estimate(figure["value"], figure.get("standard_error"))
         others = [
             f"{key.replace('_', ' ')} {format_figure(other)}"
             for key, other in figure.items()
             if key not in ("value", "standard_error", "n")
         ]
-        if not error:
-            text = format_figure(value)
-        elif (decimals := max(0, 1 - math.floor(math.log10(error)))) < 8:
-            text = f"{value:,.{decimals}f} ±\u00a0{error:,.{decimals}f}"
-        else:
-            text = f"{value:.4g} ±\u00a0{error:.2g}"
         return f"{text} ({', '.join(others)})" if others else text
+
     if isinstance(figure, bool):
         return "yes" if figure else "no"
     if isinstance(figure, float):
         return f"{figure:.4g}"
-    return f"{figure:,}" if isinstance(figure, int) else str(figure)
+    if isinstance(figure, int):
+        return f"{figure:,}"
+    return str(figure)
+
+
+def _format_estimate(value: Any, error: float | None) -> str:  # noqa: ANN401 (any JSON value)
+    if not error:
+        return format_figure(value)
+
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    if decimals < 8:
+        return f"{value:,.{decimals}f} ±\u00a0{error:,.{decimals}f}"
+    return f"{value:.4g} ±\u00a0{error:.2g}"
 
 
 def warnings_of(evaluation: dict[str, Any]) -> Iterator[str]:
-    """Say what a reader of the figures must know.
+    """Return warnings that a reader of the figures must know.
 
     Args:
-        evaluation: content of ``evaluation.json``.
+        evaluation: Content of ``evaluation.json``.
 
     Yields:
-        Sentences.
+        One warning, of one or more sentences.
     """
-    likelihood, samples = evaluation.get("likelihood", {}), evaluation.get("samples", {})
+    likelihood = evaluation.get("likelihood", {})
     floor_var, noise_var = likelihood.get("noise_floor_var"), likelihood.get("noise_var")
     if floor_var and noise_var and noise_var["value"] < 2 * floor_var:
         yield (
-            f"The mean noise variance, {noise_var['value']:.3g}, is near its floor, {floor_var:.3g}: the raw "
-            "likelihood says as much of the floor as of the model. Quote it together with the floor."
+            f"The mean noise variance, {noise_var['value']:.3g}, is near its floor, "
+            f"{floor_var:.3g}. The raw likelihood depends on the floor as much as on the model. "
+            "Quote it together with the floor."
         )
-    rows = [row for row in samples.values() if isinstance(row, dict) and "frechet_distance" in row]
-    n = min((row["frechet_distance"]["n"] for row in rows), default=None)
-    if n is not None and n <= samples.get("feature_dimension", 0):
+
+    samples = evaluation.get("samples", {})
+    counts = [
+        row["frechet_distance"]["n"]
+        for row in samples.values()
+        if isinstance(row, dict) and "frechet_distance" in row
+    ]
+    n_features = samples.get("feature_dimension", 0)
+    if counts and min(counts) <= n_features:
         yield (
-            f"The Fréchet distances rest on {n:,} examples and {samples['feature_dimension']:,} features: with no more "
-            "examples than features they are far too high. Compare them only at the same N."
+            f"The Fréchet distances are from {min(counts):,} examples and {n_features:,} features. "
+            "If there are no more examples than features, they are far too high. "
+            "Compare them only at the same number of examples."
         )
+
     memorisation = evaluation.get("latent", {}).get("memorisation", {})
     if "n_training" in memorisation:
-        yield f"Copies were sought among the first {memorisation['n_training']:,} training examples of the stream only."
-    by_source = {"mixture": memorisation} | {
-        key: part for key, part in memorisation.items() if isinstance(part, dict)
-    }
-    for source, part in by_source.items():
+        yield (
+            "The search for copies is limited to the first "
+            f"{memorisation['n_training']:,} training examples of the stream."
+        )
+
+    parts = {key: part for key, part in memorisation.items() if isinstance(part, dict)}
+    for source, part in {"mixture": memorisation, **parts}.items():
         if part.get("copied"):
             yield (
-                f"Samples ({term(source).title}) single out training examples more than reconstructions of unseen data "
-                "do: they may be copies."
+                f"Samples ({term(source).title}) single out training examples more than "
+                "reconstructions of unseen data do. They may be copies."
             )

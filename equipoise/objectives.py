@@ -1,17 +1,18 @@
-r"""Objectives: what training descends, and the bounds by which a model is judged, eqs. (1)-(5), (9), (11).
+r"""Objectives that training minimises, and bounds that evaluate a model, eqs. (1)-(5), (9), (11).
 
-============================= ====================================== ==================================
-:class:`Elbo`                 the bound, eq. (4); VAE, beta-VAE      Kingma and Welling; Higgins et al.
-:class:`DetachedVarianceElbo` stage 2, the mean left as it is        Stirn et al. (2023)
-:class:`BatchVarianceElbo`    sigma-VAE: optimal variance of a batch Rybkin et al. (2021)
-:class:`DipVaeI`              and uncorrelated posterior means       Kumar et al. (2018)
-:class:`DipVaeII`             and uncorrelated codes                 Kumar et al. (2018)
-:class:`WaeMmd`               squared error, codes like the prior's  Tolstikhin et al. (2018)
-:class:`RaeL2`                squared error, short codes             Ghosh et al. (2020)
-============================= ====================================== ==================================
+============================= =================================== ==================================
+:class:`Elbo`                 bound, eq. (4): VAE and beta-VAE    Kingma and Welling; Higgins et al.
+:class:`DetachedVarianceElbo` stage 2 that leaves the mean alone  Stirn et al. (2023)
+:class:`BatchVarianceElbo`    optimal variance of a batch         Rybkin et al. (2021)
+:class:`DipVaeI`              bound, uncorrelated posterior means Kumar et al. (2018)
+:class:`DipVaeII`             bound, uncorrelated codes           Kumar et al. (2018)
+:class:`WaeMmd`               squared error, codes like the prior Tolstikhin et al. (2018)
+:class:`RaeL2`                squared error, short codes          Ghosh et al. (2020)
+============================= =================================== ==================================
 
-Every term is per example, (B,), in nats, summed over dimensions and with all constants, so that ``elbo`` is a
-bound on log p(x) and not merely proportional to one. The loop alone averages over examples, eq. (5).
+Every term is per example, (B,), in nats. It is summed over dimensions and contains all constants,
+so that ``elbo`` is a bound on log p(x) and not merely proportional to one. Only the training loop
+averages over examples, eq. (5).
 """
 
 import math
@@ -36,15 +37,15 @@ from equipoise.noise import MIN_VAR, NoiseModel
 
 @runtime_checkable
 class LatentVariableModel(Protocol):
-    """What an objective needs of a model; :class:`equipoise.model.VAE` is one."""
+    """The part of a model that objectives use. :class:`equipoise.model.VAE` has it."""
 
     @property
     def noise(self) -> NoiseModel:
-        """Noise model: codes to log-variances."""
+        """Noise model, a map from codes to log-variances."""
 
     @property
     def decoder(self) -> nn.Module:
-        """Network behind :meth:`decode_mean`."""
+        """Network that :meth:`decode_mean` calls."""
 
     def encode(self, x: Tensor) -> Gaussian:
         """Approximate posterior q(z|x)."""
@@ -57,15 +58,15 @@ class LatentVariableModel(Protocol):
 
 
 class Terms(NamedTuple):
-    r"""One batch's objective, per example.
+    r"""The objective of one batch, per example.
 
     Args:
-        loss: what the gradient descends, (B,), nats.
-        log_likelihood: log p(x|z) under the model's own noise, (B,), nats.
+        loss: Loss that is minimised, (B,), nats.
+        log_likelihood: log p(x|z) under the noise of the model, (B,), nats.
         kl: KL(q(z|x), p(z)), (B,), nats.
-        residual: x - m(z), without gradient, (B, \*), from which eq. (10) is accumulated.
-        log_var: log-variance of p(x|z), without gradient; broadcasts to (B, \*).
-        posterior: q(z|x), (B, d).
+        residual: x - m(z), without gradient, (B, \*). Eq. (10) is accumulated from it.
+        log_var: Log-variance of p(x|z), without gradient. It broadcasts to (B, \*).
+        posterior: Posterior q(z|x), (B, d).
     """
 
     loss: Tensor
@@ -87,13 +88,13 @@ class Terms(NamedTuple):
 
 
 class Objective(nn.Module, ABC):
-    """A model seen through the loss it is trained with.
+    """A model together with its training loss.
 
-    The objective, not the model, is what the engine wraps, so that one forward pass through it holds every
-    parameter that receives a gradient.
+    The training engine wraps the objective and not the model. A forward pass through the objective
+    therefore uses every parameter that receives a gradient.
 
     Args:
-        model: encoder, decoder and noise.
+        model: Encoder, decoder and noise.
     """
 
     def __init__(self, model: LatentVariableModel) -> None:
@@ -105,16 +106,18 @@ class Objective(nn.Module, ABC):
         r"""Evaluate the objective with one sample of z per example.
 
         Args:
-            x: data in model units, (B, \*).
-            generator: source of the sample.
+            x: Data in model units, (B, \*).
+            generator: Source of randomness for the sample.
 
         Returns:
             The terms, per example.
         """
 
     def _terms(self, x: Tensor, posterior: Gaussian, likelihood: Gaussian) -> Terms:
-        """The terms of eq. (4), whose loss is the negative bound."""
-        log_likelihood, kl = likelihood.log_prob(x), posterior.kl()
+        """Return the terms of eq. (4). The loss is the negative bound."""
+        log_likelihood = likelihood.log_prob(x)
+        kl = posterior.kl()
+
         return Terms(
             loss=kl - log_likelihood,
             log_likelihood=log_likelihood,
@@ -126,18 +129,22 @@ class Objective(nn.Module, ABC):
 
 
 class Elbo(Objective):
-    r"""The evidence lower bound, eq. (4), with whatever noise the model has: eq. (9), or eq. (11) in stage 2.
+    r"""The evidence lower bound, eq. (4), with the noise of the model, eq. (9) or eq. (11).
 
     .. math:: \mathrm{E}_{q(z|x)}[\log p(x|z)] - \beta\,\mathrm{KL}(q(z|x), p(z))
 
-    The expectation is one reparametrised sample, the KL is closed form. Only beta = 1 is a bound. Any other with a
-    fixed variance has the optima of another variance with beta = 1, for the squared error counts 1/(2 sigma^2) against
-    beta: the paper's beta-VAE is sigma^2 = 1, which is beta = 2 at sigma^2 = 0.5.
+    The expectation is estimated by one reparametrised sample. The KL has a closed form. Only
+    beta = 1 gives a bound. At a fixed variance, only the ratio of the weights 1/(2 sigma^2) of the
+    squared error and beta of the KL matters. Another beta therefore has the optima of another
+    variance with beta = 1. The paper's beta-VAE is sigma^2 = 1, which is beta = 2 at sigma^2 = 0.5.
+
+    Source: Higgins et al. (2017), *beta-VAE: Learning basic visual concepts with a constrained
+    variational framework*.
 
     Args:
-        model: encoder, decoder and noise.
-        beta: weight of the KL in the loss; the terms' ``elbo`` is the bound all the same. Higgins et al. (2017),
-            *beta-VAE: Learning basic visual concepts with a constrained variational framework*.
+        model: Encoder, decoder and noise.
+        beta: Weight of the KL in the loss. It does not change ``elbo`` of the terms, which is
+            always the bound.
     """
 
     def __init__(self, model: LatentVariableModel, beta: float = 1.0) -> None:
@@ -147,31 +154,35 @@ class Elbo(Objective):
     def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
         """Evaluate the bound with one sample of z per example."""
         posterior = self.model.encode(x)
-        terms = self._terms(x, posterior, self.model.decode(posterior.sample(generator)))
-        return (
-            terms
-            if self.beta == 1
-            else terms._replace(loss=self.beta * terms.kl - terms.log_likelihood)
-        )
+        likelihood = self.model.decode(posterior.sample(generator))
+        terms = self._terms(x, posterior, likelihood)
+
+        if self.beta == 1:
+            return terms
+        return terms._replace(loss=self.beta * terms.kl - terms.log_likelihood)
 
 
 class DetachedVarianceElbo(Objective):
-    r"""Stage 2 in which the variance cannot bend the mean: eq. (9) for the networks, eq. (11) for the variance.
+    r"""Stage 2 in which the variance cannot change the mean, eq. (9) and eq. (11).
 
     .. math:: \mathrm{E}_q[\log N(x; m(z), \sigma_*^2)] - \mathrm{KL}
               \;+\; \mathrm{E}_q[\log N(x; \bar m(z), \sigma^2(\bar z))]
 
-    where a bar stops the gradient. Encoder and decoder continue exactly as in stage 1, and the variance network
-    learns from their codes and residuals. ``elbo`` is that of the whole model, with the predicted variance.
-    The remedy is Stirn et al. (2023), *Faithful heteroscedastic regression with neural networks*, here for a VAE.
+    A bar means that no gradient passes. The first line, eq. (9), trains encoder and decoder. The
+    second line, eq. (11), trains the variance network. Encoder and decoder continue exactly as in
+    stage 1. The variance network learns from their codes and residuals. ``elbo`` is the bound of
+    the whole model, with the predicted variance.
+
+    Source: Stirn et al. (2023), *Faithful heteroscedastic regression with neural networks*, here
+    for a VAE.
 
     Args:
-        model: A model whose noise depends on the code and has a shared variance beside, such as
-            :class:`equipoise.noise.PredictedNoise`.
-        beta: weight of the KL in the loss, as in :class:`Elbo`.
+        model: A model whose noise depends on the code and has a shared variance to start from,
+            such as :class:`equipoise.noise.PredictedNoise`.
+        beta: Weight of the KL in the loss, as in :class:`Elbo`.
 
     Raises:
-        ValueError: if the model's noise is another.
+        ValueError: If the model has another kind of noise.
     """
 
     def __init__(self, model: LatentVariableModel, beta: float = 1.0) -> None:
@@ -188,13 +199,17 @@ class DetachedVarianceElbo(Objective):
         noise = self.model.noise
         posterior = self.model.encode(x)
         z = posterior.sample(generator)
+
         mean = self.model.decode_mean(z)
-        at_global_variance = Gaussian(mean, cast(Tensor, noise.shared_log_var)).log_prob(x)
+        stage_1_log_var = cast(Tensor, noise.shared_log_var)
+        stage_1_log_likelihood = Gaussian(mean, stage_1_log_var).log_prob(x)
+
         log_var = noise(z.detach())
         log_likelihood = Gaussian(mean.detach(), log_var).log_prob(x)
         kl = posterior.kl()
+
         return Terms(
-            loss=self.beta * kl - at_global_variance - log_likelihood,
+            loss=self.beta * kl - stage_1_log_likelihood - log_likelihood,
             log_likelihood=log_likelihood.detach(),
             kl=kl,
             residual=(x - mean).detach(),
@@ -204,36 +219,43 @@ class DetachedVarianceElbo(Objective):
 
 
 class BatchVarianceElbo(Objective):
-    r"""sigma-VAE: the evidence lower bound at the variance that is optimal for this very batch.
+    r"""sigma-VAE: the evidence lower bound at the optimal variance of each batch.
 
     .. math:: \sigma_b^2 = \frac1{BD} \sum_{n \in b} \sum_i (x_{ni} - m_i(z_n))^2, \qquad
               -\log p(x|z) = \tfrac D2 \log \sigma_b^2 + \text{const}
 
-    Eq. (10) over a batch in place of the data set: the variance follows each batch's residuals, gradients included.
-    The model's own noise, with the running or exact form of eq. (10), is for evaluation. Rybkin, Daniilidis and Levine
-    (2021), *Simple and effective VAE training with calibrated decoders*.
+    This is eq. (10) over a batch instead of the data set. The variance is a function of the
+    residuals of the batch, and the gradient passes through it. The noise of the model, with the
+    running or exact form of eq. (10), is used for evaluation.
+
+    Source: Rybkin, Daniilidis and Levine (2021), *Simple and effective VAE training with calibrated
+    decoders*.
     """
 
     def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
         """Evaluate the bound at the batch's optimal variance."""
         posterior = self.model.encode(x)
         mean = self.model.decode_mean(posterior.sample(generator))
+
         log_var = (x - mean).square().mean().clamp_min(MIN_VAR).log()
         return self._terms(x, posterior, Gaussian(mean, log_var))
 
 
 class _DipVae(Elbo):
-    r"""The evidence lower bound, and the covariance of the codes pulled towards I.
+    r"""The evidence lower bound with a penalty that pulls the covariance of the codes towards I.
 
-    .. math:: \mathrm{loss} + \lambda_\mathrm{od} \sum_{i \ne j} C_{ij}^2 + \lambda_\mathrm{d} \sum_i (C_{ii} - 1)^2
+    .. math:: \mathrm{loss} + \lambda_\mathrm{od} \sum_{i \ne j} C_{ij}^2
+        + \lambda_\mathrm{d} \sum_i (C_{ii} - 1)^2
 
-    Kumar, Sattigeri and Balakrishnan (2018), *Variational inference of disentangled latent concepts from unlabeled
-    observations*. C is taken over the batch.
+    C is computed over the batch.
+
+    Source: Kumar, Sattigeri and Balakrishnan (2018), *Variational inference of disentangled latent
+    concepts from unlabeled observations*.
 
     Args:
-        model: encoder, decoder and noise.
-        off_diagonal: lambda_od.
-        diagonal_ratio: lambda_d / lambda_od.
+        model: Encoder, decoder and noise.
+        off_diagonal: Weight lambda_od of the elements off the diagonal.
+        diagonal_ratio: Ratio lambda_d / lambda_od.
     """
 
     def __init__(
@@ -244,17 +266,22 @@ class _DipVae(Elbo):
         self.diagonal = diagonal_ratio * off_diagonal
 
     def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
-        """Evaluate bound and penalty with one sample of z per example; the penalty is the same for all examples."""
+        """Evaluate bound and penalty with one sample of z per example.
+
+        The penalty is the same for all examples.
+        """
         terms = super().forward(x, generator)
+
         covariance = self._covariance(terms.posterior)
         deviation = (covariance - torch.eye(len(covariance), device=x.device)).square()
         diagonal = deviation.diagonal().sum()
         penalty = self.off_diagonal * (deviation.sum() - diagonal) + self.diagonal * diagonal
+
         return terms._replace(loss=terms.loss + penalty)
 
     @staticmethod
     def _covariance(posterior: Gaussian) -> Tensor:
-        """Covariance over the batch of the posterior means, (d, d)."""
+        """Return the covariance of the posterior means over the batch, (d, d)."""
         centred = posterior.mean - posterior.mean.mean(0)
         return centred.mT @ centred / len(centred)
 
@@ -263,8 +290,9 @@ class DipVaeI(_DipVae):
     r"""DIP-VAE-I: C is the covariance of the posterior means, :math:`C = \mathrm{Cov}_x[\mu(x)]`.
 
     Args:
-        model: encoder, decoder and noise.
-        off_diagonal: lambda_od; 10 as in the authors' experiments. lambda_d is ten times that, as they recommend.
+        model: Encoder, decoder and noise.
+        off_diagonal: Weight lambda_od. 10 is the value in the authors' experiments. lambda_d is ten
+            times lambda_od, as the authors recommend.
     """
 
     def __init__(self, model: LatentVariableModel, off_diagonal: float = 10.0) -> None:
@@ -272,13 +300,14 @@ class DipVaeI(_DipVae):
 
 
 class DipVaeII(_DipVae):
-    r"""DIP-VAE-II: C is that of the aggregate posterior, eq. (12).
+    r"""DIP-VAE-II: C is the covariance of the aggregate posterior, eq. (12).
 
     .. math:: C = \mathrm{Cov}_x[\mu(x)] + \mathrm{E}_x\,\mathrm{diag}\,s^2(x)
 
     Args:
-        model: encoder, decoder and noise.
-        off_diagonal: lambda_od; 10 as in the authors' experiments. lambda_d is the same, as they recommend.
+        model: Encoder, decoder and noise.
+        off_diagonal: Weight lambda_od. 10 is the value in the authors' experiments. lambda_d is
+            equal to lambda_od, as the authors recommend.
     """
 
     def __init__(self, model: LatentVariableModel, off_diagonal: float = 10.0) -> None:
@@ -290,20 +319,24 @@ class DipVaeII(_DipVae):
 
 
 IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""Scales of the inverse multiquadratic kernel, those of the authors' program."""
+"""Scales of the inverse multiquadratic kernel in the program of the authors of WAE-MMD."""
 
 
 class WaeMmd(Objective):
-    r"""WAE-MMD: squared error, and the distance of the codes of a batch from as many draws of the prior.
+    r"""WAE-MMD: squared error, and the distance between codes and samples of the prior.
 
     .. math:: \|x - m(z)\|^2 + \lambda\,\mathrm{MMD}^2(q(z), p(z)), \qquad z = \mu(x)
 
-    Tolstikhin, Bousquet, Gelly and Schölkopf (2018), *Wasserstein auto-encoders*, with a deterministic encoder.
+    The distance is between the codes of a batch and a sample of the prior of the same size. The
+    encoder is deterministic.
+
+    Source: Tolstikhin, Bousquet, Gelly and Schölkopf (2018), *Wasserstein auto-encoders*.
 
     Args:
-        model: encoder and decoder; its posterior should be a point (``VAE(..., deterministic=True)``), for none is
-            trained.
-        penalty: lambda; 200 is the authors' program for MNIST, which sets 10 beside 0.05 times the squared error.
+        model: Encoder and decoder. The posterior should be a point
+            (``VAE(..., deterministic=True)``), because its variance is not trained.
+        penalty: Weight lambda. 200 corresponds to the authors' program for MNIST, which weights the
+            distance by 10 and the squared error by 0.05.
     """
 
     def __init__(self, model: LatentVariableModel, penalty: float = 200.0) -> None:
@@ -311,27 +344,34 @@ class WaeMmd(Objective):
         self.penalty = penalty
 
     def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
-        """Evaluate squared error and distance; the distance is the same for all examples."""
+        """Evaluate squared error and distance. The distance is the same for all examples."""
         posterior = self.model.encode(x)
         z = posterior.mean
         likelihood = self.model.decode(z)
+
         error = sum_dimensions((x - likelihood.mean).square())
         distance = maximum_mean_discrepancy(z, standard_normal_like(z, generator))
-        return self._terms(x, posterior, likelihood)._replace(loss=error + self.penalty * distance)
+        loss = error + self.penalty * distance
+
+        return self._terms(x, posterior, likelihood)._replace(loss=loss)
 
 
 def maximum_mean_discrepancy(z: Float[Tensor, "n d"], prior: Float[Tensor, "n d"]) -> Tensor:
-    r"""Squared maximum mean discrepancy of two samples, unbiased, with a sum of inverse multiquadratic kernels.
+    r"""Unbiased squared maximum mean discrepancy of two samples.
 
-    .. math:: \frac1{n(n-1)} \sum_{i \ne j} \bigl(k(z_i, z_j) + k(p_i, p_j)\bigr) - \frac2{n^2} \sum_{ij} k(z_i, p_j),
+    .. math:: \frac1{n(n-1)} \sum_{i \ne j} \bigl(k(z_i, z_j) + k(p_i, p_j)\bigr)
+              - \frac2{n^2} \sum_{ij} k(z_i, p_j),
               \qquad k(a, b) = \sum_s \frac{2 d s}{2 d s + \|a - b\|^2}
 
+    The kernel k is a sum of inverse multiquadratic kernels.
+
     Args:
-        z: codes, (n, d), n at least 2.
-        prior: draws from N(0, I), (n, d).
+        z: Codes, (n, d), n at least 2.
+        prior: Samples of N(0, I), (n, d).
 
     Returns:
-        (), no unit; may be negative, and its mean is zero for samples of one distribution.
+        The discrepancy, (), without unit. It may be negative. Its mean is zero if both samples have
+        the same distribution.
 
     Example:
         >>> codes = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
@@ -340,29 +380,36 @@ def maximum_mean_discrepancy(z: Float[Tensor, "n d"], prior: Float[Tensor, "n d"
     """
     n, d = z.shape
     both = torch.cat([z, prior])
+
+    # A matrix product is used because the gradient of torch.cdist is infinite where two codes
+    # coincide.
     squared_norms = both.square().sum(1)
-    # One product instead of torch.cdist, whose gradient is infinite where two codes coincide.
     squared_distances = (squared_norms[:, None] + squared_norms - 2 * both @ both.mT).clamp_min(0)
-    kernel = sum(
-        (2 * d * s / (2 * d * s + squared_distances) for s in IMQ_SCALES),
-        torch.zeros_like(squared_distances),
-    )
+
+    kernel = torch.zeros_like(squared_distances)
+    for s in IMQ_SCALES:
+        kernel = kernel + 2 * d * s / (2 * d * s + squared_distances)
+
     within = kernel[:n, :n].sum() + kernel[n:, n:].sum() - kernel.diagonal().sum()
     return within / (n * (n - 1)) - 2 * kernel[:n, n:].mean()
 
 
 class RaeL2(Objective):
-    r"""RAE-L2: an autoencoder with short codes and small decoder weights, and no distribution at all.
+    r"""RAE-L2: a deterministic autoencoder with penalties on codes and decoder weights.
 
     .. math:: \|x - m(z)\|^2 + \tfrac\beta2 \|z\|^2 + \lambda \|\theta\|^2, \qquad z = \mu(x)
 
-    Ghosh, Sajjadi, Vergari, Black and Schölkopf (2020), *From variational to deterministic autoencoders*: the
-    deterministic reference, to sample from a mixture fitted to its codes.
+    It has no density of its own. New examples are decoded from samples of a mixture that is fitted
+    to its codes.
+
+    Source: Ghosh, Sajjadi, Vergari, Black and Schölkopf (2020), *From variational to deterministic
+    autoencoders*.
 
     Args:
-        model: encoder and decoder, the posterior a point (``VAE(..., deterministic=True)``).
-        code_penalty: beta; 1e-4, as in pythae's reproduction of the paper.
-        weight_penalty: lambda, on the decoder's parameters; 1e-7 likewise.
+        model: Encoder and decoder. The posterior is a point (``VAE(..., deterministic=True)``).
+        code_penalty: Weight beta. 1e-4 is the value in pythae's reproduction of the paper.
+        weight_penalty: Weight lambda of the parameters of the decoder. 1e-7 is the value in
+            pythae's reproduction of the paper.
     """
 
     def __init__(
@@ -373,18 +420,34 @@ class RaeL2(Objective):
         self.weight_penalty = weight_penalty
 
     def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
-        """Evaluate squared error and penalties; nothing is drawn."""
+        """Evaluate squared error and penalties. Nothing is random."""
         posterior = self.model.encode(x)
         z = posterior.mean
         likelihood = self.model.decode(z)
+
         error = sum_dimensions((x - likelihood.mean).square())
         weights = sum(p.square().sum() for p in self.model.decoder.parameters())
         loss = error + 0.5 * self.code_penalty * z.square().sum(1) + self.weight_penalty * weights
+
         return self._terms(x, posterior, likelihood)._replace(loss=loss)
 
 
+OBJECTIVE_CLASSES: dict[str, Callable[..., Objective]] = {
+    "elbo": Elbo,
+    "vae": Elbo,
+    "beta-vae": Elbo,
+    "dip-vae-i": DipVaeI,
+    "dip-vae-ii": DipVaeII,
+    "wae-mmd": WaeMmd,
+    "sigma-vae": BatchVarianceElbo,
+    "rae-l2": RaeL2,
+}
+"""Class of each choice of the option ``objective``, see :data:`equipoise.catalogue.OBJECTIVES`.
+
+It is called with the model, then with beta if the objective has one, then with its penalty."""
+
 LogPrior: TypeAlias = Callable[[Tensor], Tensor]
-"""log p(z): codes (B, d) to nats (B,)."""
+"""Function log p(z) from codes (B, d) to nats (B,)."""
 
 
 @torch.no_grad()
@@ -398,62 +461,71 @@ def importance_weighted_bounds(
     observed: Sequence[Tensor] | None = None,
     max_rows: int | None = None,
 ) -> Float[Tensor, "observed priors batch"]:
-    r"""Importance-weighted lower bound on log p(x) (IWAE), the paper's Table 3, for one or several p(z).
+    r"""Importance-weighted lower bound on log p(x) (IWAE), Table 3, for one or several p(z).
 
     .. math:: \log \frac1K \sum_k \frac{p(x|z_k)\, p(z_k)}{q(z_k|x)}, \qquad z_k \sim q(z|x)
 
-    With K = 1 its mean is the evidence lower bound; it grows with K towards log p(x). Burda, Grosse and
-    Salakhutdinov (2016), *Importance weighted autoencoders*, arXiv 1509.00519. Several priors, and several
-    observations x near the one that q(z|x) is given, share the draws, so that each code is decoded once.
+    With K = 1 the mean of the estimate is the evidence lower bound. The bound grows with K towards
+    log p(x). The bound can be evaluated for several priors, and for several observations near the x
+    from which q(z|x) is computed. They share the samples, so that each code is decoded once.
+
+    Source: Burda, Grosse and Salakhutdinov (2016), *Importance weighted autoencoders*, arXiv
+    1509.00519.
 
     Args:
-        model: the model, in evaluation mode.
-        x: data in model units, (B, \*).
-        n_samples: K, exactly as many as are drawn, at least 1.
-        log_priors: the prior N(0, I), or a fitted mixture, or both.
-        generator: source of the samples.
-        observed: O tensors like ``x`` whose densities are asked for, such as ``x`` with its rounding undone; ``x``
-            alone if None.
-        max_rows: decoder rows evaluated at once, which bound the memory and decide on the order of the draws, nothing
-            else; None for 256 on CPUs, whose caches hold no more, and 4096 elsewhere.
+        model: Model in evaluation mode.
+        x: Data in model units, (B, \*).
+        n_samples: Number of samples K per example, at least 1.
+        log_priors: P functions log p(z), for example the prior N(0, I) and a fitted mixture.
+        generator: Source of randomness for the samples.
+        observed: O tensors of the shape of ``x`` whose densities are computed, for example ``x``
+            without its rounding. None means ``x`` alone.
+        max_rows: Number of rows that the decoder evaluates at once. It limits the memory and
+            changes the order of the random samples. None means 256 on CPUs, because of their
+            caches, and 4096 on other devices.
 
     Returns:
-        (O, P, B), nats, float64.
+        The bounds, (O, P, B), nats, float64.
 
     Raises:
-        ValueError: if ``n_samples`` is below 1.
+        ValueError: If ``n_samples`` is below 1.
     """
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
-    observed = [x] if observed is None else observed
-    max_rows = max_rows or (256 if x.device.type == "cpu" else 4096)
+
+    if observed is None:
+        observed = [x]
+    if not max_rows:
+        max_rows = 256 if x.device.type == "cpu" else 4096
+
     if len(x) > max_rows:
         bounds = partial(importance_weighted_bounds, model, max_rows=max_rows)
-        rows = [slice(start, start + max_rows) for start in range(0, len(x), max_rows)]
-        parts = [
-            bounds(x[r], n_samples, log_priors, generator, observed=[seen[r] for seen in observed])
-            for r in rows
-        ]
+        parts = []
+        for start in range(0, len(x), max_rows):
+            rows = slice(start, start + max_rows)
+            observed_rows = [values[rows] for values in observed]
+            parts.append(bounds(x[rows], n_samples, log_priors, generator, observed=observed_rows))
         return torch.cat(parts, 2)
+
     posterior = model.encode(x)
+    log_var = posterior.log_var.expand_as(posterior.mean)
     chunk = max(1, min(n_samples, max_rows // max(1, len(x))))
-    total = torch.full(
-        (len(observed), len(log_priors), len(x)), -math.inf, dtype=torch.float64, device=x.device
-    )
+    shape = (len(observed), len(log_priors), len(x))
+    log_sums = torch.full(shape, -math.inf, dtype=torch.float64, device=x.device)
+
     for start in range(0, n_samples, chunk):
         k = min(chunk, n_samples - start)
-        repeated = Gaussian(
-            *(t.expand_as(posterior.mean).repeat_interleave(k, 0) for t in posterior)
-        )
+        repeated = Gaussian(posterior.mean.repeat_interleave(k, 0), log_var.repeat_interleave(k, 0))
         z = repeated.sample(generator)
         likelihood = model.decode(z)
         log_ratios = torch.stack([log_prior(z) - repeated.log_prob(z) for log_prior in log_priors])
-        for sums, seen in zip(total, observed, strict=True):
-            log_weights = likelihood.log_prob(seen.repeat_interleave(k, 0)).double() + log_ratios
-            sums.copy_(
-                torch.logaddexp(sums, log_weights.view(len(log_priors), len(x), k).logsumexp(2))
-            )
-    return total - math.log(n_samples)
+
+        for log_sum, values in zip(log_sums, observed, strict=True):
+            log_likelihood = likelihood.log_prob(values.repeat_interleave(k, 0)).double()
+            log_weights = (log_likelihood + log_ratios).view(len(log_priors), len(x), k)
+            log_sum.copy_(torch.logaddexp(log_sum, log_weights.logsumexp(2)))
+
+    return log_sums - math.log(n_samples)
 
 
 def importance_weighted_bound(
@@ -465,19 +537,23 @@ def importance_weighted_bound(
     log_prior: LogPrior = standard_normal_log_prob,
     max_rows: int | None = None,
 ) -> Float[Tensor, " batch"]:
-    r"""Importance-weighted lower bound on log p(x) for one p(z), see :func:`importance_weighted_bounds`.
+    r"""Importance-weighted lower bound on log p(x) for one p(z).
+
+    See :func:`importance_weighted_bounds`.
 
     Args:
-        model: the model, in evaluation mode.
-        x: data in model units, (B, \*).
-        n_samples: K, at least 1.
-        generator: source of the samples.
-        log_prior: the prior N(0, I), or a fitted mixture's ``log_prob``.
-        max_rows: decoder rows evaluated at once, as there.
+        model: Model in evaluation mode.
+        x: Data in model units, (B, \*).
+        n_samples: Number of samples K per example, at least 1.
+        generator: Source of randomness for the samples.
+        log_prior: Function log p(z), the prior N(0, I) or ``log_prob`` of a fitted mixture.
+        max_rows: Number of rows that the decoder evaluates at once, as in
+            :func:`importance_weighted_bounds`.
 
     Returns:
-        (B,), nats, float64.
+        The bound, (B,), nats, float64.
     """
-    return importance_weighted_bounds(
+    bounds = importance_weighted_bounds(
         model, x, n_samples, [log_prior], generator, max_rows=max_rows
-    )[0, 0]
+    )
+    return bounds[0, 0]

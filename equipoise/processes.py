@@ -1,4 +1,4 @@
-"""Several processes, each with a part of the examples: what they need of each other, made from sums alone."""
+"""Several processes, each with a part of the examples, that exchange values by sums alone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,19 +10,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that work together; all must call the same methods in the same order.
+    """This process among those that work together.
+
+    All processes must call the same methods in the same order.
 
     Args:
-        rank: number of this process, from 0.
-        size: how many there are.
-        all_reduce: returns the sum of a tensor over all processes, in all of them; it may sum in place. The
-            tensors are on the device of the examples, integer or float64.
+        rank: Number of this process, from 0.
+        size: Number of processes.
+        all_reduce: Function that returns the sum of a tensor over all processes, in all of them. It
+            may sum in place. The tensors are on the device of the examples, and their dtype is
+            int64 or float64.
 
     Raises:
-        ValueError: if the rank is not one of ``size``.
+        ValueError: If the rank is not in the range from 0 to ``size`` - 1.
 
     Example:
-        With ``torch.distributed``, once its process group is initialised:
+        With ``torch.distributed``, after its process group is initialised:
 
         >>> from torch import distributed
         >>> def all_reduce(values):
@@ -35,7 +38,8 @@ class Processes:
 
         >>> from functools import partial
         >>> def processes(fabric):
-        ...     return Processes(fabric.global_rank, fabric.world_size, partial(fabric.all_reduce, reduce_op="sum"))
+        ...     all_reduce = partial(fabric.all_reduce, reduce_op="sum")
+        ...     return Processes(fabric.global_rank, fabric.world_size, all_reduce)
     """
 
     rank: int
@@ -50,29 +54,33 @@ class Processes:
         """Return the values of rank 0, in all processes.
 
         Args:
-            values: of the same shape and type in all.
+            values: Tensor of the same shape and dtype in all processes.
 
         Returns:
             A new tensor.
         """
         own = values.clone(memory_format=torch.contiguous_format)
-        return self.all_reduce(own if self.rank == 0 else own.zero_())
+        if self.rank != 0:
+            own.zero_()
+        return self.all_reduce(own)
 
     def counts(self, n: int, device: torch.device) -> list[int]:
         """Tell all processes how many examples each of them has.
 
         Args:
-            n: number in this process.
-            device: where the sum is taken.
+            n: Number of examples in this process.
+            device: Device of the tensor that is summed.
 
         Returns:
-            The numbers, in the order of the ranks.
+            The numbers of examples, in the order of the ranks.
 
         Raises:
-            ValueError: if the ranks are not 0, 1, ... ``size`` - 1.
+            ValueError: If the ranks are not 0, 1, ..., ``size`` - 1.
         """
         own = torch.zeros(2, self.size, dtype=torch.int64, device=device)
-        own[0, self.rank], own[1, self.rank] = 1, n
+        own[0, self.rank] = 1
+        own[1, self.rank] = n
+
         present, counts = self.all_reduce(own).tolist()
         if present != [1] * self.size:
             raise ValueError(
@@ -84,34 +92,43 @@ class Processes:
         """Return the rows of all processes, in the order of the ranks, in all of them.
 
         Args:
-            values: rows of this process, (n, ...), n being free to differ.
+            values: Rows of this process, (n, ...). n may differ between processes.
 
         Returns:
             All rows, (n_0 + n_1 + ..., ...).
         """
         counts = self.counts(len(values), values.device)
         first = sum(counts[: self.rank])
+
         rows = values.new_zeros(sum(counts), *values.shape[1:])
         rows[first : first + len(values)] = values
+
         return self.all_reduce(rows)
 
     def share(self, n: int, counts: list[int]) -> int:
-        """Say how many of n examples this process has to give, if all give in proportion to what they have.
+        """Return the share of this process in a selection of n examples.
+
+        The shares are in proportion to the numbers of examples.
 
         Args:
-            n: wanted from all; more than there are means all of them.
-            counts: how many each process has.
+            n: Number of examples in the selection. If there are fewer, the selection is all of
+                them.
+            counts: Number of examples in each process.
 
         Returns:
-            The number from this process. Those of all processes add up to n.
+            The number of examples from this process. The shares of all processes add up to n.
         """
-        total, before = sum(counts), sum(counts[: self.rank])
+        total = sum(counts)
+        before = sum(counts[: self.rank])
         n = min(n, total)
-        return n * (before + counts[self.rank]) // total - n * before // total
+
+        first = n * before // total
+        last = n * (before + counts[self.rank]) // total
+        return last - first
 
 
 ALONE = Processes(rank=0, size=1, all_reduce=lambda values: values)
-"""One process, which has all examples."""
+"""A single process that has all examples."""
 
 
 def choose_device(accelerator: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:

@@ -1,8 +1,9 @@
-r"""Algorithm 1 as a pure state machine: when to leave a stage, why, and which floor to hand over.
+r"""Algorithm 1 as a state machine: when a stage ends, why, and which floor the next stage gets.
 
-Stage 1 learns one variance by the closed form (10). When it has converged, stage 2 predicts a variance per
-pixel and input (11), bounded below by what stage 1 found. Nothing here touches a model: the loop reports an
-epoch's figures and obeys the decision.
+Stage 1 learns one variance by the closed form, eq. (10). When it has converged, stage 2 predicts a
+variance for each pixel and input, eq. (11). The variance of stage 1 sets a floor for it. This
+module does not change a model. The training loop reports the figures of each epoch and follows the
+decision.
 """
 
 import math
@@ -16,7 +17,7 @@ Floor = float | Literal["quantisation"]
 
 
 class Stage(IntEnum):
-    """Where Algorithm 1 stands."""
+    """Stage of Algorithm 1."""
 
     SHARED_VARIANCE = 1
     PREDICTED_VARIANCE = 2
@@ -24,12 +25,12 @@ class Stage(IntEnum):
 
 
 class Decision(NamedTuple):
-    """What follows from an epoch.
+    """The decision after an epoch.
 
     Args:
-        stage: the stage that the next epoch belongs to.
-        switched: whether it differs from the epoch before.
-        reason: one sentence for the log.
+        stage: Stage of the next epoch.
+        switched: Whether this stage differs from that of the last epoch.
+        reason: One sentence for the log.
     """
 
     stage: Stage
@@ -38,27 +39,30 @@ class Decision(NamedTuple):
 
 
 class StageSchedule:
-    """Decide after each epoch whether the stage goes on.
+    """Decides after each epoch whether the stage continues.
 
-    A stage has converged once the relative changes of the noise variance *and* of the validation ELBO have both
-    stayed below ``tolerance`` for ``patience`` epochs in a row; it also ends at its epoch limit. A stage of zero
-    epochs is skipped.
+    A stage has converged if the relative changes of the noise variance *and* of the validation ELBO
+    are both below ``tolerance`` for ``patience`` epochs in a row. It also ends at its epoch limit.
+    A stage of zero epochs is skipped.
 
     Args:
-        stage_1_epochs: epoch limit of stage 1; 0 for a model that is trained already.
-        stage_2_epochs: epoch limit of stage 2; 0 trains stage 1 only.
-        tolerance: relative change below which a figure counts as settled; 0 never ends a stage early.
-        patience: epochs in a row that must be settled.
+        stage_1_epochs: Largest number of epochs of stage 1. 0 is for a model that is already
+            trained.
+        stage_2_epochs: Largest number of epochs of stage 2. With 0 only stage 1 is trained.
+        tolerance: Relative change below which a figure counts as settled. With 0 no stage ends
+            early.
+        patience: Number of epochs in a row that must be settled.
 
     Raises:
-        ValueError: if an argument is out of its domain.
+        ValueError: If an argument is outside its domain.
 
     Example:
         >>> schedule = StageSchedule(stage_1_epochs=2, stage_2_epochs=0)
         >>> schedule.observe(noise_var=0.02, validation_elbo=500.0).reason
         'stage 1: epoch 1 of at most 2'
-        >>> schedule.observe(noise_var=0.01, validation_elbo=700.0)
-        Decision(stage=<Stage.FINISHED: 3>, switched=True, reason='stage 1 ended at its limit of 2 epochs')
+        >>> decision = schedule.observe(noise_var=0.01, validation_elbo=700.0)
+        >>> decision.stage, decision.reason
+        (<Stage.FINISHED: 3>, 'stage 1 ended at its limit of 2 epochs')
     """
 
     def __init__(
@@ -66,73 +70,86 @@ class StageSchedule:
     ) -> None:
         if min(stage_1_epochs, stage_2_epochs) < 0 or stage_1_epochs + stage_2_epochs < 1:
             raise ValueError(
-                f"StageSchedule needs at least one epoch in one stage, got {stage_1_epochs} and {stage_2_epochs}."
+                "StageSchedule needs at least one epoch in one stage, "
+                f"got {stage_1_epochs} and {stage_2_epochs}."
             )
         if tolerance < 0 or patience < 1:
             raise ValueError(
-                f"StageSchedule needs tolerance >= 0 and patience >= 1, got {tolerance} and {patience}."
+                "StageSchedule needs tolerance >= 0 and patience >= 1, "
+                f"got {tolerance} and {patience}."
             )
+
         self.epochs = {
             Stage.SHARED_VARIANCE: stage_1_epochs,
             Stage.PREDICTED_VARIANCE: stage_2_epochs,
         }
         self.tolerance = tolerance
         self.patience = patience
+
         self.stage = Stage.SHARED_VARIANCE if stage_1_epochs else Stage.PREDICTED_VARIANCE
         self.epochs_done = 0
         self.settled = 0
         self.previous: tuple[float, float] | None = None
 
     def observe(self, noise_var: float, validation_elbo: float) -> Decision:
-        """Take in an epoch's figures.
+        """Decide what follows from the figures of an epoch.
 
         Args:
-            noise_var: mean noise variance, in the squared unit of the data.
-            validation_elbo: nats per example.
+            noise_var: Mean noise variance, in the squared unit of the data.
+            validation_elbo: Validation ELBO, in nats per example.
 
         Returns:
-            What the loop does next.
+            The decision for the training loop.
 
         Raises:
-            RuntimeError: if the schedule has finished already.
+            RuntimeError: If the schedule has already finished.
         """
         if self.stage is Stage.FINISHED:
             raise RuntimeError("The schedule has finished; make a new one to train on.")
+
         self.epochs_done += 1
-        self.settled = self.settled + 1 if self._is_settled(noise_var, validation_elbo) else 0
+        if self._is_settled(noise_var, validation_elbo):
+            self.settled += 1
+        else:
+            self.settled = 0
         self.previous = (noise_var, validation_elbo)
+
         limit = self.epochs[self.stage]
         if self.settled >= self.patience:
-            change = f"changed by less than {self.tolerance:g} for {self.patience} epochs"
             return self._advance(
-                f"converged at epoch {self.epochs_done}: noise variance and validation ELBO {change}"
+                f"converged at epoch {self.epochs_done}: noise variance and validation ELBO "
+                f"changed by less than {self.tolerance:g} for {self.patience} epochs"
             )
         if self.epochs_done >= limit:
             return self._advance(f"ended at its limit of {limit} epochs")
-        return Decision(
-            self.stage, False, f"stage {self.stage:d}: epoch {self.epochs_done} of at most {limit}"
-        )
+
+        reason = f"stage {self.stage:d}: epoch {self.epochs_done} of at most {limit}"
+        return Decision(self.stage, False, reason)
 
     def _is_settled(self, noise_var: float, validation_elbo: float) -> bool:
         if self.previous is None:
             return False
-        now, before = (noise_var, validation_elbo), self.previous
+
+        figures = (noise_var, validation_elbo)
         return all(
             abs(new - old) < self.tolerance * max(abs(old), 1e-12)
-            for new, old in zip(now, before, strict=True)
+            for new, old in zip(figures, self.previous, strict=True)
         )
 
-    def _advance(self, how: str) -> Decision:
-        ended = self.stage
-        self.stage = Stage(ended + 1)
+    def _advance(self, reason: str) -> Decision:
+        last_stage = self.stage
+        self.stage = Stage(last_stage + 1)
         if self.stage is Stage.PREDICTED_VARIANCE and self.epochs[self.stage] == 0:
             self.stage = Stage.FINISHED
-        self.epochs_done = self.settled = 0
+
+        self.epochs_done = 0
+        self.settled = 0
         self.previous = None
-        return Decision(self.stage, True, f"stage {ended:d} {how}")
+
+        return Decision(self.stage, True, f"stage {last_stage:d} {reason}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands, as JSON values."""
+        """Return the state of the schedule as JSON values."""
         return {
             "stage": int(self.stage),
             "epochs_done": self.epochs_done,
@@ -141,10 +158,10 @@ class StageSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stand where :meth:`state_dict` was taken.
+        """Restore the state of a schedule.
 
         Args:
-            state: what :meth:`state_dict` returned.
+            state: Result of :meth:`state_dict`.
         """
         self.stage = Stage(state["stage"])
         self.epochs_done = state["epochs_done"]
@@ -153,22 +170,25 @@ class StageSchedule:
 
 
 def floor_var(floor: Floor, optimal_var: Tensor, quantum: float | None) -> Tensor:
-    r"""Floor that stage 1 hands to stage 2.
+    r"""Return the floor of the variance in stage 2.
 
-    The paper's is the optimal variance sigma_*^2 itself (``floor=1``). ``"quantisation"`` is the variance of
-    rounding to grey levels, quantum^2 / 12: below it, a density on digital images is rewarded for nothing but
-    knowing the rounding.
+    The floor of the paper is the optimal variance sigma_*^2 (``floor=1``). ``"quantisation"`` is
+    the variance of rounding to grey levels, quantum^2 / 12. A variance below it raises the density
+    on digital images only because the values are rounded.
 
     Args:
-        floor: a positive multiple of ``optimal_var``, or "quantisation".
-        optimal_var: sigma_*^2 of stage 1, eq. (10), of any shape, in the squared unit of the data.
-        quantum: distance of two neighbouring values in the unit of the data; None for continuous data.
+        floor: A positive multiple of ``optimal_var``, or "quantisation".
+        optimal_var: Optimal variance sigma_*^2 of stage 1, eq. (10), of any shape, in the squared
+            unit of the data.
+        quantum: Distance of two neighbouring values in the unit of the data. None means continuous
+            data.
 
     Returns:
         The floor, of the shape of ``optimal_var``.
 
     Raises:
-        ValueError: if the floor is not positive, or "quantisation" is asked of continuous data.
+        ValueError: If the floor is not positive, or if it is "quantisation" and the data are
+            continuous.
 
     Example:
         >>> floor_var(1.0, torch.tensor(0.0064), quantum=1 / 255)
@@ -177,11 +197,14 @@ def floor_var(floor: Floor, optimal_var: Tensor, quantum: float | None) -> Tenso
     if floor == "quantisation":
         if quantum is None:
             raise ValueError(
-                "floor='quantisation' needs digital data (integers, as 8-bit images); give a multiple."
+                "floor='quantisation' needs digital data (integers, as 8-bit images); "
+                "give a multiple."
             )
         return torch.full_like(optimal_var, quantum**2 / 12)
+
     if not 0 < floor < math.inf:
         raise ValueError(
-            f"floor must be a positive multiple of the optimal variance or 'quantisation', got {floor!r}."
+            "floor must be a positive multiple of the optimal variance or 'quantisation', "
+            f"got {floor!r}."
         )
     return floor * optimal_var

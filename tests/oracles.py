@@ -1,7 +1,9 @@
-"""Closed forms to test against: probabilistic principal component analysis, which a linear VAE becomes.
+"""Closed forms for tests: probabilistic principal component analysis, the limit of a linear VAE.
 
-Tipping and Bishop (1999), *Probabilistic principal component analysis*: x = W z + b + e, e ~ N(0, var I). At the
-maximum of the likelihood var is the mean of the discarded eigenvalues of the covariance.
+The model is x = W z + b + e with e ~ N(0, var I). At the maximum of the likelihood, var is the mean
+of the discarded eigenvalues of the covariance.
+
+Source: Tipping and Bishop (1999), *Probabilistic principal component analysis*.
 """
 
 from typing import NamedTuple
@@ -35,7 +37,7 @@ class Ppca(NamedTuple):
 
 
 class ExactEncoder(nn.Module):
-    """Posterior of PPCA. With the fitted weights W^T W is diagonal, so the posterior is a diagonal Gaussian."""
+    """Posterior of PPCA. The fitted W^T W is diagonal, so that the covariance is diagonal."""
 
     def __init__(self, ppca: Ppca) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Densities over the codes: eqs. (12) and (13) against torch.distributions, scikit-learn and closed forms."""
+"""Eqs. (12) and (13) are compared with torch.distributions, scikit-learn and closed forms."""
 
 import math
 import pickle
@@ -32,6 +32,7 @@ def random_mixture(K=5, d=3, offset=0.0, scale=1.0, dtype=torch.float64):
     factors = torch.eye(d, dtype=torch.float64) + 0.3 * normal(K, d, d, seed=1)
     weights = normal(K, seed=2).softmax(0)
     means = offset + scale * normal(K, d, seed=3)
+
     return GaussianMixture(
         weights.to(dtype), means.to(dtype), (scale**2 * factors @ factors.mT).to(dtype)
     )
@@ -48,18 +49,19 @@ def densities():
 @pytest.mark.parametrize("density", densities(), ids=lambda density: type(density).__name__)
 class TestContract:
     def test_log_prob_is_a_density(self, density):
-        """Its integral is one: the mean of q / p over draws of a wide p."""
+        """The integral of q, estimated by the mean of q / p over samples of a wide p, is one."""
         z = 3 * normal(200_000, 3)
         log_wide = Independent(Normal(torch.zeros_like(z), 3.0), 1).log_prob(z)
         ratios = (density.log_prob(z) - log_wide).exp()
         assert ratios.mean().item() == pytest.approx(1, abs=5 * ratios.std().item() / len(z) ** 0.5)
 
     def test_samples_follow_log_prob(self, density):
-        """E_q[p / q] is one under draws of q, for a narrow p."""
+        """The mean of p / q over samples of q is one, for a narrow p."""
         z = density.sample(200_000, seeded())
         centre = z[0]
         log_narrow = Independent(Normal(centre, 0.1 * torch.ones_like(centre)), 1).log_prob(z)
         ratios = (log_narrow - density.log_prob(z)).exp()
+
         assert ratios.mean().item() == pytest.approx(1, abs=5 * ratios.std().item() / len(z) ** 0.5)
 
     def test_generator_decides(self, density):
@@ -68,6 +70,7 @@ class TestContract:
 
     def test_shapes_and_dtype(self, density):
         z = density.sample(4, seeded())
+
         assert z.shape == (4, density.latent_dim)
         assert density.log_prob(z).shape == (4,)
         assert density.log_prob(z[:0]).shape == (0,)
@@ -83,6 +86,7 @@ class TestContract:
 
     def test_kl_to_prior(self, density):
         estimate = density.kl_to_prior(1000, seeded())
+
         assert isinstance(estimate, Estimate)
         assert estimate == density.kl_to_prior(1000, seeded())
         with pytest.raises(ValueError, match="n_samples >= 2, got 1"):
@@ -92,6 +96,7 @@ class TestContract:
 def test_standard_normal():
     z = normal(10, 3)
     expected = Independent(Normal(torch.zeros_like(z), 1.0), 1).log_prob(z)
+
     torch.testing.assert_close(StandardNormal(3).log_prob(z), expected)
     assert StandardNormal(3).kl_to_prior(10) == (0, 0, 10)
     assert not StandardNormal(3).state_dict()
@@ -105,6 +110,7 @@ def test_aggregate_posterior_equals_torch_distributions():
         Categorical(torch.ones(len(means))), Independent(Normal(means, (0.5 * log_vars).exp()), 1)
     )
     z = normal(20, 3)
+
     torch.testing.assert_close(AggregatePosterior(means, log_vars).log_prob(z), oracle.log_prob(z))
 
 
@@ -121,16 +127,18 @@ def test_aggregate_posterior_of_one_mixture_component_per_example():
     weights = torch.full((len(means),), 1 / len(means), dtype=torch.float64)
     mixture = GaussianMixture(weights, means, log_vars.exp().diag_embed())
     z = normal(20, 3)
+
     torch.testing.assert_close(mixture.log_prob(z), AggregatePosterior(means, log_vars).log_prob(z))
 
 
 def test_aggregate_posterior_far_away_and_narrow():
-    """Codes around 1e4 with std 1e-2: the products of the exact density lose no digits that matter."""
+    """The density loses no digits for codes around 1e4 with std 1e-2."""
     means, log_vars = random_posteriors()
     near = AggregatePosterior(means, log_vars)
     far = AggregatePosterior(1e4 + 1e-2 * means, log_vars + 2 * math.log(1e-2))
     z = normal(20, 3)
     expected = near.log_prob(z) - 3 * math.log(1e-2)
+
     torch.testing.assert_close(far.log_prob(1e4 + 1e-2 * z), expected, rtol=1e-7, atol=0)
 
 
@@ -139,6 +147,7 @@ def test_aggregate_posterior_of_float32_codes_is_computed_in_float64():
     posterior = AggregatePosterior(means.float(), log_vars.float())
     exact = AggregatePosterior(means.float().double(), log_vars.float().double())
     z = normal(20, 3).float()
+
     assert torch.equal(posterior.log_prob(z), exact.log_prob(z.double()).float())
 
 
@@ -148,6 +157,7 @@ def test_aggregate_posterior_moments():
     z = posterior.sample(400_000, seeded())
     torch.testing.assert_close(moments.mean, z.mean(0), atol=0.01, rtol=0)
     torch.testing.assert_close(moments.covariance, z.mT.cov(), atol=0.02, rtol=0)
+
     one = AggregatePosterior(torch.zeros(1, 1), torch.zeros(1, 1)).moments()
     assert one.mean.tolist() == [0]
     assert one.covariance.tolist() == [[1]]
@@ -178,6 +188,7 @@ def test_mixture_equals_torch_distributions():
         Categorical(mixture.weights),
         MultivariateNormal(mixture.means, covariance_matrix=mixture.covariances),
     )
+
     torch.testing.assert_close(mixture.log_prob(z), oracle.log_prob(z))
 
 
@@ -186,6 +197,7 @@ def test_mixture_equals_scikit_learn():
     model = ScikitLearnMixture(5)
     model.weights_, model.means_ = mixture.weights.numpy(), mixture.means.numpy()
     model.precisions_cholesky_ = np.linalg.cholesky(np.linalg.inv(mixture.covariances.numpy()))
+
     torch.testing.assert_close(
         mixture.log_prob(z), torch.from_numpy(model.score_samples(z.numpy()))
     )
@@ -199,6 +211,7 @@ def test_mixture_does_not_depend_on_the_blocks(monkeypatch):
     expected = mixture.log_prob(z), mixture.responsibilities(z)
     monkeypatch.setattr(aggregate, "BLOCK", 8)
     actual = mixture.log_prob(z), mixture.responsibilities(z)
+
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
 
 
@@ -215,6 +228,7 @@ def test_mixture_sample_moments():
     centred = mixture.means - mean
     covariance = torch.einsum("k,kij->ij", mixture.weights, mixture.covariances)
     covariance += torch.einsum("k,ki,kj->ij", mixture.weights, centred, centred)
+
     torch.testing.assert_close(z.mean(0), mean, atol=0.01, rtol=0)
     torch.testing.assert_close(z.mT.cov(), covariance, atol=0.03, rtol=0)
 
@@ -222,6 +236,7 @@ def test_mixture_sample_moments():
 def test_mixture_samples_of_one_component():
     mixture = random_mixture()
     z = mixture.sample(200_000, seeded(), component=2)
+
     torch.testing.assert_close(z.mean(0), mixture.means[2], atol=0.01, rtol=0)
     torch.testing.assert_close(z.mT.cov(), mixture.covariances[2], atol=0.03, rtol=0)
     for component in (-1, 5):
@@ -237,6 +252,7 @@ def test_kl_to_prior_of_one_gaussian():
     mean, covariance = mixture.means[0], mixture.covariances[0]
     exact = 0.5 * (covariance.trace() + mean.square().sum() - 3 - covariance.logdet()).item()
     estimate = mixture.kl_to_prior(100_000, seeded())
+
     assert estimate.value == pytest.approx(exact, abs=4 * estimate.standard_error)
     assert 0 < estimate.standard_error < 0.02
 
@@ -246,6 +262,7 @@ def test_standard_error_is_that_of_repetitions():
     estimates = [mixture.kl_to_prior(500, seeded(seed)) for seed in range(200)]
     spread = torch.tensor([estimate.value for estimate in estimates]).std().item()
     claimed = sum(estimate.standard_error for estimate in estimates) / len(estimates)
+
     assert claimed == pytest.approx(spread, rel=0.2)
 
 
@@ -253,10 +270,12 @@ def test_mixture_state_round_trip():
     mixture, z = random_mixture(), normal(20, 3)
     state = mixture.state_dict()
     assert set(state) == {"weights", "means", "covariances"}
+
     loaded = GaussianMixture(
         torch.ones(5) / 5, torch.zeros(5, 3), torch.eye(3).repeat(5, 1, 1)
     ).double()
     loaded.load_state_dict(state)
+
     for copy in (GaussianMixture(**state), loaded, pickle.loads(pickle.dumps(mixture))):
         assert torch.equal(copy.log_prob(z), mixture.log_prob(z))
         assert torch.equal(copy.sample(5, seeded()), mixture.sample(5, seeded()))
@@ -274,6 +293,7 @@ def test_mixture_does_not_share_memory_with_its_arguments():
 def test_mixture_in_float32():
     z = normal(20, 3)
     low = random_mixture().float()
+
     assert low.log_prob(z).dtype == low.sample(2).dtype == torch.float32
     torch.testing.assert_close(
         low.log_prob(z).double(), random_mixture().log_prob(z), rtol=1e-4, atol=1e-4

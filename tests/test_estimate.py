@@ -6,8 +6,8 @@ from equipoise.estimate import Estimate, jackknife
 
 
 def test_the_mean_and_its_standard_error():
-    found = Estimate.of_mean(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    assert found == Estimate(2.5, pytest.approx(np.std([1, 2, 3, 4], ddof=1) / 2), 4)
+    estimate = Estimate.of_mean(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert estimate == Estimate(2.5, pytest.approx(np.std([1, 2, 3, 4], ddof=1) / 2), 4)
 
 
 def test_float32_draws_are_summed_in_float64():
@@ -25,18 +25,20 @@ def test_one_draw_has_no_standard_error_and_none_has_no_mean():
 
 def test_the_jackknife_of_a_mean_is_the_closed_form():
     values = np.random.default_rng(0).normal(size=40)
-    found = jackknife(lambda rows: float(values[rows].mean()), 40, groups=40)
-    assert found.standard_error == pytest.approx(Estimate.of_mean(values).standard_error)
+    estimate = jackknife(lambda rows: float(values[rows].mean()), 40, groups=40)
+    assert estimate.standard_error == pytest.approx(Estimate.of_mean(values).standard_error)
 
 
 def test_the_jackknife_of_a_ratio_covers_the_truth():
-    """Of 200 repetitions about 95 % lie within two standard errors."""
+    """About 95 % of 200 repetitions are within two standard errors."""
     rng = np.random.default_rng(0)
     within = 0
+
     for _ in range(200):
         x, y = rng.normal(2.0, 1.0, 500), rng.normal(4.0, 1.0, 500)
-        found = jackknife(
+        estimate = jackknife(
             lambda rows, x=x, y=y: float(y[rows].mean() / x[rows].mean()), 500, groups=20
         )
-        within += abs(found.value - 2.0) < 2 * found.standard_error
+        within += abs(estimate.value - 2.0) < 2 * estimate.standard_error
+
     assert 180 <= within <= 199

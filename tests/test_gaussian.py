@@ -30,6 +30,7 @@ def test_kl_is_that_of_torch_and_not_negative(shape, seed):
     gaussian, _ = draw(shape, seed)
     prior = Normal(torch.zeros_like(gaussian.mean), 1.0)
     oracle = kl_divergence(Normal(gaussian.mean, gaussian.std), prior).flatten(1).sum(1)
+
     torch.testing.assert_close(gaussian.kl(), oracle)
     assert (gaussian.kl() >= 0).all()
 
@@ -39,6 +40,7 @@ def test_a_shared_log_variance_is_the_same_as_its_copies(log_var_shape):
     mean, x = torch.randn(3, 4), torch.randn(3, 4)
     log_var = torch.randn(log_var_shape)
     shared, full = Gaussian(mean, log_var), Gaussian(mean, log_var.expand(3, 4).clone())
+
     torch.testing.assert_close(shared.log_prob(x), full.log_prob(x))
     torch.testing.assert_close(shared.std, full.std)
 
@@ -58,6 +60,7 @@ def test_samples_have_the_mean_and_variance(generator):
         torch.tensor([[1.0, -2.0]]).expand(200_000, 2), torch.tensor([0.5, -1.0]).expand(200_000, 2)
     )
     z = gaussian.sample(generator)
+
     torch.testing.assert_close(z.mean(0), gaussian.mean[0], atol=0.02, rtol=0)
     torch.testing.assert_close(z.var(0), gaussian.var[0], atol=0, rtol=0.02)
 
@@ -72,6 +75,7 @@ def test_gradients():
     mean, log_var, x = (
         torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)
     )
+
     assert torch.autograd.gradcheck(lambda m, s, x: Gaussian(m, s).log_prob(x), (mean, log_var, x))
     assert torch.autograd.gradcheck(lambda m, s: Gaussian(m, s).kl(), (mean, log_var))
 

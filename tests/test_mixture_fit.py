@@ -1,4 +1,4 @@
-"""EM against scikit-learn's from the same start, against closed forms, and its invariances."""
+"""EM is compared with scikit-learn and closed forms, and its invariances are tested."""
 
 import math
 import subprocess
@@ -40,6 +40,7 @@ def clusters(N=600, K=4, d=2, distance=8.0, seed=0):
     centres[:, 0], centres[:, 1] = distance * angles.cos(), distance * angles.sin()
     shapes = torch.eye(d, dtype=torch.float64) + 0.3 * normal(K, d, d, seed=seed + 1)
     labels = torch.arange(N) % K
+
     return centres[labels] + (shapes[labels] @ normal(N, d, 1, seed=seed)).squeeze(2)
 
 
@@ -73,7 +74,9 @@ def test_equals_scikit_learn(d, K):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         oracle.fit(codes.numpy())
+
     fit = fit_mixture(codes, K, start=start, tol=0.0, max_iter=12)
+
     assert fit.n_iterations == 12
     assert not fit.converged
     assert fit.log_likelihoods == pytest.approx(oracle.lower_bounds_, rel=1e-11)
@@ -101,6 +104,7 @@ def test_stops_where_scikit_learn_stops():
         precisions_init=torch.linalg.inv(start.covariances).numpy(),
     ).fit(codes.numpy())
     fit = fit_mixture(codes, 3, start=start, tol=1e-5, max_iter=1000)
+
     assert fit.converged
     assert oracle.converged_
     assert fit.n_iterations == len(fit.log_likelihoods) == oracle.n_iter_
@@ -111,6 +115,7 @@ def test_reported_likelihood_is_that_of_the_mixture():
     start = a_start(codes, 3)
     fit = fit_mixture(codes, 3, start=start, max_iter=1)
     assert fit.log_likelihoods[0] == pytest.approx(start.log_prob(codes).mean().item(), rel=1e-12)
+
     again = fit_mixture(codes, 3, start=fit.mixture, max_iter=1)
     assert again.log_likelihoods[0] == pytest.approx(
         fit.mixture.log_prob(codes).mean().item(), rel=1e-12
@@ -128,6 +133,7 @@ def test_likelihood_never_decreases(seed, d, K, posteriors):
         codes, K, log_vars=log_vars, start=a_start(codes, K, seed), tol=0.0, max_iter=30
     )
     steps = torch.tensor(fit.log_likelihoods).diff()
+
     assert (steps >= -1e-9).all()
 
 
@@ -135,6 +141,7 @@ def test_likelihood_never_decreases(seed, d, K, posteriors):
 def test_chunks_do_not_matter(log_vars):
     codes = clusters()
     expected = fit_mixture(codes, 3, log_vars=log_vars, start=a_start(codes, 3), max_iter=9)
+
     for chunk_size in (1, 7, 599, 10**6):
         fit = fit_mixture(
             codes, 3, log_vars=log_vars, start=a_start(codes, 3), max_iter=9, chunk_size=chunk_size
@@ -144,7 +151,7 @@ def test_chunks_do_not_matter(log_vars):
 
 
 def in_processes(fit_part, parts):
-    """Return ``fit_part(part, processes)`` of each part, in threads that stand for processes."""
+    """Return ``fit_part(part, processes)`` for each part, with one thread for each process."""
     barrier, shared = Barrier(len(parts)), {}
 
     def run(rank):
@@ -153,6 +160,7 @@ def in_processes(fit_part, parts):
             barrier.wait()
             total = sum(shared[other] for other in range(len(parts)))
             barrier.wait()
+
             return total
 
         try:
@@ -180,6 +188,7 @@ def test_processes_do_not_matter(log_vars):
 
     fits = in_processes(fit_part, rows)
     expected = fit_mixture(codes, 3, log_vars=log_vars, start=start, max_iter=9)
+
     for fit in fits:
         assert_same(fit.mixture, expected.mixture, rtol=1e-9, atol=1e-10)
         assert fit.log_likelihoods == pytest.approx(expected.log_likelihoods, rel=1e-11)
@@ -188,7 +197,7 @@ def test_processes_do_not_matter(log_vars):
 @pytest.mark.parametrize("n_components", [4, "auto"])
 @pytest.mark.parametrize("subsample", ["auto", 1000])
 def test_processes_find_a_start_together(n_components, subsample):
-    """Each has clusters that the other lacks, yet both end with the mixture of all, K included."""
+    """Each process lacks clusters of the other. Both find the mixture of all codes, also its K."""
     codes = clusters(N=4000, distance=15.0)
     order = codes[:, 0].argsort()
 
@@ -205,6 +214,7 @@ def test_processes_find_a_start_together(n_components, subsample):
     assert one.log_likelihoods == other.log_likelihoods
     assert one.held_out == other.held_out
     assert list(one.held_out) == ([1, 2, 4, 8] if n_components == "auto" else [])
+
     alone = fit_mixture(codes, 4, tol=0.0, start=one.mixture, max_iter=50)
     assert one.mixture.n_components == 4
     assert alone.log_likelihoods[-1] == pytest.approx(alone.log_likelihoods[0], abs=0.01)
@@ -220,6 +230,7 @@ def test_processes_score_the_held_out_codes_of_all():
         parts,
     )
     expected = Estimate.of_mean(fits[0].mixture.log_prob(held_out))
+
     for fit in fits:
         assert fit.held_out[4].value == pytest.approx(expected.value)
         assert fit.held_out[4].standard_error == pytest.approx(expected.standard_error)
@@ -238,7 +249,8 @@ from equipoise.mixture_fit import fit_mixture
 from equipoise.processes import Processes
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
-distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+store = f"file://{folder}/store"
+distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
 
 def all_reduce(values):
     distributed.all_reduce(values)
@@ -247,9 +259,12 @@ def all_reduce(values):
 half = np.array_split(np.load(f"{folder}/codes.npy", mmap_mode="r"), [250])[rank]
 processes = Processes(rank, 2, all_reduce)
 start = GaussianMixture(**load_file(f"{folder}/start.safetensors"))
-given = fit_mixture(half, 3, start=start, max_iter=9, processes=processes)
-found = fit_mixture(half, "auto", subsample=300, processes=processes, generator=torch.Generator().manual_seed(rank))
-for name, fit in {"given": given, "found": found}.items():
+generator = torch.Generator().manual_seed(rank)
+fits = {
+    "start": fit_mixture(half, 3, start=start, max_iter=9, processes=processes),
+    "auto": fit_mixture(half, "auto", subsample=300, processes=processes, generator=generator),
+}
+for name, fit in fits.items():
     state = {key: value.contiguous() for key, value in fit.mixture.state_dict().items()}
     save_file(state, f"{folder}/{name}-{rank}.safetensors")
 distributed.destroy_process_group()
@@ -257,7 +272,7 @@ distributed.destroy_process_group()
 
 
 def test_two_real_processes(tmp_path):
-    """With half of the codes each and sums through gloo: the mixture of one process with all."""
+    """Two processes with half of the codes each find the mixture of one process with all."""
     codes = clusters(distance=15.0).float()
     start = a_start(codes.double(), 3)
     np.save(tmp_path / "codes.npy", codes.numpy())
@@ -266,12 +281,15 @@ def test_two_real_processes(tmp_path):
         subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, str(rank), str(tmp_path)])
         for rank in range(2)
     ]
+
     assert [child.wait(timeout=120) for child in children] == [0, 0]
+
     expected = fit_mixture(codes, 3, start=start, max_iter=9).mixture
-    for name in ("given", "found"):
+
+    for name in ("start", "auto"):
         one, other = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2))
         assert all(torch.equal(one[key], other[key]) for key in one)
-        if name == "given":
+        if name == "start":
             assert_same(GaussianMixture(**one), expected, rtol=1e-9, atol=1e-10)
         else:
             assert one["weights"].tolist() == pytest.approx([0.25] * 4, abs=0.05)
@@ -279,20 +297,19 @@ def test_two_real_processes(tmp_path):
 
 def test_first_phase_needs_fewer_passes_over_all_codes():
     codes = clusters(N=20_000, d=3, distance=2.0)
-    seen = {None: [], 2000: []}
-    fits = {
-        subsample: fit_mixture(
-            codes, 4, subsample=subsample, tol=1e-5, generator=seeded(), on_iteration=steps.append
-        )
-        for subsample, steps in seen.items()
-    }
-    whole, first = fits[None], fits[2000]
-    assert {step.n_codes for step in seen[None]} == {20_000}
-    assert {step.n_codes for step in seen[2000]} == {2000, 20_000}
+    steps_of_whole, steps_of_first = [], []
+    options = {"tol": 1e-5, "subsample": None, "on_iteration": steps_of_whole.append}
+    whole = fit_mixture(codes, 4, generator=seeded(), **options)
+    options = {"tol": 1e-5, "subsample": 2000, "on_iteration": steps_of_first.append}
+    first = fit_mixture(codes, 4, generator=seeded(), **options)
+
+    assert {step.n_codes for step in steps_of_whole} == {20_000}
+    assert {step.n_codes for step in steps_of_first} == {2000, 20_000}
     assert first.converged
     assert first.n_iterations < whole.n_iterations / 2
     assert first.log_likelihoods[-1] == pytest.approx(whole.log_likelihoods[-1], abs=1e-3)
-    on_all = [step.log_likelihood for step in seen[2000] if step.n_codes == 20_000]
+
+    on_all = [step.log_likelihood for step in steps_of_first if step.n_codes == 20_000]
     assert first.log_likelihoods == tuple(on_all)
 
 
@@ -301,12 +318,13 @@ def test_first_phase_of_posteriors():
     means, log_vars = clusters(N=3000), normal(3000, 2, seed=9)
     first = fit_mixture(means, 4, log_vars=log_vars, subsample=1000, tol=1e-6, generator=seeded())
     whole = fit_mixture(means, 4, log_vars=log_vars, subsample=None, tol=1e-6, generator=seeded())
+
     assert first.log_likelihoods[0] == pytest.approx(whole.log_likelihoods[-1], abs=0.05)
     assert first.log_likelihoods[-1] == pytest.approx(whole.log_likelihoods[-1], abs=1e-4)
 
 
 def test_no_first_phase_where_it_would_not_pay(monkeypatch):
-    """By default: not with few codes, nor from a start that was given."""
+    """By default there is no first phase with few codes, nor if a start is passed."""
     codes = clusters()
     for subsample in ("auto", 600, 10**6):
         fit = fit_mixture(codes, 3, subsample=subsample, generator=seeded())
@@ -316,27 +334,33 @@ def test_no_first_phase_where_it_would_not_pay(monkeypatch):
             rtol=0,
             atol=0,
         )
+
     monkeypatch.setattr(mixture_fit, "SUBSAMPLE_CODES", 100)
     monkeypatch.setattr(mixture_fit, "SUBSAMPLE_CODES_PER_COMPONENT_AND_UNIT", 1)
-    seen = []
-    fit_mixture(codes, 3, generator=seeded(), on_iteration=seen.append)
-    assert {step.n_codes for step in seen} == {100, 600}
-    start, seen = a_start(codes, 3), []
-    fit_mixture(codes, 3, start=start, on_iteration=seen.append)
-    assert {step.n_codes for step in seen} == {600}
-    assert seen[0].log_likelihood == pytest.approx(start.log_prob(codes).mean().item(), rel=1e-12)
-    fit_mixture(codes, 3, start=start, subsample=100, generator=seeded(), on_iteration=seen.append)
-    assert {step.n_codes for step in seen} == {100, 600}
+    steps = []
+    fit_mixture(codes, 3, generator=seeded(), on_iteration=steps.append)
+
+    assert {step.n_codes for step in steps} == {100, 600}
+
+    start, steps = a_start(codes, 3), []
+    fit_mixture(codes, 3, start=start, on_iteration=steps.append)
+    assert {step.n_codes for step in steps} == {600}
+    assert steps[0].log_likelihood == pytest.approx(start.log_prob(codes).mean().item(), rel=1e-12)
+
+    fit_mixture(codes, 3, start=start, subsample=100, generator=seeded(), on_iteration=steps.append)
+    assert {step.n_codes for step in steps} == {100, 600}
 
 
 @pytest.mark.parametrize("K", [1, 4])
 def test_affine_equivariance(K):
-    """The fit of A z + b is the fit of z, mapped: k-means start, floor and all."""
+    """The fit of A z + b is the fit of z under this map, including the start and the floor."""
     codes, matrix, shift = clusters(d=3), normal(3, 3, seed=5), normal(3, seed=6)
     fit = fit_mixture(codes, K, generator=seeded())
     mapped = fit_mixture(codes @ matrix.mT + shift, K, generator=seeded())
     order = mapped.mixture.responsibilities(fit.mixture.means @ matrix.mT + shift).argmax(1)
+
     assert sorted(order.tolist()) == list(range(K))
+
     expected = GaussianMixture(
         fit.mixture.weights,
         fit.mixture.means @ matrix.mT + shift,
@@ -345,7 +369,9 @@ def test_affine_equivariance(K):
     actual = GaussianMixture(
         *(getattr(mapped.mixture, name)[order] for name in expected.state_dict())
     )
+
     assert_same(actual, expected, rtol=1e-6, atol=1e-8)
+
     log_det = matrix.logdet().real if matrix.det() > 0 else (-matrix.det()).log()
     assert mapped.log_likelihoods[-1] == pytest.approx(
         fit.log_likelihoods[-1] - log_det.item(), abs=1e-8
@@ -353,10 +379,11 @@ def test_affine_equivariance(K):
 
 
 def test_far_away_and_narrow():
-    """Codes around 1e4 with std 1e-2 have the fit of the codes around 0 with std 1."""
+    """Codes around 1e4 with std 1e-2 have the same fit as codes around 0 with std 1."""
     codes = clusters()
     near = fit_mixture(codes, 4, generator=seeded())
     far = fit_mixture(1e4 + 1e-2 * codes, 4, generator=seeded())
+
     torch.testing.assert_close(
         (far.mixture.means - 1e4) / 1e-2, near.mixture.means, rtol=1e-7, atol=1e-7
     )
@@ -368,6 +395,7 @@ def test_far_away_and_narrow():
 def test_one_component_has_the_moments_of_the_codes():
     codes = clusters(d=3)
     mixture = fit_mixture(codes, 1).mixture
+
     assert mixture.weights.tolist() == [1]
     torch.testing.assert_close(mixture.means[0], codes.mean(0))
     torch.testing.assert_close(mixture.covariances[0], codes.mT.cov(correction=0))
@@ -379,13 +407,15 @@ def test_one_component_has_the_moments_of_the_aggregate_posterior():
     moments = AggregatePosterior(means, log_vars).moments()
     torch.testing.assert_close(fit.mixture.means[0], moments.mean)
     torch.testing.assert_close(fit.mixture.covariances[0], moments.covariance)
-    # The bound is E_q[log q^] then, which depends on the moments alone: a Gaussian's entropy, negated.
+
+    # The bound is E_q[log q^], which depends only on the moments. It is minus the entropy of a
+    # Gaussian.
     entropy = 0.5 * (3 * math.log(2 * math.pi * math.e) + moments.covariance.logdet().item())
     assert fit.log_likelihoods[-1] == pytest.approx(-entropy, rel=1e-10)
 
 
 def test_posteriors_are_the_limit_of_many_samples():
-    """With K = 1 always; with more where draws of a posterior stay within one component."""
+    """This holds with more than one component because each posterior stays in one of them."""
     means = clusters(distance=20.0)
     log_vars = normal(600, 2, seed=9) - 2
     start = fit_mixture(means, 4, generator=seeded()).mixture
@@ -394,6 +424,7 @@ def test_posteriors_are_the_limit_of_many_samples():
         [means + (0.5 * log_vars).exp() * normal(600, 2, seed=seed) for seed in range(400)]
     )
     sampled = fit_mixture(draws, 4, start=start)
+
     assert_same(exact.mixture, sampled.mixture, rtol=0.01, atol=0.01)
     assert exact.log_likelihoods[-1] == pytest.approx(sampled.log_likelihoods[-1], abs=0.01)
 
@@ -407,7 +438,9 @@ def test_bound_of_posteriors():
     log_joint = start.responsibilities(means).log() + start.log_prob(means)[:, None]
     expected = log_joint - 0.5 * log_vars.exp() @ precisions.diagonal(dim1=1, dim2=2).mT
     bound = expected.logsumexp(1).mean().item()
+
     assert fit.log_likelihoods[0] == pytest.approx(bound, rel=1e-11)
+
     draws = means + (0.5 * log_vars).exp() * normal(100, 600, 2, seed=10)
     assert bound < start.log_prob(draws.reshape(-1, 2)).mean().item()
 
@@ -422,6 +455,7 @@ def test_vanishing_variances_are_plain_codes():
 def test_finds_planted_clusters():
     codes = clusters(N=4000)
     fit = fit_mixture(codes, 4, generator=seeded())
+
     assert fit.converged
     assert fit.n_floored == 0
     torch.testing.assert_close(
@@ -438,6 +472,7 @@ def test_generator_decides():
         rtol=0.0,
         atol=0.0,
     )
+
     one, other = (fit_mixture(codes, 4, generator=seeded(seed), max_iter=1) for seed in (1, 2))
     assert not torch.equal(one.mixture.means, other.mixture.means)
 
@@ -448,6 +483,7 @@ def test_auto_finds_the_planted_number(K, posteriors):
     codes = clusters(N=3000, K=K, distance=15.0)
     log_vars = torch.full_like(codes, -5.0) if posteriors else None
     fit = fit_mixture(codes, "auto", log_vars=log_vars, generator=seeded())
+
     assert fit.mixture.n_components == K
     assert list(fit.held_out) == [2**i for i in range(K.bit_length() + 1)]
     assert max(score.value for score in fit.held_out.values()) < fit.held_out[K].value + 0.1
@@ -457,6 +493,7 @@ def test_auto_with_given_held_out_codes():
     codes, held_out = clusters(N=2000, distance=15.0), clusters(N=1000, distance=15.0, seed=20)
     fit = fit_mixture(codes, "auto", held_out=held_out, generator=seeded())
     log_prob = fit.mixture.log_prob(held_out)
+
     assert fit.mixture.n_components == 4
     assert fit.held_out[4].value == pytest.approx(log_prob.mean().item())
     assert fit.held_out[4].standard_error == pytest.approx(log_prob.std().item() / 1000**0.5)
@@ -465,12 +502,13 @@ def test_auto_with_given_held_out_codes():
 def test_auto_does_not_fit_what_it_holds_out():
     """The history of K = 1 is the likelihood of nine tenths of the codes."""
     codes = clusters()
-    seen = []
-    fit_mixture(codes, "auto", generator=seeded(), on_iteration=seen.append)
+    steps = []
+    fit_mixture(codes, "auto", generator=seeded(), on_iteration=steps.append)
     of_all = fit_mixture(codes, 1, generator=seeded())
-    first = [step for step in seen if step.n_components == 1]
+    first = [step for step in steps if step.n_components == 1]
+
     assert first[-1].log_likelihood != pytest.approx(of_all.log_likelihoods[-1], abs=1e-6)
-    assert {step.n_components for step in seen} >= {1, 2, 4}
+    assert {step.n_components for step in steps} >= {1, 2, 4}
 
 
 def test_auto_is_limited_by_the_number_of_codes():
@@ -492,13 +530,14 @@ def test_empty_component_is_revived():
     means[0] = 1e4
     lost = GaussianMixture(good.mixture.weights, means, good.mixture.covariances)
     fit = fit_mixture(codes, 4, start=lost, tol=1e-6)
+
     assert fit.log_likelihoods[-1] == pytest.approx(good.log_likelihoods[-1], abs=0.01)
     assert fit.mixture.weights.tolist() == pytest.approx([0.25] * 4, abs=0.01)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e6])
 def test_points_without_a_floor(scale):
-    """Components on single points: the rounding error is a floor of its own."""
+    """If components are single points, the rounding error limits their variance."""
     codes = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, scale]]).repeat(20, 1)
     fit = fit_mixture(codes, 3, floor=0.0, generator=seeded())
     assert fit.n_floored == 3
@@ -513,10 +552,11 @@ def test_fewer_distinct_codes_than_components():
 
 
 def test_floor_is_relative_and_clips_only_what_is_below():
-    """Two clusters, one of them a point: its variance is the floor, that of the other is untouched."""
+    """The variance of a cluster that is one point is the floor. The other does not change."""
     codes = torch.cat([torch.zeros(50, 1), 10 + normal(50, 1)])
     fit = fit_mixture(codes, 2, floor=1e-4, generator=seeded())
     narrow, wide = fit.mixture.covariances.flatten().sort().values.tolist()
+
     assert fit.n_floored == 1
     assert narrow == pytest.approx(1e-4 * codes.var(correction=0).item(), rel=1e-6)
     assert wide == pytest.approx(codes[50:].var(correction=0).item(), rel=1e-6)
@@ -524,12 +564,12 @@ def test_floor_is_relative_and_clips_only_what_is_below():
 
 @pytest.mark.parametrize("column", [torch.zeros(600, 1), torch.full((600, 1), 3.1)])
 def test_unit_without_variance(column):
-    """Means of an unused unit are constant: the fit goes on, with next to no variance there."""
-    codes = torch.cat(
-        [clusters(), column, clusters()[:, :1]], 1
-    )  # and one unit is the copy of another
+    """A fit with an unused unit, whose means are constant, has almost no variance there."""
+    # One unit is constant, and another is the copy of a unit.
+    codes = torch.cat([clusters(), column, clusters()[:, :1]], 1)
     fit = fit_mixture(codes, 4, generator=seeded())
     without = fit_mixture(codes[:, :2], 4, generator=seeded())
+
     assert fit.n_floored == 4
     assert sorted(fit.mixture.weights.tolist()) == pytest.approx(
         sorted(without.mixture.weights.tolist()), abs=0.01
@@ -541,6 +581,7 @@ def test_float32_products():
     codes = clusters()
     double = fit_mixture(codes, 3, start=a_start(codes, 3), max_iter=9)
     single = fit_mixture(codes, 3, start=a_start(codes, 3), max_iter=9, dtype=torch.float32)
+
     assert single.mixture.means.dtype == torch.float64
     assert single.log_likelihoods == pytest.approx(double.log_likelihoods, abs=1e-5)
 
@@ -549,6 +590,7 @@ def test_reads_what_gives_slices(tmp_path):
     codes = clusters().float()
     np.save(tmp_path / "codes.npy", codes.numpy())
     expected = fit_mixture(codes, 3, generator=seeded())
+
     for same in (
         np.load(tmp_path / "codes.npy", mmap_mode="r"),
         codes.numpy(),
@@ -561,16 +603,18 @@ def test_reads_what_gives_slices(tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_device(tmp_path, device):
-    """Codes on disk are streamed to the device, and the mixture is there."""
+    """Codes on disk are copied to the device in chunks. The mixture is on the device."""
     codes = clusters().float()
     np.save(tmp_path / "codes.npy", codes.numpy())
     expected = fit_mixture(codes, 3, start=a_start(codes.double(), 3), max_iter=9).mixture
+
     for source in (np.load(tmp_path / "codes.npy", mmap_mode="r"), codes):
         fit = fit_mixture(
             source, 3, start=a_start(codes.double(), 3), max_iter=9, chunk_size=100, device=device
         )
         assert fit.mixture.means.device.type == device
         assert_same(fit.mixture.cpu(), expected, rtol=1e-9, atol=1e-10)
+
     fit = fit_mixture(
         codes,
         "auto",
@@ -578,11 +622,12 @@ def test_device(tmp_path, device):
         subsample=100,
         generator=torch.Generator(device).manual_seed(0),
     )
+
     assert fit.mixture.means.device.type == device
 
 
 def test_reads_only_slices_of_chunks():
-    """Of a file on disk, no more than a chunk is in memory at a time, except for the subsets."""
+    """Codes on disk are read in slices of at most one chunk."""
 
     class OnDisk:
         shape = (600, 2)
@@ -594,6 +639,7 @@ def test_reads_only_slices_of_chunks():
 
     codes, source = clusters(), OnDisk()
     fit = fit_mixture(source, 3, chunk_size=50, generator=seeded())
+
     assert source.longest == 50
     assert fit.log_likelihoods == pytest.approx(
         fit_mixture(codes, 3, generator=seeded()).log_likelihoods
@@ -603,26 +649,27 @@ def test_reads_only_slices_of_chunks():
 def test_leaves_codes_and_start_alone():
     codes = clusters()
     start = a_start(codes, 3)
-    codes_before, state_before = (
-        codes.clone(),
-        {name: value.clone() for name, value in start.state_dict().items()},
-    )
+    codes_before = codes.clone()
+    state_before = {name: value.clone() for name, value in start.state_dict().items()}
     fit_mixture(codes, 3, start=start)
+
     assert torch.equal(codes, codes_before)
     assert all(torch.equal(value, state_before[name]) for name, value in start.state_dict().items())
 
 
 def test_progress():
-    seen = []
-    fit = fit_mixture(clusters(), 3, generator=seeded(), on_iteration=seen.append)
-    assert [step.iteration for step in seen] == list(range(1, fit.n_iterations + 1))
-    assert tuple(step.log_likelihood for step in seen) == fit.log_likelihoods
-    assert {step.n_components for step in seen} == {3}
+    steps = []
+    fit = fit_mixture(clusters(), 3, generator=seeded(), on_iteration=steps.append)
+
+    assert [step.iteration for step in steps] == list(range(1, fit.n_iterations + 1))
+    assert tuple(step.log_likelihood for step in steps) == fit.log_likelihoods
+    assert {step.n_components for step in steps} == {3}
 
 
 def test_variational_mixture_leaves_components_unused():
     codes = clusters(N=4000, distance=15.0)
     fit = fit_variational_mixture(codes, 10, max_iter=500, generator=seeded())
+
     assert fit.converged
     assert (fit.mixture.weights > 0.02).sum() == 4
     assert fit.log_likelihoods == (pytest.approx(fit.mixture.log_prob(codes).mean().item()),)

@@ -31,29 +31,32 @@ def stage_2_model():
     vae.noise.update(torch.full((2, 1, 8, 8), 0.2))
     var = vae.noise(torch.zeros(1, 3)).exp()
     vae.predict_variance(var, 0.1 * var)
+
     return vae
 
 
 def test_elbo_with_the_exact_posterior_is_the_log_likelihood(generator):
-    """log p(x) = log p(x|z) + log p(z) - log q(z|x) for every z, so its mean over z is the ELBO without slack."""
+    """With the exact posterior, log p(x|z) + log p(z) - log q(z|x) is log p(x) for every z."""
     x, ppca, vae = exact_model()
     elbo = torch.stack([Elbo(vae)(x, generator).elbo for _ in range(200)]).mean(0)
     torch.testing.assert_close(elbo.mean(), ppca.log_prob(x).mean(), rtol=2e-3, atol=0)
 
 
 def test_closed_form_noise_is_that_of_probabilistic_pca(generator):
-    """Eq. (10) with the expectation over z has PPCA's variance as its fixed point; the posterior mean does not."""
+    """Eq. (10) with samples of z gives the variance of PPCA. The posterior mean does not."""
     x, ppca, vae = exact_model()
     sampled, plugged_in = ResidualVariance(), ResidualVariance()
     for _ in range(100):
         sampled.update(Elbo(vae)(x, generator).residual)
+
     plugged_in.update(x - vae.reconstruct(x).mean)
+
     torch.testing.assert_close(sampled.var, ppca.var, rtol=5e-3, atol=0)
     assert plugged_in.var < 0.8 * ppca.var
 
 
 def test_importance_weighted_bound_is_exact_with_the_exact_posterior(generator):
-    """All importance weights equal p(x), so the bound is log p(x) for any K, in float64 to rounding."""
+    """All importance weights are p(x). The bound is therefore log p(x) for any K."""
     x, ppca, vae = exact_model()
     vae.noise.log_var = ppca.var.log()
     for k in (1, 7):
@@ -70,6 +73,7 @@ def test_importance_weighted_bound_with_one_sample_is_the_elbo():
     ).mean(0)
     with torch.no_grad():
         elbo = torch.stack([Elbo(vae)(x, generator).elbo for _ in range(4000)]).mean(0)
+
     torch.testing.assert_close(bound, elbo, rtol=5e-3, atol=5e-2)
 
 
@@ -81,11 +85,12 @@ def test_importance_weighted_bound_grows_with_the_number_of_samples(generator):
 
 
 def test_importance_weighted_bound_draws_exactly_as_many_samples_as_asked():
-    """Chunks of 3 for K = 7 examples: every row that reaches the decoder is counted."""
+    """Seven samples need chunks of 3, 3 and 1. The test counts the rows of the decoder."""
     vae = VAE.build((6,), latent_dim=2, width=2)
     rows = []
     vae.decoder.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
     importance_weighted_bound(vae, torch.zeros(2, 6), 7, max_rows=6)
+
     assert rows == [6, 6, 2]
 
 
@@ -101,15 +106,15 @@ def test_importance_weighted_bound_of_more_examples_than_rows(generator):
         observed=[x[:50], x[50:100]],
         max_rows=8,
     )
+
     torch.testing.assert_close(bounds[0, 0], ppca.log_prob(x[:50]), rtol=1e-9, atol=1e-9)
     assert bounds.shape == (2, 1, 50)
-    assert (
-        bounds[1] < bounds[0]
-    ).double().mean() > 0.9  # of other examples, from codes that are not theirs
+    # The second bound is of other examples, with codes of the first ones.
+    assert (bounds[1] < bounds[0]).double().mean() > 0.9
 
 
 def test_importance_weighted_bound_is_stable_for_thousands_of_samples(generator):
-    """A tiny noise variance makes log-weights of -1e5; a sum of exponentials would be zero."""
+    """A small noise variance gives log-weights of -1e5, whose exponentials are zero."""
     vae = VAE.build((6,), latent_dim=2, width=2, noise=FixedNoise(1e-5))
     bound = importance_weighted_bound(vae, torch.randn(2, 6), 5000, generator)
     assert torch.isfinite(bound).all()
@@ -126,6 +131,7 @@ def test_importance_weighted_bound_takes_another_prior(generator):
         log_prior=lambda z: -10 + Gaussian(torch.zeros_like(z), z.new_zeros(())).log_prob(z),
     )
     vae.noise.log_var = ppca.var.log()
+
     torch.testing.assert_close(shifted, ppca.log_prob(x[:20]) - 10, rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match="at least 1"):
         importance_weighted_bound(vae, x, 0)
@@ -135,6 +141,7 @@ def test_terms_are_per_example_and_add_up(generator):
     vae = VAE.build((1, 8, 8), latent_dim=3, width=4)
     x = torch.rand(5, 1, 8, 8)
     terms = Elbo(vae)(x, generator)
+
     assert terms.loss.shape == terms.log_likelihood.shape == terms.kl.shape == (5,)
     torch.testing.assert_close(terms.loss, -terms.elbo)
     torch.testing.assert_close(terms.squared_error, terms.residual.square().flatten(1).sum(1))
@@ -160,6 +167,7 @@ def test_stage_2_starts_where_stage_1_ended():
     var = vae.noise(torch.zeros(1, 3)).exp()
     vae.predict_variance(var, var)
     after = Elbo(vae)(x, torch.Generator().manual_seed(0)).elbo
+
     torch.testing.assert_close(before, after)
 
 
@@ -175,9 +183,10 @@ def test_detached_variance_leaves_the_networks_gradients_as_in_stage_1():
 
     detached = gradients(DetachedVarianceElbo(vae))
     joint = gradients(Elbo(vae))
-    predicted = vae.noise
-    vae.noise = FixedNoise(float(predicted.reference_log_var.exp()))
+
+    vae.noise = FixedNoise(float(vae.noise.reference_log_var.exp()))
     stage_1 = gradients(Elbo(vae))
+
     for mine, theirs in zip(detached, stage_1, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     assert any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(joint, stage_1, strict=True))
@@ -190,6 +199,7 @@ def test_detached_variance_trains_the_variance_as_the_joint_objective_does():
     for objective in (DetachedVarianceElbo(vae), Elbo(vae)):
         terms = objective(x, torch.Generator().manual_seed(0))
         gradients.append(torch.autograd.grad(terms.loss.sum(), list(vae.noise.parameters())))
+
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -200,6 +210,7 @@ def test_detached_variance_reports_the_elbo_of_the_whole_model():
     elbos = [
         o(x, torch.Generator().manual_seed(0)).elbo for o in (DetachedVarianceElbo(vae), Elbo(vae))
     ]
+
     torch.testing.assert_close(*elbos)
 
 
@@ -209,30 +220,35 @@ def test_detached_variance_needs_a_predicted_variance():
 
 
 def test_a_planted_noise_map_is_recovered():
-    """x = noise of known std per pixel that depends on the code: the variance head must find that std."""
+    """x is noise with a std per pixel that depends on the code. The variance head finds it."""
     generator = torch.Generator().manual_seed(0)
     n = 4000
     side = torch.randint(0, 2, (n, 1), generator=generator).float()
     true_std = torch.where(side > 0, torch.tensor([0.05, 0.4]), torch.tensor([0.4, 0.05]))
     x = true_std * torch.randn(n, 2, generator=generator)
+
     network = torch.nn.Linear(1, 2)
     torch.nn.init.zeros_(network.weight)
     torch.nn.init.zeros_(network.bias)
+
     var = x.square().mean()
     noise = PredictedNoise(network, var, var * 1e-3)
     optimiser = torch.optim.Adam(network.parameters(), lr=0.05)
+
     for _ in range(500):
         loss = -Gaussian(torch.zeros_like(x), noise(side)).log_prob(x).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    found = (0.5 * noise(torch.tensor([[0.0], [1.0]]))).exp()
-    torch.testing.assert_close(found, torch.tensor([[0.4, 0.05], [0.05, 0.4]]), rtol=0.05, atol=0)
+
+    std = (0.5 * noise(torch.tensor([[0.0], [1.0]]))).exp()
+
+    torch.testing.assert_close(std, torch.tensor([[0.4, 0.05], [0.05, 0.4]]), rtol=0.05, atol=0)
     assert torch.isfinite(loss)
 
 
 def parameter_gradients(objective, x):
-    """Of the encoder and the decoder, by the mean loss of a batch, with the same draw each time."""
+    """Return the gradients of both networks for the mean loss of a batch, with a fixed draw."""
     loss = objective(x, torch.Generator().manual_seed(0)).loss.mean()
     return torch.autograd.grad(
         loss, [*objective.model.encoder.parameters(), *objective.model.decoder.parameters()]
@@ -245,10 +261,14 @@ def small_vae(noise=None, **traits):
 
 
 def test_a_beta_is_a_variance():
-    """beta = 2 at variance 0.5 is twice the loss of beta = 1 at variance 1, the paper's beta-VAE, up to a constant."""
+    """The loss of beta = 2 at variance 0.5 is twice that of beta = 1 at variance 1.
+
+    The latter is the paper's beta-VAE. The equality holds up to a constant.
+    """
     x = torch.rand(6, 1, 8, 8)
     weighted = parameter_gradients(Elbo(small_vae(FixedNoise(0.5)), beta=2.0), x)
     plain = parameter_gradients(Elbo(small_vae(FixedNoise(1.0))), x)
+
     for mine, theirs in zip(weighted, plain, strict=True):
         torch.testing.assert_close(mine, 2 * theirs)
 
@@ -261,12 +281,14 @@ def test_beta_changes_the_loss_and_not_the_bound():
 
 
 def test_batch_variance_is_optimal_for_the_batch():
-    """Its bound is that of no smaller and no larger variance, D/2 log of the mean squared error in closed form."""
+    """The bound is -D/2 (log(2 pi MSE) + 1). Another variance gives a smaller bound."""
     x, vae = torch.rand(6, 1, 8, 8), small_vae()
     terms = BatchVarianceElbo(vae)(x, torch.Generator().manual_seed(0))
     mse = terms.residual.square().mean()
     expected = -0.5 * 64 * (torch.log(2 * torch.pi * mse) + 1)
+
     torch.testing.assert_close(terms.log_likelihood.mean(), expected)
+
     for factor in (0.8, 1.25):
         vae.noise = FixedNoise(float(factor * mse))
         other = Elbo(vae)(x, torch.Generator().manual_seed(0))
@@ -274,11 +296,12 @@ def test_batch_variance_is_optimal_for_the_batch():
 
 
 def test_gradients_of_the_batch_variance_are_those_at_its_value():
-    """The bound is flat in the variance at the optimum, so that its own gradient adds nothing."""
+    """At the optimum, the derivative of the bound by the variance is zero."""
     x, vae = torch.rand(6, 1, 8, 8), small_vae()
     mine = parameter_gradients(BatchVarianceElbo(vae), x)
     mse = BatchVarianceElbo(vae)(x, torch.Generator().manual_seed(0)).residual.square().mean()
     theirs = parameter_gradients(Elbo(small_vae(FixedNoise(float(mse)))), x)
+
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -287,7 +310,9 @@ def dip_penalty(objective, x):
     plain = Elbo(objective.model)(x, torch.Generator().manual_seed(0))
     terms = objective(x, torch.Generator().manual_seed(0))
     penalties = terms.loss - plain.loss
+
     torch.testing.assert_close(penalties, penalties[:1].expand_as(penalties), rtol=1e-3, atol=1e-3)
+
     return penalties.mean(), terms.posterior
 
 
@@ -304,10 +329,14 @@ def test_dip_penalties_are_those_of_the_covariance():
 
 
 def test_dip_vae_ii_is_content_with_the_prior():
-    """A posterior that is the prior for every input has the covariance I; to DIP-VAE-I its means do not vary at all."""
+    """If the posterior is the prior for every input, the covariance of the codes is I.
+
+    DIP-VAE-I considers only the means, which do not vary.
+    """
     vae = small_vae(FixedNoise(0.5))
     torch.nn.init.zeros_(vae.encoder.output.weight)
     x = torch.rand(8, 1, 8, 8)
+
     assert dip_penalty(DipVaeII(vae), x)[0].abs() < 1e-3
     torch.testing.assert_close(
         dip_penalty(DipVaeI(vae), x)[0], torch.tensor(300.0), rtol=1e-5, atol=1e-2
@@ -327,6 +356,7 @@ def test_maximum_mean_discrepancy_is_the_double_sum():
         if i != j
     )
     between = sum(kernel(a, b) for a in z for b in prior)
+
     assert float(maximum_mean_discrepancy(z, prior)) == pytest.approx(
         within / 42 - 2 * between / 49, rel=1e-9
     )
@@ -336,6 +366,7 @@ def test_maximum_mean_discrepancy_is_zero_on_average_for_one_distribution():
     values = torch.stack(
         [maximum_mean_discrepancy(torch.randn(50, 4), torch.randn(50, 4)) for _ in range(300)]
     )
+
     assert abs(float(values.mean())) < 4 * float(values.std()) / 300**0.5
     assert maximum_mean_discrepancy(torch.randn(50, 4) + 1, torch.randn(50, 4)) > 5 * values.std()
 
@@ -344,6 +375,7 @@ def test_maximum_mean_discrepancy_has_gradients_where_codes_coincide():
     z = torch.zeros(5, 2, dtype=torch.float64, requires_grad=True)
     maximum_mean_discrepancy(z, torch.ones(5, 2, dtype=torch.float64)).backward()
     assert torch.isfinite(z.grad).all()
+
     free = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     prior = torch.randn(5, 2, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda codes: maximum_mean_discrepancy(codes, prior), free)
@@ -355,6 +387,7 @@ def test_wae_is_squared_error_and_discrepancy():
     terms = WaeMmd(vae, penalty=7.0)(x, torch.Generator().manual_seed(0))
     prior = torch.empty(9, 3).normal_(generator=torch.Generator().manual_seed(0))
     expected = terms.squared_error + 7.0 * maximum_mean_discrepancy(terms.posterior.mean, prior)
+
     torch.testing.assert_close(terms.loss, expected)
 
 
@@ -364,7 +397,9 @@ def test_rae_draws_nothing_and_weighs_codes_and_weights():
     first, second = (
         RaeL2(vae, 0.5, 0.1)(x, torch.Generator().manual_seed(seed)) for seed in (0, 1)
     )
+
     torch.testing.assert_close(first.loss, second.loss)
+
     weights = sum(p.detach().square().sum() for p in vae.decoder.parameters())
     codes = first.posterior.mean.square().sum(1)
     torch.testing.assert_close(first.loss, first.squared_error + 0.25 * codes + 0.1 * weights)

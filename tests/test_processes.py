@@ -1,4 +1,4 @@
-"""What several processes make from sums."""
+"""Operations of several processes that need only sums."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -12,7 +12,7 @@ from equipoise.processes import ALONE, Processes
 
 
 def together(call, size):
-    """Return ``call(processes)`` of each rank, in threads that stand for processes and sum in place."""
+    """Return ``call(processes)`` for each rank, with one thread for each process."""
     barrier, shared = Barrier(size), {}
 
     def run(rank):
@@ -22,7 +22,9 @@ def together(call, size):
             values.zero_()
             for other in range(size):
                 values += shared[other]
+
             barrier.wait()
+
             return values
 
         return call(Processes(rank, size, all_reduce))
@@ -60,6 +62,7 @@ def test_shares_add_up_and_are_in_proportion(counts, n):
         for rank in range(len(counts))
     ]
     n = min(n, sum(counts))
+
     assert sum(shares) == n
     for share, count in zip(shares, counts, strict=True):
         assert abs(share * sum(counts) - n * count) < sum(counts)

@@ -15,6 +15,7 @@ def run(schedule, figures):
 def test_a_settled_stage_ends_early_and_says_why():
     schedule = StageSchedule(stage_1_epochs=50, stage_2_epochs=5, tolerance=1e-3, patience=2)
     decisions = run(schedule, [(0.1, 100.0), (0.01, 800.0), (0.01, 800.1), (0.01, 800.1)])
+
     assert [d.switched for d in decisions] == [False, False, False, True]
     assert decisions[-1].stage is Stage.PREDICTED_VARIANCE
     assert "converged at epoch 4" in decisions[-1].reason
@@ -38,6 +39,7 @@ def test_patience_starts_again_after_a_jump():
 def test_the_epoch_limit_ends_a_stage():
     schedule = StageSchedule(stage_1_epochs=2, stage_2_epochs=1)
     decisions = run(schedule, [(1.0, 1.0), (0.5, 2.0), (0.4, 3.0)])
+
     assert [d.stage for d in decisions] == [
         Stage.SHARED_VARIANCE,
         Stage.PREDICTED_VARIANCE,
@@ -62,6 +64,7 @@ def test_a_restored_schedule_decides_the_same(figures, cut):
         return StageSchedule(stage_1_epochs=6, stage_2_epochs=4, tolerance=0.1, patience=2)
 
     one, other = fresh(), fresh()
+
     for i, pair in enumerate(figures):
         if one.stage is Stage.FINISHED:
             break
@@ -85,11 +88,13 @@ def test_without_tolerance_every_epoch_is_run(first, second):
     while schedule.stage is not Stage.FINISHED:
         schedule.observe(0.01, 800.0)
         epochs += 1
+
     assert epochs == first + second
 
 
 def test_floors():
     var = torch.tensor([0.01, 0.02])
+
     assert torch.equal(floor_var(1.0, var, None), var)
     torch.testing.assert_close(floor_var(1e-3, var, None), var * 1e-3)
     torch.testing.assert_close(

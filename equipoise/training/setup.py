@@ -1,7 +1,6 @@
 """From options and data to what is trained: model, noise, objective and parameter groups."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,16 +13,7 @@ from equipoise.data.batches import examples
 from equipoise.model import VAE, Scaling
 from equipoise.networks import default_architecture
 from equipoise.noise import NOISE_BUILDERS, NoiseModel, NoiseOptions
-from equipoise.objectives import (
-    BatchVarianceElbo,
-    DetachedVarianceElbo,
-    DipVaeI,
-    DipVaeII,
-    Elbo,
-    Objective,
-    RaeL2,
-    WaeMmd,
-)
+from equipoise.objectives import OBJECTIVE_CLASSES, DetachedVarianceElbo, Objective
 from equipoise.stages import Stage
 from equipoise.training.trackers import TRACKERS, is_installed
 
@@ -121,18 +111,6 @@ def choose_latent_dim(data: Data, config: TrainConfig) -> int:
     return config.latent_dim
 
 
-_OBJECTIVE_CLASSES: dict[str, Callable[..., Objective]] = {
-    "elbo": Elbo,
-    "vae": Elbo,
-    "beta-vae": Elbo,
-    "dip-vae-i": DipVaeI,
-    "dip-vae-ii": DipVaeII,
-    "wae-mmd": WaeMmd,
-    "sigma-vae": BatchVarianceElbo,
-    "rae-l2": RaeL2,
-}
-
-
 def make_objective(model: VAE, config: TrainConfig, stage: Stage) -> Objective:
     """Make what a stage descends.
 
@@ -153,7 +131,7 @@ def make_objective(model: VAE, config: TrainConfig, stage: Stage) -> Objective:
         weights.append(config.beta)
     if row.penalty is not None:
         weights.append(row.penalty if config.penalty is None else config.penalty)
-    return _OBJECTIVE_CLASSES[config.objective](model, *weights)
+    return OBJECTIVE_CLASSES[config.objective](model, *weights)
 
 
 def parameter_groups(model: VAE, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
