@@ -133,7 +133,20 @@ class Descent:
             state: What it returned.
         """
         self.optimizer.load_state_dict(state["optimizer"])
+        self._lay_out_moments()
         self.scheduler.load_state_dict(state["scheduler"])
         self.clipping.load_state_dict(state["clipping"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+    def _lay_out_moments(self) -> None:
+        """Bring the optimiser's moments into the memory layout of their parameters.
+
+        The fused AdamW goes through weights and moments in the order of their memory. Files hold
+        every tensor in the usual order, but weights of convolutions may be channels last.
+        """
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == parameter.shape:
+                    laid_out = torch.empty_like(parameter, dtype=moment.dtype)
+                    moments[name] = laid_out.copy_(moment)
