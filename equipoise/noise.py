@@ -18,7 +18,7 @@ saved, loaded and resumed like all others, as long as the module that defines it
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -226,7 +226,7 @@ class NoiseModel(nn.Module, ABC):
     @classmethod
     def from_description(
         cls, description: dict[str, Any], make_network: Callable[[], nn.Module]
-    ) -> Self:
+    ) -> "NoiseModel":
         """Build the model that a description is of; its tensors are filled afterwards.
 
         The default takes the description as the arguments of the constructor.
@@ -560,11 +560,18 @@ class DimensionNoise(_SharedNoise):
         min_var: float = 1e-6,
         memory: int = 100,
     ) -> None:
-        super().__init__(tuple(shape), update, min_var, memory)
+        super().__init__(shape, update, min_var, memory)
 
     def description(self) -> dict[str, Any]:
         """Return the options and the shape."""
         return super().description() | {"shape": list(self.log_var.shape)}
+
+    @classmethod
+    def from_description(
+        cls, description: dict[str, Any], make_network: Callable[[], nn.Module]
+    ) -> "NoiseModel":
+        """Build the model that a description is of, whose shape is a list in JSON."""
+        return cls(**{**description, "shape": tuple(description["shape"])})
 
 
 class PredictedNoise(NoiseModel):
@@ -676,10 +683,15 @@ class PredictedNoise(NoiseModel):
             scale = (standardised.sum + shrinkage * common) / weight
         self.calibration = (self.calibration + scale.log()).to(self.calibration.dtype)
 
-        if self.interval_factors is not None:
-            # One scale leaves the intervals where they were. Several scales make them unknown.
-            factors = (self.interval_factors / scale.sqrt()).to(self.calibration)
-            self.interval_factors = factors if is_common else None
+        if self.interval_factors is None:
+            return
+        if is_common:
+            # The intervals stay where they were.
+            factors = self.interval_factors / scale.sqrt()
+            self.interval_factors = factors.to(self.calibration)
+        else:
+            # One factor for all dimensions does not know where they are now.
+            self.interval_factors = None
 
     @torch.no_grad()
     def calibrate_intervals(
@@ -745,7 +757,7 @@ class PredictedNoise(NoiseModel):
     @classmethod
     def from_description(
         cls, description: dict[str, Any], make_network: Callable[[], nn.Module]
-    ) -> Self:
+    ) -> "NoiseModel":
         """Build the model that a description is of, with an untrained network."""
         noise = cls(
             make_network(),

@@ -144,7 +144,7 @@ def test_a_flow_is_fitted_once_drawn_from_and_judged(trained, tmp_path, capsys):
 def test_a_source_that_is_none_is_refused_with_the_choices(trained, capsys):
     for command in (["sample"], ["evaluate"]):
         printed = refused(*command, trained[0].folder, "--from", "mixture=0", capsys=capsys)
-        assert "no source of codes 'mixture=0'; choose from mixture, mixture=K" in printed
+        assert "no source of codes 'mixture=0'; choose from prior, gaussian, mixture" in printed
 
 
 def test_pixel_noise_is_added_on_demand(trained, tmp_path):

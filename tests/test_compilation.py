@@ -10,6 +10,7 @@ from torch import nn
 
 from equipoise.config import TrainConfig
 from equipoise.stages import Stage
+from equipoise.training import passes
 from equipoise.training import trainer as trainer_module
 from equipoise.training.compilation import compile_networks
 from equipoise.training.setup import make_model
@@ -77,7 +78,7 @@ def test_nothing_is_read_of_the_networks_after_their_step(digits, monkeypatch, e
         outputs.clear()
 
     monkeypatch.setattr(trainer_module, "compile_networks", compile_networks_with_care)
-    monkeypatch.setattr(trainer_module, "begin_step", overwrite)
+    monkeypatch.setattr(passes, "begin_step", overwrite)
     model, rows = fit(digits, replace(config, compile=True))
     assert rows == expected_rows
     for name, value in expected_model.state_dict().items():

@@ -393,7 +393,8 @@ def test_the_command_streams_and_finds_its_data_again(datasets, tmp_path):
         "n_components=1",
     ]
     main(["train", f"hf:{path}", "--stream", "--quiet", "--out", str(run), *small])
-    assert Run(run).settings()["data"]["load"] == {"stream": True, "source": f"hf:{path}"}
+    loading = Run(run).settings()["data"]["load"]
+    assert (loading["stream"], loading["source"]) == (True, f"hf:{path}")
     main(["evaluate", str(run), "--sections", "latent", "--quiet"])
     assert "latent" in read_json(run / "evaluation.json")
 

@@ -206,9 +206,12 @@ def test_options_that_cannot_be_are_refused_in_fit(table, options, message):
 
 def test_what_cannot_be_asked_for_is_refused(table):
     vae = VAEEstimator(**QUICK).fit(table)
-    for n, source in ((0, "mixture"), (0, "prior"), (3, "posterior")):
-        with pytest.raises(ValueError, match="'mixture' or 'prior'"):
-            vae.sample(n, source)
+    for source in ("mixture", "gaussian", "prior"):
+        assert vae.sample(2, source).shape == (2, table.shape[1])
+        with pytest.raises(ValueError, match="expected n >= 1"):
+            vae.sample(0, source)
+    with pytest.raises(ValueError, match="'prior', 'gaussian', 'mixture', got 'posterior'"):
+        vae.sample(3, "posterior")
     with pytest.raises(ValueError, match=r"codes of shape \(n, 2\)"):
         vae.inverse_transform(np.zeros((4, 3)))
 

@@ -12,7 +12,9 @@ import equipoise
 from equipoise.aggregate import GaussianMixture
 from equipoise.config import ConfigError
 from equipoise.data import Subset
-from equipoise.evaluation import BATCH, ROWS, SECTIONS, Examples, evaluate
+from equipoise.evaluation import SECTIONS, Examples, evaluate
+from equipoise.evaluation.samples import ROWS
+from equipoise.evaluation.subject import BATCH
 from equipoise.glossary import leaves, warnings_of
 from equipoise.model import encode_all
 from equipoise.store import save_mixture

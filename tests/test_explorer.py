@@ -271,7 +271,7 @@ def test_other_data_are_refused(run, table):
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
 def test_it_serves_until_interrupted(run):
     script = (
-        "import sys; from equipoise.explorer import explore; from equipoise.training.run import Run\n"
+        "import sys; from equipoise.explorer import explore; from equipoise.run import Run\n"
         "say = lambda url: print(url, flush=True)\n"
         "explore(Run(sys.argv[1]), port=0, open_browser=False, on_ready=say)\n"
         "print('ended')"

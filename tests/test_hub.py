@@ -147,12 +147,10 @@ def trained(tmp_path_factory):
         folder / "private.npy",
         np.random.default_rng(0).integers(0, 17, (60, 8, 8)).astype(np.uint8),
     )
-    options = {"source": str(folder / "private.npy"), "data_dir": str(folder)}
     run = train(
-        load(folder / "private.npy"),
+        load(folder / "private.npy", data_dir=folder),
         QUICK,
         folder / "run",
-        data_options=options,
         command=["equipoise", "train", str(folder / "private.npy"), f"--data-dir={folder}"],
     )
     (run.folder / "figures").mkdir()

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional
 
 from equipoise.config import TrainConfig
-from equipoise.data import Batches
 from equipoise.interop import from_autoencoder_kl, read_pythae
 from equipoise.model import Scaling
 from equipoise.noise import PredictedNoise
@@ -211,16 +210,15 @@ def test_a_noise_variance_is_added_to_networks_as_they_are(digits, tmp_path):
     model.encoder.requires_grad_(False)
     model.decoder.requires_grad_(False)
     trainer = Trainer(model, digits, TrainConfig(stage_1_epochs=0, stage_2_epochs=3, batch_size=64))
-    validation = Batches(digits.validation, 1000, torch.device("cpu"))
-    at_variance_one = trainer.evaluate(validation).elbo
+    at_variance_one = trainer.figures(trainer.validation).elbo
     trainer.fit()
     assert all(torch.equal(value, before[name]) for name, value in theirs.state_dict().items())
     assert isinstance(model.noise, PredictedNoise)
     # Eq. (10) is the squared error that is left.
     assert float(model.noise.reference_log_var.exp()) == pytest.approx(
-        trainer.evaluate(validation).mse, rel=0.1
+        trainer.figures(trainer.validation).mse, rel=0.1
     )
-    assert trainer.evaluate(validation).elbo > at_variance_one + 10
+    assert trainer.figures(trainer.validation).elbo > at_variance_one + 10
     save_model(tmp_path / "model.safetensors", model)
     again = from_autoencoder_kl(TheirAutoencoderKL(), SHAPE)
     loaded = load_model(tmp_path / "model.safetensors", again.encoder, again.decoder)

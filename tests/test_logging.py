@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from equipoise.config import ConfigError, TrainConfig
-from equipoise.training import run as run_module
+from equipoise.training import setup
 from equipoise.training.job import train
 from equipoise.training.logging import JsonlSink, Sink
 from equipoise.training.trackers import TRACKERS, is_installed
@@ -325,7 +325,7 @@ def test_tensorboard_resumes_without_a_trace_of_the_epoch_that_was_lost(digits, 
 
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_library_is_told_before_anything_is_written(digits, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(run_module, "is_installed", lambda _tracker: False)
+    monkeypatch.setattr(setup, "is_installed", lambda _tracker: False)
     with pytest.raises(
         ConfigError, match=rf"tracker={name} .* pip install {name}, or 'equipoise\[track\]'"
     ):

@@ -9,6 +9,7 @@ from scipy import stats
 from torch import nn
 
 from equipoise.gaussian import Gaussian
+from equipoise.kernels import bounded, lower_bound
 from equipoise.model import VAE
 from equipoise.noise import (
     DimensionNoise,
@@ -17,8 +18,6 @@ from equipoise.noise import (
     PredictedNoise,
     ResidualQuantiles,
     ResidualVariance,
-    bounded,
-    lower_bound,
 )
 
 Z = torch.zeros(4, 2)

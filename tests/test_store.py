@@ -72,18 +72,6 @@ def test_a_loaded_model_is_the_saved_one(tmp_path, noise, architecture):
     )
 
 
-def test_files_from_before_the_intervals_are_read(tmp_path):
-    vae = VAE.build((6,), latent_dim=2).eval()
-    vae.predict_variance(torch.tensor(0.1), torch.tensor(0.1))
-    description = vae.description()
-    del description["noise"]["interval_points"]
-    write_tensors(tmp_path / "model.safetensors", "model", vae.state_dict(), description)
-    loaded = load_model(tmp_path / "model.safetensors")
-    x = torch.randn(3, 6)
-    assert torch.equal(loaded.reconstruct(x).std, vae.reconstruct(x).std)
-    assert loaded.noise.interval_factor(2.0) == 2.0
-
-
 def test_own_networks_are_saved_and_loaded(tmp_path):
     def networks():
         return nn.Linear(6, 4), nn.Sequential(nn.Linear(2, 6))
@@ -296,11 +284,3 @@ def test_traits_of_a_model_are_kept(tmp_path):
     save_model(tmp_path / "model.safetensors", vae)
     loaded = load_model(tmp_path / "model.safetensors")
     assert (loaded.mean_bounds, loaded.deterministic) == ((0.0, 1.0), True)
-    tensors, description = read_tensors(tmp_path / "model.safetensors", "model")
-    del (
-        description["mean_bounds"],
-        description["deterministic"],
-    )  # a file from before there were such traits
-    write_tensors(tmp_path / "older.safetensors", "model", tensors, description)
-    older = load_model(tmp_path / "older.safetensors")
-    assert (older.mean_bounds, older.deterministic) == (None, False)

@@ -32,7 +32,7 @@ from equipoise.noise import (
 from equipoise.objectives import Elbo
 from equipoise.run import Run, read_rows
 from equipoise.store import StoreError
-from equipoise.training import run as run_module
+from equipoise.training import job as run_module
 from equipoise.training import trainer as trainer_module
 from equipoise.training.checkpoint import load_checkpoint
 from equipoise.training.diagnostics import range_warning, warnings_for
@@ -178,16 +178,16 @@ def without_times(rows):
 
 def standing(trainer):
     """Where a trainer ended: tensors, and plain values."""
-    optimizer = trainer.optimizer.state_dict()
+    optimizer = trainer.descent.optimizer.state_dict()
     tensors = {
         "model": trainer.model.state_dict(),
         "optimizer": optimizer["state"],
-        "clipping": trainer.clipping.state_dict(),
+        "clipping": trainer.descent.clipping.state_dict(),
         "generators": [trainer.generator.get_state(), torch.get_rng_state()],
     }
     values = [
         optimizer["param_groups"],
-        trainer.scheduler.state_dict(),
+        trainer.descent.scheduler.state_dict(),
         trainer.schedule.state_dict(),
     ]
     return tensors, values, trainer.position, without_times(trainer.history)
@@ -336,7 +336,7 @@ def test_resuming_within_an_epoch_goes_on_with_the_dropout_of_own_networks(
 
     trainer = Trainer(model(), data, config)
     trainer.fit()
-    whole, steps = standing(trainer), trainer.steps_per_epoch
+    whole, steps = standing(trainer), len(trainer.training)
     for signalled in (
         1,
         3 * steps - 1,
@@ -405,7 +405,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
                     model.decoder.output.bias.fill_(math.nan)
 
     trainer = Trainer(model, digits, config, folder=tmp_path, sinks=[Poison()])
-    steps = trainer.steps_per_epoch
+    steps = len(trainer.training)
     with pytest.raises(NotFiniteError, match=rf"stage 1 at step {steps};.*log-variance.*\[-?\d"):
         trainer.fit()
     state = load_checkpoint(tmp_path).state
@@ -500,7 +500,7 @@ def test_recalibration_by_coverage(digits):
 
 def test_a_trained_model_takes_stage_2_only(digits):
     model, first = fit(digits, replace(QUICK, stage_2_epochs=0))
-    before = first.evaluate(first.validation_batches)
+    before = first.figures(first.validation)
     config = replace(QUICK, stage_1_epochs=0, stage_2_epochs=1)
     trainer = Trainer(model.train(), digits, config)
     trainer.fit()
@@ -552,9 +552,7 @@ class _LinearEncoder(nn.Module):
 
 
 def test_the_run_folder_is_complete_and_its_parts_agree(digits, tmp_path):
-    run = train(
-        digits, QUICK, tmp_path / "run", data_options={"source": "digits"}, command=["test"]
-    )
+    run = train(digits, QUICK, tmp_path / "run", command=["test"])
     settings = json.loads(run.config_file.read_text())
     assert settings["options"] == QUICK.as_dict()
     assert settings["data"]["fingerprint"] == digits.fingerprint

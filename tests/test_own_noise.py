@@ -1,0 +1,124 @@
+"""A noise model of a user's own: trained, saved, loaded and resumed as those of the library are."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import equipoise
+from equipoise.noise import NoiseModel, build_noise, describe_noise
+from equipoise.store import StoreError
+from equipoise.training.setup import make_model, parameter_groups
+from equipoise.training.trainer import Trainer
+
+CONFIG = equipoise.TrainConfig(
+    latent_dim=2, width=2, stage_1_epochs=3, stage_2_epochs=0, batch_size=128, n_components=2
+)
+
+
+class BrightnessNoise(NoiseModel):
+    """A log-variance that is linear in the code, the same for all pixels: no class of ours."""
+
+    depends_on_code = True
+
+    def __init__(self, latent_dim, start=-2.0):
+        super().__init__()
+        self.start = start
+        self.slope = nn.Parameter(torch.zeros(latent_dim))
+        self.level = nn.Parameter(torch.tensor(start))
+
+    def forward(self, z):
+        return (self.level + z @ self.slope)[:, None, None, None]
+
+    def description(self):
+        return {"latent_dim": len(self.slope), "start": self.start}
+
+    def learning_rate_factors(self):
+        return {"level": 5.0}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return equipoise.load_data("digits")
+
+
+def test_it_is_trained_saved_and_loaded(digits, tmp_path):
+    run = equipoise.train(digits, CONFIG, tmp_path / "run", noise=BrightnessNoise(2))
+    model = run.model()
+    assert isinstance(model.noise, BrightnessNoise)
+    assert model.noise.start == -2.0
+    assert model.noise.slope.abs().min() > 0  # it was trained
+    x = model.scaling(torch.from_numpy(digits.test[:5]))
+    assert model.reconstruct(x).std.shape == (5, 1, 8, 8)
+    evaluation = equipoise.evaluate(run, digits, sections=["likelihood", "noise"], brief=True)
+    assert evaluation["noise"]["varying"]["coverage_1"]["value"] > 0
+
+
+def test_it_is_resumed_bit_for_bit(digits, tmp_path):
+    torch.manual_seed(0)
+    whole = Trainer(make_model(digits, CONFIG, noise=BrightnessNoise(2)), digits, CONFIG)
+    rows = whole.fit()
+
+    class Kill:
+        def start(self, total_steps, done_steps, history): ...
+        def step(self, done_steps, total_steps, label, figures): ...
+        def message(self, text): ...
+        def close(self): ...
+        def epoch(self, row):
+            if row["epoch"] == 3:
+                raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    model = make_model(digits, CONFIG, noise=BrightnessNoise(2))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(model, digits, CONFIG, folder=tmp_path, sinks=[Kill()]).fit()
+    resumed = Trainer(
+        make_model(digits, CONFIG, noise=BrightnessNoise(2)), digits, CONFIG, folder=tmp_path
+    )
+    assert resumed.fit(resume=True)[-1]["validation_elbo"] == rows[-1]["validation_elbo"]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value)
+
+
+def test_its_parameters_have_the_rates_it_asks_for(digits):
+    model = make_model(digits, CONFIG, noise=BrightnessNoise(2))
+    rates = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in parameter_groups(model, 0.01, 0.1)
+        for parameter in group["params"]
+    }
+    assert rates[id(model.noise.level)] == (pytest.approx(0.05), 0.0)
+    assert rates[id(model.noise.slope)] == (0.01, 0.0)
+    assert rates[id(model.decoder.output.weight)] == (0.01, 0.1)
+    assert len(rates) == len(list(model.parameters()))
+
+
+def test_stage_2_starts_from_it(digits):
+    config = replace(CONFIG, stage_1_epochs=2, stage_2_epochs=1)
+    trainer = Trainer(make_model(digits, config, noise=BrightnessNoise(2)), digits, config)
+    trainer.fit()
+    assert type(trainer.model.noise).__name__ == "PredictedNoise"
+
+
+def test_a_class_that_is_not_defined_is_named():
+    description = describe_noise(BrightnessNoise(3))
+    again = build_noise(description, nn.Identity)
+    assert isinstance(again, BrightnessNoise)
+    with pytest.raises(ValueError, match="'FogNoise' is not defined; import the module"):
+        build_noise({**description, "kind": "FogNoise"}, nn.Identity)
+
+
+def test_a_name_that_is_taken_is_refused_but_a_cell_may_run_again():
+    body = {"forward": BrightnessNoise.forward, "description": BrightnessNoise.description}
+    with pytest.raises(TypeError, match=r"there is a noise model GlobalNoise in equipoise\.noise"):
+        type("GlobalNoise", (NoiseModel,), body)
+    for _ in range(2):
+        type("CellNoise", (NoiseModel,), {**body, "__module__": "notebook"})
+
+
+def test_a_saved_model_without_its_class_says_what_to_import(digits, tmp_path, monkeypatch):
+    run = equipoise.train(digits, CONFIG, tmp_path / "run", noise=BrightnessNoise(2))
+    monkeypatch.delitem(NoiseModel._classes, "BrightnessNoise")
+    with pytest.raises(StoreError, match=r"model\.safetensors cannot be loaded.*BrightnessNoise"):
+        run.model()

@@ -1,0 +1,83 @@
+"""A run from Python: its data come back as they were loaded; evaluation borrows its model."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import equipoise
+from equipoise.config import ConfigError
+from equipoise.store import StoreError
+
+CONFIG = equipoise.TrainConfig(
+    latent_dim=2, width=2, stage_1_epochs=1, stage_2_epochs=0, n_components=1, batch_size=32
+)
+
+
+def levels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def assert_same_data(ours, theirs):
+    assert ours.fingerprint == theirs.fingerprint
+    for part in ("train", "validation", "test"):
+        assert np.array_equal(getattr(ours, part)[:], getattr(theirs, part)[:])
+
+
+def test_named_data_come_back(tmp_path):
+    data = equipoise.load_data("digits", test_fraction=0.2)
+    run = equipoise.train(data, CONFIG, tmp_path / "run")
+    assert_same_data(run.data(), data)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_a_file_comes_back_from_another_folder(tmp_path, monkeypatch, fraction):
+    monkeypatch.chdir(tmp_path)
+    arrays = {"train": levels(80, 9, 9), "test": levels(20, 9, 9, seed=1)}
+    np.savez("images.npz", **arrays)
+    data = equipoise.load_data("images.npz", test_fraction=fraction)
+    run = equipoise.train(data, CONFIG, tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert_same_data(run.data(), data)
+
+
+def test_a_folder_of_images_comes_back_with_its_size_and_channels(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number, pixels in enumerate(levels(40, 12, 20, 3)):
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    data = equipoise.load_data(
+        tmp_path / "photos", image_size=8, channels="grey", cache_dir=tmp_path / "cache"
+    )
+    run = equipoise.train(data, CONFIG, tmp_path / "run")
+    assert data.shape == (1, 8, 8)
+    assert_same_data(run.data(), data)
+
+
+def test_data_that_have_changed_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", levels(60, 8, 8))
+    run = equipoise.train(equipoise.load_data(tmp_path / "x.npy"), CONFIG, tmp_path / "run")
+    np.save(tmp_path / "x.npy", levels(60, 8, 8, seed=5))
+    with pytest.raises(StoreError, match="Give the same data"):
+        run.data()
+
+
+def test_an_array_cannot_come_back(tmp_path):
+    run = equipoise.train(equipoise.load_data(levels(60, 8, 8)), CONFIG, tmp_path / "run")
+    with pytest.raises(ConfigError, match="was trained from Python, on an object of type ndarray"):
+        run.data()
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_an_evaluation_leaves_the_callers_model_alone(tmp_path, is_training):
+    data = equipoise.load_data("digits")
+    run = equipoise.train(data, CONFIG, tmp_path / "run")
+    model = run.model().double().train(is_training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    strides = {name: value.stride() for name, value in model.state_dict().items()}
+    equipoise.evaluate(run, data, model=model.float(), sections=["noise"])
+    assert model.training is is_training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name].float() if value.is_floating_point() else value)
+        assert value.stride() == strides[name]
+        assert value.device.type == "cpu"
