@@ -140,7 +140,7 @@ def test_own_features_by_name(rgb, monkeypatch):
 
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
-    """A file in the place of Inception's weights, whose hash is the expected one, and no others to be found."""
+    """A file in place of Inception's weights, with the expected hash, and no other file."""
     path = tmp_path / "weights.pth"
     path.write_bytes(b"weights")
     monkeypatch.setattr(module, "INCEPTION_SHA256", hashlib.sha256(b"weights").hexdigest())
