@@ -143,5 +143,5 @@ def test_codes_of_the_data_as_they_are_bound_dequantised_data_too(model_and_data
     torch.testing.assert_close(found[1, 0], ppca.log_prob(spread), atol=0.1, rtol=0)
     assert float((found[1, 0] - found[0, 0]).abs().max()) > 0.3
     model.scaling.quantum = None
-    with pytest.raises(ValueError, match="no levels"):
+    with pytest.raises(ValueError, match="without levels"):
         iwae(model, [x], 2, dequantised=True)
