@@ -253,7 +253,7 @@ def test_a_torn_or_foreign_file_is_written_anew(digits, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_a_warning(digits, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match=r"could not be kept .*EQUIPOISE_CACHE"):
+    with pytest.warns(UserWarning, match=r"could not be stored .*EQUIPOISE_CACHE"):
         found = cached(digits, digits.test, tmp_path / "file")  # a file where a folder should be
     assert len(found) == len(digits.test)
 

@@ -278,7 +278,7 @@ def _principal_axes(posterior: Gaussian) -> Tensor:
     The largest entry of each axis is positive.
     """
     covariance = AggregatePosterior(posterior.mean, posterior.log_var).moments().covariance
-    axes = torch.linalg.eigh(covariance).eigenvectors[:, [-1, -2]].mT
+    axes: Tensor = torch.linalg.eigh(covariance).eigenvectors[:, [-1, -2]].mT
     largest_entry = axes.gather(1, axes.abs().argmax(1, keepdim=True))
 
     return axes * largest_entry.sign()

@@ -166,7 +166,8 @@ def bits_per_dimension(log_likelihood: Estimate, dimensions: int, quantum: float
         Bits per dimension; lower is better. The uniform density over 256 levels needs 8 bits.
 
     Example:
-        >>> bits_per_dimension(Estimate(0.0, None, 1), 1, 1 / 256)  # uniform on [0, 1], where log p = 0
+        >>> uniform = Estimate(0.0, None, 1)  # log p = 0 for the uniform density on [0, 1]
+        >>> bits_per_dimension(uniform, 1, 1 / 256)
         Estimate(value=8.0, standard_error=None, n=1)
     """
     value, error, n = log_likelihood
