@@ -532,7 +532,9 @@ def variance_sweep(
     Returns:
         The figure. Points have markers if there are fewer than 10 variances.
     """
-    across = 3 if len(measures) == 3 else min(2, len(measures))
+    across = min(2, len(measures))
+    if len(measures) == 3:
+        across = 3
     rows = math.ceil(len(measures) / across)
     width = 3.6 * across
     if across == 1:

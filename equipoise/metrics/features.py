@@ -152,7 +152,7 @@ def features_of(
         ValueError: if there are no examples, or a feature is not finite.
     """
     device = next(extractor.module.buffers()).device
-    parts = []
+    parts: list[Tensor] = []
     for batch in batches:
         at_once = AT_ONCE.get(device.type, len(batch))
         parts.extend(
