@@ -1,4 +1,7 @@
-"""Figures, one function each. Every function returns a matplotlib figure; :func:`save` writes it whole."""
+"""Figures, with one function for each.
+
+Every function returns a matplotlib figure, which :func:`save` writes to a file.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Num
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
@@ -25,219 +29,234 @@ STYLE: dict[Any, Any] = {
     "figure.dpi": 120,
 }
 UNCERTAINTY_MAP = "magma"
-"""Perceptually uniform and monotone in lightness: readable in grey and in colour blindness."""
+"""Perceptually uniform and monotone in lightness, so it can be read without colours."""
 DENSITY_MAP = "Blues"
 SETTLED_FROM = 10
-"""Epochs from which training curves are drawn without markers, and without their first plunge."""
+"""Number of epochs from which training curves have no markers and leave out the steep start."""
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#7f7f7f"
 LINES = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, ":", "^"))
-"""Colour, dashes and marker of the series of one panel, told apart without the colour."""
+"""Colour, dashes and marker of each series of a panel. Series differ in more than their colour."""
 NATS_BELOW_PEAK = 10.0
-"""Depth to which log-densities are drawn: 1/22,000 of the highest density."""
+"""Range of the log-densities that are drawn, nats; exp(-10) is about 1/22,000."""
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure whole.
+    """Write a figure to a file, which is never left half written.
 
     Args:
         figure: any figure of this module.
-        path: the file; its ending is the format.
+        path: path of the file, whose ending determines the format.
 
     Returns:
-        The file.
+        The path of the file.
     """
     with whole_file(path) as temporary:
         FigureCanvasAgg(figure)
         figure.savefig(temporary, bbox_inches="tight")
+
     return path
 
 
 def tile(
     images: Images, columns: int | None = None, gap: int = 1, fill: float = 1.0
 ) -> Num[np.ndarray, "grid_height grid_width channels"]:
-    """Lay images out in a grid.
+    """Arrange images in a grid.
 
     Args:
-        images: (N, C, H, W) with C = 1 or 3.
-        columns: of the grid; about square if None.
-        gap: pixels between images.
-        fill: value of the gaps and of missing images.
+        images: images, (N, C, H, W) with C = 1 or 3.
+        columns: number of columns of the grid; None for a grid that is about square.
+        gap: number of pixels between images.
+        fill: value of the gaps and of the empty places.
 
     Returns:
-        (H', W', C).
+        The grid as one image, (H', W', C).
     """
     n, channels, height, width = images.shape
     columns = min(n, columns or math.ceil(math.sqrt(n)))
     rows = math.ceil(n / columns)
-    grid = np.full(
-        (rows * (height + gap) - gap, columns * (width + gap) - gap, channels), fill, images.dtype
-    )
+
+    grid_height = rows * (height + gap) - gap
+    grid_width = columns * (width + gap) - gap
+    grid = np.full((grid_height, grid_width, channels), fill, images.dtype)
+
     for i, image in enumerate(images):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        row, column = divmod(i, columns)
+        top = row * (height + gap)
+        left = column * (width + gap)
         grid[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+
     return grid
 
 
 def samples(means: Images, stds: Images | None, title: str) -> Figure:
-    """Samples, and beside them where the model is unsure of them (the paper's figure 4).
+    """Samples and the predicted std beside them (the paper's figure 4).
 
     Args:
-        means: (N, C, H, W) in [0, 1].
-        stds: predicted standard deviations of the same shape and unit; None shows the means alone.
-        title: what was sampled.
+        means: means of the samples, (N, C, H, W) in [0, 1].
+        stds: predicted standard deviations of the same shape and unit; None to show the means only.
+        title: title of the samples, which names their source.
 
     Returns:
         The figure.
     """
-    return _side_by_side({title: means}, {} if stds is None else {"predicted std": stds})
+    maps = {}
+    if stds is not None:
+        maps["predicted std"] = stds
+
+    return _side_by_side({title: means}, maps)
 
 
 def reconstructions(x: Images, means: Images, stds: Images, *, show_inputs: bool = True) -> Figure:
     """Inputs, their reconstructions, predicted std and actual error (the paper's figure 3).
 
     Args:
-        x: (N, C, H, W) in [0, 1].
-        means: reconstructions.
-        stds: predicted standard deviations, in the same unit.
-        show_inputs: leave the inputs out where they may not be shown.
+        x: inputs, (N, C, H, W) in [0, 1].
+        means: reconstructions, of the same shape.
+        stds: predicted standard deviations, of the same shape and unit.
+        show_inputs: whether to show the inputs. False is for data that may not be shown.
 
     Returns:
-        The figure; both maps share one colour bar, so that a good std map looks like the error.
+        The figure. Both maps share one colour bar, so that a good std map looks like the error.
     """
-    images = {"input": x, "reconstruction": means} if show_inputs else {"reconstruction": means}
+    images = {"reconstruction": means}
+    if show_inputs:
+        images = {"input": x, "reconstruction": means}
+
     return _side_by_side(images, {"predicted std": stds, "|error|": np.abs(x - means)})
 
 
 def channel_rms(maps: Images) -> Num[np.ndarray, "n 1 height width"]:
-    """Root mean square over the channels: one map per image, colour or not.
+    """Root mean square over the channels, which gives one map for each image.
 
     Args:
-        maps: (N, C, H, W).
+        maps: maps, (N, C, H, W).
 
     Returns:
-        (N, 1, H, W).
+        Root mean squares, (N, 1, H, W).
     """
     rms: Images = np.sqrt(np.mean(np.square(maps.astype(np.float64)), axis=1, keepdims=True))
     return rms
 
 
 def _side_by_side(images: dict[str, Images], maps: dict[str, Images]) -> Figure:
-    """Grids of images, then grids of maps that share one scale and one colour bar, so that they can be compared."""
+    """Grids of images, then grids of maps with a common scale and colour bar.
+
+    The common scale makes the maps comparable.
+    """
     with mpl.rc_context(STYLE):
         panels = len(images) + len(maps)
         figure = Figure(figsize=(3.3 * panels + 0.6, 3.6), layout="constrained")
-        axes = dict(
-            zip([*images, *maps], figure.subplots(1, panels, squeeze=False)[0], strict=True)
-        )
+        row = figure.subplots(1, panels, squeeze=False)[0]
+        axes = dict(zip([*images, *maps], row, strict=True))
         for title, axis in axes.items():
             axis.set_title(title)
             axis.set_axis_off()
+
         for title, values in images.items():
             _show_images(axes[title], values)
-        rms = {title: channel_rms(values) for title, values in maps.items()}
-        # The few largest values would leave the rest in the dark.
-        top = max((float(np.quantile(values, 0.995)) for values in rms.values()), default=1.0)
-        for title, values in rms.items():
-            grid = tile(values, fill=np.nan).squeeze()
-            shown = axes[title].imshow(
-                grid, cmap=UNCERTAINTY_MAP, vmin=0, vmax=top, interpolation="nearest"
-            )
-        if rms:
-            label = "std" if len(rms) == 1 else "std and error"
-            figure.colorbar(
-                shown,
-                ax=[axes[title] for title in rms],
-                shrink=0.8,
-                label=f"{label} (1 = full scale)",
-            )
+
+        if maps:
+            _show_maps(figure, {axes[title]: values for title, values in maps.items()})
+
     return figure
 
 
 def _show_images(axis: Axes, images: Images) -> None:
     grid = tile(np.clip(images.astype(np.float64), 0, 1))
-    axis.imshow(
-        grid.squeeze(-1) if grid.shape[-1] == 1 else grid,
-        cmap="gray",
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-    )
+    if grid.shape[-1] == 1:
+        grid = grid.squeeze(-1)
+
+    axis.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+
+
+def _show_maps(figure: Figure, maps: dict[Axes, Images]) -> None:
+    rms = {axis: channel_rms(values) for axis, values in maps.items()}
+
+    # The few largest values would make all others dark.
+    top = max(float(np.quantile(values, 0.995)) for values in rms.values())
+    for axis, values in rms.items():
+        grid = tile(values, fill=np.nan).squeeze()
+        image = axis.imshow(grid, cmap=UNCERTAINTY_MAP, vmin=0, vmax=top, interpolation="nearest")
+
+    quantity = "std" if len(rms) == 1 else "std and error"
+    figure.colorbar(image, ax=list(rms), shrink=0.8, label=f"{quantity} (1 = full scale)")
 
 
 def samples_compared(sets: dict[str, Images]) -> Figure:
-    """Grids of images beside each other, so that the eye sees what the Fréchet distance says.
+    """Grids of images beside each other, to compare the quality of samples by eye.
 
     Args:
-        sets: by title, such as "test data", "prior" and "mixture"; (N, C, H, W) in [0, 1].
+        sets: images by title, such as "test data", "prior" and "mixture"; (N, C, H, W) in [0, 1].
 
     Returns:
-        The figure, three grids in a row at most.
+        The figure, with at most three grids in a row.
     """
     across = min(3, len(sets))
     rows = math.ceil(len(sets) / across)
+
     with mpl.rc_context(STYLE | {"figure.constrained_layout.wspace": 0.06}):
         figure = Figure(figsize=(2.7 * across, 2.9 * rows), layout="constrained")
+
         for i, (title, images) in enumerate(sets.items()):
             axis = figure.add_subplot(rows, across, i + 1, title=title)
             axis.set_axis_off()
             _show_images(axis, images)
+
     return figure
 
 
 def training_curves(rows: list[dict[str, Any]]) -> Figure:
-    """ELBO, KL, squared error and the learned variance over the epochs, with the switch of stages.
+    """ELBO, KL, squared error and learned variance over the epochs, with the start of stage two.
 
     Args:
-        rows: of ``metrics.jsonl``.
+        rows: rows of ``metrics.jsonl``, one for each epoch.
 
     Returns:
         The figure.
     """
-    epochs = [row["epoch"] for row in rows]
-    marker = "." if len(rows) < SETTLED_FROM else ""
     switch = next((row["epoch"] for row in rows if row["stage"] == 2), None)
+    labels = {
+        "elbo": "ELBO, nats",
+        "kl": "KL, nats",
+        "mse": "squared error per dimension",
+        "noise_var": "noise variance",
+    }
+
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 5.2), layout="constrained")
         panels = figure.subplots(2, 2)
-        for axis, (name, label) in zip(
-            panels.flat,
-            (
-                ("elbo", "ELBO, nats"),
-                ("kl", "KL, nats"),
-                ("mse", "squared error per dimension"),
-                ("noise_var", "noise variance"),
-            ),
-            strict=True,
-        ):
-            axis.plot(
-                epochs,
-                [row[f"train_{name}"] for row in rows],
-                color=BLUE,
-                marker=marker,
-                label="train",
-            )
-            axis.plot(
-                epochs,
-                [row[f"validation_{name}"] for row in rows],
-                color=ORANGE,
-                ls="--",
-                marker=marker,
-                label="validation",
-            )
+
+        for axis, (name, label) in zip(panels.flat, labels.items(), strict=True):
+            _training_curve(axis, rows, name)
             axis.set(xlabel="epoch", ylabel=label)
-            if name in ("mse", "noise_var"):
-                axis.set_yscale("log")
-            if name == "elbo" and len(rows) >= SETTLED_FROM:
-                # The first epochs' plunge would flatten all that follows.
-                axis.set_ylim(bottom=min(row["validation_elbo"] for row in rows[len(rows) // 10 :]))
             if switch:
                 axis.axvline(switch - 0.5, color=GREY, lw=0.8, ls=":")
+
         panels[0, 0].legend(frameon=False)
         if switch:
             panels[0, 1].annotate(
                 " stage 2", (switch - 0.5, 0.02), xycoords=("data", "axes fraction"), color=GREY
             )
+
     return figure
+
+
+def _training_curve(axis: Axes, rows: list[dict[str, Any]], name: str) -> None:
+    """Draw one quantity over the epochs, on training and validation data."""
+    epochs = [row["epoch"] for row in rows]
+    train = [row[f"train_{name}"] for row in rows]
+    validation = [row[f"validation_{name}"] for row in rows]
+    is_settled = len(rows) >= SETTLED_FROM
+    marker = "" if is_settled else "."
+
+    axis.plot(epochs, train, color=BLUE, marker=marker, label="train")
+    axis.plot(epochs, validation, color=ORANGE, ls="--", marker=marker, label="validation")
+
+    if name in ("mse", "noise_var"):
+        axis.set_yscale("log")
+    if name == "elbo" and is_settled:
+        # The steep rise of the first epochs would flatten the rest of the curve.
+        axis.set_ylim(bottom=min(validation[len(rows) // 10 :]))
 
 
 def latent_densities(
@@ -250,29 +269,25 @@ def latent_densities(
     """Densities over one plane of the latent space, in one colour scale (the paper's Table 1).
 
     Args:
-        x: (nx,), ascending.
-        y: (ny,), ascending.
-        log_densities: by title, such as "aggregate posterior", "mixture" and "prior"; (ny, nx), nats, or -inf.
-        codes: (N, 2), drawn over each density; None for none.
-        axis_names: of the plane.
+        x: grid along the first axis, (nx,), ascending.
+        y: grid along the second axis, (ny,), ascending.
+        log_densities: log-densities by title, such as "aggregate posterior", "mixture" and "prior";
+            (ny, nx), nats, or -inf.
+        codes: codes that are drawn over each density, (N, 2); None to draw none.
+        axis_names: names of the two axes.
 
     Returns:
-        The figure; the colours go from the highest density of all down by 10 nats.
+        The figure. The colours cover 10 nats below the highest of all densities.
     """
+    n = len(log_densities)
     top = max(float(values.max()) for values in log_densities.values())
+
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(2.5 * len(log_densities) + 0.8, 2.9), layout="constrained")
-        axes = figure.subplots(1, len(log_densities), sharex=True, sharey=True, squeeze=False)[0]
+        figure = Figure(figsize=(2.5 * n + 0.8, 2.9), layout="constrained")
+        axes = figure.subplots(1, n, sharex=True, sharey=True, squeeze=False)[0]
+
         for axis, (title, values) in zip(axes, log_densities.items(), strict=True):
-            shown = axis.pcolormesh(
-                x,
-                y,
-                np.maximum(values, top - NATS_BELOW_PEAK),
-                vmin=top - NATS_BELOW_PEAK,
-                vmax=top,
-                cmap=DENSITY_MAP,
-                rasterized=True,
-            )
+            mesh = _show_density(axis, x, y, values, top)
             if codes is not None:
                 axis.plot(*codes.T, ".", ms=2.5, mew=0, alpha=0.8, color=ORANGE)
             axis.set(
@@ -282,9 +297,25 @@ def latent_densities(
                 xlim=(x[0], x[-1]),
                 ylim=(y[0], y[-1]),
             )
+
         axes[0].set_ylabel(axis_names[1])
-        figure.colorbar(shown, ax=list(axes), shrink=0.8, extend="min", label="log density, nats")
+        figure.colorbar(mesh, ax=list(axes), shrink=0.8, extend="min", label="log density, nats")
+
     return figure
+
+
+def _show_density(
+    axis: Axes,
+    x: Float[np.ndarray, " nx"],
+    y: Float[np.ndarray, " ny"],
+    log_density: Float[np.ndarray, "ny nx"],
+    top: float,
+) -> QuadMesh:
+    """Draw a log-density in colours from ``top`` down by 10 nats."""
+    bottom = top - NATS_BELOW_PEAK
+    clipped = np.maximum(log_density, bottom)
+
+    return axis.pcolormesh(x, y, clipped, vmin=bottom, vmax=top, cmap=DENSITY_MAP, rasterized=True)
 
 
 def density_rows(
@@ -292,76 +323,78 @@ def density_rows(
     y: Float[np.ndarray, " ny"],
     rows: dict[str, dict[str, Float[np.ndarray, "ny nx"]]],
 ) -> Figure:
-    """Log densities of several models on one plane of two latent units, a row for each (the paper's Table 1).
+    """Log-densities of several models on one plane, with a row for each (the paper's Table 1).
 
     Args:
-        x: (nx,), ascending.
-        y: (ny,), ascending.
-        rows: by title of the model, then of the density; (ny, nx), nats.
+        x: grid along the first latent unit, (nx,), ascending.
+        y: grid along the second latent unit, (ny,), ascending.
+        rows: log-densities by title of the model, then by title of the density; (ny, nx), nats.
 
     Returns:
-        The figure; each row has its own colours, from its highest density down by 10 nats.
+        The figure. The colours of each row cover 10 nats below its highest density.
     """
     across = max(map(len, rows.values()))
+
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.3 * across + 0.6, 2.2 * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), across, sharex=True, sharey=True, squeeze=False)
+
         for row, (axes, (title, densities)) in enumerate(zip(grid, rows.items(), strict=True)):
             top = max(float(values.max()) for values in densities.values())
+
             for axis, (name, values) in zip(axes, densities.items(), strict=True):
-                clipped = np.maximum(values, top - NATS_BELOW_PEAK)
-                axis.pcolormesh(
-                    x,
-                    y,
-                    clipped,
-                    vmin=top - NATS_BELOW_PEAK,
-                    vmax=top,
-                    cmap=DENSITY_MAP,
-                    rasterized=True,
-                )
-                axis.set(aspect="equal", title="" if row else name)
+                _show_density(axis, x, y, values, top)
+                axis.set(aspect="equal", title=name if row == 0 else "")
+
             axes[0].set_ylabel(title)
+
     return figure
 
 
 def bars(groups: dict[str, dict[str, list[float]]], names: list[str]) -> Figure:
-    """Bars, a panel for each group (the paper's figure 2).
+    """Bars in one panel for each group (the paper's figure 2).
 
     Args:
-        groups: by title of the panel, then of the series; one value for each of ``names``.
-        names: under the bars.
+        groups: values by title of the panel, then by name of the series. Each series has one value
+            for each of ``names``.
+        names: labels under the bars.
 
     Returns:
         The figure.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.4 * len(groups), 3.3), layout="constrained")
-        for axis, (title, series) in zip(
-            figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
-        ):
+        axes = figure.subplots(1, len(groups), squeeze=False)[0]
+
+        for axis, (title, series) in zip(axes, groups.items(), strict=True):
             width = 0.8 / len(series)
-            for i, ((name, values), (color, _, _)) in enumerate(
-                zip(series.items(), LINES, strict=False)
-            ):
-                places = np.arange(len(values)) + (i - (len(series) - 1) / 2) * width
+            styles = zip(series.items(), LINES, strict=False)
+            for i, ((name, values), (color, _, _)) in enumerate(styles):
+                offset = (i - (len(series) - 1) / 2) * width
+                places = np.arange(len(values)) + offset
                 axis.bar(places, values, width, color=color, label=name)
+
             axis.set_xticks(
                 range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor"
             )
             axis.set(title=title, ylabel="Fréchet distance")
+
         figure.axes[0].legend(frameon=False)
+
     return figure
 
 
 class NoiseCurves(NamedTuple):
-    """What :func:`reliability` draws of one set of dimensions.
+    """Calibration of one set of dimensions, which :func:`reliability` draws.
 
     Args:
-        predicted_std: (bins,), root mean predicted variance of each bin, model units.
-        observed_rmse: (bins,), root mean squared error of the same bins, model units.
-        pit_histogram: (intervals,), counts or shares of the probability integral transforms, equal intervals of [0, 1].
-        coverage: (3,), share of the errors within 1, 2 and 3 predicted std.
-        interval_coverage: (3,), share within the calibrated intervals that should hold as much; None if there are none.
+        predicted_std: root mean predicted variance of each bin, (bins,), model units.
+        observed_rmse: root mean squared error of the same bins, (bins,), model units.
+        pit_histogram: counts or shares of the probability integral transforms in equal intervals of
+            [0, 1], (intervals,).
+        coverage: share of the errors within 1, 2 and 3 predicted std, (3,).
+        interval_coverage: share of the errors within the calibrated intervals that should hold the
+            shares of a Gaussian within 1, 2 and 3 std, (3,); None if there are none.
     """
 
     predicted_std: Float[np.ndarray, " bins"]
@@ -372,33 +405,36 @@ class NoiseCurves(NamedTuple):
 
 
 def reliability(series: dict[str, NoiseCurves]) -> Figure:
-    """Whether the predicted std is the error that is found: by size, by distribution and by coverage.
+    """Predicted std and observed error, compared by size, by distribution and by coverage.
 
     Args:
-        series: one to three, by name, such as "all pixels" and "pixels that vary".
+        series: one to three sets of dimensions by name, such as "all pixels" and "pixels that
+            vary".
 
     Returns:
-        The figure; the std panel is logarithmic where it spans more than a decade.
+        The figure. The panel of the std is logarithmic if it spans more than a decade.
     """
-    stds = np.concatenate(
-        [std for one in series.values() for std in (one.predicted_std, one.observed_rmse)]
-    )
-    low, high = 0.9 * float(stds.min()), 1.1 * float(stds.max())
+    predicted = [curves.predicted_std for curves in series.values()]
+    observed = [curves.observed_rmse for curves in series.values()]
+    stds = np.concatenate([*predicted, *observed])
+    limits = (0.9 * float(stds.min()), 1.1 * float(stds.max()))
     n_std = np.arange(1, 4)
     nominal = [math.erf(k / math.sqrt(2)) for k in n_std]
+
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.9), layout="constrained")
         axes = figure.subplot_mosaic([["std", "pit"], ["std", "coverage"]], width_ratios=[1.25, 1])
         std, pit, coverage = axes["std"], axes["pit"], axes["coverage"]
-        std.plot([low, high], [low, high], color=GREY, lw=0.8)
+
+        std.plot(limits, limits, color=GREY, lw=0.8)
         pit.axhline(1, color=GREY, lw=0.8)
         coverage.plot(n_std, nominal, "_", color="black", ms=28, label="Gaussian")
-        for i, ((name, one), (color, dashes, marker)) in enumerate(
-            zip(series.items(), LINES, strict=False)
-        ):
+
+        styles = zip(series.items(), LINES, strict=False)
+        for i, ((name, curves), (color, dashes, marker)) in enumerate(styles):
             std.plot(
-                one.predicted_std,
-                one.observed_rmse,
+                curves.predicted_std,
+                curves.observed_rmse,
                 marker,
                 ls=dashes,
                 ms=4,
@@ -406,32 +442,41 @@ def reliability(series: dict[str, NoiseCurves]) -> Figure:
                 color=color,
                 label=name,
             )
-            density = one.pit_histogram * len(one.pit_histogram) / one.pit_histogram.sum()
-            pit.stairs(
-                density, np.linspace(0, 1, len(density) + 1), baseline=None, color=color, ls=dashes
-            )
-            place = n_std + 0.16 * (i - (len(series) - 1) / 2)
-            coverage.plot(place, one.coverage, marker, ms=5, color=color)
-            if one.interval_coverage is not None:
+
+            density = curves.pit_histogram * len(curves.pit_histogram) / curves.pit_histogram.sum()
+            edges = np.linspace(0, 1, len(density) + 1)
+            pit.stairs(density, edges, baseline=None, color=color, ls=dashes)
+
+            places = n_std + 0.16 * (i - (len(series) - 1) / 2)
+            coverage.plot(places, curves.coverage, marker, ms=5, color=color)
+            if curves.interval_coverage is not None:
                 coverage.plot(
-                    place, one.interval_coverage, marker, ms=8, color=color, fillstyle="none"
+                    places, curves.interval_coverage, marker, ms=8, color=color, fillstyle="none"
                 )
-        if 0 < 10 * low < high:
-            std.set(xscale="log", yscale="log")
-        std.set(
-            xlabel="predicted std, model units", ylabel="RMSE found, model units", aspect="equal"
-        )
-        std.set(xlim=(low, high), ylim=(low, high))
-        std.legend(frameon=False)
+
+        _finish_std_panel(std, limits)
         pit.set(
             xlabel="probability integral transform", ylabel="density", xlim=(0, 1), ylim=(0, None)
         )
+
         coverage.set(xlim=(0.5, 3.5), ylim=(None, 1.02), ylabel="share within")
         coverage.set_xticks(n_std, [f"{k} std" for k in n_std])
-        if any(one.interval_coverage is not None for one in series.values()):
+        if any(curves.interval_coverage is not None for curves in series.values()):
             coverage.plot([], [], "o", ms=8, color=GREY, fillstyle="none", label="intervals")
         coverage.legend(frameon=False, loc="lower right")
+
     return figure
+
+
+def _finish_std_panel(axis: Axes, limits: tuple[float, float]) -> None:
+    """Set scale, limits and labels of the panel of predicted std and observed error."""
+    low, high = limits
+    if 0 < 10 * low < high:
+        axis.set(xscale="log", yscale="log")
+
+    axis.set(xlabel="predicted std, model units", ylabel="RMSE found, model units", aspect="equal")
+    axis.set(xlim=limits, ylim=limits)
+    axis.legend(frameon=False)
 
 
 def sparsification(
@@ -439,12 +484,13 @@ def sparsification(
     model: Float[np.ndarray, " n"],
     oracle: Float[np.ndarray, " n"],
 ) -> Figure:
-    """Error of what is left when the most uncertain dimensions are removed first.
+    """Error of the values that remain when the most uncertain ones are removed.
 
     Args:
-        fractions: (n,), removed share in [0, 1].
-        model: (n,), RMSE of the rest over the RMSE of all, the largest predicted std removed first.
-        oracle: (n,), the same, the largest error removed first.
+        fractions: share of the values that is removed, (n,), in [0, 1].
+        model: RMSE of the rest over the RMSE of all, with the largest predicted std removed first,
+            (n,).
+        oracle: RMSE of the rest over the RMSE of all, with the largest errors removed first, (n,).
 
     Returns:
         The figure.
@@ -454,12 +500,15 @@ def sparsification(
         axis = figure.add_subplot(
             xlabel="removed share", ylabel="RMSE of the rest / RMSE of all", xlim=(0, 1)
         )
+
         axis.axhline(1, color=GREY, ls=":", label="in random order")
         axis.plot(fractions, model, color=BLUE, label="by predicted std")
         axis.plot(fractions, oracle, color=ORANGE, ls="--", label="by true error")
         axis.fill_between(fractions, oracle, model, color=BLUE, alpha=0.12, lw=0)
+
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False)
+
     return figure
 
 
@@ -472,44 +521,50 @@ def variance_sweep(
     """Measures against the noise variance, with the learned one marked (the paper's figure 1).
 
     Args:
-        noise_vars: (n,), ascending, squared model units; of one model's closed form, or of n trained models.
-        measures: a panel each, by label and unit such as "Fréchet distance"; up to three lines each, by name, (n,).
-        learned_var: the optimum, eq. (10), squared model units.
-        learned: values of a model that learned its variance, by label and name as in ``measures``, drawn as stars.
+        noise_vars: noise variances, (n,), ascending, squared model units. They belong to the closed
+            form of one model, or to n trained models.
+        measures: values by label and unit of the panel, such as "Fréchet distance", then by name of
+            the line. Each panel has up to three lines, (n,).
+        learned_var: the learned variance, eq. (10), squared model units.
+        learned: values of a model that learned its variance, by label and name as in ``measures``.
+            They are drawn as stars.
 
     Returns:
-        The figure; the points are marked where they are few.
+        The figure. Points have markers if there are fewer than 10 variances.
     """
-    across = 3 if len(measures) == 3 else min(2, len(measures))
+    across = min(2, len(measures))
+    if len(measures) == 3:
+        across = 3
     rows = math.ceil(len(measures) / across)
+    width = 3.6 * across
+    if across == 1:
+        width += 1
+    is_sparse = len(noise_vars) < SETTLED_FROM
+
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.6 * across + (across == 1), 2.8 * rows), layout="constrained")
+        figure = Figure(figsize=(width, 2.8 * rows), layout="constrained")
+
         for i, (label, lines) in enumerate(measures.items()):
             axis = figure.add_subplot(
                 rows, across, i + 1, xscale="log", xlabel="noise variance", ylabel=label
             )
             axis.axvline(learned_var, color=GREY, lw=0.8, label=f"learned, {learned_var:.3g}")
+
             for (name, values), (color, dashes, marker) in zip(lines.items(), LINES, strict=False):
-                few = len(noise_vars) < SETTLED_FROM
                 axis.plot(
                     noise_vars,
                     values,
                     color=color,
                     ls=dashes,
-                    marker=marker if few else "",
+                    marker=marker if is_sparse else "",
                     label=name,
                 )
                 if learned:
-                    axis.plot(
-                        learned_var,
-                        learned[label][name],
-                        "*",
-                        ms=13,
-                        mfc=color,
-                        mec="white",
-                        zorder=3,
-                    )
+                    value = learned[label][name]
+                    axis.plot(learned_var, value, "*", ms=13, mfc=color, mec="white", zorder=3)
+
             axis.legend(frameon=False)
+
     return figure
 
 
@@ -519,68 +574,79 @@ def outlier_scores(
     """Histograms of an outlier score of both kinds of data, with the area under its ROC curve.
 
     Args:
-        inliers: (N,), scores, higher is odder.
-        outliers: (M,).
-        name: of the score.
+        inliers: scores of the inliers, (N,). Higher is odder.
+        outliers: scores of the outliers, (M,).
+        name: name of the score.
 
     Returns:
         The figure.
     """
     scores = np.concatenate([inliers, outliers])
-    auroc = roc_auc_score(np.repeat([0, 1], [len(inliers), len(outliers)]), scores)
-    # A few extreme scores would press the rest into one bar: they are counted at the ends.
+    is_outlier = np.repeat([0, 1], [len(inliers), len(outliers)])
+    auroc = roc_auc_score(is_outlier, scores)
+
+    # A few extreme scores would press all others into one bar. They are counted in the outer bars.
     low, high = np.quantile(scores, [0.005, 0.995])
     bins = np.histogram_bin_edges(scores, 50, (low, high))
-    shares = [np.histogram(np.clip(x, low, high), bins)[0] / len(x) for x in (inliers, outliers)]
+    inlier_counts, _ = np.histogram(np.clip(inliers, low, high), bins)
+    outlier_counts, _ = np.histogram(np.clip(outliers, low, high), bins)
+    inlier_shares = inlier_counts / len(inliers)
+    outlier_shares = outlier_counts / len(outliers)
+
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         axis = figure.add_subplot(
             title=f"AUROC {auroc:.3f}", xlabel=f"{name}, higher is odder", ylabel="share"
         )
-        axis.stairs(shares[0], bins, fill=True, color=BLUE, alpha=0.6, label="inliers")
-        axis.stairs(shares[1], bins, color=ORANGE, lw=1.5, label="outliers")
+        axis.stairs(inlier_shares, bins, fill=True, color=BLUE, alpha=0.6, label="inliers")
+        axis.stairs(outlier_shares, bins, color=ORANGE, lw=1.5, label="outliers")
         axis.legend(frameon=False)
+
     return figure
 
 
 def table_samples(
     generated: Table, real: Num[np.ndarray, "m columns"] | None, names: list[str]
 ) -> Figure:
-    """Histograms of a table's first columns, samples against data.
+    """Histograms of the first columns of a table, for samples and data.
 
     Args:
-        generated: (N, D), raw units.
-        real: (M, D), raw units; None shows the samples alone.
-        names: of the columns.
+        generated: samples, (N, D), raw units.
+        real: data, (M, D), raw units; None to show the samples only.
+        names: names of the columns.
 
     Returns:
         The figure.
     """
 
     def draw(axis: Axes, i: int) -> None:
-        bins = np.histogram_bin_edges(
-            generated[:, i] if real is None else real[:, i], bins=40
-        ).tolist()
+        samples_of_column = generated[:, i]
+        reference = samples_of_column if real is None else real[:, i]
+        bins = np.histogram_bin_edges(reference, bins=40).tolist()
+
         if real is not None:
             axis.hist(real[:, i], bins=bins, density=True, color=GREY, alpha=0.6, label="data")
         axis.hist(
-            generated[:, i], bins=bins, density=True, histtype="step", color=BLUE, label="samples"
+            samples_of_column, bins=bins, density=True, histtype="step", color=BLUE, label="samples"
         )
         axis.set(xlabel=names[i], yticks=[])
 
     figure = _per_column(draw, generated.shape[1])
     figure.axes[0].legend(frameon=False)
+
     return figure
 
 
 def table_reconstructions(x: Table, means: Table, stds: Table, names: list[str]) -> Figure:
-    """Reconstruction against data for a table's first columns, with the predicted std as error bars.
+    """Reconstructions against data for the first columns of a table.
+
+    The predicted std are the error bars.
 
     Args:
-        x: (N, D), raw units.
-        means: (N, D), raw units.
-        stds: (N, D), raw units.
-        names: of the columns.
+        x: data, (N, D), raw units.
+        means: reconstructions, (N, D), raw units.
+        stds: predicted standard deviations, (N, D), raw units.
+        names: names of the columns.
 
     Returns:
         The figure.
@@ -590,6 +656,7 @@ def table_reconstructions(x: Table, means: Table, stds: Table, names: list[str])
         axis.errorbar(
             x[:, i], means[:, i], stds[:, i], fmt=".", ms=3, lw=0.5, color=BLUE, ecolor=GREY
         )
+
         ends = [float(x[:, i].min()), float(x[:, i].max())]
         axis.plot(ends, ends, color=ORANGE, lw=0.8)
         axis.set(xlabel=f"{names[i]}, data", ylabel="reconstruction ± std")
@@ -597,12 +664,15 @@ def table_reconstructions(x: Table, means: Table, stds: Table, names: list[str])
     return _per_column(draw, x.shape[1])
 
 
-def _per_column(draw: Callable[[Axes, int], None], columns: int, most: int = 9) -> Figure:
-    """A small plot for each of a table's first columns, three in a row."""
-    shown, across = min(most, columns), min(3, columns)
-    rows = math.ceil(shown / across)
+def _per_column(draw: Callable[[Axes, int], None], columns: int, maximum: int = 9) -> Figure:
+    """A small plot for each of the first columns of a table, three in a row."""
+    n_plots = min(maximum, columns)
+    across = min(3, columns)
+    rows = math.ceil(n_plots / across)
+
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3 * across, 2.5 * rows), layout="constrained")
-        for i in range(shown):
+        for i in range(n_plots):
             draw(figure.add_subplot(rows, across, i + 1), i)
+
     return figure

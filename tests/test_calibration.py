@@ -162,7 +162,7 @@ def test_the_order_of_the_errors_is_the_best_and_its_reverse_is_worse_than_none(
 
 
 def test_ties_take_their_share_of_the_bins():
-    """A quarter of the values has std 1, the rest 2: five bins and fifteen, wherever the values stand."""
+    """A quarter of the values has std 1, the rest has std 2: these are five and fifteen bins."""
     residual = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 10)))
     std = torch.full_like(residual, 2.0)
     std.view(-1)[torch.randperm(400)[:100]] = 1.0
@@ -242,9 +242,9 @@ def test_no_error_at_all_is_covered_and_needs_no_order():
         (torch.zeros(3, 2), torch.full((3, 2), -1.0), "positive, finite std"),
         (torch.zeros(3, 2), torch.full((3, 2), math.inf), "positive, finite std"),
         (torch.full((3, 2), math.nan), torch.ones(3, 2), "finite residuals"),
-        (torch.zeros(3, 2), torch.ones(3, 1), "one shape"),
-        (torch.zeros(0, 2), torch.ones(0, 2), "one shape"),
-        (torch.zeros(3), torch.ones(3), "one shape"),
+        (torch.zeros(3, 2), torch.ones(3, 1), "same shape"),
+        (torch.zeros(0, 2), torch.ones(0, 2), "same shape"),
+        (torch.zeros(3), torch.ones(3), "same shape"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(residual, std, message):
@@ -266,7 +266,10 @@ def linear_model():
 
 
 def test_a_linear_model_has_known_residuals(linear_model, monkeypatch):
-    """Of the posterior mean x - m = var C^-1 (x - b), whose covariance is var^2 C^-1 on the data it was fitted to."""
+    """The residual of the posterior mean is var C^-1 (x - b).
+
+    On the data of the fit its covariance is var^2 C^-1.
+    """
     model, x, ppca = linear_model
     found = noise_calibration(model, torch.split(x, 250), torch.ones(8, dtype=torch.bool))
     covariance = ppca.weight @ ppca.weight.T + ppca.var * torch.eye(8, dtype=torch.float64)
@@ -327,7 +330,7 @@ def test_a_dimension_varies_beyond_a_grey_level_in_more_than_a_tail(monkeypatch)
 
 
 def test_a_planted_noise_map_is_recovered():
-    """x = f(z) + std(z) * epsilon, with a std that differs between columns and, within each, between examples."""
+    """x = f(z) + std(z) * epsilon, with a std that differs between columns and between examples."""
     rng = np.random.default_rng(0)
     z = rng.normal(size=(4000, 2))
     planted = rng.uniform(0.2, 0.5, 64) * np.exp(0.5 * np.tanh(z @ rng.normal(size=(2, 64))))
@@ -368,7 +371,8 @@ def test_a_planted_noise_map_is_recovered():
     assert found.standardised_var.value == pytest.approx(1.0, abs=0.15)
     assert found.normalised_calibration_error.value < 0.08
     assert found.pit_histogram_error.value < 0.09
-    # In model units, as AUSE depends on the units of the columns; the true std rank no better than this.
+    # The AUSE depends on the units of the columns, so it is taken in model units. The true std have
+    # the best possible order.
     scale = model.scaling.scale.double()
     best = calibration(
         torch.from_numpy(noise) / scale, torch.from_numpy(planted) / scale

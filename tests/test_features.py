@@ -140,7 +140,7 @@ def test_own_features_by_name(rgb, monkeypatch):
 
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
-    """A file in the place of Inception's weights, whose hash is the expected one, and no others to be found."""
+    """A file in place of Inception's weights, with the expected hash, and no other file."""
     path = tmp_path / "weights.pth"
     path.write_bytes(b"weights")
     monkeypatch.setattr(module, "INCEPTION_SHA256", hashlib.sha256(b"weights").hexdigest())
@@ -253,7 +253,7 @@ def test_a_torn_or_foreign_file_is_written_anew(digits, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_a_warning(digits, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match=r"could not be kept .*EQUIPOISE_CACHE"):
+    with pytest.warns(UserWarning, match=r"could not be stored .*EQUIPOISE_CACHE"):
         found = cached(digits, digits.test, tmp_path / "file")  # a file where a folder should be
     assert len(found) == len(digits.test)
 

@@ -1,4 +1,7 @@
-"""The latent space against closed forms: probabilistic PCA, Gaussians with known divergence and known marginals."""
+"""Compares measures of the latent space with closed forms.
+
+These are probabilistic PCA, and Gaussians with known divergence and known marginals.
+"""
 
 import math
 
@@ -53,7 +56,10 @@ def ppca_with_a_dead_unit():
 
 
 def test_units_of_probabilistic_pca(ppca_with_a_dead_unit):
-    """Over the data of the fit E[mu_u^2] is 1 - s_u^2: the rate is that of a channel, -log(s_u^2) / 2."""
+    """Over the data of the fit E[mu_u^2] = 1 - s_u^2.
+
+    The rate is therefore that of a Gaussian channel, -log(s_u^2) / 2.
+    """
     model, x, ppca = ppca_with_a_dead_unit
     units = latent_units(encode_all(model, x.split(700)))
     posterior_var = (ppca.var / ((ppca.weight.T @ ppca.weight).diagonal() + ppca.var)).tolist()
@@ -105,7 +111,7 @@ def test_one_gaussian_has_the_moments_of_the_mixture():
 
 
 def test_em_makes_it_the_gaussian_of_the_codes():
-    """Whatever the mixture that EM found: one Gaussian fitted to the same codes has these moments."""
+    """One Gaussian fitted to the same codes has these moments, whatever mixture EM returns."""
     codes = random_mixture().sample(2000, seeded())
     one = single_gaussian(fit_mixture(codes, 3, generator=seeded()).mixture)
     torch.testing.assert_close(one.means[0], codes.mean(0))
@@ -113,7 +119,10 @@ def test_em_makes_it_the_gaussian_of_the_codes():
 
 
 def test_log_likelihood_of_codes_of_known_entropy():
-    """Codes of a full Gaussian: its own score is minus its entropy, the prior's is less by their divergence."""
+    """For codes of a full Gaussian, the score of that Gaussian is minus its entropy.
+
+    The score of the prior is lower by the divergence of the two.
+    """
     gaussian = single_gaussian(random_mixture())
     codes = gaussian.sample(20_000, seeded())
     found = code_log_likelihood(codes, gaussian)
@@ -167,7 +176,8 @@ def test_marginals_on_the_plane_agree_with_a_histogram():
     posterior, mixture = random_posterior(), random_mixture(d=4)
     plane = latent_plane(posterior, mixture, seeded(), n_points=41)
     assert plane.axes @ plane.axes.T == pytest.approx(np.eye(2))
-    # The planted scales grow with the unit's number: the axes are the last two, with positive signs.
+    # The planted scales grow with the number of the unit. The axes are therefore the last two
+    # units, with positive signs.
     assert np.abs(plane.axes[:, [3, 2]]) == pytest.approx(np.eye(2), abs=0.2)
     assert (plane.axes[[0, 1], [3, 2]] > 0).all()
     width = plane.x[1] - plane.x[0], plane.y[1] - plane.y[0]

@@ -40,7 +40,7 @@ def test_elbo_and_iwae_of_probabilistic_pca(model_and_data):
 
 
 class _Wider(torch.nn.Module):
-    """The exact encoder of PPCA, with a posterior ten times as wide: a bound with a gap that K must close."""
+    """The exact encoder of PPCA with a posterior ten times as wide: K must close the gap."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -95,7 +95,10 @@ def test_dequantised_values_stay_with_their_level(level, bits):
 
 
 def test_bits_of_a_gaussian_are_the_entropy_of_its_levels():
-    """Levels of a wide Gaussian: the bound on their code length is close to their entropy, and never below it."""
+    """For levels of a wide Gaussian the bound on the code length is close to their entropy.
+
+    It is never below it.
+    """
     std, quantum, n = 10.0, 1.0, 40_000
     density = torch.distributions.Normal(0.0, std)
     x = torch.round(density.sample((n, 1)).double())
@@ -108,7 +111,10 @@ def test_bits_of_a_gaussian_are_the_entropy_of_its_levels():
 
 
 def test_raw_likelihood_has_no_ceiling_but_bits_have():
-    """A density that shrinks onto constant data: log p grows without limit, the code length has its best value."""
+    """As a density shrinks onto constant data, log p grows without limit.
+
+    The code length does not: it is smallest at a small but finite std.
+    """
     x, quantum = torch.zeros(2000, 1), 1 / 255
     spread = dequantise(x, quantum, torch.Generator().manual_seed(0))
     raw, bits = [], []
@@ -125,7 +131,10 @@ def test_raw_likelihood_has_no_ceiling_but_bits_have():
 
 
 def test_codes_of_the_data_as_they_are_bound_dequantised_data_too(model_and_data, generator):
-    """Importance weights are right for any proposal: from the same codes, the bounds close on log p(x + u), too."""
+    """Importance weights are right for any proposal.
+
+    From the same codes, the bounds approach log p(x + u) as well.
+    """
     model, x, ppca = model_and_data
     x, model.scaling.quantum = torch.round(x[:50], decimals=1), 0.1
     found = iwae(model, [x], 20_000, generator=generator, dequantised=True)
@@ -134,5 +143,5 @@ def test_codes_of_the_data_as_they_are_bound_dequantised_data_too(model_and_data
     torch.testing.assert_close(found[1, 0], ppca.log_prob(spread), atol=0.1, rtol=0)
     assert float((found[1, 0] - found[0, 0]).abs().max()) > 0.3
     model.scaling.quantum = None
-    with pytest.raises(ValueError, match="no levels"):
+    with pytest.raises(ValueError, match="without levels"):
         iwae(model, [x], 2, dequantised=True)

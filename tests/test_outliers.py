@@ -1,4 +1,4 @@
-"""Scores of odd inputs against closed forms, and areas against scikit-learn and the normal distribution."""
+"""Compares outlier scores with closed forms, and areas with scikit-learn and the normal law."""
 
 import math
 
@@ -54,7 +54,10 @@ def linear():
 
 class TestScores:
     def test_closed_forms_of_probabilistic_pca(self, linear):
-        """The exact posterior's bound is log p(x); PPCA gives residual and density of the posterior mean."""
+        """The exact posterior's bound is log p(x).
+
+        PPCA gives the residual and the density of the posterior mean.
+        """
         model, ppca, _, x = linear
         scores = model_scores(model, standard_normal_mixture(), x.split(300), seeded())
         code = (x - ppca.bias) @ ppca.weight / ((ppca.weight.T @ ppca.weight).diagonal() + ppca.var)
@@ -140,7 +143,7 @@ class TestCombination:
         assert after.combined == pytest.approx(before.combined, rel=1e-6)
 
     def test_scores_that_are_too_good_are_odd(self):
-        """An input that is simpler than the data has a higher likelihood, and is yet no typical one."""
+        """An input that is simpler than the data has a higher likelihood, but is not typical."""
         reference = random_scores(500)
         typical = ModelScores(*np.mean(reference, axis=1, keepdims=True))
         too_good = ModelScores(*(np.mean(reference, axis=1, keepdims=True) - 20))
@@ -148,7 +151,7 @@ class TestCombination:
         assert outlier_scores(too_good, reference).tail_probability < 0.01
 
     def test_constant_scores_and_small_references(self):
-        """Of a model all of whose units are dead, say: no example is odd, unless it differs at all."""
+        """Scores of a model with dead units only: an example is odd if it differs at all."""
         constant = ModelScores(*np.full((4, 6), 3.0))
         found = outlier_scores(constant, constant)
         assert found.combined.tolist() == [0.0] * 6
@@ -179,7 +182,10 @@ class TestDetection:
 
     @pytest.mark.parametrize("shift", [0.0, 1.0, 2.0])
     def test_two_normals(self, shift):
-        """The area is Phi(shift / sqrt 2), and of 200 repetitions about 95 % lie within two standard errors."""
+        """The area is Phi(shift / sqrt 2).
+
+        About 95 % of 200 repetitions lie within two standard errors.
+        """
         rng = np.random.default_rng(0)
         found = [auroc(rng.normal(size=150), shift + rng.normal(size=80)) for _ in range(200)]
         error = np.array([each.value for each in found]) - norm.cdf(shift / math.sqrt(2))
@@ -217,7 +223,7 @@ class TestDetection:
             assert detection.aupr.value == pytest.approx(0.5, abs=4 * detection.aupr.standard_error)
 
     def test_each_score_finds_its_own_outliers(self, linear):
-        """Far along the plane of PPCA the code is odd and the residual is not; across it, the reverse."""
+        """Far along the plane of PPCA only the code is odd; across it only the residual is odd."""
         model, ppca, validation, x = linear
         mixture = standard_normal_mixture()
         along = 5 * ppca.weight[:, 0]

@@ -50,7 +50,10 @@ def test_frechet_distance_of_features_far_from_the_origin(generator):
 
 
 def test_standard_error_of_the_frechet_distance_in_one_dimension():
-    """There it is (m - m_r)^2 + (s - s_r)^2, whose variance follows from those of mean and standard deviation."""
+    """In one dimension the distance is (m - m_r)^2 + (s - s_r)^2.
+
+    Its variance follows from the variances of the mean and of the standard deviation.
+    """
     x, y = (
         with_moments(torch.tensor([m]), torch.tensor([[var]]).double(), 4000)
         for m, var in ((0.0, 1.0), (3.0, 4.0))

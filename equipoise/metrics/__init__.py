@@ -1,1 +1,5 @@
-"""Measures of a trained model. Each is a function of arrays or of a model, and knows nothing of training."""
+"""Measures of a trained model.
+
+Each measure is a function of arrays or of a model. None of them depends on how the model was
+trained.
+"""

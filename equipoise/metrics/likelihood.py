@@ -1,4 +1,7 @@
-"""How well a model explains held-out data: ELBO and importance-weighted bounds, raw and in bits per dimension."""
+"""How well a model describes held-out data.
+
+The measures are the ELBO and importance-weighted bounds, in nats and in bits per dimension.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -14,15 +17,16 @@ from equipoise.objectives import Elbo, LogPrior, importance_weighted_bounds
 
 
 class Likelihood(NamedTuple):
-    """Figures of one model on one set of data.
+    """ELBO of one model on one set of data, and its parts.
 
     Args:
-        elbo: nats per example.
+        elbo: evidence lower bound, nats per example.
         log_likelihood: expected log p(x|z), nats per example.
-        kl: nats per example.
+        kl: KL(q(z|x), p(z)), nats per example.
         mse: squared error per dimension with z sampled, squared model units.
         noise_var: variance of p(x|z), mean over the dimensions, squared model units.
-        floor_var: smallest variance that the noise model can produce; a raw likelihood means little without it.
+        floor_var: smallest variance that the noise model can predict, squared model units. It
+            limits the likelihood, so the two should be read together.
     """
 
     elbo: Estimate
@@ -40,9 +44,9 @@ def likelihood(
     r"""Evaluate the evidence lower bound, eq. (4), with one sample of z per example.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         batches: raw data, (B, \*) each, on the model's device.
-        generator: source of the samples.
+        generator: source of randomness for the samples.
 
     Returns:
         Averages over all examples.
@@ -51,12 +55,16 @@ def likelihood(
     rows = []
     for raw in batches:
         terms = objective(model.scaling(raw), generator)
-        # One number per example: the residuals of a large set would fill the memory.
+
+        # Only the mean of each example is stored, because the variances of all dimensions of a
+        # large set would fill the memory.
         noise_var = terms.log_var.exp().expand_as(terms.residual).flatten(1).mean(1)
-        rows.append(
-            torch.stack([terms.kl, terms.log_likelihood, terms.squared_error, noise_var]).double()
-        )
+
+        row = torch.stack([terms.kl, terms.log_likelihood, terms.squared_error, noise_var])
+        rows.append(row.double())
+
     kl, log_likelihood, squared_error, noise_var = torch.cat(rows, 1)
+
     return Likelihood(
         elbo=Estimate.of_mean(log_likelihood - kl),
         log_likelihood=Estimate.of_mean(log_likelihood),
@@ -77,56 +85,71 @@ def iwae(
     *,
     dequantised: bool = False,
 ) -> Tensor:
-    r"""Importance-weighted bound on log p(x) of each example, :func:`equipoise.objectives.importance_weighted_bounds`.
+    r"""Importance-weighted bound on log p(x) of each example.
+
+    The bound is computed by :func:`equipoise.objectives.importance_weighted_bounds`.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         batches: raw data, (B, \*) each, on the model's device.
-        n_samples: K.
-        log_priors: log p(z) of each density to judge the model with: the prior, the fitted mixture.
-        generator: source of the samples.
-        dequantised: bound log p(x + u) as well, see :func:`dequantise`, from codes of q(z|x), which is as good a
-            proposal. The model's data must be digital.
+        n_samples: K, number of samples of z per example.
+        log_priors: log p(z) of each density that takes the place of the prior, such as the prior
+            itself and the fitted mixture.
+        generator: source of randomness for the samples.
+        dequantised: whether to bound log p(x + u) as well, see :func:`dequantise`. The codes are
+            samples of q(z|x) in both cases, which is a valid proposal for both. The data of the
+            model must be digital.
 
     Returns:
-        (O, P, N), nats, float64: of the data as they are, and second, if asked for, dequantised; a row for each of
-        ``log_priors``.
+        Bounds in nats, float64, (O, P, N). The first axis has the data as they are and, if
+        ``dequantised``, the dequantised data as its second entry. The second axis has one entry for
+        each of ``log_priors``.
     """
     parts = []
     for raw in batches:
         x = model.scaling(raw)
-        observed = [x, dequantise(x, model.scaling.quantum, generator)] if dequantised else [x]
-        parts.append(
-            importance_weighted_bounds(
-                model, x, n_samples, log_priors, generator, observed=observed
-            )
+
+        observed = [x]
+        if dequantised:
+            observed.append(dequantise(x, model.scaling.quantum, generator))
+
+        bounds = importance_weighted_bounds(
+            model, x, n_samples, log_priors, generator, observed=observed
         )
+        parts.append(bounds)
+
     return torch.cat(parts, 2)
 
 
 def dequantise(
     x: Tensor, quantum: float | None, generator: torch.Generator | None = None
 ) -> Tensor:
-    r"""Spread each grey level evenly over the interval that was rounded to it, x + u with u uniform.
+    r"""Add uniform noise to rounded data: x + u, with u as wide as the distance of two levels.
 
-    A density of rounded data is unbounded: it can grow without limit at the levels. One of spread data is not, and
-    bounds a probability of levels from below, :math:`E_u \log p(x + u) + D \log q \le \log P(x)`, where q is the
-    distance of two levels. Theis, van den Oord and Bethge (2016), *A note on the evaluation of generative models*.
+    The density of rounded data is unbounded: it can grow without limit at the levels. The density
+    of dequantised data is bounded. It gives a lower bound on the probability of the levels,
+    :math:`E_u \log p(x + u) + D \log q \le \log P(x)`, where q is the distance of two levels.
+    Theis, van den Oord and Bethge (2016), *A note on the evaluation of generative models*.
 
     Args:
         x: rounded data, any shape.
-        quantum: q, distance of neighbouring levels, in the unit of ``x``.
+        quantum: q, distance of neighbouring levels, in the unit of ``x``; None for data that are
+            not digital.
         generator: source of randomness.
 
     Returns:
-        The same shape, within q / 2 of ``x``.
+        Data of the same shape, within q / 2 of ``x``.
 
     Raises:
-        ValueError: if there is no quantum.
+        ValueError: if ``quantum`` is None.
     """
     if quantum is None:
-        raise ValueError("data that are no levels cannot be dequantised: leave it out")
-    return x + quantum * (torch.empty_like(x).uniform_(generator=generator) - 0.5)
+        raise ValueError(
+            "data without levels cannot be dequantised; leave dequantisation out for these data"
+        )
+
+    u = quantum * (torch.empty_like(x).uniform_(generator=generator) - 0.5)
+    return x + u
 
 
 def bits_per_dimension(log_likelihood: Estimate, dimensions: int, quantum: float) -> Estimate:
@@ -135,19 +158,22 @@ def bits_per_dimension(log_likelihood: Estimate, dimensions: int, quantum: float
     .. math:: -\frac{\log p(x + u) + D \log q}{D \log 2}
 
     Args:
-        log_likelihood: of :func:`dequantise`-d data, nats per example.
-        dimensions: D.
+        log_likelihood: log-likelihood of data after :func:`dequantise`, nats per example.
+        dimensions: D, number of dimensions of an example.
         quantum: q, distance of neighbouring levels, in the unit of the data.
 
     Returns:
-        Bits; lower is better. 8 for the uniform density of 256 levels on their own range.
+        Bits per dimension; lower is better. The uniform density over 256 levels needs 8 bits.
 
     Example:
-        >>> bits_per_dimension(Estimate(0.0, None, 1), 1, 1 / 256)  # uniform on [0, 1], where log p = 0
+        >>> uniform = Estimate(0.0, None, 1)  # log p = 0 for the uniform density on [0, 1]
+        >>> bits_per_dimension(uniform, 1, 1 / 256)
         Estimate(value=8.0, standard_error=None, n=1)
     """
     value, error, n = log_likelihood
-    unit = dimensions * math.log(2)
-    return Estimate(
-        -(value / unit + math.log2(quantum)), None if error is None else error / unit, n
-    )
+    nats_per_bit = dimensions * math.log(2)
+
+    bits = -(value / nats_per_bit + math.log2(quantum))
+    if error is None:
+        return Estimate(bits, None, n)
+    return Estimate(bits, error / nats_per_bit, n)

@@ -1,9 +1,10 @@
-r"""Which inputs are odd: scores of each example, their combination, and how well they detect outliers.
+r"""Scores of odd inputs, their combination, and how well they detect outliers.
 
-No single score suffices. Simple images of another kind may have a higher likelihood than the data (Nalisnick et al.,
-2019, *Do deep generative models know what they don't know?*), a well reconstructed input may have an unusual code, and
-the code says nothing of what it leaves out. So the combination asks whether an input is *typical*: whether its scores,
-taken together, are such as those of the data, neither too high nor too low.
+No single score is sufficient. Simple images of another kind may have a higher likelihood than the
+data (Nalisnick et al., 2019, *Do deep generative models know what they don't know?*). A well
+reconstructed input may have an unusual code, and the code carries no information about what it
+leaves out. The combination therefore asks whether an input is *typical*: whether its scores, taken
+together, are similar to those of the data, neither too high nor too low.
 """
 
 import math
@@ -24,22 +25,28 @@ from equipoise.model import VAE
 from equipoise.objectives import Elbo
 
 MIN_REFERENCE = 5
-"""Fewest reference examples that leave a covariance of three scores when one is left out."""
+"""Smallest number of reference examples.
+
+With one of them left out, the covariance of three scores still has full rank.
+"""
 
 SCORE_PRECISION = 1e-6
-"""Smallest standard deviation of a score, relative to its mean or to one: float32 resolves no less."""
+"""Smallest standard deviation of a score, relative to its mean or to one.
+
+Float32 cannot resolve smaller ones.
+"""
 
 
 class ModelScores(NamedTuple):
-    """What each part of a model says of each example.
+    """Scores of each example by the parts of a model.
 
     Args:
-        negative_elbo: -ELBO, eq. (4), (N,), nats; higher is odder.
-        standardised_residual: mean over the dimensions of (x - m)^2 / sigma^2 at the posterior mean, (N,); higher is
-            odder, and about one where the noise model is right.
-        rate: KL(q(z|x), p(z)), (N,), nats; odd if unusually low or high.
-        negative_mixture_log_prob: minus the log-density of the posterior mean under the mixture, eq. (13), (N,), nats;
-            higher is odder.
+        negative_elbo: -ELBO, eq. (4), (N,), nats. Higher is odder.
+        standardised_residual: mean over the dimensions of (x - m)^2 / sigma^2 at the posterior
+            mean, (N,). Higher is odder, and it is about one if the noise model is right.
+        rate: KL(q(z|x), p(z)), (N,), nats. It is odd if it is unusually low or high.
+        negative_mixture_log_prob: minus the log-density of the posterior mean under the mixture,
+            eq. (13), (N,), nats. Higher is odder.
     """
 
     negative_elbo: Float64[np.ndarray, " n"]
@@ -49,22 +56,27 @@ class ModelScores(NamedTuple):
 
     @property
     def _vectors(self) -> Float64[np.ndarray, "n 3"]:
-        """What is combined: what the code leaves out, what it costs, where it lies. None of them is random."""
+        """The three scores that are combined. None of them depends on random draws.
+
+        They measure what the code leaves out, what it costs and where it lies.
+        """
         return np.stack(
             [self.standardised_residual, self.rate, self.negative_mixture_log_prob], axis=1
         )
 
 
 class OutlierScores(NamedTuple):
-    """Scores of each example against reference data; all but the tail probability are higher for odder examples.
+    """Scores of each example against reference data.
+
+    All scores except the tail probability are higher for odder examples.
 
     Args:
-        negative_elbo: as in :class:`ModelScores`.
-        standardised_residual: likewise.
-        negative_mixture_log_prob: likewise.
+        negative_elbo: -ELBO, as in :class:`ModelScores`.
+        standardised_residual: mean standardised residual, as in :class:`ModelScores`.
+        negative_mixture_log_prob: minus the log-density of the code, as in :class:`ModelScores`.
         combined: squared Mahalanobis distance of the scores from those of the reference, (N,).
-        tail_probability: of the distance, (N,): the chance that an example like the reference is as odd. One of 0.03
-            is odder than 97 % of the reference.
+        tail_probability: probability that an example like the reference has at least this distance,
+            (N,). At a value of 0.03 the example is odder than 97 % of the reference.
     """
 
     negative_elbo: Float64[np.ndarray, " n"]
@@ -84,10 +96,10 @@ def model_scores(
     r"""Score each example by the parts of a model.
 
     Args:
-        model: in evaluation mode.
-        mixture: fitted to the aggregate posterior, on the model's device.
+        model: the model, in evaluation mode.
+        mixture: mixture that was fitted to the aggregate posterior, on the model's device.
         batches: raw data, (B, \*) each, on the model's device.
-        generator: source of the one sample of z per example in the ELBO.
+        generator: source of randomness for the one sample of z per example in the ELBO.
 
     Returns:
         The scores, in the order of the examples.
@@ -100,37 +112,48 @@ def model_scores(
     for raw in batches:
         x = model.scaling(raw)
         terms = objective(x, generator)
+
         code = terms.posterior.mean
         likelihood = model.decode(code)
         squared = (x - likelihood.mean).square() / likelihood.var
         density = mixture.log_prob(code).to(x.dtype)
+
         rows.append(torch.stack([-terms.elbo, squared.flatten(1).mean(1), terms.kl, -density]))
+
     if not rows:
         raise ValueError("expected at least one batch of examples to score, got none")
+
     scores = ModelScores(*torch.cat(rows, 1).double().cpu().numpy())
     for name, values in scores._asdict().items():
-        if n_bad := int((~np.isfinite(values)).sum()):
+        n_bad = int((~np.isfinite(values)).sum())
+        if n_bad > 0:
             raise ValueError(
-                f"{name} is not finite for {n_bad} of {len(values)} examples: are their values?"
+                f"{name} is not finite for {n_bad} of {len(values)} examples; "
+                "check that their values are finite"
             )
     return scores
 
 
 def outlier_scores(scores: ModelScores, reference: ModelScores) -> OutlierScores:
-    r"""Combine the scores of each example into one: how far they are from those of reference data.
+    r"""Combine the scores of each example into its distance from the scores of reference data.
 
     .. math:: D^2(x) = (s(x) - \bar s)^T C^{-1} (s(x) - \bar s), \qquad
         p(x) = \frac{1 + \#\{n : D_{(n)}^2(x_n) \ge D^2(x)\}}{1 + N}
 
-    with s the standardised residual, the rate and the negative mixture log-density, and mean and covariance of s over
-    the N examples of the reference, of which :math:`D_{(n)}` leaves out the n-th, so that old and new are alike. D^2
-    takes the reference's s for Gaussian, p does not: about a share p of new data like the reference have one below p.
-    Mahalanobis (1936), *On the generalised distance in statistics*; typicality of several statistics of a model as in
-    Morningstar et al. (2021), *Density of states estimation for out-of-distribution detection*.
+    Here s holds the standardised residual, the rate and the negative mixture log-density. Its mean
+    and covariance are over the N examples of the reference. :math:`D_{(n)}` leaves out the n-th of
+    them, so that the reference is treated like new data.
+
+    D^2 assumes that s is Gaussian over the reference; p does not. Among new data like the
+    reference, about a share p of the examples has a tail probability below p. The distance is that
+    of Mahalanobis (1936), *On the generalised distance in statistics*. Morningstar et al. (2021),
+    *Density of states estimation for out-of-distribution detection*, judge typicality by several
+    statistics of a model in the same way.
 
     Args:
-        scores: of the examples in question.
-        reference: scores of data that the model was not trained on, such as the validation set; at least 5.
+        scores: scores of the examples to judge.
+        reference: scores of data that the model was not trained on, such as the validation set, of
+            at least 5 examples.
 
     Returns:
         The scores, D^2 and its tail probability, which is no smaller than 1 / (1 + N).
@@ -141,26 +164,32 @@ def outlier_scores(scores: ModelScores, reference: ModelScores) -> OutlierScores
     Example:
         >>> rng = np.random.default_rng(0)
         >>> reference = ModelScores(*rng.normal(size=(4, 999)))
-        >>> found = outlier_scores(ModelScores(*np.array([[0.0, 5.0]] * 4)), reference)
-        >>> found.tail_probability.round(2)
+        >>> usual_and_odd = ModelScores(*np.array([[0.0, 5.0]] * 4))
+        >>> outlier_scores(usual_and_odd, reference).tail_probability.round(2)
         array([1., 0.])
     """
-    vectors, n = reference._vectors, len(reference.rate)
+    vectors = reference._vectors
+    n = len(vectors)
     if n < MIN_REFERENCE:
         raise ValueError(
             f"a covariance of three scores needs a reference of {MIN_REFERENCE} examples, got {n}"
         )
+
     mean = vectors.mean(0)
-    covariance = np.cov(vectors.T) + np.diag(np.square(SCORE_PRECISION * np.abs(mean).clip(1.0)))
+    precision = SCORE_PRECISION * np.abs(mean).clip(1.0)
+    covariance = np.cov(vectors.T) + np.diag(np.square(precision))
 
     def squared_distance(of: ModelScores) -> Array:
         deviation = of._vectors - mean
         squared: Array = (deviation * np.linalg.solve(covariance, deviation.T).T).sum(1)
         return squared
 
-    combined, within = squared_distance(scores), squared_distance(reference)
-    left_out = n**2 * (n - 2) / (n - 1) * within / ((n - 1) ** 2 - n * within)
+    combined = squared_distance(scores)
+    within_reference = squared_distance(reference)
+    left_out = n**2 * (n - 2) / (n - 1) * within_reference / ((n - 1) ** 2 - n * within_reference)
+
     n_as_odd = n - np.searchsorted(np.sort(left_out), combined, side="left")
+
     return OutlierScores(
         negative_elbo=scores.negative_elbo,
         standardised_residual=scores.standardised_residual,
@@ -174,8 +203,9 @@ class Detection(NamedTuple):
     """How well one score separates outliers from inliers.
 
     Args:
-        auroc: area under the ROC curve, the chance that an outlier scores higher than an inlier; 0.5 for guessing.
-        aupr: area under the precision-recall curve; the share of outliers for guessing.
+        auroc: area under the ROC curve, which is the probability that an outlier has a higher score
+            than an inlier. A random score gives 0.5.
+        aupr: area under the precision-recall curve. A random score gives the share of outliers.
     """
 
     auroc: Estimate
@@ -186,11 +216,12 @@ class OutlierDetection(NamedTuple):
     """Detection by each score.
 
     Args:
-        negative_elbo: by -ELBO.
-        standardised_residual: by the mean standardised residual.
-        negative_mixture_log_prob: by the rarity of the code under the mixture.
-        combined: by the distance of the scores from those of the reference.
-        outlier_share: outliers among all examples, on which the areas under precision-recall curves depend.
+        negative_elbo: detection by -ELBO.
+        standardised_residual: detection by the mean standardised residual.
+        negative_mixture_log_prob: detection by minus the log-density of the code under the mixture.
+        combined: detection by the distance of the scores from those of the reference.
+        outlier_share: share of outliers among all examples. The areas under precision-recall curves
+            depend on it.
     """
 
     negative_elbo: Detection
@@ -208,12 +239,14 @@ def outlier_detection(inliers: OutlierScores, outliers: OutlierScores) -> Outlie
         outliers: scores of other data, against the same reference.
 
     Returns:
-        The areas for each score, whose n is the number of examples of both kinds.
+        The areas for each score. Their n is the number of inliers and outliers together.
 
     Raises:
         ValueError: if either has no examples.
     """
-    n_outliers, n_inliers = len(outliers.combined), len(inliers.combined)
+    n_outliers = len(outliers.combined)
+    n_inliers = len(inliers.combined)
+
     return OutlierDetection(
         negative_elbo=_detection(inliers.negative_elbo, outliers.negative_elbo),
         standardised_residual=_detection(
@@ -233,15 +266,17 @@ def auroc(inliers: Float[np.ndarray, " n"], outliers: Float[np.ndarray, " m"]) -
     .. math:: A = \frac1{nm} \sum_{ij} \bigl([s_i < t_j] + \tfrac12 [s_i = t_j]\bigr), \qquad
         \mathrm{s.e.}^2 = \frac{\mathrm{Var}_j\,V_j}{m} + \frac{\mathrm{Var}_i\,U_i}{n}
 
-    with V_j the share of inliers below outlier j, and U_i that of outliers above inlier i. DeLong, DeLong and
-    Clarke-Pearson (1988), *Comparing the areas under two or more correlated receiver operating characteristic curves*.
+    Here V_j is the share of inliers below outlier j, and U_i is the share of outliers above inlier
+    i. DeLong, DeLong and Clarke-Pearson (1988), *Comparing the areas under two or more correlated
+    receiver operating characteristic curves*.
 
     Args:
-        inliers: their scores, (n,), at least one.
-        outliers: theirs, (m,), at least one; higher if the score is any good.
+        inliers: scores of the inliers, (n,), at least one.
+        outliers: scores of the outliers, (m,), at least one. A good score is higher for outliers.
 
     Returns:
-        The area; its standard error, which is None if there is but one inlier or one outlier; n + m.
+        The area, its standard error and n + m. The standard error is None if there is only one
+        inlier or only one outlier.
 
     Raises:
         ValueError: if either is empty.
@@ -251,30 +286,35 @@ def auroc(inliers: Float[np.ndarray, " n"], outliers: Float[np.ndarray, " m"]) -
         Estimate(value=0.875, standard_error=0.1767766952966369, n=4)
     """
     _check_both(inliers, outliers)
+    n = len(inliers) + len(outliers)
     below = _share_below(outliers, inliers)
     above = 1 - _share_below(inliers, outliers)
-    standard_error = None
-    if min(len(inliers), len(outliers)) > 1:
-        standard_error = math.sqrt(below.var(ddof=1) / len(below) + above.var(ddof=1) / len(above))
-    return Estimate(float(below.mean()), standard_error, len(inliers) + len(outliers))
+    area = float(below.mean())
+
+    if min(len(inliers), len(outliers)) == 1:
+        return Estimate(area, None, n)
+
+    variance = below.var(ddof=1) / len(below) + above.var(ddof=1) / len(above)
+    return Estimate(area, math.sqrt(variance), n)
 
 
 def average_precision(
     inliers: Float[np.ndarray, " n"], outliers: Float[np.ndarray, " m"]
 ) -> Estimate:
-    r"""Area under the precision-recall curve as a step function, with the jackknife over the examples.
+    r"""Area under the precision-recall curve, a step function, with the jackknife over examples.
 
     .. math:: \sum_k (R_k - R_{k-1}) P_k
 
-    with precision P_k and recall R_k at the k-th threshold. Boyd, Eng and Page (2013), *Area under the
-    precision-recall curve: point estimates and confidence intervals*.
+    Here P_k and R_k are the precision and the recall at the k-th threshold. Boyd, Eng and Page
+    (2013), *Area under the precision-recall curve: point estimates and confidence intervals*.
 
     Args:
-        inliers: their scores, (n,), at least one.
-        outliers: theirs, (m,), at least one.
+        inliers: scores of the inliers, (n,), at least one.
+        outliers: scores of the outliers, (m,), at least one.
 
     Returns:
-        The area; its standard error, which is None if there is but one inlier or one outlier; n + m.
+        The area, its standard error and n + m. The standard error is None if there is only one
+        inlier or only one outlier.
 
     Raises:
         ValueError: if either is empty.
@@ -290,15 +330,18 @@ def average_precision(
     def area(rows: NDArray[np.int64]) -> float:
         return float(average_precision_score(is_outlier[rows], scores[rows]))
 
-    if min(len(inliers), len(outliers)) == 1:  # the jackknife would leave none
+    # The jackknife would leave out the only example of its kind.
+    if min(len(inliers), len(outliers)) == 1:
         return Estimate(area(np.arange(len(scores))), None, len(scores))
+
     return jackknife(area, len(scores))
 
 
 def _check_both(inliers: Array, outliers: Array) -> None:
-    if not len(inliers) or not len(outliers):
+    if len(inliers) == 0 or len(outliers) == 0:
         raise ValueError(
-            f"detection needs both kinds of examples, got {len(inliers)} inliers and {len(outliers)} outliers"
+            "detection needs both kinds of examples, "
+            f"got {len(inliers)} inliers and {len(outliers)} outliers"
         )
 
 
@@ -307,8 +350,10 @@ def _detection(inliers: Array, outliers: Array) -> Detection:
 
 
 def _share_below(scores: Array, others: Array) -> Array:
-    """Share of the others below each score, ties counted half."""
+    """Share of the others below each score, where a tie counts one half."""
     ordered = np.sort(others)
-    return (
-        np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right")
-    ) / (2 * len(others))
+    below = np.searchsorted(ordered, scores, "left")
+    below_or_equal = np.searchsorted(ordered, scores, "right")
+
+    share: Array = (below + below_or_equal) / (2 * len(others))
+    return share
