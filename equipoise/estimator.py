@@ -26,6 +26,7 @@ from equipoise.data.dataset import Array
 from equipoise.gaussian import Gaussian
 from equipoise.model import VAE, encode_all
 from equipoise.objectives import importance_weighted_bound
+from equipoise.randomness import stream, stream_seed
 from equipoise.run import Row
 from equipoise.sources import fit_aggregate, ready_source
 from equipoise.store import build_model, fill, read_tensors, write_tensors
@@ -259,7 +260,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             raise ValueError(f"expected n >= 1 samples, got {n}")
         density = ready_source(source, self.mixture_)
 
-        generator = torch.Generator().manual_seed(self._seed())
+        generator = stream(self._seed(), "samples")
         likelihood = self._decode(density.sample(n, generator).float())
         samples = likelihood.sample(generator) if noise else likelihood.mean
         return self._as_given(self.model_.scaling.restore_levels(samples))
@@ -401,7 +402,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         data = replace(data, test=data.validation)
         check_fit(data, config, min_train=MIN_EXAMPLES - MIN_VALIDATION)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-            torch.manual_seed(config.seed)
+            torch.manual_seed(stream_seed(config.seed, "weights"))
             if model is None:
                 model = make_model(data, config)
             elif model.noise.depends_on_code and model.noise.shared_log_var is not None:

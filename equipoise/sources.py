@@ -32,6 +32,7 @@ from equipoise.gaussian import Gaussian, SharedGenerator
 from equipoise.mixture_fit import EMStep, MixtureFit, fit_mixture, fit_variational_mixture
 from equipoise.model import VAE, encode_all
 from equipoise.processes import ALONE, Processes, choose_device
+from equipoise.randomness import stream
 from equipoise.run import Run
 from equipoise.store import (
     StoreError,
@@ -93,7 +94,7 @@ def fit_aggregate(
     Returns:
         The mixture and how it was found.
     """
-    generator = torch.Generator(device).manual_seed(config.seed + 4)
+    generator = stream(config.seed, "mixture", device=device)
 
     def encode(examples: ExampleSet) -> tuple[Gaussian, Tensor]:
         """Encode this process's part, and draw a code of each posterior.
@@ -117,7 +118,7 @@ def fit_aggregate(
 
     if processes.rank:
         # For the draws of random subsets, to which each process gives a share of its own.
-        generator.manual_seed(config.seed + 4 + processes.rank)
+        generator = stream(config.seed, "mixture", processes.rank, device=device)
 
     is_exact = config.mixture_from == "moments"
     return fit_mixture(
@@ -245,7 +246,7 @@ class FlowSource(FittedSource):
 
     def fit(self, task: FitTask) -> tuple[LatentDistribution, dict[str, Any]]:
         """Fit it by gradient, until held-out codes gain no more."""
-        generator = torch.Generator(task.device).manual_seed(task.config.seed + 4)
+        generator = stream(task.config.seed, "flow", device=task.device)
         training = encode_examples(task.model, task.data.train, task.device)
         validation = encode_examples(task.model, task.data.validation, task.device)
 

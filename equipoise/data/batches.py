@@ -1,6 +1,5 @@
 """Batches of raw examples on a device, in an order that is a pure function of seed and epoch."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from equipoise.data.dataset import Array, ExampleSet, Subset
 from equipoise.data.stream import Stream
+from equipoise.randomness import stream
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
@@ -31,13 +31,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
         >>> torch.equal(epoch_order(5, seed=0, epoch=3), epoch_order(5, seed=0, epoch=3))
         True
     """
-    return torch.randperm(n, generator=_epoch_generator(seed, epoch))
-
-
-def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    # A hash, because neighbouring seeds and epochs must not share orders, as seed + epoch would.
-    mixed = hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:8]
-    return torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
+    return torch.randperm(n, generator=stream(seed, epoch))
 
 
 def batches_of(
@@ -310,7 +304,7 @@ class StreamBatches(EpochBatches):
                 pieces,
                 len(self.stream),
                 self.stream.buffer_size,
-                _epoch_generator(self.seed, epoch),
+                stream(self.seed, epoch),
             )
         before = 0
         for piece in pieces:

@@ -1,6 +1,5 @@
 """What is evaluated: a model, its mixture, the examples, and how each section draws from them."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from equipoise.aggregate import GaussianMixture, LatentDistribution
 from equipoise.data import Batches, Data, Subset
 from equipoise.model import VAE
+from equipoise.randomness import stream
 
 BATCH = 500
 """Examples and samples that are computed together."""
@@ -87,9 +87,7 @@ class Subject:
         Returns:
             A generator on the device.
         """
-        digest = hashlib.sha256(f"{self.seed} {part}".encode()).digest()[:8]
-        seed = int.from_bytes(digest, "little")
-        return torch.Generator(self.device).manual_seed(seed)
+        return stream(self.seed, part, device=self.device)
 
     def batches(self, label: str, raw: Subset) -> Iterator[Tensor]:
         r"""Go through examples in order, with progress.

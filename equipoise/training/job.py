@@ -15,6 +15,7 @@ from equipoise.mixture_fit import EMStep, MixtureFit
 from equipoise.model import VAE
 from equipoise.noise import NoiseModel
 from equipoise.provenance import data_record, versions
+from equipoise.randomness import stream_seed
 from equipoise.run import Run
 from equipoise.sources import describe_mixture, fit_aggregate
 from equipoise.store import StoreError, save_mixture, save_model, write_json
@@ -83,7 +84,7 @@ def train(
         )
 
     # Everything that can refuse the input has run: only now does a folder appear.
-    torch.manual_seed(config.seed)
+    torch.manual_seed(stream_seed(config.seed, "weights"))
     model = make_model(data, config, encoder, decoder, noise)
     all_sinks: list[Sink] = []
     if fabric.is_global_zero:
@@ -94,7 +95,7 @@ def train(
             all_sinks.append(TRACKERS[config.tracker](run.folder, config.as_dict()))
     else:
         # Dropout in a user's own networks shall differ between processes.
-        torch.manual_seed(config.seed + fabric.global_rank)
+        torch.manual_seed(stream_seed(config.seed, "process", fabric.global_rank))
 
     trainer = Trainer(model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric)
     trainer.fit(resume=resume)

@@ -24,6 +24,7 @@ from equipoise.data.batches import examples
 from equipoise.data.varying import varying_mask
 from equipoise.model import VAE
 from equipoise.noise import build_noise, describe_noise
+from equipoise.randomness import stream
 from equipoise.run import Row
 from equipoise.stages import Decision, Stage, StageSchedule, floor_var
 from equipoise.store import StoreError
@@ -118,7 +119,7 @@ class Trainer:
         self.history: list[Row] = []
         self.optimal_var: Tensor | None = None
         self.descent: Descent | None = None
-        self.generator = self._generator(0)
+        self.generator = self._stream("training")
         self.means = RunningMeans(self.fabric.device)
         self.sigterm = Sigterm()
 
@@ -155,7 +156,7 @@ class Trainer:
         return split_figures(
             model,
             split,
-            self._generator(1),
+            self._stream("figures"),
             step=self.position.step,
             stage=self.schedule.stage,
             all_reduce=self.all_reduce,
@@ -195,8 +196,8 @@ class Trainer:
             is_compiled=self.config.compile,
         )
 
-    def _generator(self, part: int) -> torch.Generator:
-        return torch.Generator(self.fabric.device).manual_seed(self.config.seed + part)
+    def _stream(self, part: str) -> torch.Generator:
+        return stream(self.config.seed, part, device=self.fabric.device)
 
     def _look_at_data(self) -> None:
         """Note the data's variance, and compare their range with what the decoder can reach."""
@@ -323,7 +324,7 @@ class Trainer:
             )
         else:
             varying = varying_mask(self.data.train).to(self.fabric.device)
-            option, generator = self.config.recalibrate, self._generator(3)
+            option, generator = self.config.recalibrate, self._stream("recalibration")
             messages += recalibrate(
                 self.model, self.validation, varying, option, generator, self.all_reduce
             )
@@ -338,7 +339,7 @@ class Trainer:
     def _find_optimal_var(self) -> Tensor:
         """Set the noise variance of stage 1 to its exact optimum, eq. (10), and return it."""
         optimal_var = exact_optimal_var(
-            self.model, self.training, self._generator(2), self.all_reduce
+            self.model, self.training, self._stream("optimal variance"), self.all_reduce
         )
         self.model.noise.set_var(optimal_var)
         self.optimal_var = optimal_var
