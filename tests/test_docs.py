@@ -141,9 +141,7 @@ def test_the_main_job_in_the_summary_is_that_of_the_json(name):
     stage_1 = content["stages"][0]
     likelihood = content["evaluation"]["likelihood"]
     elbo = likelihood["elbo"]
-    prior, mixture = (
-        likelihood[key] for key in ("iwae_20_first_500", "iwae_20_first_500_mixture")
-    )
+    prior, mixture = (likelihood[key] for key in ("iwae_20_first_500", "iwae_20_first_500_mixture"))
 
     expected = [
         str(options["latent_dim"]),
