@@ -100,7 +100,8 @@ def read_json(name):
 
 def rows_of(page, title):
     """The cells of the rows whose first cell contains a title."""
-    lines = [line for line in page.splitlines() if line.startswith("|")]
+    text = page.replace("\u00a0", " ")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     rows = [[part.strip() for part in line.strip("|").split(" | ")] for line in lines]
     return [row for row in rows if title in row[0]]
 
