@@ -34,7 +34,7 @@ ROWS = {
     "AUROC, mixture density": "outliers.negative_mixture_log_prob.auroc",
     "AUROC, combined": "outliers.combined.auroc",
 }
-"""Of the table in the README, and where they are in ``evaluation.json``."""
+"""Rows of the table in docs/results-summary.md, and where their figures are."""
 
 
 def evaluate(options):
