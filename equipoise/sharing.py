@@ -98,10 +98,9 @@ def model_card(run: Run, name: str, license_id: str | None = None) -> str:
 def _header(data: dict[str, Any], license_id: str | None) -> dict[str, Any]:
     """The header of the card, which the hub reads; entries without a value are left out."""
     source = str(data["load"].get("source", ""))
+    dataset = MIRRORS.get(data["name"])
     if source.startswith(PREFIX):
         dataset = source.removeprefix(PREFIX)
-    else:
-        dataset = MIRRORS.get(data["name"])
 
     is_image = len(data["shape"]) == 3
     header: dict[str, Any] = {
