@@ -1,9 +1,11 @@
-"""Are the std maps true? From one stage 1, a stage 2 per floor, recalibrated in each way, compared on the test set.
+"""Are the maps of the std right? Compares floors of stage 2 and ways of recalibration.
 
     python benchmarks/calibration.py mnist --data-dir DATA --stage-1-epochs 6 --stage-2-epochs 3
 
-Over the pixels that vary: shares of the errors within 1, 2 and 3 predicted std, and within the intervals that were
-calibrated on the validation set for the same shares. Bits per dimension are those of the dequantised data, IWAE-20.
+From one stage 1, a stage 2 is trained for each floor, and recalibrated in each way. The comparison
+is on the test set. Over the pixels that vary, it gives the shares of the errors within 1, 2 and 3
+predicted std, and within the intervals that were calibrated on the validation set for the same
+shares. Bits per dimension are those of the dequantised data, IWAE-20.
 """
 
 import argparse
@@ -32,40 +34,44 @@ SHARES = (1.0, 2.0, 3.0)
 
 
 def main():
-    """Train and compare."""
+    """Train and compare, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", choices=["mnist", "fashion-mnist", "celeba", "digits"])
     parser.add_argument("--data-dir")
     parser.add_argument("--stage-1-epochs", type=int)
     parser.add_argument("--stage-2-epochs", type=int)
     parser.add_argument("--floors", nargs="+", default=["1.0", "0.01", "quantisation"])
-    parser.add_argument("--examples", type=int, default=2000, help="of the test set")
-    parser.add_argument("--iwae-examples", type=int, default=500, help="of the test set")
+    parser.add_argument("--examples", type=int, default=2000, help="test examples")
+    parser.add_argument("--iwae-examples", type=int, default=500, help="test examples for IWAE-20")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--models",
         type=Path,
-        help="folder that keeps the models; those in it are not trained again",
+        help="folder to keep the models in; models in it are not trained again",
     )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+
     recipe = read_recipe(shipped_recipes()[options.data])
     recipe.pop("data")
-    epochs = {
-        name: n
-        for name in ("stage_1_epochs", "stage_2_epochs")
-        if (n := getattr(options, name)) is not None
+    changes = {
+        "stage_1_epochs": options.stage_1_epochs,
+        "stage_2_epochs": options.stage_2_epochs,
+        "seed": options.seed,
     }
-    config = make_config(recipe | epochs | {"seed": options.seed})
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = make_config(recipe | changes)
     data = load(options.data, data_dir=options.data_dir)
 
-    def kept(name, train):
+    def load_or_train(name, train):
         file = options.models and options.models / f"{name}.safetensors"
         if file and file.is_file():
             return load_model(file)
+
         model = train().eval()
         if file:
             save_model(file, model)
+
         return model
 
     def stage_1():
@@ -79,60 +85,70 @@ def main():
         Trainer(model, data, replace(config, stage_1_epochs=0, floor=floor)).fit()
         return model
 
-    base = kept("stage1", stage_1)
+    base = load_or_train("stage1", stage_1)
     varying = varying_dimensions(examples(data.train, 5000, torch.device("cpu")))
+
     rows = {}
     for text in options.floors:
         floor = text if text == "quantisation" else float(text)
-        model = kept(f"floor-{text}", lambda floor=floor: stage_2(floor))
+        model = load_or_train(f"floor-{text}", lambda floor=floor: stage_2(floor))
+
         for recalibrate in RECALIBRATIONS:
+            # The same as at the end of a training with this option.
             variant = copy.deepcopy(model)
-            # As at the end of a training with this option.
             Trainer(variant, data, replace(config, recalibrate=recalibrate))._recalibrate()
+
             name = f"floor={text} recalibrate={recalibrate}"
             rows[name] = figures(variant.eval(), data, varying, options)
             print(f"{name:42}", describe(rows[name]), flush=True)
-    out = options.out or Path(f"results/calibration-{options.data}.json")
-    out.parent.mkdir(exist_ok=True)
+
     about = provenance(data=data, options=config.as_dict())
     about |= {"examples": options.examples, "iwae_examples": options.iwae_examples}
     about["varying_share"] = float(varying.float().mean())
+
+    out = options.out or Path(f"results/calibration-{options.data}.json")
+    out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
 
 
 def figures(model, data, varying, options):
-    """Of one model on the first test examples."""
+    """Compute the figures of one model on the first test examples."""
     test = data.test.take(slice(options.examples))
     generator = torch.Generator().manual_seed(options.seed)
     mse = likelihood(model, Batches(test, 500).epoch(), generator).mse
+
     first = Batches(data.test.take(slice(options.iwae_examples)), 50).epoch()
     bounds = iwae(model, first, 20, generator=generator, dequantised=True)
     bits = bits_per_dimension(
         Estimate.of_mean(bounds[1, 0]), math.prod(model.shape), model.scaling.quantum
     )
-    found = noise_calibration(model, Batches(test, 500).epoch(), varying).varying_dimensions
-    return {
+
+    calibration = noise_calibration(model, Batches(test, 500).epoch(), varying).varying_dimensions
+    row = {
         "scale": float((0.5 * model.noise.calibration).exp().mean()),
         "interval_factors": [model.noise.interval_factor(k) for k in SHARES],
         "mse": mse._asdict(),
         "bits_per_dim": bits._asdict(),
-        **{
-            name: figure._asdict()
-            for name, figure in found._asdict().items()
-            if isinstance(figure, Estimate)
-        },
     }
+    for name, figure in calibration._asdict().items():
+        if isinstance(figure, Estimate):
+            row[name] = figure._asdict()
+
+    return row
 
 
 def describe(row):
-    """One line of the table."""
+    """Write the figures of one model on a line."""
     std, intervals = (
         " ".join(f"{row[f'{prefix}coverage_{k}']['value']:.3f}" for k in (1, 2, 3))
         for prefix in ("", "interval_")
     )
+    factors = ", ".join(f"{factor:.2f}" for factor in row["interval_factors"])
+
     return (
-        f"x {row['scale']:.3f}  MSE {row['mse']['value']:.5f}  bits {row['bits_per_dim']['value']:.3f}  "
-        f"std {std}  intervals {intervals} ({', '.join(f'{f:.2f}' for f in row['interval_factors'])} std)  "
+        f"x {row['scale']:.3f}  MSE {row['mse']['value']:.5f}  "
+        f"bits {row['bits_per_dim']['value']:.3f}  "
+        f"std {std}  intervals {intervals} ({factors} std)  "
         f"ENCE {row['normalised_calibration_error']['value']:.3f}  "
         f"AUSE {row['sparsification_error_area']['value']:.3f}"
     )

@@ -1,9 +1,10 @@
-"""Cost against work: EM against N, K and d, training against N, D and d, each swept alone, with fitted exponents.
+"""Cost against work: fitted exponents of EM over N, K and d, and of training over N, D and d.
 
-    python benchmarks/cost_scaling.py [--parts em training] [--out results/benchmark-cost-scaling.json]
+    python benchmarks/cost_scaling.py [--parts em training]
 
-An exponent is the slope of log seconds against log size by least squares, with its standard error. EM reads float32
-codes from disk; a training step is what an epoch of the command's own loop takes, divided by its steps. One thread.
+Each size is changed alone. An exponent is the slope of log seconds against log size by least
+squares, with its standard error. EM reads float32 codes from disk. The time of a training step is
+that of an epoch of the command's own loop, divided by its steps. There is one thread.
 """
 
 import argparse
@@ -43,11 +44,16 @@ SIDE_OF_DIGITS = 8
 
 
 def exponent(sizes, seconds):
-    """Return the slope of log seconds against log size, its standard error, and the slope of the last two."""
+    """Fit log seconds against log size.
+
+    The result has the slope, its standard error, and the slope between the two largest sizes.
+    """
     x, y = np.log(sizes), np.log(seconds)
     slope, constant = np.polyfit(x, y, 1)
+
     residuals = y - slope * x - constant
     error = np.sqrt(residuals @ residuals / (len(x) - 2) / np.sum((x - x.mean()) ** 2))
+
     return {
         "exponent": slope,
         "standard_error": error,
@@ -56,18 +62,21 @@ def exponent(sizes, seconds):
 
 
 def em_seconds(folder, N, K, d):
-    """Return seconds per iteration over codes on disk, from a start at random codes."""
+    """Time an iteration of EM over codes on disk, which starts at random means."""
     generator = torch.Generator().manual_seed(SEED)
+
     path = Path(folder) / f"{d}.npy"
     if not path.exists():
         largest = max(EM_SWEEPS["N"]) if d == EM_DIMENSION else EM_CODES
         np.save(path, np.random.default_rng(SEED).standard_normal((largest, d), np.float32))
+
     codes = np.load(path, mmap_mode="r")[:N]
     start = GaussianMixture(
         torch.full((K,), 1 / K, dtype=torch.float64),
         torch.randn(K, d, generator=generator, dtype=torch.float64),
         torch.eye(d, dtype=torch.float64).repeat(K, 1, 1),
     )
+
     times = []
     fit_mixture(
         codes,
@@ -77,6 +86,7 @@ def em_seconds(folder, N, K, d):
         max_iter=EM_ITERATIONS,
         on_iteration=lambda _: times.append(time.perf_counter()),
     )
+
     return statistics.median(np.diff(times))
 
 
@@ -87,26 +97,27 @@ class Seconds:
         self.epochs = []
 
     def start(self, total_steps, done_steps, history):
-        """Nothing."""
+        """Do nothing."""
 
     def step(self, done_steps, total_steps, label, figures):
-        """Nothing."""
+        """Do nothing."""
 
     def message(self, text):
-        """Nothing."""
+        """Do nothing."""
 
     def close(self):
-        """Nothing."""
+        """Do nothing."""
 
     def epoch(self, row):
-        """Keep the time, which leaves validation out."""
+        """Keep the time of the epoch, which does not include validation."""
         self.epochs.append(row["seconds"])
 
 
 def epoch_seconds(N, side, d):
-    """Return seconds of an epoch of stage 1 of N grey images, the first epoch left out."""
+    """Time an epoch of stage 1 over N grey images, the first epoch left out; and its steps."""
     images = np.random.default_rng(SEED).integers(0, 256, (N + 20, 1, side, side), np.uint8)
     share = 10 / len(images)
+
     config = make_config(
         {
             "architecture": "conv",
@@ -121,47 +132,60 @@ def epoch_seconds(N, side, d):
         }
     )
     data = load(images, test_fraction=share, validation_fraction=share)
+
     seconds = Seconds()
     torch.manual_seed(SEED)
     Trainer(make_model(data, config), data, config, sinks=[seconds]).fit()
+
     return statistics.median(seconds.epochs[1:]), -(-len(data.train) // BATCH)
 
 
 def em_costs():
-    """Sweep EM."""
-    found = {}
+    """Change N, K and d of EM."""
+    costs = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, sizes in EM_SWEEPS.items():
             fixed = {"N": EM_CODES, "K": EM_COMPONENTS, "d": EM_DIMENSION}
             seconds = [em_seconds(folder, **fixed | {name: size}) for size in sizes]
+
             fixed.pop(name)
-            found[name] = {"fixed": fixed, "sizes": sizes, "seconds_per_iteration": seconds}
-            found[name] |= exponent(sizes, seconds)
-            report("EM", name, found[name])
-    return found
+            row = {"fixed": fixed, "sizes": sizes, "seconds_per_iteration": seconds}
+            costs[name] = row | exponent(sizes, seconds)
+            report("EM", name, costs[name])
+
+    return costs
 
 
 def training_costs():
-    """Sweep a training step against D and d, and an epoch against N."""
-    found = {}
+    """Change D and d of a training step, and N of an epoch."""
+    costs = {}
     for name, sizes in TRAINING_SWEEPS.items():
-        fixed = TRAINING | ({"side": SIDE_OF_DIGITS} if name == "N" else {})
-        measured = [epoch_seconds(**fixed | {name: size}) for size in sizes]
-        seconds = [epoch if name == "N" else epoch / steps for epoch, steps in measured]
+        fixed = dict(TRAINING)
+        if name == "N":
+            fixed["side"] = SIDE_OF_DIGITS
+
+        epochs = [epoch_seconds(**fixed | {name: size}) for size in sizes]
+        if name == "N":
+            unit, seconds = "seconds_per_epoch", [epoch for epoch, _ in epochs]
+        else:
+            unit, seconds = "seconds_per_step", [epoch / steps for epoch, steps in epochs]
+
         fixed.pop(name)
         if name == "side":
             name, sizes = "D", [side**2 for side in sizes]
-        unit = "seconds_per_epoch" if name == "N" else "seconds_per_step"
-        found[name] = {"fixed": fixed | {"batch_size": BATCH}, "sizes": sizes, unit: seconds}
-        found[name] |= exponent(sizes, seconds)
-        report("training", name, found[name])
-    return found
+
+        row = {"fixed": fixed | {"batch_size": BATCH}, "sizes": sizes, unit: seconds}
+        costs[name] = row | exponent(sizes, seconds)
+        report("training", name, costs[name])
+
+    return costs
 
 
 def report(what, name, row):
     """Print an exponent."""
+    sizes = row["sizes"]
     print(
-        f"{what}, {name} = {row['sizes'][0]} to {row['sizes'][-1]}: exponent {row['exponent']:.3f} "
+        f"{what}, {name} = {sizes[0]} to {sizes[-1]}: exponent {row['exponent']:.3f} "
         f"± {row['standard_error']:.3f}, {row['last_two']:.3f} between the last two",
         flush=True,
     )
@@ -178,7 +202,10 @@ def main():
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    costs = {part: {"em": em_costs, "training": training_costs}[part]() for part in options.parts}
+
+    sweeps = {"em": em_costs, "training": training_costs}
+    costs = {part: sweeps[part]() for part in options.parts}
+
     result = provenance() | {"seed": SEED, "threads": 1, **costs}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")

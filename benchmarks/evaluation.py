@@ -1,9 +1,11 @@
-"""Run `equipoise evaluate` as a user would, keep its figures, and lay those of several runs side by side.
+r"""Run `equipoise evaluate` as a user would, and compare the figures of several runs.
 
-python benchmarks/evaluation.py evaluate mnist --data-dir DATA --run RUN --against fashion-mnist \
-    --out results/evaluation-mnist.json
-python benchmarks/evaluation.py table results/evaluation-mnist.json results/evaluation-fashion-mnist.json
-python benchmarks/evaluation.py spread results/evaluation-mnist.json results/evaluation-mnist-seed-1.json ...
+    python benchmarks/evaluation.py evaluate mnist --data-dir DATA --run RUN \
+        --against fashion-mnist --out results/evaluation-mnist.json
+    python benchmarks/evaluation.py table results/evaluation-{mnist,fashion-mnist}.json
+    python benchmarks/evaluation.py spread results/evaluation-mnist{,-seed-1,-seed-2}.json
+
+A run that does not exist is trained first.
 """
 
 import argparse
@@ -38,104 +40,121 @@ ROWS = {
 
 
 def evaluate(options):
-    """Evaluate, and write the JSON."""
+    """Train the run if needed, evaluate it, and write the JSON."""
     places = ["--data-dir", options.data_dir] if options.data_dir else []
     if not (options.run / "model.safetensors").is_file():
         train = ["train", options.data, "--out", str(options.run), *places]
         subprocess.run([sys.executable, "-m", "equipoise", *train], check=True)
+
     command = ["evaluate", str(options.run), *places]
-    command += ["--against", options.against] if options.against else []
-    command += ["--seed", str(options.seed)] if options.seed is not None else []
+    if options.against:
+        command += ["--against", options.against]
+    if options.seed is not None:
+        command += ["--seed", str(options.seed)]
+
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "equipoise", *command], check=True)
-    seconds = round(time.perf_counter() - started, 1)
+    seconds = {"whole command": round(time.perf_counter() - started, 1)}
+
     run = Run(options.run)
-    settings, found = run.settings(), json.loads(run.evaluation_file.read_text())
-    about = found.pop("about")
+    settings, evaluation = run.settings(), json.loads(run.evaluation_file.read_text())
+    sections = evaluation.pop("about")["sections"]
+    seconds |= {name: section["seconds"] for name, section in sections.items()}
     stage_1 = next((row for row in run.history() if "optimal_noise_var" in row), {})
-    kept = provenance() | {
-        "data": {
-            key: settings["data"][key]
-            for key in ("name", "fingerprint", "n_train", "n_validation", "n_test")
-        },
+
+    keys = ("name", "fingerprint", "n_train", "n_validation", "n_test")
+    result = provenance() | {
+        "data": {key: settings["data"][key] for key in keys},
         "options": settings["options"],
-        "seconds": {"whole command": seconds}
-        | {name: section["seconds"] for name, section in about["sections"].items()},
-        "evaluation_seed": about["sections"]["samples"]["seed"],
+        "seconds": seconds,
+        "evaluation_seed": sections["samples"]["seed"],
         "optimal_noise_var": stage_1.get("optimal_noise_var"),
-        "evaluation": _without_curves(found),
+        "evaluation": _without_curves(evaluation),
     }
-    options.out.write_text(json.dumps(kept, indent=2) + "\n")
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _without_curves(value):
     if not isinstance(value, dict):
         return value
+
     return {key: _without_curves(part) for key, part in value.items() if key not in CURVES}
 
 
 def table(paths):
-    """Markdown, one column per file."""
+    """Make a Markdown table with a column for each file."""
     contents = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
     lines = ["| | " + " | ".join(content["data"]["name"] for content in contents) + " |"]
     lines.append("|---" * (1 + len(contents)) + "|")
+
     for title, path in ROWS.items():
         cells = []
         for content in contents:
             figure = content["evaluation"]
             for key in path.split("."):
                 figure = figure[key]
+
             cell = _format(figure)
             if "sparsification" in path:
                 noise = content["evaluation"]["noise"]["varying"]
                 cell += f" ({noise['random_sparsification_error_area']['value']:.2f})"
+
             cells.append(cell)
+
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
+
     return "\n".join(lines)
 
 
 def _format(figure):
-    """Two digits of the standard error, which says how many of the value are worth printing."""
+    """Write a figure with the digits that its standard error, of two digits, supports."""
     value, error = figure["value"], figure["standard_error"]
-    decimals = min(5, max(0, 1 - math.floor(math.log10(error)))) if error else 3
-    return f"{value:.{decimals}f} ± {error:.{decimals}f}" if error else f"{value:.{decimals}f}"
+    if not error:
+        return f"{value:.3f}"
+
+    decimals = min(5, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def spread(paths):
-    """How far figures of other seeds lie from those of the first, in standard errors of the difference."""
+    """Print how far the figures of other seeds lie from those of the first.
+
+    The unit is the standard error of the difference.
+    """
     first, *others = (
         dict(leaves(json.loads(Path(path).read_text(encoding="utf-8"))["evaluation"]))
         for path in paths
     )
+
     rows = []
     for keys, figure in first.items():
         if not (isinstance(figure, dict) and figure.get("standard_error")):
             continue
+
         gaps = []
         for other in others:
             error = math.hypot(figure["standard_error"], other[keys]["standard_error"])
             gaps.append((other[keys]["value"] - figure["value"]) / error)
+
         key, case = measure(keys[1:])
-        rows.append(
-            (
-                max(map(abs, gaps)),
-                ", ".join([keys[0], term(key).title, *(term(part).title for part in case)]),
-                gaps,
-            )
-        )
+        name = ", ".join([keys[0], term(key).title, *(term(part).title for part in case)])
+        rows.append((max(map(abs, gaps)), name, gaps))
+
     for _, name, gaps in sorted(rows, reverse=True):
         print(f"{name:90s} " + " ".join(f"{gap:+.2f}" for gap in gaps))
-    worst = [gap for _, _, gaps in rows for gap in gaps]
+
+    sizes = [abs(gap) for _, _, gaps in rows for gap in gaps]
     print(
-        f"{len(worst)} differences: {sum(abs(gap) < 1 for gap in worst)} below 1 standard error, "
-        f"{sum(abs(gap) < 2 for gap in worst)} below 2, largest {max(map(abs, worst)):.2f}"
+        f"{len(sizes)} differences: {sum(size < 1 for size in sizes)} below 1 standard error, "
+        f"{sum(size < 2 for size in sizes)} below 2, largest {max(sizes):.2f}"
     )
 
 
 def main():
-    """Read the arguments."""
+    """Run the command that the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
+
     one = commands.add_parser("evaluate")
     one.add_argument("data")
     one.add_argument("--data-dir")
@@ -143,10 +162,12 @@ def main():
         "--run", type=Path, required=True, help="run folder; trained first if it is not there"
     )
     one.add_argument("--against")
-    one.add_argument("--seed", type=int, help="of the evaluation")
+    one.add_argument("--seed", type=int, help="seed of the evaluation")
     one.add_argument("--out", type=Path, required=True)
+
     for name in ("table", "spread"):
         commands.add_parser(name).add_argument("files", nargs="+")
+
     options = parser.parse_args()
     if options.command == "evaluate":
         evaluate(options)

@@ -2,9 +2,10 @@
 
     python benchmarks/footprint.py --data-dir DATA
 
-Time of `equipoise --help` and of `import equipoise`, the median of several fresh processes; Python's own start is
-within the first and shown beside it. Peak resident memory of `equipoise train mnist` on the CPU, an epoch for each
-stage: both stages with their ends, the mixture, and the whole evaluation.
+The times are those of `equipoise --help` and of `import equipoise`, each the median of several
+fresh processes. The start of Python itself is part of the first, and shown beside it. The memory is
+the peak resident memory of `equipoise train mnist` on the CPU, with an epoch for each stage: both
+stages, the mixture, and the whole evaluation.
 """
 
 import argparse
@@ -29,23 +30,25 @@ print(time.perf_counter() - started, "torch" in sys.modules)
 
 
 def seconds(*arguments):
-    """Median time of a Python process."""
+    """Return the median time of a Python process."""
     times = []
     for _ in range(REPEATS):
         started = time.perf_counter()
         subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
         times.append(time.perf_counter() - started)
+
     return round(statistics.median(times), 3)
 
 
 def start_up():
-    """Figures of the start."""
-    imports = [
-        subprocess.run(
+    """Time the start."""
+    imports = []
+    for _ in range(REPEATS):
+        process = subprocess.run(
             [sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True
-        ).stdout.split()
-        for _ in range(REPEATS)
-    ]
+        )
+        imports.append(process.stdout.split())
+
     return {
         "python_seconds": seconds("-c", "pass"),
         "help_seconds": seconds("-m", "equipoise", "--help"),
@@ -55,27 +58,26 @@ def start_up():
 
 
 def training_memory(data_dir):
-    """Peak of a whole training command, which nothing else has run before: a process starts with its parent's peak."""
+    """Return the peak memory of a whole training command.
+
+    Call it before any other measurement: a process starts with the peak of its parent.
+    """
     sizes = {"stage_1_epochs": 1, "stage_2_epochs": 1}
-    command = [
-        sys.executable,
-        "-m",
-        "equipoise",
-        "train",
-        "mnist",
-        "--quiet",
-        "--set",
-        "accelerator=cpu",
-    ]
-    command += [f"{key}={value}" for key, value in sizes.items()]
-    command += ["--data-dir", data_dir] if data_dir else []
+    command = [sys.executable, "-m", "equipoise", "train", "mnist", "--quiet"]
+    command += ["--set", "accelerator=cpu", *(f"{key}={value}" for key, value in sizes.items())]
+    if data_dir:
+        command += ["--data-dir", data_dir]
+
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen([*command, "--out", f"{folder}/run"])
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"{command} failed")
-        steps = json.loads(Path(folder, "run", "metrics.jsonl").read_text().splitlines()[-1])
-    return sizes | {"epochs": steps["epoch"], "peak_gib": round(usage.ru_maxrss / 2**20, 3)}
+
+        lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+
+    last = json.loads(lines[-1])
+    return sizes | {"epochs": last["epoch"], "peak_gib": round(usage.ru_maxrss / 2**20, 3)}
 
 
 def main():
@@ -84,11 +86,12 @@ def main():
     parser.add_argument("--data-dir")
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-footprint.json"))
     options = parser.parse_args()
+
     rows = {"training_of_mnist": training_memory(options.data_dir), "start": start_up()}
     print(json.dumps(rows, indent=2))
-    options.out.write_text(
-        json.dumps(provenance() | {"repeats": REPEATS, "rows": rows}, indent=2) + "\n"
-    )
+
+    result = provenance() | {"repeats": REPEATS, "rows": rows}
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

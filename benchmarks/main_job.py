@@ -1,7 +1,8 @@
 """Run `equipoise train` as a user would, and keep its figures.
 
-python benchmarks/main_job.py mnist --data-dir DATA --run RUN --out results/main-job-mnist.json
-    (with --set latent_dim=2 for the plane of the paper's Table 1)
+    python benchmarks/main_job.py mnist --data-dir DATA --run RUN --out results/main-job-mnist.json
+
+The options `--set latent_dim=2` give the plane of the paper's table 1.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from equipoise.run import Run
 
 
 def main():
-    """Run it and write the JSON."""
+    """Run the command and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data")
     parser.add_argument("--data-dir")
@@ -24,30 +25,32 @@ def main():
     parser.add_argument("--run", type=Path, required=True, help="run folder to write")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+
     command = [sys.executable, "-m", "equipoise", "train", options.data, "--out", str(options.run)]
-    command += ["--data-dir", options.data_dir] if options.data_dir else []
-    command += ["--set", *options.set] if options.set else []
+    if options.data_dir:
+        command += ["--data-dir", options.data_dir]
+    if options.set:
+        command += ["--set", *options.set]
+
     started = time.perf_counter()
     subprocess.run(command, check=True)
     seconds = time.perf_counter() - started
+
     run = Run(options.run)
-    ends = [row for row in run.history() if "test_elbo" in row]
     settings = run.settings()
-    found = provenance() | {
-        "data": {
-            key: settings["data"][key]
-            for key in ("name", "fingerprint", "n_train", "n_validation", "n_test")
-        },
+    ends = [row for row in run.history() if "test_elbo" in row]
+    stages = [{key: row[key] for key in row if not key.startswith("train_")} for row in ends]
+
+    keys = ("name", "fingerprint", "n_train", "n_validation", "n_test")
+    result = provenance() | {
+        "data": {key: settings["data"][key] for key in keys},
         "options": settings["options"],
         "seconds": round(seconds, 1),
         "n_components": run.mixture().n_components,
-        "stages": [
-            {key: value for key, value in row.items() if not key.startswith("train_")}
-            for row in ends
-        ],
+        "stages": stages,
         "evaluation": json.loads(run.evaluation_file.read_text()),
     }
-    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""EM of equipoise against scikit-learn's GaussianMixture, from the same start, in turns; and its peak memory.
+"""EM of equipoise against scikit-learn's GaussianMixture: seconds per iteration and peak memory.
 
-    python benchmarks/mixture_em.py [--out results/benchmark-mixture-em.json] [--threads 1]
+    python benchmarks/mixture_em.py [--threads 1]
 
-Both fit the same float64 codes from the same mixture, without a covariance floor, for the same number of
-iterations. An iteration is what a longer fit takes more than a shorter one, so that neither pays for its
-preparation. One thread each by default: on a shared machine more would measure the neighbours.
+Both fit the same float64 codes from the same mixture, in turns, without a covariance floor, for the
+same number of iterations. The time of an iteration is the difference between a longer and a shorter
+fit, so that the preparation does not count. Each has one thread by default, since more threads on a
+shared machine would measure the other users.
 """
 
 import argparse
@@ -17,8 +18,8 @@ import time
 import warnings
 from pathlib import Path
 
-# torch, scikit-learn and equipoise are imported in the functions: a subprocess starts with the peak memory of
-# its parent, which therefore stays small until memory has been measured.
+# torch, scikit-learn and equipoise are imported in the functions. A subprocess starts with the peak
+# memory of its parent, which therefore stays small until memory has been measured.
 from equipoise.provenance import provenance
 
 SIZES = ((60_000, 16, 256), (60_000, 16, 32), (20_000, 64, 200))
@@ -27,7 +28,7 @@ SEED = 0
 
 
 def planted_codes(N, d, K):
-    """Return codes of K overlapping clusters of equal size, and a start near the truth."""
+    """Make codes of K overlapping clusters of equal size, and a mixture near the truth."""
     import torch
 
     from equipoise.aggregate import GaussianMixture
@@ -40,16 +41,18 @@ def planted_codes(N, d, K):
     centres = normal(K, d)
     shapes = torch.eye(d, dtype=torch.float64) * 0.5 + normal(K, d, d) * 0.5 / d**0.5
     labels = torch.arange(N) % K
+
     codes = normal(N, d)
     for k in range(K):
         codes[labels == k] = centres[k] + codes[labels == k] @ shapes[k].T
+
     weights = torch.full((K,), 1 / K, dtype=torch.float64)
     covariances = (0.5 * torch.eye(d, dtype=torch.float64)).expand(K, d, d)
     return codes, GaussianMixture(weights, centres + 0.1 * normal(K, d), covariances)
 
 
 def run_equipoise(codes, start, max_iter):
-    """Return seconds and the mean log-likelihoods, one an iteration."""
+    """Return the seconds of a fit, and the mean log-likelihood of each iteration."""
     from equipoise.mixture_fit import fit_mixture
 
     began = time.perf_counter()
@@ -58,7 +61,7 @@ def run_equipoise(codes, start, max_iter):
 
 
 def run_scikit_learn(codes, start, max_iter):
-    """Return the same of scikit-learn."""
+    """Return the same for scikit-learn."""
     import torch
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
@@ -72,29 +75,31 @@ def run_scikit_learn(codes, start, max_iter):
         means_init=start.means.numpy(),
         precisions_init=torch.linalg.inv(start.covariances).numpy(),
     )
+
     array = codes.numpy()
     began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the number of iterations is fixed
         model.fit(array)
+
     return time.perf_counter() - began, [float(bound) for bound in model.lower_bounds_]
 
 
 def compare(N, d, K):
-    """Time both in turns and compare the likelihoods of the last iteration."""
+    """Time both in turns, and compare the likelihoods of the last iteration."""
     codes, start = planted_codes(N, d, K)
     seconds = {run_equipoise: [], run_scikit_learn: []}
     last = {}
+
     for _ in range(ROUNDS):
         for run, times in seconds.items():
             short, _ = run(codes, start, SHORT)
             long, log_likelihoods = run(codes, start, LONG)
             times.append((long - short) / (LONG - SHORT))
             last[run] = log_likelihoods[-1]
-    ours, theirs = (
-        statistics.median(seconds[run_equipoise]),
-        statistics.median(seconds[run_scikit_learn]),
-    )
+
+    ours = statistics.median(seconds[run_equipoise])
+    theirs = statistics.median(seconds[run_scikit_learn])
     return {
         "N": N,
         "d": d,
@@ -115,7 +120,10 @@ def peak_mebibytes():
 
 
 def fit_a_million():
-    """Fit 1,000,000 float32 codes of d = 16 with K = 32, start included; run in a process of its own."""
+    """Fit 1,000,000 float32 codes of d = 16 with K = 32, and print the peak memory.
+
+    The fit includes its start. It runs in a process of its own.
+    """
     import torch
 
     from equipoise.mixture_fit import fit_mixture
@@ -123,6 +131,7 @@ def fit_a_million():
     torch.set_num_threads(1)
     codes = torch.randn(1_000_000, 16, generator=torch.Generator().manual_seed(SEED))
     before = peak_mebibytes()
+
     fit_mixture(codes, 32, max_iter=3, generator=torch.Generator().manual_seed(SEED))
     print(json.dumps({"peak_mib": peak_mebibytes(), "with_codes_before_fit_mib": before}))
 
@@ -136,6 +145,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory-only", action="store_true", help="what the subprocess runs")
     options = parser.parse_args()
+
     if options.memory_only:
         fit_a_million()
         return
@@ -155,16 +165,10 @@ def main():
         rows = [compare(*size) for size in SIZES]
 
     table = Table(title=f"EM, seconds per iteration, {options.threads} thread(s)")
-    for heading in (
-        "N",
-        "d",
-        "K",
-        "equipoise",
-        "scikit-learn",
-        "ratio",
-        "log-likelihood difference",
-    ):
+    headings = ("N", "d", "K", "equipoise", "scikit-learn", "ratio", "log-likelihood difference")
+    for heading in headings:
         table.add_column(heading, justify="right")
+
     for row in rows:
         table.add_row(
             *(str(row[name]) for name in "NdK"),
@@ -173,6 +177,7 @@ def main():
             f"{row['ratio']:.1f}",
             f"{row['log_likelihood_difference']:.1e}",
         )
+
     console = Console()
     console.print(table)
     console.print(

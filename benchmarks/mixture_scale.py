@@ -1,10 +1,11 @@
-"""EM over codes on disk: seconds per iteration of one and two processes, memory, and what the first phase saves.
+"""EM over codes on disk: seconds per iteration, memory, and the gain of the first phase.
 
-    python benchmarks/mixture_scale.py [--codes 10000000] [--out results/benchmark-mixture-scale.json]
+    python benchmarks/mixture_scale.py [--codes 10000000]
 
-The codes are float32, d = 16, of a planted mixture of 64 clusters that overlap; 32 components are fitted, from
-k-means, as codes of a trained model have no true number either and EM is slow there. Each process has one thread
-and half of the codes, and sums go through gloo. Processes take turns, one and two, within each round.
+The codes are float32 of d = 16, from a planted mixture of 64 clusters that overlap. 32 components
+are fitted, from k-means: the codes of a trained model have no true number of components either, and
+EM is slow there. One and two processes are compared, in turns within each round. Each process has
+one thread and its share of the codes, and sums go through gloo.
 """
 
 import argparse
@@ -27,28 +28,34 @@ SEED = 0
 
 
 def write_planted_codes(path, N, d, K):
-    """Write codes of K clusters of equal size and different shapes, a piece at a time."""
+    """Write codes of K clusters of equal size and different shapes, one chunk at a time."""
     generator = np.random.default_rng(SEED)
     centres = 0.6 * generator.standard_normal((K, d))
     shapes = 0.5 * np.eye(d) + 0.5 / d**0.5 * generator.standard_normal((K, d, d))
+
     codes = np.lib.format.open_memmap(path, "w+", np.float32, (N, d))
     for first in range(0, N, 100_000):
-        piece = generator.standard_normal((min(100_000, N - first), d), np.float32)
-        labels = np.arange(len(piece)) % K
+        chunk = generator.standard_normal((min(100_000, N - first), d), np.float32)
+        labels = np.arange(len(chunk)) % K
         for k in range(K):
-            piece[labels == k] = centres[k] + piece[labels == k] @ shapes[k].T
-        codes[first : first + len(piece)] = piece
+            chunk[labels == k] = centres[k] + chunk[labels == k] @ shapes[k].T
+
+        codes[first : first + len(chunk)] = chunk
+
     codes.flush()
 
 
 def anonymous_mebibytes():
-    """Return the resident memory of this process that no file backs: what mapped codes don't count towards."""
+    """Return the resident memory of this process that no file backs.
+
+    Codes that are mapped from a file do not count towards it.
+    """
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 class PeakMemory(threading.Thread):
-    """Watches the anonymous memory of this process until it is told to stop."""
+    """Watches the anonymous memory of this process until ``stopped`` is set."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -56,13 +63,13 @@ class PeakMemory(threading.Thread):
         self.stopped = threading.Event()
 
     def run(self):
-        """Look fifty times a second."""
+        """Look at the memory fifty times a second."""
         while not self.stopped.wait(0.02):
             self.peak = max(self.peak, anonymous_mebibytes())
 
 
 def fit_part(task):
-    """Fit this process's part of the codes and print what happened."""
+    """Fit this process's part of the codes, and print the figures of the fit as JSON."""
     import torch
     from torch import distributed
 
@@ -70,6 +77,7 @@ def fit_part(task):
     from equipoise.processes import Processes
 
     torch.set_num_threads(1)
+
     rank, size = task["rank"], task["size"]
     distributed.init_process_group(
         "gloo", init_method=f"file://{task['store']}", rank=rank, world_size=size
@@ -81,11 +89,17 @@ def fit_part(task):
 
     codes = np.load(task["path"], mmap_mode="r")[: task["N"]]
     codes = codes[task["N"] * rank // size : task["N"] * (rank + 1) // size]
+
     memory = PeakMemory()
     before = anonymous_mebibytes()
     memory.start()
+
     distributed.barrier()
     began, steps = time.perf_counter(), []
+
+    def note(step):
+        steps.append((step.n_codes, time.perf_counter() - began, step.log_likelihood))
+
     fit = fit_mixture(
         codes,
         COMPONENTS,
@@ -93,21 +107,20 @@ def fit_part(task):
         subsample=task["subsample"],
         processes=Processes(rank, size, all_reduce),
         generator=torch.Generator().manual_seed(task["seed"] * size + rank),
-        on_iteration=lambda step: steps.append(
-            (step.n_codes, time.perf_counter() - began, step.log_likelihood)
-        ),
+        on_iteration=note,
     )
     seconds = time.perf_counter() - began
     memory.stopped.set()
     distributed.destroy_process_group()
-    full = [(when, value) for n_codes, when, value in steps if n_codes == task["N"]]
+
+    passes = [(when, value) for n_codes, when, value in steps if n_codes == task["N"]]
     result = {
         "seconds": seconds,
-        "iterations_on_subsample": len(steps) - len(full),
-        "passes": len(full),
+        "iterations_on_subsample": len(steps) - len(passes),
+        "passes": len(passes),
         "converged": fit.converged,
-        "seconds_at_pass": [when for when, _ in full],
-        "log_likelihoods": [value for _, value in full],
+        "seconds_at_pass": [when for when, _ in passes],
+        "log_likelihoods": [value for _, value in passes],
         "peak_anonymous_mib": memory.peak,
         "anonymous_mib_before_fit": before,
     }
@@ -115,7 +128,7 @@ def fit_part(task):
 
 
 def run(size, path, N, *, max_iter, subsample, seed=SEED):
-    """Fit in ``size`` processes; return what rank 0 saw, with the largest memory of any."""
+    """Fit in ``size`` processes; return the figures of rank 0, and the largest memory of any."""
     with tempfile.TemporaryDirectory() as folder:
         task = {
             "size": size,
@@ -126,6 +139,7 @@ def run(size, path, N, *, max_iter, subsample, seed=SEED):
             "seed": seed,
         }
         task["store"] = f"{folder}/store"
+
         command = [sys.executable, __file__, "--task"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         children = [
@@ -138,23 +152,26 @@ def run(size, path, N, *, max_iter, subsample, seed=SEED):
             for rank in range(size)
         ]
         results = [json.loads(child.communicate()[0]) for child in children]
+
     peak = max(result["peak_anonymous_mib"] for result in results)
     return results[0] | {"peak_anonymous_mib": peak}
 
 
 def time_iterations(path, N, rounds):
-    """Return seconds per iteration and memory of one process and of two, in turns."""
+    """Time an iteration of one process and of two, in turns; return seconds and memory."""
     seconds, memory = {1: [], 2: []}, {}
     for _ in range(rounds):
         for size in seconds:
             result = run(size, path, N, max_iter=ITERATIONS, subsample=None)
             seconds[size] += np.diff(result["seconds_at_pass"]).tolist()
             memory[size] = {key: value for key, value in result.items() if "anonymous" in key}
+
             print(
                 f"{size} process(es): {statistics.median(seconds[size]):.2f} s per iteration",
                 memory[size],
                 flush=True,
             )
+
     medians = {size: statistics.median(times) for size, times in seconds.items()}
     rows = {
         str(size): {"seconds_per_iteration": medians[size], "all": seconds[size], **memory[size]}
@@ -164,29 +181,36 @@ def time_iterations(path, N, rounds):
 
 
 def compare_phases(path, N, seed):
-    """Return passes and seconds to convergence with a first phase and without, in two processes."""
-    found = {}
+    """Fit until convergence with a first phase and without one, in two processes."""
+    results = {}
     for name, subsample in {"with_first_phase": "auto", "without": None}.items():
-        found[name] = run(2, path, N, max_iter=200, subsample=subsample, seed=seed)
+        result = run(2, path, N, max_iter=200, subsample=subsample, seed=seed)
+        results[name] = result
         print(
-            f"{N:,} codes, seed {seed}, {name}: {found[name]['iterations_on_subsample']} iterations on the subsample, "
-            f"{found[name]['passes']} passes, {found[name]['seconds']:.1f} s, "
-            f"{found[name]['log_likelihoods'][-1]:.4f} nats per code",
+            f"{N:,} codes, seed {seed}, {name}: "
+            f"{result['iterations_on_subsample']} iterations on the subsample, "
+            f"{result['passes']} passes, {result['seconds']:.1f} s, "
+            f"{result['log_likelihoods'][-1]:.4f} nats per code",
             flush=True,
         )
-    first, without = found["with_first_phase"], found["without"]
+
+    first, without = results["with_first_phase"], results["without"]
+    difference = first["log_likelihoods"][-1] - without["log_likelihoods"][-1]
+
+    # The time at which each reached the likelihood that both reach in the end.
     goal = min(first["log_likelihoods"][-1], without["log_likelihoods"][-1])
-    for result in found.values():
+    key = "seconds_to_same_log_likelihood"
+    for result in results.values():
         reached = next(i for i, value in enumerate(result["log_likelihoods"]) if value >= goal)
-        result["seconds_to_same_log_likelihood"] = result["seconds_at_pass"][reached]
+        result[key] = result["seconds_at_pass"][reached]
+
     return {
         "N": N,
         "seed": seed,
-        **found,
+        **results,
         "ratio_of_seconds": without["seconds"] / first["seconds"],
-        "ratio_of_seconds_to_same_log_likelihood": without["seconds_to_same_log_likelihood"]
-        / first["seconds_to_same_log_likelihood"],
-        "log_likelihood_difference": first["log_likelihoods"][-1] - without["log_likelihoods"][-1],
+        "ratio_of_seconds_to_same_log_likelihood": without[key] / first[key],
+        "log_likelihood_difference": difference,
     }
 
 
@@ -199,15 +223,16 @@ def main():
     parser.add_argument("--codes", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=SEEDS, help="of the fits to convergence"
+        "--seeds", type=int, nargs="+", default=SEEDS, help="seeds of the fits to convergence"
     )
     parser.add_argument(
         "--whole",
         action="store_true",
-        help="also fit all codes to convergence, for a quarter of an hour",
+        help="also fit all codes to convergence, which takes a quarter of an hour",
     )
     parser.add_argument("--task", type=json.loads, help="what a subprocess does")
     options = parser.parse_args()
+
     if options.task:
         fit_part(options.task)
         return
@@ -218,6 +243,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "codes.npy"
         write_planted_codes(path, N, DIMENSION, CLUSTERS)
+
+        iteration = time_iterations(path, N, options.rounds)
+        sizes = [(N, SEED)] if options.whole else []
+        sizes += [(min(N, FEWER_CODES), seed) for seed in options.seeds]
+        first_phase = [compare_phases(path, n, seed) for n, seed in sizes]
+
         result = provenance() | {
             "seed": SEED,
             "N": N,
@@ -226,15 +257,17 @@ def main():
             "clusters": CLUSTERS,
             "mib_on_disk": path.stat().st_size / 2**20,
             "threads_per_process": 1,
-            "iteration": time_iterations(path, N, options.rounds),
-            "first_phase": [compare_phases(path, N, SEED) for _ in range(options.whole)]
-            + [compare_phases(path, min(N, FEWER_CODES), seed) for seed in options.seeds],
+            "iteration": iteration,
+            "first_phase": first_phase,
         }
+
     print(f"one process / two: {result['iteration']['ratio']:.2f}")
     for row in result["first_phase"]:
         print(
-            f"{row['N']:,} codes, seed {row['seed']}: without / with a first phase {row['ratio_of_seconds']:.1f}"
+            f"{row['N']:,} codes, seed {row['seed']}: "
+            f"without / with a first phase {row['ratio_of_seconds']:.1f}"
         )
+
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -1,24 +1,26 @@
-"""equipoise against pythae on MNIST: the same networks, start, data, batch size and epochs, judged by one protocol.
+"""equipoise against pythae on MNIST, judged by one protocol.
 
     python benchmarks/peers.py --data-dir DATA --threads 1
 
-pythae's requirements contain a backport that Python no longer needs, so it has an environment of its own:
+Networks, start, data, batch size and epochs are the same. The requirements of pythae contain a
+backport that Python no longer needs, so it has an environment of its own:
 
     python -m venv peers && . peers/bin/activate
     pip install -c constraints.txt -e .
     pip install --no-deps pythae==0.1.2
     pip install -c constraints.txt cloudpickle imageio "pydantic>=2" scipy tqdm
 
-Every model starts from the networks of `make_model` with the recipe of the data. pythae's have its default weights of
-the loss and its own trainer, which keeps the epoch of the best validation loss:
+Every model starts from the networks of `make_model` with the recipe of the data. The models of
+pythae have its default weights of the loss, and its own trainer, which keeps the epoch with the
+best validation loss:
 
 - ``pythae-*``: Adam at a constant 1e-3;
-- ``pythae-*-scheduled``: the optimiser of equipoise, AdamW with betas (.9, .99), its peak rate, warm-up over the first
-  epoch and cosine decay. pythae moves the rate once an epoch, so the first one has the mean rate of the warm-up, and it
-  does not clip gradients.
+- ``pythae-*-scheduled``: the optimiser of equipoise, AdamW with betas (.9, .99), its peak rate,
+  warm-up over the first epoch and cosine decay. pythae changes the rate once an epoch, so the first
+  epoch has the mean rate of the warm-up. pythae does not clip gradients.
 
-Samples and reconstructions (of the code's mean) are the decoder's means, as 8-bit images. Models that are in the JSON
-already, with the same options, data, versions and start, are not trained again.
+Samples and reconstructions (of the mean code) are the decoder's means, as 8-bit images. A model is
+not trained again if it is already in the JSON with the same options, data, versions and start.
 """
 
 import argparse
@@ -70,7 +72,7 @@ MODELS = [
 
 
 class Encoder(BaseEncoder):
-    """equipoise's encoder under pythae's names; an autoencoder takes the mean only."""
+    """The encoder of equipoise under pythae's names; an autoencoder takes the mean only."""
 
     def __init__(self, model):
         super().__init__()
@@ -84,7 +86,7 @@ class Encoder(BaseEncoder):
 
 
 class Decoder(BaseDecoder):
-    """Likewise the decoder, with its bounds."""
+    """The decoder of equipoise under pythae's names, with its bounds."""
 
     def __init__(self, model):
         super().__init__()
@@ -97,7 +99,7 @@ class Decoder(BaseDecoder):
 
 
 class Images:
-    """Images that a trained model makes, in model units, and the seconds that it took to get there."""
+    """Images of a trained model in model units, and the seconds that its training took."""
 
     def __init__(self, reconstruction, prior, mixture, seconds):
         self.rows = {"reconstruction": reconstruction, "prior": prior, "mixture": mixture}
@@ -105,51 +107,56 @@ class Images:
 
 
 def start(data, config):
-    """Untrained networks, every time the same."""
+    """Make the untrained networks, which are the same every time."""
     torch.manual_seed(config.seed)
     np.random.seed(config.seed)  # noqa: NPY002 (scikit-learn's mixture in pythae draws from it)
     return make_model(data, config)
 
 
 def fit_equipoise(data, config):
-    """A model of Algorithm 1, and the clock that ran meanwhile."""
+    """Train a model by Algorithm 1; return it and the clock of the training."""
     model = start(data, config)
+
     clock = Clock()
     Trainer(model, data, config).fit()
     clock.lap("training")
+
     return model.eval(), clock
 
 
 def train_equipoise(data, config):
-    """Algorithm 1, and a mixture fitted to the aggregate posterior."""
+    """Train by Algorithm 1, fit a mixture to the aggregate posterior, and make images."""
     model, clock = fit_equipoise(data, config)
     device = choose_device(config)
     mixture = fit_aggregate(model, data, config, device).mixture
     clock.lap("mixture")
-    sources = {"prior": StandardNormal(model.latent_dim).to(device), "mixture": mixture}
+
     generator = torch.Generator(device).manual_seed(config.seed)
-    batches = range(min(N_SAMPLES, len(data.test)) // BATCH)
+    n_batches = min(N_SAMPLES, len(data.test)) // BATCH
+
+    def sample(source):
+        batches = [model.generate(BATCH, source, generator) for _ in range(n_batches)]
+        return torch.cat([batch.mean.cpu() for batch in batches])
+
     with torch.no_grad():
-        made = {
-            row: torch.cat([model.generate(BATCH, source, generator).mean.cpu() for _ in batches])
-            for row, source in sources.items()
-        }
-        reconstruction = torch.cat(
-            [
-                model.reconstruct(model.scaling(raw)).mean.cpu()
-                for raw in Batches(data.test, BATCH, device).epoch()
-            ]
-        )
-    return Images(reconstruction, made["prior"], made["mixture"], clock.seconds)
+        prior = sample(StandardNormal(model.latent_dim).to(device))
+        from_mixture = sample(mixture)
+
+        reconstructions = [
+            model.reconstruct(model.scaling(raw)).mean.cpu()
+            for raw in Batches(data.test, BATCH, device).epoch()
+        ]
+
+    return Images(torch.cat(reconstructions), prior, from_mixture, clock.seconds)
 
 
 def fit_pythae(kind, data, config, settings):
-    """A model of pythae, trained by its pipeline, and the clock that ran meanwhile."""
+    """Train a model of pythae by its pipeline; return it and the clock of the training."""
     model_class, config_class = PYTHAE[kind]
     ours = start(data, config)
-    model = model_class(
-        config_class(input_dim=data.shape, latent_dim=ours.latent_dim), Encoder(ours), Decoder(ours)
-    )
+    model_config = config_class(input_dim=data.shape, latent_dim=ours.latent_dim)
+    model = model_class(model_config, Encoder(ours), Decoder(ours))
+
     sizes = {
         "num_epochs": config.stage_1_epochs,
         "per_device_train_batch_size": config.batch_size,
@@ -157,82 +164,89 @@ def fit_pythae(kind, data, config, settings):
         "seed": config.seed,
         "no_cuda": choose_device(config).type != "cuda",
     }
+
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        if kind == "rae-l2":  # an optimiser each for encoder and decoder
-            both = {
+        if kind == "rae-l2":  # it has one optimiser for the encoder and one for the decoder
+            coupled = {
                 f"{half}_{name}": value
                 for half in ("encoder", "decoder")
                 for name, value in settings.items()
             }
-            trainer = CoupledOptimizerTrainerConfig(output_dir=folder, **sizes, **both)
+            trainer = CoupledOptimizerTrainerConfig(output_dir=folder, **sizes, **coupled)
         else:
             trainer = BaseTrainerConfig(output_dir=folder, **sizes, **settings)
-        TrainingPipeline(model=model, training_config=trainer)(
-            scaled(ours, data.train), scaled(ours, data.validation)
-        )
+
+        pipeline = TrainingPipeline(model=model, training_config=trainer)
+        pipeline(scaled(ours, data.train), scaled(ours, data.validation))
+
         weights = next(Path(folder).glob("*/final_model/model.pt"))
         model.load_state_dict(torch.load(weights, weights_only=True)["model_state_dict"])
+
     clock.lap("training")
+
     return model.eval(), clock
 
 
 def fit_pythae_mixture(model, data, n_components):
-    """The sampler of pythae that draws codes from a Gaussian mixture."""
+    """Fit the sampler of pythae that draws codes from a Gaussian mixture."""
     mixture = GaussianMixtureSampler(model, GaussianMixtureSamplerConfig(n_components=n_components))
     mixture.fit(scaled(model.decoder.model, data.train))
     return mixture
 
 
 def train_pythae(kind, data, config, settings):
-    """The pipeline and the samplers of pythae."""
+    """Train by the pipeline of pythae, fit its mixture, and make images."""
     model, clock = fit_pythae(kind, data, config, settings)
     mixture = fit_pythae_mixture(model, data, config.n_components)
     clock.lap("mixture")
+
     test = scaled(model.decoder.model, data.test)
     n = min(N_SAMPLES, len(data.test))
     with torch.no_grad():
-        return Images(
-            torch.cat(
-                [model.predict(x.to(mixture.device)).recon_x.cpu() for x in test.split(BATCH)]
-            ),
-            NormalSampler(model).sample(n).cpu(),
-            mixture.sample(n).cpu(),
-            clock.seconds,
-        )
+        reconstructions = [
+            model.predict(x.to(mixture.device)).recon_x.cpu() for x in test.split(BATCH)
+        ]
+        prior = NormalSampler(model).sample(n).cpu()
+        from_mixture = mixture.sample(n).cpu()
+
+    return Images(torch.cat(reconstructions), prior, from_mixture, clock.seconds)
 
 
 class Clock:
-    """Seconds between laps."""
+    """Measures the seconds between laps."""
 
     def __init__(self):
         self.last = time.perf_counter()
         self.seconds = {}
 
     def lap(self, name):
-        """End one."""
+        """End a lap, and start the next."""
         now = time.perf_counter()
         self.seconds[name] = round(now - self.last, 1)
         self.last = now
 
 
 def scaled(model, part):
-    """Images in model units."""
+    """Return images in model units."""
     return model.scaling(torch.from_numpy(part[:]))
 
 
 def optimiser(config, is_scheduled):
-    """Settings of pythae's trainer."""
+    """Return the settings of pythae's trainer."""
     if not is_scheduled:
         return {"optimizer_cls": "Adam", "learning_rate": 1e-3}
+
+    # The rate is half of the peak at step 0, the peak at step 1, and zero after the last epoch.
     epochs = config.stage_1_epochs
-    schedule = {  # steps 0 (half of the peak), 1 (peak), ..., epochs (zero, after the last epoch)
+    schedule = {
         "max_lr": config.learning_rate,
         "total_steps": epochs + 1,
         "pct_start": 2 / (epochs + 1),
         "div_factor": 2.0,
         "cycle_momentum": False,
     }
+
     return {
         "optimizer_cls": "AdamW",
         "optimizer_params": {"betas": (0.9, 0.99), "weight_decay": config.weight_decay},
@@ -243,79 +257,86 @@ def optimiser(config, is_scheduled):
 
 
 def train(name, data, config):
-    """Any of the models."""
+    """Train the model of a name, and make images."""
     if name == OURS:
         return train_equipoise(data, config)
+
     if name == TWO_STAGES:
         first = round(0.7 * config.stage_1_epochs)
         epochs = {"stage_1_epochs": first, "stage_2_epochs": config.stage_1_epochs - first}
         return train_equipoise(data, replace(config, **epochs))
+
     kind = name.removeprefix("pythae-").removesuffix("-scheduled")
     return train_pythae(kind, data, config, optimiser(config, name.endswith("-scheduled")))
 
 
 def judge(images, data, scaling, extractor, reference, seed):
-    """The figures of a model."""
+    """Compute the figures of a model from its images."""
     x = scaling(torch.from_numpy(data.test[:]))
-    found = {
+    row = {
         "test_mse": float((images.rows["reconstruction"] - x).square().mean()),
         "seconds": images.seconds,
     }
-    for row, means in images.rows.items():
+
+    for source, means in images.rows.items():
         features = features_of(extractor, scaling.restore_levels(means).split(BATCH))
         quality = sample_quality(features, reference, seed)
-        found[row] = {
+        row[source] = {
             "frechet_distance": quality.frechet._asdict(),
             "kernel_distance": quality.kernel._asdict(),
         }
-    return found
+
+    return row
 
 
 def fingerprint(model, data):
-    """Of the untrained networks: what they make of a few images and codes."""
+    """Return a hash of the output of untrained networks for a few images and codes."""
     with torch.no_grad():
         posterior = model.encode(scaled(model, data.test.take(slice(8))))
-        made = torch.cat(
-            [
-                posterior.mean.flatten(),
-                posterior.log_var.flatten(),
-                model.decode_mean(posterior.mean).flatten(),
-            ]
-        )
-    return hashlib.sha256(made.numpy().tobytes()).hexdigest()[:16]
+        outputs = (posterior.mean, posterior.log_var, model.decode_mean(posterior.mean))
+        numbers = torch.cat([output.flatten() for output in outputs])
+
+    return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()[:16]
 
 
 def table(rows):
-    """Markdown; in brackets the ratio to ours."""
+    """Make a Markdown table; the numbers in brackets are ratios to ours."""
     lines = [
-        "| | test MSE | Fréchet distance, reconstructions | prior | mixture | kernel distance, mixture | training, s |",
+        "| | test MSE | Fréchet distance, reconstructions | prior | mixture "
+        "| kernel distance, mixture | training, s |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, found in rows.items():
-        cells = [f"{found['test_mse']:.5f}{_ratio(found, rows, lambda row: row['test_mse'])}"]
-        for row in ("reconstruction", "prior", "mixture"):
-            distance = found[row]["frechet_distance"]
+
+    for name, row in rows.items():
+        cells = [f"{row['test_mse']:.5f}{_ratio(row, rows, lambda row: row['test_mse'])}"]
+
+        for source in ("reconstruction", "prior", "mixture"):
+            distance = row[source]["frechet_distance"]
             ratio = _ratio(
-                found, rows, lambda other, row=row: other[row]["frechet_distance"]["value"]
+                row, rows, lambda row, source=source: row[source]["frechet_distance"]["value"]
             )
             cells.append(f"{distance['value']:.1f} ± {distance['standard_error']:.1f}{ratio}")
-        kernel = found["mixture"]["kernel_distance"]
+
+        kernel = row["mixture"]["kernel_distance"]
         cells.append(f"{kernel['value']:.4f} ± {kernel['standard_error']:.4f}")
-        cells.append(
-            f"{found['seconds']['training']:.0f}{_ratio(found, rows, lambda row: row['seconds']['training'])}"
-        )
+
+        ratio = _ratio(row, rows, lambda row: row["seconds"]["training"])
+        cells.append(f"{row['seconds']['training']:.0f}{ratio}")
+
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
     return "\n".join(lines)
 
 
-def _ratio(found, rows, figure):
-    if OURS not in rows or found is rows[OURS]:
+def _ratio(row, rows, figure):
+    if OURS not in rows or row is rows[OURS]:
         return ""
-    return f" ({figure(found) / figure(rows[OURS]):.2f})"
+
+    return f" ({figure(row) / figure(rows[OURS]):.2f})"
 
 
 def main():
-    """Train what is not in the JSON yet, and compare."""
+    """Train the models that are not in the JSON yet, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir")
     parser.add_argument(
@@ -333,6 +354,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable(logging.INFO)
+
     recipe = read_recipe(shipped_recipes()["mnist"])
     data = load(recipe.pop("data"), data_dir=options.data_dir)
     changes = {
@@ -342,6 +364,7 @@ def main():
         "accelerator": options.accelerator,
     }
     config = make_config(recipe | changes)
+
     model = start(data, config)
     extractor = load_features("efficientnet-lite0", data)
 
@@ -357,7 +380,8 @@ def main():
             "scheduled": optimiser(config, is_scheduled=True),
         },
     }
-    about = json.loads(json.dumps(about))
+    about = json.loads(json.dumps(about))  # as it will read in the file
+
     before = json.loads(options.out.read_text()) if options.out.is_file() else {}
     is_same = all(
         before.get(key) == value for key, value in about.items() if key not in ("command", "date")
@@ -368,12 +392,15 @@ def main():
     for name in options.models:
         if name in rows:
             continue
+
         images = train(name, data, config)
         rows[name] = judge(images, data, model.scaling, extractor, reference, config.seed)
         rows = {name: rows[name] for name in MODELS if name in rows}
+
         options.out.parent.mkdir(exist_ok=True)
         options.out.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
         print(name, json.dumps(rows[name]), flush=True)
+
     print(table(rows))
 
 

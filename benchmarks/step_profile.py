@@ -2,10 +2,10 @@
 
     python benchmarks/step_profile.py --data-dir DATA
 
-One epoch of --steps batches of MNIST is recorded by torch's profiler in each stage and precision, after one that warms
-up. On a CPU the time of an operation is that on the thread which calls it, and what is left to Python and to the
-dispatch of operations is measured as the rest of the epoch; on a GPU it is that of the kernels, beside the time in
-which there was none.
+In each stage and precision, torch's profiler records one epoch of --steps batches of MNIST, after
+an epoch that warms up. On a CPU the time of an operation is its time on the calling thread, and the
+rest of the epoch is that of Python and of the dispatch of operations. On a GPU the time is that of
+the kernels, and the rest is the time in which no kernel ran.
 """
 
 import argparse
@@ -37,11 +37,13 @@ OTHER, REST = "other small operations", "Python and dispatch"
 
 
 def kind_of(operation):
-    """Of an operation by its name, such as aten::addmm."""
+    """Return the kind of an operation by its name, such as aten::addmm."""
     name = operation.lower()
-    return next(
-        (kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER
-    )
+    for kind, parts in KINDS.items():
+        if any(part in name for part in parts):
+            return kind
+
+    return OTHER
 
 
 class Recorder(Silent):
@@ -53,8 +55,10 @@ class Recorder(Silent):
         self.epochs = 0
 
     def epoch(self, row):
-        """Start or stop."""
-        self.epochs = self.epochs + 1 if f"stage {row['stage']}" not in self.shares else 0
+        """Start the profiler after the first epoch of a stage, and stop it after the second."""
+        stage = f"stage {row['stage']}"
+        self.epochs = self.epochs + 1 if stage not in self.shares else 0
+
         if self.epochs == 1:
             self.profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
             self.profiler.start()
@@ -62,36 +66,47 @@ class Recorder(Silent):
         elif self.epochs == 2:
             seconds = time.perf_counter() - self.started
             self.profiler.stop()
-            self.shares[f"stage {row['stage']}"] = shares_of(self.profiler, seconds, self.device)
+            self.shares[stage] = shares_of(self.profiler, seconds, self.device)
 
 
 def shares_of(profiler, seconds, device):
-    """Of the time, by kind."""
+    """Return the shares of the time by kind of operation."""
     kinds = dict.fromkeys([*KINDS, OTHER], 0.0)
-    for one in profiler.key_averages():
-        is_cpu = one.device_type.name == "CPU"
-        if is_cpu == (device.type == "cpu") and (one.key.startswith("aten::") or not is_cpu):
-            kinds[kind_of(one.key)] += (
-                one.self_cpu_time_total if is_cpu else one.self_device_time_total
-            ) / 1e6
+    for operation in profiler.key_averages():
+        on_cpu = operation.device_type.name == "CPU"
+        if on_cpu != (device.type == "cpu"):
+            continue
+
+        if not on_cpu:
+            kinds[kind_of(operation.key)] += operation.self_device_time_total / 1e6
+        elif operation.key.startswith("aten::"):
+            kinds[kind_of(operation.key)] += operation.self_cpu_time_total / 1e6
+
     kinds[REST] = max(0.0, seconds - sum(kinds.values()))
-    return {kind: round(value / sum(kinds.values()), 4) for kind, value in kinds.items()}
+    total = sum(kinds.values())
+    return {kind: round(value / total, 4) for kind, value in kinds.items()}
 
 
 def main():
     """Record and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir")
-    parser.add_argument("--steps", type=int, default=60, help="of an epoch")
+    parser.add_argument("--steps", type=int, default=60, help="steps of an epoch")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-step-profile.json"))
     options = parser.parse_args()
+
     recipe = read_recipe(shipped_recipes()["mnist"])
     data = load(recipe.pop("data"), data_dir=options.data_dir)
     epochs = {"stage_1_epochs": 3, "stage_2_epochs": 3, "tolerance": 0.0}
     config = make_config(recipe | epochs | {"accelerator": options.accelerator})
-    few = {"validation": data.validation.take(slice(10)), "test": data.test.take(slice(10))}
-    small = replace(data, train=data.train.take(slice(options.steps * config.batch_size)), **few)
+    small = replace(
+        data,
+        train=data.train.take(slice(options.steps * config.batch_size)),
+        validation=data.validation.take(slice(10)),
+        test=data.test.take(slice(10)),
+    )
+
     rows = {}
     for name, precision in PRECISIONS.items():
         torch.manual_seed(config.seed)
@@ -99,11 +114,12 @@ def main():
         config = replace(config, precision=precision)
         Trainer(make_model(small, config), small, config, sinks=[recorder]).fit()
         rows[name] = recorder.shares
-    found = provenance(data=data, options=config.as_dict())
-    found |= {"threads": torch.get_num_threads(), "steps": options.steps, "rows": rows}
+
+    result = provenance(data=data, options=config.as_dict())
+    result |= {"threads": torch.get_num_threads(), "steps": options.steps, "rows": rows}
     options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=2) + "\n")
-    print(step_profile(found))
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(step_profile(result))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Peak memory of training, and of listing files, as the number of examples grows.
 
-    python benchmarks/streaming_memory.py [--out results/benchmark-streaming-memory.json]
+    python benchmarks/streaming_memory.py
 
-Examples are 28 x 28 bytes. They come as a stream of batches that are made as they are needed, or from an .npy file that
-is memory-mapped. Each run is a process of its own, which loads the data, trains a small network for one epoch and fits
-a mixture of two to the codes of all examples; one kind of run goes through the batches of an epoch and no more.
-Resident memory counts the pages of the mapped file that happen to be
-there; anonymous memory, of Linux's /proc, is what the process needs, sampled every 10 ms.
+Examples are 28 x 28 bytes. They come as a stream of batches that are made when they are needed, or
+from an .npy file that is memory-mapped. Each run is a process of its own. It loads the data, trains
+a small network for one epoch, and fits a mixture of two components to the codes of all examples.
+One kind of run only goes through the batches of an epoch.
 
-An .npy file of at most 2 GiB is copied to the device as a whole for the sake of speed, here into the same memory; so
-that limit is also tried at zero, which is how larger files are trained on.
+Resident memory counts the pages of the mapped file that happen to be in memory. Anonymous memory,
+of Linux's /proc, is what the process needs. It is sampled every 10 ms.
+
+An .npy file of at most 2 GiB is copied to the device as a whole, for speed; here the device has the
+same memory. That limit is therefore also set to zero, which is how larger files are trained on.
 """
 
 import argparse
@@ -22,7 +24,8 @@ import threading
 import time
 from pathlib import Path
 
-# torch and equipoise.data are imported in the functions: a child reports what it needs beyond its imports.
+# torch and equipoise.data are imported in the functions, since a child reports the memory that it
+# needs beyond its imports.
 from equipoise.provenance import provenance
 
 SIZES = (50_000, 200_000, 800_000)
@@ -40,7 +43,7 @@ KINDS = (PASS, LISTING, STREAM, MAPPED, RESIDENT)
 
 
 def made(n):
-    """Return a function that makes n images in batches, the same ones each time."""
+    """Return a function that makes n images in batches, the same images each time."""
     import numpy as np
 
     def batches():
@@ -58,7 +61,7 @@ def status(*names):
 
 
 class Peak(threading.Thread):
-    """Largest anonymous and resident memory while a block runs."""
+    """Measures the largest anonymous and resident memory while a block runs."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -67,11 +70,10 @@ class Peak(threading.Thread):
         self.done = threading.Event()
 
     def run(self):
-        """Sample until told to end."""
+        """Sample the memory until ``done`` is set."""
         while not self.done.wait(0.01):
-            self.peak = [
-                max(pair) for pair in zip(self.peak, status("RssAnon", "VmRSS"), strict=True)
-            ]
+            now = status("RssAnon", "VmRSS")
+            self.peak = [max(pair) for pair in zip(self.peak, now, strict=True)]
 
     def __enter__(self):
         self.start()
@@ -83,33 +85,33 @@ class Peak(threading.Thread):
 
 
 def measure(kind, n, folder):
-    """Print the peaks of one run; in a process of its own."""
+    """Print the peaks of one run, as JSON. It is called in a process of its own."""
     if kind == LISTING:
         from equipoise.data.encoded import list_images
 
         with Peak() as peak:
             listing = list_images(folder)
+
         n = len(listing.names)
     elif kind == PASS:
         from equipoise.data import batches_of, load_stream
 
         with Peak() as peak:
             data = load_stream(made(n), count=n)
-            seen = sum(len(batch) for batch in batches_of(data.train, BATCH, seed=0).epoch())
-        assert seen == len(data.train)
+            count = sum(len(batch) for batch in batches_of(data.train, BATCH, seed=0).epoch())
+
+        assert count == len(data.train)
     else:
         peak = train(kind, n, folder)
+
     anonymous, resident = peak.peak
-    print(
-        json.dumps(
-            {
-                "n": n,
-                "anonymous_before_mib": peak.before[0],
-                "anonymous_peak_mib": anonymous,
-                "resident_peak_mib": resident,
-            }
-        )
-    )
+    row = {
+        "n": n,
+        "anonymous_before_mib": peak.before[0],
+        "anonymous_peak_mib": anonymous,
+        "resident_peak_mib": resident,
+    }
+    print(json.dumps(row))
 
 
 def train(kind, n, folder):
@@ -123,6 +125,7 @@ def train(kind, n, folder):
     torch.set_num_threads(1)
     if kind == MAPPED:
         Batches.__init__.__kwdefaults__["resident_bytes"] = 0
+
     config = TrainConfig(
         architecture="mlp",
         latent_dim=16,
@@ -136,48 +139,45 @@ def train(kind, n, folder):
     with Peak() as peak, tempfile.TemporaryDirectory() as out:
         data = load_stream(made(n), count=n) if kind == STREAM else load(folder / f"{n}.npy")
         run(data, config, Path(out) / "run")
+
     return peak
 
 
 def write_npy(file, n):
-    """Write n images without holding them."""
+    """Write n images to a file, without holding them all in memory."""
     import numpy as np
 
     array = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(n, 28, 28))
     for first, batch in zip(range(0, n, BATCH), made(n)(), strict=True):
         array[first : first + BATCH] = batch
+
     array.flush()
 
 
 def child(kind, n, folder):
-    """Measure in a new process, so that no run inherits another's memory."""
+    """Measure in a new process, so that no run inherits the memory of another."""
     command = [sys.executable, __file__, "--measure", kind, str(n), str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
     began = time.perf_counter()
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    row = (
-        {"source": kind}
-        | json.loads(done.stdout)
-        | {"seconds": round(time.perf_counter() - began, 1)}
-    )
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    seconds = round(time.perf_counter() - began, 1)
+    if process.returncode:
+        raise SystemExit(process.stderr)
+
+    row = {"source": kind} | json.loads(process.stdout) | {"seconds": seconds}
     print(
-        f"{kind}, {n:,}: {row['anonymous_peak_mib']:.0f} MiB anonymous, {row['seconds']} s",
+        f"{kind}, {n:,}: {row['anonymous_peak_mib']:.0f} MiB anonymous, {seconds} s",
         flush=True,
     )
     return row
 
 
 def slope(rows):
-    """Bytes of anonymous memory per further example, from the smallest run to the largest."""
+    """Return bytes of anonymous memory per further example, between smallest and largest run."""
     first, last = rows[0], rows[-1]
-    return (
-        (last["anonymous_peak_mib"] - first["anonymous_peak_mib"])
-        * 2**20
-        / (last["n"] - first["n"])
-    )
+    mebibytes = last["anonymous_peak_mib"] - first["anonymous_peak_mib"]
+    return mebibytes * 2**20 / (last["n"] - first["n"])
 
 
 def main():
@@ -194,6 +194,7 @@ def main():
         "--measure", nargs=3, metavar=("KIND", "N", "FOLDER"), help="what the subprocess runs"
     )
     options = parser.parse_args()
+
     if options.measure:
         kind, n, folder = options.measure
         measure(kind, int(n), Path(folder))
@@ -206,13 +207,18 @@ def main():
             folder.mkdir()
             for number in range(n):
                 (folder / f"{number:08d}.png").touch()
+
             runs[LISTING].append(child(LISTING, n, folder))
+
         for n in options.sizes:
             file = Path(place) / f"{n}.npy"
             if {MAPPED, RESIDENT} & runs.keys():
                 write_npy(file, n)
-            for kind in (kind for kind in runs if kind != LISTING):
-                runs[kind].append(child(kind, n, place))
+
+            for kind in runs:
+                if kind != LISTING:
+                    runs[kind].append(child(kind, n, place))
+
             file.unlink(missing_ok=True)
 
     from rich.console import Console
@@ -228,17 +234,20 @@ def main():
         "resident",
     ):
         table.add_column(heading, justify="right")
-    for row in (row for rows in runs.values() for row in rows):
-        size = "" if row["source"] == LISTING else f"{row['n'] * PIXELS / 2**20:.0f}"
-        values = (
-            row[f"{name}_mib"] for name in ("anonymous_before", "anonymous_peak", "resident_peak")
-        )
-        table.add_row(row["source"], f"{row['n']:,}", size, *(f"{value:.0f}" for value in values))
+
+    for rows in runs.values():
+        for row in rows:
+            size = "" if row["source"] == LISTING else f"{row['n'] * PIXELS / 2**20:.0f}"
+            names = ("anonymous_before", "anonymous_peak", "resident_peak")
+            values = [f"{row[f'{name}_mib']:.0f}" for name in names]
+            table.add_row(row["source"], f"{row['n']:,}", size, *values)
+
     console = Console()
     console.print(table)
     slopes = {kind: slope(rows) for kind, rows in runs.items()}
     for kind, value in slopes.items():
         console.print(f"{kind}: {value:.0f} bytes per further example or name")
+
     result = provenance() | {
         "bytes_of_an_example": PIXELS,
         "bytes_per_further_example": slopes,

@@ -1,15 +1,22 @@
-"""Training throughput of equipoise, of the leanest and the usual hand-written loop, and of pythae, in turns.
+"""Training throughput of equipoise, of hand-written loops, and of pythae.
 
-    python benchmarks/throughput.py --data-dir DATA        (in the environment that peers.py describes)
+    python benchmarks/throughput.py --data-dir DATA
 
-Everyone trains the networks of `make_model` on MNIST with batches of 256, for a segment of --steps each in turn; a
-ratio is the median over the rounds of the ratio within a round. Ours is `Trainer.fit` itself, with its running means,
-clipping, schedule and closed form, whose epoch is a segment. The leanest hand-written loop has the same modules, fused
-AdamW, channels-last and a running variance, once without and once with `clip_grad_norm_`. The usual one has torch's own
-layers and Adam, and so has pythae, which trains by the `train_step` of its trainer, in float32 always: its mixed
-precision is for GPUs. Stage 2 is compared with the leanest loops alone. The ceiling is what no loop can exceed: the
-convolutions and matrix products of a step, counted by torch, at the rate of one large matrix product in the same
-precision, which is measured in each round.
+It runs in the environment that peers.py describes. Every loop trains the networks of `make_model`
+on MNIST with batches of 256, for a segment of --steps each, in turns. A ratio is the median over
+the rounds of the ratio within a round.
+
+- Ours is `Trainer.fit` itself, with its running means, clipping, schedule and closed form. A
+  segment is an epoch of it.
+- The leanest hand-written loop has the same modules, fused AdamW, channels-last and a running
+  variance. It runs once without and once with `clip_grad_norm_`.
+- The usual hand-written loop has torch's own layers, and Adam.
+- pythae has the same, and trains by the `train_step` of its trainer. It always computes in float32,
+  since its mixed precision is for GPUs.
+
+Only the leanest loops take part in stage 2. The ceiling is the speed that no loop can exceed: the
+convolutions and matrix products of a step, counted by torch, at the rate of one large matrix
+product in the same precision, which is measured in each round.
 """
 
 import argparse
@@ -50,29 +57,34 @@ PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed"}
 
 
 class HandWritten:
-    """Data as one uint8 tensor and a running variance; the lean one has fused AdamW and channels-last as well."""
+    """A loop by hand: data as one uint8 tensor, and a running variance.
+
+    The lean one also has fused AdamW and channels-last.
+    """
 
     def __init__(self, data, config, *, lean=True, clip=False):
         torch.manual_seed(config.seed)
         model = make_model(data, config)
         if not lean:
             use_layers_of_torch(model)
+
+        self.config = config
         self.device = choose_device(config)
-        self.encoder, self.decoder = model.encoder.to(self.device), model.decoder.to(self.device)
         self.is_lean, self.is_clipped = lean, clip
         self.layout = torch.channels_last if lean else torch.contiguous_format
+        self.encoder, self.decoder = model.encoder.to(self.device), model.decoder.to(self.device)
         for module in (self.encoder, self.decoder):
             module.to(memory_format=self.layout)
+
         self.x = torch.from_numpy(data.train[:]).to(self.device)
-        self.config = config
         self.dimensions = math.prod(data.shape)
         self.error, self.count = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
-        self.start_stage(
-            [*self.encoder.parameters(), *self.decoder.parameters()], config.learning_rate
-        )
+
+        parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
+        self.start_stage(parameters, config.learning_rate)
 
     def start_stage(self, parameters, learning_rate):
-        """A fresh optimiser; the schedule is left out, it costs nothing."""
+        """Make a new optimiser. The schedule is left out, since it costs nothing."""
         self.parameters = parameters
         if self.is_lean:
             self.optimizer = torch.optim.AdamW(
@@ -82,43 +94,46 @@ class HandWritten:
             self.optimizer = torch.optim.Adam(parameters, lr=1e-3)
 
     def start_stage_2(self):
-        """A variance network that starts as the decoder."""
+        """Make a variance network that starts as a copy of the decoder."""
         self.log_var = (self.error / self.count).log().float()
         self.variance = copy.deepcopy(self.decoder)
         torch.nn.init.zeros_(self.variance.output.weight)
         torch.nn.init.zeros_(self.variance.output.bias)
-        parameters = [
-            p for m in (self.encoder, self.decoder, self.variance) for p in m.parameters()
-        ]
+
+        modules = (self.encoder, self.decoder, self.variance)
+        parameters = [parameter for module in modules for parameter in module.parameters()]
         self.start_stage(parameters, self.config.stage_2_learning_rate)
 
     def epoch(self, stage):
         """Train for an epoch."""
         for index in torch.randperm(len(self.x), device=self.device).split(self.config.batch_size):
             x = self.x[index].float().div_(255).contiguous(memory_format=self.layout)
+
             mean, log_var = self._through(self.encoder, x).chunk(2, 1)
             z = mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
             kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(1)
             error = mse_loss(self._through(self.decoder, z), x, reduction="none")
             total = error.flatten(1).sum(1)
+
             if stage == 1:
                 self.error = 0.99 * self.error + total.detach().sum()
                 self.count = 0.99 * self.count + x.numel()
                 noise = (self.error / self.count).log().float()
             else:
                 noise = self.log_var
+
             loss = 0.5 * (total * torch.exp(-noise) + self.dimensions * (noise + LOG_2PI)) + kl
             if stage == 2:
-                predicted = torch.maximum(
-                    self.log_var + self._through(self.variance, z.detach()), self.log_var
-                )
-                loss = loss + 0.5 * (
-                    error.detach() * torch.exp(-predicted) + predicted + LOG_2PI
-                ).flatten(1).sum(1)
+                change = self._through(self.variance, z.detach())
+                predicted = torch.maximum(self.log_var + change, self.log_var)
+                weighted = error.detach() * torch.exp(-predicted)
+                loss = loss + 0.5 * (weighted + predicted + LOG_2PI).flatten(1).sum(1)
+
             self.optimizer.zero_grad()
             loss.mean().backward()
             if self.is_clipped:
                 torch.nn.utils.clip_grad_norm_(self.parameters, 1e6)
+
             self.optimizer.step()
 
     def _through(self, module, x):
@@ -126,18 +141,19 @@ class HandWritten:
             self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16-mixed"
         ):
             y = module(x)
+
         return y.float()
 
 
 def use_layers_of_torch(model):
-    """Compute the same with the layers from which ours are derived."""
+    """Replace our layers by those of torch that they are derived from, which compute the same."""
     for module in model.modules():
         if type(module) in (GELU, ConvTranspose2d):
             module.__class__ = type(module).__base__
 
 
 class Pythae:
-    """pythae's VAE and BaseTrainer."""
+    """The VAE of pythae, trained by its BaseTrainer."""
 
     def __init__(self, data, config, folder):
         from peers import VAE, BaseTrainerConfig, Decoder, Encoder, VAEConfig, scaled, start
@@ -147,20 +163,19 @@ class Pythae:
         ours = start(data, config)
         is_cpu = choose_device(config).type == "cpu"
         use_layers_of_torch(ours)
+        model_config = VAEConfig(input_dim=data.shape, latent_dim=ours.latent_dim)
+        training_config = BaseTrainerConfig(
+            output_dir=folder,
+            per_device_train_batch_size=config.batch_size,
+            optimizer_cls="Adam",
+            no_cuda=is_cpu,
+        )
+
         x = scaled(ours, data.train)
         self.trainer = BaseTrainer(
-            VAE(
-                VAEConfig(input_dim=data.shape, latent_dim=ours.latent_dim),
-                Encoder(ours),
-                Decoder(ours),
-            ),
+            VAE(model_config, Encoder(ours), Decoder(ours)),
             BaseDataset(x, torch.ones(len(x))),
-            training_config=BaseTrainerConfig(
-                output_dir=folder,
-                per_device_train_batch_size=config.batch_size,
-                optimizer_cls="Adam",
-                no_cuda=is_cpu,
-            ),
+            training_config=training_config,
         )
         self.trainer.prepare_training()
         self.epochs = 0
@@ -172,7 +187,7 @@ class Pythae:
 
 
 class Ceiling:
-    """No loop: how long the matrix products of an epoch take at the rate of a large one."""
+    """The seconds of an epoch's matrix products, at the rate of a large one. It is not a loop."""
 
     def __init__(self, data, config):
         self.device = choose_device(config)
@@ -181,38 +196,48 @@ class Ceiling:
         self.flops = {stage: flops_of_an_example(data, config, stage) for stage in (1, 2)}
 
     def seconds(self, stage):
-        """Of an epoch."""
+        """Return the seconds of an epoch."""
         return self.n * self.flops[stage] / self.rate()
 
     def rate(self, side=2048, least_seconds=0.3):
-        """Floating-point operations a second."""
+        """Measure the floating-point operations per second of a matrix product."""
         left, right = torch.randn(2, side, side, device=self.device).to(self.dtype)
         left @ right
         synchronise(self.device)
-        started, n = time.perf_counter(), 0
-        while (seconds := time.perf_counter() - started) < least_seconds:
-            for _ in range(10 if self.device.type == "cpu" else 1000):
+
+        at_once = 10 if self.device.type == "cpu" else 1000
+        started, n, seconds = time.perf_counter(), 0, 0.0
+        while seconds < least_seconds:
+            for _ in range(at_once):
                 left @ right
-                n += 1
+
+            n += at_once
             synchronise(self.device)
+            seconds = time.perf_counter() - started
+
         return 2 * side**3 * n / seconds
 
 
 def flops_of_an_example(data, config, stage):
-    """Of the convolutions and matrix products of a step, forwards and backwards, with torch's own layers."""
+    """Count the operations of a step per example, forwards and backwards.
+
+    They are those of the convolutions and matrix products, with torch's own layers.
+    """
     model = make_model(data, config)
     if stage == 2:
         model.predict_variance(torch.tensor(0.01), torch.tensor(0.01))
+
     use_layers_of_torch(model)
     x = model.scaling(torch.from_numpy(data.train[: config.batch_size]))
     objective = make_objective(model, config, Stage(stage))
     with FlopCounterMode(display=False) as counter:
         objective(x, torch.Generator().manual_seed(0)).loss.mean().backward()
+
     return counter.get_total_flops() / len(x)
 
 
 def synchronise(device):
-    """Wait for a GPU."""
+    """Wait until a GPU has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -221,23 +246,23 @@ class Silent:
     """A sink that does nothing."""
 
     def start(self, total_steps, done_steps, history):
-        """Nothing."""
+        """Do nothing."""
 
     def step(self, done_steps, total_steps, label, figures):
-        """Nothing."""
+        """Do nothing."""
 
     def epoch(self, row):
-        """Nothing."""
+        """Do nothing."""
 
     def message(self, text):
-        """Nothing."""
+        """Do nothing."""
 
     def close(self):
-        """Nothing."""
+        """Do nothing."""
 
 
 class Turns(Silent):
-    """A sink that lets others train an epoch after each of ours, and keeps the clocks."""
+    """A sink that lets other loops train an epoch after each of ours, and keeps the seconds."""
 
     def __init__(self, others, ceiling):
         self.others = others
@@ -246,41 +271,45 @@ class Turns(Silent):
         self.stage = 1
 
     def message(self, text):
-        """Show it."""
+        """Print the message."""
         print(text, flush=True)
 
     def epoch(self, row):
-        """Let the others train; in stage 2 the leanest loops alone."""
+        """Let the other loops train an epoch; in stage 2 only the leanest ones."""
         if row["stage"] == 2 and self.stage == 1:
-            self.stage = 2
-            self.others = {
-                name: other for name, other in self.others.items() if name in (LEAN, CLIPPED)
-            }
-            for other in self.others.values():
-                other.start_stage_2()
+            self.start_stage_2()
+
         seconds = {OURS: row["seconds"]}
         for name, other in self.others.items():
             started = time.perf_counter()
             other.epoch(self.stage)
             synchronise(self.ceiling.device)
             seconds[name] = time.perf_counter() - started
+
         seconds[CEILING] = self.ceiling.seconds(self.stage)
         self.seconds[self.stage].append(seconds)
-        print(
-            f"stage {self.stage}: "
-            + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
-            flush=True,
-        )
+
+        times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+        print(f"stage {self.stage}: {times}", flush=True)
+
+    def start_stage_2(self):
+        """Keep the leanest loops, and start their second stage."""
+        self.stage = 2
+        self.others = {name: self.others[name] for name in self.others if name in (LEAN, CLIPPED)}
+        for other in self.others.values():
+            other.start_stage_2()
 
 
 def compare(data, config, rounds):
-    """Rows of one precision."""
-    # The first round of a stage warms up; nothing that happens between epochs is timed.
+    """Let all loops train in turns, and return the rows of one precision."""
+    # The first round of a stage warms up, and does not count. The time between epochs does not
+    # count either.
     config = replace(
         config, stage_1_epochs=rounds[0] + 1, stage_2_epochs=rounds[1] + 1, tolerance=0.0
     )
     torch.manual_seed(config.seed)
     model = make_model(data, config)
+
     with tempfile.TemporaryDirectory() as folder:
         others = {
             LEAN: HandWritten(data, config),
@@ -289,32 +318,34 @@ def compare(data, config, rounds):
         }
         if config.precision == PRECISIONS["float32"]:
             others[PLAIN] = HandWritten(data, config, lean=False)
+
         turns = Turns(others, Ceiling(data, config))
         Trainer(model, data, config, sinks=[turns]).fit()
-    return {
-        f"stage {stage}": summary(turns.seconds[stage][1:], len(data.train)) for stage in (1, 2)
-    }
+
+    n = len(data.train)
+    return {f"stage {stage}": summary(turns.seconds[stage][1:], n) for stage in (1, 2)}
 
 
 def summary(rounds, n):
-    """Examples per second, and how often as fast ours is."""
-    return {
-        name: {
-            "examples_per_second": round(n / statistics.median(one[name] for one in rounds), 1),
-            "equipoise_times_as_fast": round(
-                statistics.median(one[name] / one[OURS] for one in rounds), 3
-            ),
-            "seconds": [round(one[name], 4) for one in rounds],
+    """Return examples per second, and the speed of ours relative to each loop."""
+    rows = {}
+    for name in rounds[0]:
+        seconds = [one[name] for one in rounds]
+        ratios = [one[name] / one[OURS] for one in rounds]
+        rows[name] = {
+            "examples_per_second": round(n / statistics.median(seconds), 1),
+            "equipoise_times_as_fast": round(statistics.median(ratios), 3),
+            "seconds": [round(value, 4) for value in seconds],
         }
-        for name in rounds[0]
-    }
+
+    return rows
 
 
 def main():
     """Compare and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir")
-    parser.add_argument("--steps", type=int, default=30, help="of a segment")
+    parser.add_argument("--steps", type=int, default=30, help="steps of a segment")
     parser.add_argument(
         "--rounds", type=int, nargs=2, default=(10, 5), metavar=("STAGE_1", "STAGE_2")
     )
@@ -323,6 +354,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-throughput.json"))
     options = parser.parse_args()
     logging.disable(logging.INFO)
+
     recipe = read_recipe(shipped_recipes()["mnist"])
     data = load(recipe.pop("data"), data_dir=options.data_dir)
     config = make_config(recipe | {"accelerator": options.accelerator})
@@ -332,26 +364,28 @@ def main():
         validation=data.validation.take(slice(500)),
         test=data.test.take(slice(500)),
     )
-    rows = {
-        name: compare(small, replace(config, precision=PRECISIONS[name]), options.rounds)
-        for name in options.precisions
-    }
-    found = provenance(data=data, options=config.as_dict())
-    found["versions"]["pythae"] = version("pythae")
-    found |= {
+
+    rows = {}
+    for name in options.precisions:
+        rows[name] = compare(small, replace(config, precision=PRECISIONS[name]), options.rounds)
+
+    result = provenance(data=data, options=config.as_dict())
+    result["versions"]["pythae"] = version("pythae")
+    result |= {
         "threads": torch.get_num_threads(),
         "steps_of_a_segment": options.steps,
         "rounds": list(options.rounds),
         "rows": rows,
     }
     options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+
     for precision, stages in rows.items():
-        for stage, row in stages.items():
-            for name, one in row.items():
+        for stage, loops in stages.items():
+            for name, row in loops.items():
                 print(
-                    f"{precision} {stage} {name}: {one['examples_per_second']:,.0f} examples/s; equipoise x "
-                    f"{one['equipoise_times_as_fast']:.3f}"
+                    f"{precision} {stage} {name}: {row['examples_per_second']:,.0f} examples/s; "
+                    f"equipoise x {row['equipoise_times_as_fast']:.3f}"
                 )
 
 

@@ -1,13 +1,16 @@
-"""How long until samples are as good as the best that pythae reaches in ten epochs of MNIST.
+"""How long until samples are as good as the best of pythae after ten epochs of MNIST?
 
-    python benchmarks/time_to_quality.py --data-dir DATA        (in the environment that peers.py describes)
+    python benchmarks/time_to_quality.py --data-dir DATA
 
-Of pythae's models WAE-MMD with its Gaussian mixture has the lowest Fréchet distance, see
-results/benchmark-peers-mnist.json; here it is trained again, by peers.py's own function, with as many latent units as
-in the recipe and with twice as many. Ours is trained for budgets of a few epochs, each with its whole schedule, from
-the same networks. Seconds are those of training, validation and fit of the mixture, which for both has 32 components,
-as in the recipe, or 64. Rows that are in the JSON already, with the same versions, options, data and threads, are not
-made again.
+It runs in the environment that peers.py describes. Among the models of pythae, WAE-MMD with its
+Gaussian mixture has the lowest Fréchet distance, see results/benchmark-peers-mnist.json. Here it is
+trained again, by the function of peers.py, with the latent units of the recipe and with twice that
+number. Ours is trained for budgets of a few epochs, each with its whole schedule, from the same
+networks.
+
+Seconds are those of training, validation and fit of the mixture. The mixture has 32 components for
+both, as in the recipe, or 64. A row is not made again if it is already in the JSON with the same
+versions, options, data and threads.
 """
 
 import argparse
@@ -32,70 +35,77 @@ from equipoise.sources import fit_aggregate
 
 COMPONENTS = (32, 64)
 LEARNING_RATE = 0.01
-"""Of ours: schedules of a few epochs can take more than the recipe's 0.005."""
+"""Learning rate of ours: a schedule of a few epochs can take more than the recipe's 0.005."""
 
 
 def name_of(method, epochs, latent_dim):
-    """Of a row."""
+    """Return the name of a row."""
     return f"{method}, {epochs} epochs, d = {latent_dim}"
 
 
 def make_theirs(data, config):
-    """Seconds of pythae's training, and samples and seconds of each mixture."""
+    """Train the model of pythae; return its seconds, and samples and seconds of each mixture."""
     model, clock = fit_pythae("wae-mmd", data, config, optimiser(config, is_scheduled=False))
-    n, made = min(N_SAMPLES, len(data.test)), {}
+    n, samples = min(N_SAMPLES, len(data.test)), {}
+
     for K in COMPONENTS:
         clock.lap("")
         mixture = fit_pythae_mixture(model, data, K)
         clock.lap("mixture")
-        made[K] = mixture.sample(n).cpu(), clock.seconds["mixture"]
-    return clock.seconds["training"], made
+        samples[K] = mixture.sample(n).cpu(), clock.seconds["mixture"]
+
+    return clock.seconds["training"], samples
 
 
 def make_ours(data, config):
-    """The same of ours."""
+    """Train our model; return its seconds, and samples and seconds of each mixture."""
     model, clock = fit_equipoise(data, config)
     device = choose_device(config)
-    n, made = min(N_SAMPLES, len(data.test)), {}
+    n, samples = min(N_SAMPLES, len(data.test)), {}
+
     for K in COMPONENTS:
         clock.lap("")
         mixture = fit_aggregate(model, data, replace(config, n_components=K), device).mixture
         clock.lap("mixture")
+
         generator = torch.Generator(device).manual_seed(config.seed)
         with torch.no_grad():
             means = [
                 model.generate(BATCH, mixture, generator).mean.cpu() for _ in range(n // BATCH)
             ]
-        made[K] = torch.cat(means), clock.seconds["mixture"]
-    return clock.seconds["training"], made
+
+        samples[K] = torch.cat(means), clock.seconds["mixture"]
+
+    return clock.seconds["training"], samples
 
 
 def main():
     """Make the rows that are missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir")
-    parser.add_argument("--epochs", nargs="+", type=int, default=[4, 8], help="budgets of ours")
+    parser.add_argument("--epochs", nargs="+", type=int, default=[4, 8], help="epochs of ours")
     parser.add_argument("--latent-dims", nargs="+", type=int, default=[16, 32])
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of ours")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="precision of ours")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-time-to-quality.json"))
     options = parser.parse_args()
     logging.disable(logging.INFO)
+
     recipe = read_recipe(shipped_recipes()["mnist"])
     data = load(recipe.pop("data"), data_dir=options.data_dir)
-    config = make_config(
-        recipe
-        | {
-            "stage_1_epochs": 10,
-            "stage_2_epochs": 0,
-            "tolerance": 0.0,
-            "accelerator": options.accelerator,
-        }
-    )
+    changes = {
+        "stage_1_epochs": 10,
+        "stage_2_epochs": 0,
+        "tolerance": 0.0,
+        "accelerator": options.accelerator,
+    }
+    config = make_config(recipe | changes)
+
     about = provenance(data=data, options=config.as_dict())
     about["versions"]["pythae"] = version("pythae")
     about |= {"threads": torch.get_num_threads(), "n_samples": min(N_SAMPLES, len(data.test))}
-    about = json.loads(json.dumps(about))
+    about = json.loads(json.dumps(about))  # as it will read in the file
+
     before = json.loads(options.out.read_text()) if options.out.is_file() else {}
     is_same = all(
         before.get(key) == value for key, value in about.items() if key not in ("command", "date")
@@ -105,36 +115,41 @@ def main():
     extractor = load_features("efficientnet-lite0", data)
     reference = cached_features(extractor, data.test, Batches(data.test, BATCH).epoch())
     scaling = start(data, config).scaling
-    wanted = {}
+
+    models = {}
     for d in options.latent_dims:
         theirs = replace(config, latent_dim=d)
-        wanted[name_of("pythae WAE-MMD", theirs.stage_1_epochs, d)] = make_theirs, theirs
+        models[name_of("pythae WAE-MMD", theirs.stage_1_epochs, d)] = make_theirs, theirs
+
         for epochs in options.epochs:
-            ours = {
-                "stage_1_epochs": epochs,
-                "precision": PRECISIONS[options.precision],
-                "learning_rate": LEARNING_RATE,
-            }
-            wanted[name_of(f"equipoise {options.precision}", epochs, d)] = (
-                make_ours,
-                replace(theirs, **ours),
+            ours = replace(
+                theirs,
+                stage_1_epochs=epochs,
+                precision=PRECISIONS[options.precision],
+                learning_rate=LEARNING_RATE,
             )
-    for name, (make, its_config) in wanted.items():
+            models[name_of(f"equipoise {options.precision}", epochs, d)] = make_ours, ours
+
+    for name, (make, its_config) in models.items():
         if name in rows:
             continue
-        training_seconds, made = make(data, its_config)
+
+        training_seconds, samples = make(data, its_config)
         mixtures = []
-        for K, (means, seconds) in made.items():
+        for K, (means, seconds) in samples.items():
             features = features_of(extractor, scaling.restore_levels(means).split(BATCH))
             frechet = sample_quality(features, reference, config.seed).frechet
             mixtures.append(
                 {"components": K, "seconds": seconds, "frechet_distance": frechet._asdict()}
             )
+
         rows[name] = {"training_seconds": training_seconds, "mixtures": mixtures}
-        rows = {name: rows[name] for name in (*wanted, *rows) if name in rows}
+        rows = {name: rows[name] for name in (*models, *rows) if name in rows}
+
         options.out.parent.mkdir(exist_ok=True)
         options.out.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
         print(name, json.dumps(rows[name]), flush=True)
+
     print(time_to_quality(about | {"rows": rows}))
 
 

@@ -1,8 +1,9 @@
 """equipoise: variational autoencoders that balance themselves.
 
-The noise variance of the Gaussian likelihood is learned, so that reconstruction and prior find their own balance,
-and samples come from a mixture fitted to the aggregate posterior. After Lin, Roberts, Trigoni and Clark (2019),
-*Balancing Reconstruction Quality and Regularisation in ELBO for VAEs*, arXiv 1909.03765.
+The noise variance of the Gaussian likelihood is learned, so that reconstruction and prior find
+their own balance. Samples come from a mixture that is fitted to the aggregate posterior. The method
+is that of Lin, Roberts, Trigoni and Clark (2019), *Balancing Reconstruction Quality and
+Regularisation in ELBO for VAEs*, arXiv 1909.03765.
 
 Names are resolved when they are first used, so that importing the package does not import torch.
 """
@@ -76,7 +77,9 @@ __all__ = sorted(["__version__", *_MODULE_OF])
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (whatever the name stands for)
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'equipoise' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), _RENAMED.get(name, name))
+
+    module = importlib.import_module(_MODULE_OF[name])
+    value = getattr(module, _RENAMED.get(name, name))
     globals()[name] = value
     return value
 

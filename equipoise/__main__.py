@@ -1,4 +1,4 @@
-"""``python -m equipoise``, the same as ``equipoise``."""
+"""``python -m equipoise`` is the same command as ``equipoise``."""
 
 from equipoise.cli import main
 

@@ -1,13 +1,16 @@
-r"""A trained model as files that run without equipoise: ``torch.export`` programs, or ONNX graphs (extra ``export``).
+r"""A trained model as files that run without equipoise.
 
-=========== ======================================== ==================================================
-``encoder`` ``raw`` (n, \*)                          ``mean``, ``log_var`` of q(z|x), (n, d)
-``decoder`` ``code`` (n, d)                          ``mean``, ``std`` of p(x|z), (n, \*)
-``sampler`` ``uniform`` (n,), ``normal`` (n, d)      ``code`` (n, d), a draw from the mixture, eq. (13)
-=========== ======================================== ==================================================
+The files are ``torch.export`` programs, or ONNX graphs (extra ``export``):
 
-Data go in and come out in the user's own unit; n may be any number from 1. The sampler is given its noise, independent
-draws from U[0, 1) and N(0, 1): whoever runs it owns the seed.
+=========== =================================== ==================================================
+``encoder`` ``raw`` (n, \*)                     ``mean``, ``log_var`` of q(z|x), (n, d)
+``decoder`` ``code`` (n, d)                     ``mean``, ``std`` of p(x|z), (n, \*)
+``sampler`` ``uniform`` (n,), ``normal`` (n, d) ``code`` (n, d), a draw from the mixture, eq. (13)
+=========== =================================== ==================================================
+
+Data are in the user's own unit, on the way in and out. The number n of examples may be any number
+from 1. The sampler takes its noise as inputs, independent draws from U[0, 1) and N(0, 1), so that
+whoever runs it chooses the seed.
 """
 
 import copy
@@ -28,16 +31,17 @@ from equipoise.store import whole_file
 TOLERANCE = 1e-4
 """Largest deviation of a file's output from the model's, relative to the output's largest value."""
 TRACED, COMPARED = 2, (1, 5)
-"""Numbers of examples with which programs are made, and with which files are compared with the model."""
+"""Numbers of examples: those that a program is made with, and those that a file is checked with."""
 
 
 class Exported(NamedTuple):
     """A file that was written.
 
     Args:
-        path: the file.
-        signature: its inputs and outputs.
-        deviation: largest difference of an output from the model's, relative to the output's largest value.
+        path: The file.
+        signature: The inputs and outputs of the file.
+        deviation: The largest difference of an output from the model's, relative to the output's
+            largest value.
     """
 
     path: Path
@@ -47,50 +51,59 @@ class Exported(NamedTuple):
 
 @torch.no_grad()
 def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[Exported]:
-    """Write encoder, decoder and sampler; each file is read again and compared with the model before it is left there.
+    """Write the encoder, the decoder and the sampler to files.
+
+    Each file is read again and compared with the model before it gets its name.
 
     Args:
-        model: in evaluation mode, on the CPU.
-        mixture: fitted to its aggregate posterior, on the CPU.
+        model: The model, in evaluation mode, on the CPU.
+        mixture: The mixture that was fitted to its aggregate posterior, on the CPU.
         to: "torch" for programs of ``torch.export``, "onnx" for ONNX graphs.
-        folder: where to write ``encoder``, ``decoder`` and ``sampler``, with the ending .pt2 or .onnx.
+        folder: The folder in which to write ``encoder``, ``decoder`` and ``sampler``, with the
+            ending .pt2 or .onnx.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: if there is no such format.
-        ImportError: if the libraries of the extra ``export`` are missing.
-        ArithmeticError: if a file deviates from the model; it is not left there.
+        ValueError: If there is no such format.
+        ImportError: If the libraries of the extra ``export`` are missing.
+        ArithmeticError: If a file deviates from the model. That file is not kept.
 
     Example:
         >>> import equipoise
         >>> run = equipoise.Run("runs/mnist")  # doctest: +SKIP
-        >>> export(run.model(), run.mixture(), "onnx", run.folder / "export")[1].signature  # doctest: +SKIP
+        >>> folder = run.folder / "export"  # doctest: +SKIP
+        >>> files = export(run.model(), run.mixture(), "onnx", folder)  # doctest: +SKIP
+        >>> files[1].signature  # doctest: +SKIP
         'code float32 (n, 16) -> mean, std float32 (n, 1, 28, 28)'
     """
     if to not in FORMATS:
         raise ValueError(
             f"there is no format {to!r} to export to; choose from {', '.join(FORMATS)}"
         )
+
     form = FORMATS[to]()
     files = []
     for name, part in _parts(model, mixture).items():
         path = folder / f"{name}{form.ending}"
         with whole_file(path) as temporary:
             form.write(_trace(part), part, temporary)
+
             deviation = _deviation(form.read(temporary), part)
-            if not deviation <= TOLERANCE:
+            if not deviation <= TOLERANCE:  # also true if the deviation is NaN
                 raise ArithmeticError(
-                    f"{path} was not written: it would deviate from the model by {deviation:.2g} of the largest value, "
-                    f"more than {TOLERANCE:g}. Export to another format."
+                    f"{path} was not written: it would deviate from the model by {deviation:.2g} "
+                    f"of the largest value, more than {TOLERANCE:g}. Export to another format."
                 )
+
         files.append(Exported(path, _signature(part), deviation))
+
     return files
 
 
 class _Part(NamedTuple):
-    """What becomes one file: a computation, examples of its inputs by name, and the names of its outputs."""
+    """The content of one file: a computation, examples of its inputs, the names of its outputs."""
 
     module: nn.Module
     inputs: dict[str, Tensor]
@@ -98,19 +111,20 @@ class _Part(NamedTuple):
 
 
 def _parts(model: VAE, mixture: GaussianMixture) -> dict[str, _Part]:
-    """Encoder, decoder and sampler, with examples such as the model makes itself."""
+    """The encoder, the decoder and the sampler, with examples that the model itself generates."""
     generator = torch.Generator().manual_seed(0)
     n, dtype = max(COMPARED), model.scaling.scale.dtype
+
     code = mixture.sample(n, generator).to(dtype)
     raw = model.scaling.restore_levels(model.decode(code).sample(generator))
     uniform = torch.rand(n, generator=generator, dtype=dtype)
     normal = torch.randn(n, model.latent_dim, generator=generator, dtype=dtype)
+
+    noise = {"uniform": uniform, "normal": normal}
     return {
         "encoder": _Part(_Encoder(model), {"raw": raw}, ("mean", "log_var")),
         "decoder": _Part(_Decoder(model), {"code": code}, ("mean", "std")),
-        "sampler": _Part(
-            _Sampler(mixture, dtype), {"uniform": uniform, "normal": normal}, ("code",)
-        ),
+        "sampler": _Part(_Sampler(mixture, dtype), noise, ("code",)),
     }
 
 
@@ -120,7 +134,7 @@ class _Encoder(nn.Module):
     def __init__(self, model: VAE) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
-        del self.model.decoder, self.model.noise  # or a program carries their weights along
+        del self.model.decoder, self.model.noise  # otherwise the program contains their weights
 
     def forward(self, raw: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.model.encode(self.model.scaling(raw)))
@@ -140,7 +154,10 @@ class _Decoder(nn.Module):
 
 
 class _Sampler(nn.Module):
-    """From noise to codes of the mixture: the uniform number chooses the component, the normal ones the place in it."""
+    """From noise to codes of the mixture.
+
+    The uniform number chooses the component, and the normal numbers the place within it.
+    """
 
     boundaries: Tensor
     means: Tensor
@@ -154,18 +171,19 @@ class _Sampler(nn.Module):
 
     def forward(self, uniform: Tensor, normal: Tensor) -> tuple[Tensor, ...]:
         component = (uniform.unsqueeze(1) >= self.boundaries).sum(1)
-        return (
-            self.means[component] + (self.scale_trils[component] @ normal.unsqueeze(2)).squeeze(2),
-        )
+        shift = (self.scale_trils[component] @ normal.unsqueeze(2)).squeeze(2)
+        return (self.means[component] + shift,)
 
 
 def _trace(part: _Part) -> torch.export.ExportedProgram:
-    few = tuple(example[:TRACED] for example in part.inputs.values())
-    program = torch.export.export(
-        part.module, few, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) * len(few)
-    )
+    """Make the program of a part, for any number of examples."""
+    examples = tuple(example[:TRACED] for example in part.inputs.values())
+    any_number = ({0: torch.export.Dim.DYNAMIC},) * len(examples)
+    program = torch.export.export(part.module, examples, dynamic_shapes=any_number)
+
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths on this machine are nobody else's business
+        node.meta.pop("stack_trace", None)  # it contains paths on this machine, which stay private
+
     return program
 
 
@@ -173,7 +191,7 @@ Computation = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 
 
 class _Format(NamedTuple):
-    """How a program becomes a file, and a file a computation."""
+    """How a program is written to a file, and how the file is read as a computation."""
 
     ending: str
     write: Callable[[torch.export.ExportedProgram, _Part, Path], None]
@@ -195,7 +213,7 @@ def _torch_format() -> _Format:
 def _onnx_format() -> _Format:
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 (torch writes ONNX with it)
+        import onnxscript  # noqa: F401 (torch uses it to write ONNX)
     except ImportError as error:
         raise ImportError(
             "ONNX needs libraries that are not installed: pip install 'equipoise[export]'"
@@ -217,8 +235,8 @@ def _onnx_format() -> _Format:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
         def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            found = session.run(None, {name: example.numpy() for name, example in inputs.items()})
-            return tuple(torch.from_numpy(output) for output in found)
+            arrays = {name: example.numpy() for name, example in inputs.items()}
+            return tuple(torch.from_numpy(output) for output in session.run(None, arrays))
 
         return run
 
@@ -230,9 +248,13 @@ FORMATS = {"torch": _torch_format, "onnx": _onnx_format}
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what torch's exporter tells of itself: deprecated calls of its own, and torchvision's absence."""
+    """Hide what torch's exporter reports about itself.
+
+    It warns of its own deprecated calls, and logs that torchvision is absent.
+    """
     logger = logging.getLogger("torch.onnx")
     level = logger.level
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logger.setLevel(logging.ERROR)
@@ -243,24 +265,34 @@ def _quiet() -> Iterator[None]:
 
 
 def _deviation(computation: Computation, part: _Part) -> float:
-    """Largest difference of an output from the model's, relative to the output's largest value; NaN if any is."""
+    """The largest difference of an output from the model's, relative to the output's largest value.
+
+    It is NaN if any difference is.
+    """
     relative = []
     for n in COMPARED:
         inputs = {name: example[:n] for name, example in part.inputs.items()}
-        for found, expected in zip(computation(inputs), part.module(**inputs), strict=True):
-            largest = (
-                expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-            )  # an output may be zero
-            relative.append((found - expected).abs().max() / largest)
+        for output, expected in zip(computation(inputs), part.module(**inputs), strict=True):
+            tiny = torch.finfo(expected.dtype).tiny
+            largest = expected.abs().max().clamp_min(tiny)  # an output may be zero
+            relative.append((output - expected).abs().max() / largest)
+
     return float(torch.stack(relative).max())
 
 
 def _signature(part: _Part) -> str:
-    """Such as ``code float32 (n, 16) -> mean, std float32 (n, 1, 28, 28)``."""
+    """Describe the inputs and outputs of a part.
+
+    For example ``code float32 (n, 16) -> mean, std float32 (n, 1, 28, 28)``.
+    """
 
     def describe(names: str, tensor: Tensor) -> str:
-        axes = ", ".join(["n", *map(str, tensor.shape[1:])]) + ("," if tensor.ndim == 1 else "")
+        axes = ", ".join(["n", *map(str, tensor.shape[1:])])
+        if tensor.ndim == 1:
+            axes += ","
+
         return f"{names} {str(tensor.dtype).removeprefix('torch.')} ({axes})"
 
     inputs = " and ".join(describe(name, example) for name, example in part.inputs.items())
-    return f"{inputs} -> {describe(', '.join(part.outputs), part.module(**part.inputs)[0])}"
+    output = part.module(**part.inputs)[0]
+    return f"{inputs} -> {describe(', '.join(part.outputs), output)}"

@@ -1,6 +1,7 @@
-"""Runs on the Hugging Face hub: fetched as ``hf:owner/name``, published under that name (extra ``hub``).
+"""Runs on the Hugging Face hub (extra ``hub``).
 
-Of a run, only safetensors and JSON travel; whatever else a repository holds is not downloaded.
+A run is fetched as ``hf:owner/name``, and published under that name. Only the safetensors and the
+JSON of a run are transferred. Other files of a repository are not downloaded.
 """
 
 import re
@@ -15,24 +16,29 @@ LOG_IN = "log in with 'hf auth login', or set HF_TOKEN"
 
 
 class HubError(ValueError):
-    """The hub refuses, lacks something or cannot be reached; the message says what to do."""
+    """The hub refuses, lacks something or cannot be reached.
+
+    The message says what to do.
+    """
 
 
 def run_folder(address: str | Path) -> Path:
-    """Find the folder of a run; a run on the hub is copied to ``runs/owner/name`` first, if it is not there yet.
+    """Find the folder of a run, and download the run first if it is on the hub.
 
-    The copy is a run like any other: what is made with it is written into it, it needs no network any more and is never
-    updated. Delete it to fetch it anew.
+    A run on the hub is copied to ``runs/owner/name``, unless it is already there. The copy is a run
+    like any other: its outputs are written into it, and it needs no network any more. It is never
+    updated. To fetch the run anew, delete the copy.
 
     Args:
-        address: a path, or "hf:owner/name", or "hf:owner/name@revision" for a branch, a tag or a commit.
+        address: A path, or "hf:owner/name", or "hf:owner/name@revision" for a branch, a tag or a
+            commit.
 
     Returns:
         The folder.
 
     Raises:
-        HubError: if the address is malformed, or the hub has no such run.
-        ImportError: if the library of the extra ``hub`` is missing.
+        HubError: If the address is malformed, or the hub has no such run.
+        ImportError: If the library of the extra ``hub`` is missing.
 
     Example:
         >>> run_folder("runs/mnist")
@@ -40,11 +46,17 @@ def run_folder(address: str | Path) -> Path:
     """
     if not str(address).startswith(PREFIX):
         return Path(address)
+
     name, _, revision = str(address).removeprefix(PREFIX).partition("@")
     _check_name(name)
-    folder = Path("runs", f"{name}@{revision.replace('/', '-')}" if revision else name)
+
+    folder = Path("runs", name)
+    if revision:
+        folder = Path("runs", f"{name}@{revision.replace('/', '-')}")
+
     if _lacks(folder):
         _download(name, revision or None, folder)
+
     return folder
 
 
@@ -52,16 +64,16 @@ def publish(name: str, files: Mapping[str, bytes | Path], *, private: bool = Tru
     """Put files into a repository of models, in one commit.
 
     Args:
-        name: "owner/name"; made if it does not exist.
-        files: contents, or where they lie, by name.
-        private: of a new repository, whether only its owner sees it.
+        name: "owner/name" of the repository. It is made if it does not exist.
+        files: The content of each file, or the path of a local file, by name in the repository.
+        private: Whether a new repository is visible to its owner only.
 
     Returns:
-        Address of its page.
+        The address of its page.
 
     Raises:
-        HubError: if the name is malformed, no one is logged in, or the hub refuses.
-        ImportError: if the library of the extra ``hub`` is missing.
+        HubError: If the name is malformed, no one is logged in, or the hub refuses.
+        ImportError: If the library of the extra ``hub`` is missing.
     """
     _check_name(name)
     with _explained(name):
@@ -69,28 +81,35 @@ def publish(name: str, files: Mapping[str, bytes | Path], *, private: bool = Tru
 
         if get_token() is None:
             raise HubError(f"nobody is logged in to the hub: {LOG_IN} to a token that may write.")
+
         api = HfApi()
         page = api.create_repo(name, private=private, exist_ok=True)
+
         additions = [
             CommitOperationAdd(path_in_repo=file, path_or_fileobj=content)
             for file, content in files.items()
         ]
         api.create_commit(name, additions, commit_message="Publish a run of equipoise")
+
     return str(page)
 
 
 def _download(name: str, revision: str | None, folder: Path) -> None:
+    """Copy the files of a run from the hub to a folder."""
     with _explained(name):
         from huggingface_hub import snapshot_download
 
         snapshot_download(name, revision=revision, local_dir=folder, allow_patterns=list(RUN_FILES))
-    if missing := _lacks(folder):
+
+    missing = _lacks(folder)
+    if missing:
         raise HubError(
             f"{name} on the hub is not a run of equipoise: it has no {', '.join(missing)}."
         )
 
 
 def _lacks(folder: Path) -> list[str]:
+    """The files of a run that a folder does not have."""
     return [file for file in NEEDED if not (folder / file).is_file()]
 
 
@@ -101,9 +120,9 @@ def _check_name(name: str) -> None:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Say of the client's errors what to do about them, and of its absence."""
+    """Turn the errors of the client, or its absence, into messages that say what to do."""
     try:
-        from httpx2 import TransportError  # the client lets these through as they are
+        from httpx2 import TransportError  # the client does not wrap these errors
         from huggingface_hub.errors import (
             GatedRepoError,
             HfHubHTTPError,
@@ -116,6 +135,7 @@ def _explained(name: str) -> Iterator[None]:
         raise ImportError(
             "the Hugging Face hub needs its library: pip install 'equipoise[hub]'"
         ) from error
+
     try:
         yield
     except GatedRepoError as error:
@@ -136,11 +156,12 @@ def _explained(name: str) -> Iterator[None]:
             raise HubError(
                 f"the hub does not accept your token for {name}: {LOG_IN} to one that may write."
             ) from error
+
         raise HubError(
             f"the hub answered {status} for {name}: {error.server_message or error}"
         ) from error
     except (TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise HubError(
-            f"the hub cannot be reached for {name}: connect and unset HF_HUB_OFFLINE, or copy the run's folder here "
-            "and give its path."
+            f"the hub cannot be reached for {name}: connect and unset HF_HUB_OFFLINE, or copy the "
+            "run's folder here and give its path."
         ) from error

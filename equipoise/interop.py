@@ -1,15 +1,17 @@
 r"""Models trained elsewhere, as a :class:`equipoise.model.VAE` that learns its noise variance.
 
-Every weighting of squared error against KL *is* a variance: SSE / (2 sigma^2) + KL. pythae's ``mse`` loss has
-sigma^2 = 1, diffusers' training example, SSE + 1e-6 KL, has 5e-7. The models made here start from sigma^2 = 1. Then
+Every weighting of squared error against KL *is* a variance: SSE / (2 sigma^2) + KL. pythae's
+``mse`` loss has sigma^2 = 1. The training example of diffusers, SSE + 1e-6 KL, has sigma^2 = 5e-7.
+The models made here start from sigma^2 = 1. There are two ways to go on:
 
-- ``Trainer(model, data, TrainConfig(stage_1_epochs=0)).fit()`` computes eq. (10) over the training set and adds the
-  predicted variance of eq. (11); after ``model.encoder.requires_grad_(False)`` and likewise for the decoder, it trains
-  nothing else;
-- ``train(data, config, encoder=model.encoder, decoder=model.decoder)``, with the model's ``latent_dim`` in the
-  configuration, makes a run of both stages that starts from their weights.
+- ``Trainer(model, data, TrainConfig(stage_1_epochs=0)).fit()`` computes eq. (10) over the training
+  set and adds the predicted variance of eq. (11). It trains nothing else after
+  ``model.encoder.requires_grad_(False)`` and ``model.decoder.requires_grad_(False)``.
+- ``train(data, config, encoder=model.encoder, decoder=model.decoder)``, with the model's
+  ``latent_dim`` in the configuration, makes a run of both stages that starts from their weights.
 
-What is saved can be loaded by whoever reads the original again: ``load_model(path, model.encoder, model.decoder)``.
+Whoever reads the original model again can load the saved one:
+``load_model(path, model.encoder, model.decoder)``.
 """
 
 import math
@@ -27,6 +29,7 @@ from equipoise.noise import GlobalNoise
 from equipoise.store import StoreError, fill, read_json
 
 PYTHAE_UNITS = 512
+"""Width of the hidden layer in pythae's default networks."""
 
 
 def read_pythae(
@@ -38,35 +41,42 @@ def read_pythae(
 ) -> VAE:
     """Read a ``VAE`` of pythae, or a relative with the same networks such as ``BetaVAE``.
 
-    Of the folder, tensors and JSON are read; pickled networks are not.
+    Only the tensors and the JSON in the folder are read. Pickled networks are not.
 
     Args:
-        folder: what pythae wrote, with ``model_config.json`` and ``model.pt``.
-        encoder: pythae's ``BaseEncoder`` that the model was trained with, if not the default; of any weights.
-        decoder: likewise.
-        scaling: the units of the data that it will see, ``Scaling(tensor(0.0), tensor(255.0), 1 / 255)`` for images of
-            8 bits; the units that it was trained in if None.
+        folder: The folder that pythae wrote, with ``model_config.json`` and ``model.pt``.
+        encoder: The ``BaseEncoder`` of pythae that the model was trained with, if it is not the
+            default. Its weights do not matter.
+        decoder: The ``BaseDecoder`` of pythae that the model was trained with, if it is not the
+            default. Its weights do not matter.
+        scaling: The units of the data that the model will see, such as
+            ``Scaling(tensor(0.0), tensor(255.0), 1 / 255)`` for images of 8 bits. If None, the
+            units that it was trained in.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        StoreError: if a file is absent or damaged, or the networks are others than these.
+        StoreError: If a file is absent or damaged, or if its weights belong to other networks.
 
     Example:
         >>> model = read_pythae("my_model/final_model")  # doctest: +SKIP
     """
     config_file, weights_file = Path(folder, "model_config.json"), Path(folder, "model.pt")
     config = read_json(config_file)
+
     if config.get("input_dim") is None:
         raise StoreError(
-            f'{config_file} does not say the shape of an example: add it, such as "input_dim": [1, 28, 28]'
+            f"{config_file} does not say the shape of an example: add it, "
+            'such as "input_dim": [1, 28, 28]'
         )
-    for name, given in (("encoder", encoder), ("decoder", decoder)):
-        if given is None and not config.get(f"uses_default_{name}", True):
+
+    for name, network in (("encoder", encoder), ("decoder", decoder)):
+        if network is None and not config.get(f"uses_default_{name}", True):
             raise StoreError(
                 f"{folder} has an {name} of your own: build it as it was and pass it as {name}="
             )
+
     shape, latent_dim = tuple(config["input_dim"]), config["latent_dim"]
     networks = nn.ModuleDict(
         {
@@ -75,6 +85,7 @@ def read_pythae(
         }
     )
     fill(networks, _pythae_weights(weights_file), str(weights_file))
+
     return VAE(
         PythaeEncoder(networks["encoder"]),
         PythaeDecoder(networks["decoder"]),
@@ -86,16 +97,18 @@ def read_pythae(
 
 
 def _pythae_weights(path: Path) -> dict[str, Tensor]:
+    """Read the weights of pythae's networks by name."""
     if not path.is_file():
         raise StoreError(f"There is no {path}.")
+
     try:
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)[
-            "model_state_dict"
-        ]
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        weights: dict[str, Tensor] = content["model_state_dict"]
     except (UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
         raise StoreError(
             f"{path} is damaged, or holds something else than the weights of a pythae model."
         ) from error
+
     return weights
 
 
@@ -103,7 +116,8 @@ class PythaeEncoder(nn.Module):
     """An encoder that returns q(z|x) under pythae's names.
 
     Args:
-        module: returns a mapping with ``embedding`` and ``log_covariance``, (B, d) each.
+        module: A network that returns a mapping with ``embedding`` and ``log_covariance``, (B, d)
+            each.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -112,15 +126,15 @@ class PythaeEncoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch *event"]) -> Gaussian:
         """Map data to q(z|x)."""
-        found = self.module(x)
-        return Gaussian(found["embedding"], found["log_covariance"])
+        output = self.module(x)
+        return Gaussian(output["embedding"], output["log_covariance"])
 
 
 class PythaeDecoder(nn.Module):
-    r"""A decoder that returns means under pythae's name.
+    r"""A decoder that returns the mean of p(x|z) under pythae's name.
 
     Args:
-        module: returns a mapping with ``reconstruction``, (B, \*).
+        module: A network that returns a mapping with ``reconstruction``, (B, \*).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -134,7 +148,7 @@ class PythaeDecoder(nn.Module):
 
 
 class _DefaultEncoder(nn.Module):
-    """What pythae takes if it is given no encoder, under pythae's names of the layers."""
+    """The default encoder of pythae, with pythae's names of the layers."""
 
     def __init__(self, shape: tuple[int, ...], latent_dim: int) -> None:
         super().__init__()
@@ -150,7 +164,7 @@ class _DefaultEncoder(nn.Module):
 
 
 class _DefaultDecoder(nn.Module):
-    """Likewise for the decoder."""
+    """The default decoder of pythae, with pythae's names of the layers."""
 
     def __init__(self, shape: tuple[int, ...], latent_dim: int) -> None:
         super().__init__()
@@ -163,12 +177,13 @@ class _DefaultDecoder(nn.Module):
         )
 
     def forward(self, z: Tensor) -> dict[str, Tensor]:
-        return {"reconstruction": self.layers[1](self.layers[0](z)).unflatten(1, self.shape)}
+        x = self.layers[1](self.layers[0](z))
+        return {"reconstruction": x.unflatten(1, self.shape)}
 
 
 @runtime_checkable
 class AutoencoderKL(Protocol):
-    """What is used of diffusers' class of this name."""
+    """The parts of diffusers' class ``AutoencoderKL`` that are used here."""
 
     encoder: nn.Module
     quant_conv: nn.Module | None
@@ -179,26 +194,29 @@ class AutoencoderKL(Protocol):
 def from_autoencoder_kl(
     autoencoder: AutoencoderKL, shape: tuple[int, int, int], scaling: Scaling | None = None
 ) -> VAE:
-    """Take over an ``AutoencoderKL`` of diffusers: its networks, not a copy of them.
+    """Use the networks of an ``AutoencoderKL`` of diffusers in a model. They are not copied.
 
-    The codes are its latents (C, h, w) in a row, without the ``scaling_factor`` of the diffusion model. Model units are
-    [0, 1] where its own are [-1, 1], so that variances compare with those of other models.
+    The codes are its latents (C, h, w), flattened, without the ``scaling_factor`` of the diffusion
+    model. Model units are [0, 1] where those of diffusers are [-1, 1], so that variances can be
+    compared with those of other models.
 
     Args:
-        autoencoder: in float32.
-        shape: (channels, height, width) of the images to come; sizes that it halves without remainder.
-        scaling: the units of the data that it will see, ``Scaling(tensor(0.0), tensor(255.0), 1 / 255)`` for images of
-            8 bits; [0, 1] if None.
+        autoencoder: The model of diffusers, in float32.
+        shape: (channels, height, width) of the images to come. The encoder must be able to halve
+            height and width without remainder.
+        scaling: The units of the data that the model will see, such as
+            ``Scaling(tensor(0.0), tensor(255.0), 1 / 255)`` for images of 8 bits. If None, [0, 1].
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: if it does not map the shape to itself.
+        ValueError: If the autoencoder does not map the shape to itself.
 
     Example:
         >>> from diffusers import AutoencoderKL  # doctest: +SKIP
-        >>> autoencoder = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse")  # doctest: +SKIP
+        >>> name = "stabilityai/sd-vae-ft-mse"  # doctest: +SKIP
+        >>> autoencoder = AutoencoderKL.from_pretrained(name)  # doctest: +SKIP
         >>> model = from_autoencoder_kl(autoencoder, (3, 64, 64))  # doctest: +SKIP
         >>> model.latent_dim  # 4 x 8 x 8  # doctest: +SKIP
         256
@@ -206,15 +224,17 @@ def from_autoencoder_kl(
     encoder = _sequence(_Affine(2.0, -1.0), autoencoder.encoder, autoencoder.quant_conv).eval()
     with torch.no_grad():
         _, channels, height, width = encoder(torch.zeros(1, *shape)).shape
-    latents = (channels // 2, height, width)
+
+    latents = (channels // 2, height, width)  # the other half of the channels are log-variances
+    decoder = _sequence(
+        nn.Unflatten(1, latents),
+        autoencoder.post_quant_conv,
+        autoencoder.decoder,
+        _Affine(0.5, 0.5),
+    )
     return VAE(
         _sequence(encoder, nn.Flatten()),
-        _sequence(
-            nn.Unflatten(1, latents),
-            autoencoder.post_quant_conv,
-            autoencoder.decoder,
-            _Affine(0.5, 0.5),
-        ),
+        decoder,
         GlobalNoise(),
         shape=shape,
         latent_dim=math.prod(latents),
@@ -223,11 +243,12 @@ def from_autoencoder_kl(
 
 
 def _sequence(*modules: nn.Module | None) -> nn.Sequential:
+    """Put modules in a row, without those that are None."""
     return nn.Sequential(*(module for module in modules if module is not None))
 
 
 class _Affine(nn.Module):
-    """From one unit to another."""
+    """Changes from one unit to another."""
 
     def __init__(self, scale: float, offset: float) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""What a model makes, as files: an array in the user's own units for programs, a picture for people."""
+"""The output of a model as files.
+
+Programs get arrays in the user's own units, and people get pictures.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -22,21 +25,23 @@ DECODED_AT_ONCE = 1000
 
 
 def write_figures(run: Run, data: Data, model: VAE) -> None:
-    """Write the figures of a finished run: training curves, samples from the mixture, reconstructions.
+    """Write the figures of a finished run: training curves, samples, reconstructions.
 
     Args:
-        run: finished training.
-        data: what it was trained on.
-        model: the run's, on the CPU.
+        run: A finished training.
+        data: The data that it was trained on.
+        model: The model of the run, on the CPU.
     """
     seed = run.config().seed
     plots.save(plots.training_curves(run.history()), run.figures / "training.png")
+
     count = SHOWN_IMAGES if data.kind == "image" else SHOWN_TRAINING_ROWS
     codes = run.mixture().sample(count, torch_generator(seed))
     real = data.train.at_hand[:SHOWN_TRAINING_ROWS] if data.kind == "table" else None
     write_samples(
         model, codes, "mixture", run.figures, torch_generator(seed), real=real, arrays=False
     )
+
     write_reconstructions(model, data.test[:SHOWN_IMAGES], run.figures)
 
 
@@ -52,82 +57,94 @@ def write_samples(
     real: NDArray[Any] | None = None,
     arrays: bool = True,
 ) -> list[Path]:
-    """Decode codes and write what comes out.
+    """Decode codes, and write the samples to files.
 
     Args:
-        model: in evaluation mode, on the CPU.
-        codes: (n, d).
-        name: of the files, such as "mixture".
-        folder: where to write.
-        generator: source of pixel noise.
-        noise: add the model's noise; otherwise means are written.
-        real: rows of the table that the model was trained on, to compare with.
-        arrays: write the arrays too, not only the picture.
+        model: The model, in evaluation mode, on the CPU.
+        codes: The codes, (n, d).
+        name: The name of the files, such as "mixture".
+        folder: The folder to write to.
+        generator: The source of the noise.
+        noise: Whether to add the model's noise. Otherwise the means are written.
+        real: Rows of the table that the model was trained on, to compare with.
+        arrays: Whether to write the arrays too, and not only the picture.
 
     Returns:
         NAME.png, NAME.npy (rounded to the levels of digital data) and NAME-std.npy.
     """
     codes = codes.to(model.scaling.scale.dtype)  # mixtures draw in float64
     parts = [model.decode(chunk) for chunk in torch.split(codes, DECODED_AT_ONCE)]
-    means, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
+    means = torch.cat([part.mean for part in parts])
+    std = torch.cat([part.std for part in parts])
     noisy = means + std * torch.empty_like(means).normal_(generator=generator)
     x = noisy if noise else means
+
     if len(model.shape) == 3:
         has_map = model.noise.depends_on_code
         shown = slice(0, SHOWN_IMAGES if has_map else SHOWN_IMAGES_WITHOUT_STD)
         stds = std[shown].numpy() if has_map else None
         figure = plots.samples(x[shown].numpy(), stds, f"samples, {name}")
     else:
-        # With noise in any case: means alone spread less than data do.
+        # The picture of a table always has noise: means alone spread less than data do.
         generated = model.scaling.restore(noisy).numpy()
         figure = plots.table_samples(generated, real, _column_names(model))
+
     files = [plots.save(figure, folder / f"{name}.png")]
-    if arrays:
-        contents = {
-            name: model.scaling.restore_levels(x),
-            f"{name}-std": model.scaling.restore_std(std),
-        }
-        for file, tensor in contents.items():
-            files.append(folder / f"{file}.npy")
-            with whole_file(files[-1]) as temporary:
-                np.save(temporary, tensor.numpy())
+    if not arrays:
+        return files
+
+    contents = {
+        name: model.scaling.restore_levels(x),
+        f"{name}-std": model.scaling.restore_std(std),
+    }
+    for file, tensor in contents.items():
+        files.append(folder / f"{file}.npy")
+        with whole_file(files[-1]) as temporary:
+            np.save(temporary, tensor.numpy())
+
     return files
 
 
 @torch.no_grad()
 def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[Path]:
-    """Reconstruct examples and write what comes out.
+    """Reconstruct examples, and write the reconstructions to files.
 
     Args:
-        model: in evaluation mode, on the CPU.
-        raw: examples in raw units, (N, *).
-        folder: where to write.
+        model: The model, in evaluation mode, on the CPU.
+        raw: The examples in raw units, (N, *).
+        folder: The folder to write to.
 
     Returns:
-        reconstructions.npz with ``data``, ``mean``, ``std`` and ``error`` in raw units, and reconstructions.png.
+        reconstructions.npz with ``data``, ``mean``, ``std`` and ``error`` in raw units, and
+        reconstructions.png.
     """
     scaling = model.scaling
     scaling.check(torch.from_numpy(raw))
+
     restored = {name: np.empty(raw.shape, np.float32) for name in ("mean", "std", "error")}
     for start in range(0, len(raw), DECODED_AT_ONCE):
         rows = slice(start, start + DECODED_AT_ONCE)
         x = scaling(torch.from_numpy(raw[rows]))
-        seen = model.reconstruct(x)
-        restored["mean"][rows] = scaling.restore(seen.mean).numpy()
-        restored["std"][rows] = scaling.restore_std(seen.std).numpy()
-        restored["error"][rows] = scaling.restore_std(x - seen.mean).numpy()
+        reconstruction = model.reconstruct(x)
+        restored["mean"][rows] = scaling.restore(reconstruction.mean).numpy()
+        restored["std"][rows] = scaling.restore_std(reconstruction.std).numpy()
+        restored["error"][rows] = scaling.restore_std(x - reconstruction.mean).numpy()
+
     path, picture = folder / "reconstructions.npz", folder / "reconstructions.png"
     with whole_file(path) as temporary:
-        np.savez_compressed(temporary, data=raw, **restored)  # type: ignore[arg-type] # typed as NumPy's own flag
+        # NumPy's types take any keyword argument for its own flag.
+        np.savez_compressed(temporary, data=raw, **restored)  # type: ignore[arg-type]
+
     if len(model.shape) == 3:
         x = scaling(torch.from_numpy(raw[:SHOWN_IMAGES]))
-        seen = model.reconstruct(x)
-        figure = plots.reconstructions(x.numpy(), seen.mean.numpy(), seen.std.numpy())
+        reconstruction = model.reconstruct(x)
+        mean, std = reconstruction.mean.numpy(), reconstruction.std.numpy()
+        figure = plots.reconstructions(x.numpy(), mean, std)
     else:
         shown = slice(0, SHOWN_ROWS)
-        figure = plots.table_reconstructions(
-            raw[shown], restored["mean"][shown], restored["std"][shown], _column_names(model)
-        )
+        mean, std = restored["mean"][shown], restored["std"][shown]
+        figure = plots.table_reconstructions(raw[shown], mean, std, _column_names(model))
+
     return [path, plots.save(figure, picture)]
 
 
@@ -135,7 +152,7 @@ def torch_generator(seed: int) -> torch.Generator:
     """Make a source of randomness on the CPU.
 
     Args:
-        seed: same seed, same draws.
+        seed: The seed; the same seed gives the same draws.
 
     Returns:
         The generator.

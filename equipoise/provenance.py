@@ -1,4 +1,7 @@
-"""What stands beside every figure: command, data, seed, versions, machine and date."""
+"""Where a figure comes from: its command, data, versions, machine and date.
+
+This record stands beside every figure in a JSON file.
+"""
 
 import datetime
 import itertools
@@ -15,14 +18,14 @@ if TYPE_CHECKING:
 
 VERSIONED = ("equipoise", "torch", "lightning-fabric", "numpy", "scikit-learn", "safetensors")
 PLACES = {"--data-dir": "DATA", "--run": "RUN", "--runs": "RUNS", "--models": "MODELS"}
-"""Options whose values are nobody's concern: where data and runs lie on this machine."""
+"""Options whose values are paths on this machine, and the words that stand for them."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a figure depends on.
+    """Versions of the software that a figure depends on.
 
     Returns:
-        By name, Python's included.
+        The versions by name, including Python's.
     """
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
 
@@ -31,39 +34,44 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
     """The command that is running, as another person would type it.
 
     Args:
-        arguments: of the process if None, program first.
+        arguments: The arguments of a process, the program first; if None, those of this process.
 
     Returns:
         One line, without the paths of this machine.
     """
     program, *rest = sys.argv if arguments is None else arguments
     name = os.path.basename(program)
-    start = (
-        ["python", os.path.relpath(program)]
-        if name.endswith(".py") and name != "__main__.py"
-        else ["equipoise"]
-    )
-    pairs = itertools.pairwise(["", *rest])
-    return shlex.join([*start, *(PLACES.get(before, argument) for before, argument in pairs)])
+
+    words = ["equipoise"]
+    if name.endswith(".py") and name != "__main__.py":
+        words = ["python", os.path.relpath(program)]
+
+    for option, argument in itertools.pairwise(["", *rest]):
+        words.append(PLACES.get(option, argument))
+
+    return shlex.join(words)
 
 
 def machine() -> str:
-    """What the figures were computed on.
+    """The machine that the figures were computed on.
 
     Returns:
-        Graphics processor, if any, and processor cores.
+        The graphics processor, if there is one, and the processor cores.
     """
     import torch
 
     cores = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    return f"{torch.cuda.get_device_name()}, {cores}" if torch.cuda.is_available() else cores
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {cores}"
+
+    return cores
 
 
 def data_record(data: "Data") -> dict[str, Any]:
-    """What tells one data set from another.
+    """The facts that distinguish one data set from another.
 
     Args:
-        data: the set.
+        data: The data set.
 
     Returns:
         JSON values.
@@ -81,17 +89,21 @@ def provenance(data: "Data | None" = None, options: dict[str, Any] | None = None
     """Say where a figure comes from.
 
     Args:
-        data: what it was measured on.
-        options: what it was measured with.
+        data: The data that it was measured on.
+        options: The options that it was measured with.
 
     Returns:
         JSON values, to stand beside the figure.
     """
-    return {
+    record: dict[str, Any] = {
         "command": command_line(),
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "versions": versions(),
-        **({} if data is None else {"data": data_record(data)}),
-        **({} if options is None else {"options": options}),
     }
+    if data is not None:
+        record["data"] = data_record(data)
+    if options is not None:
+        record["options"] = options
+
+    return record

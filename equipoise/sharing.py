@@ -1,4 +1,4 @@
-"""A run for others: its model card, and its way to the Hugging Face hub."""
+"""Sharing a run with others: its model card, and its publication on the Hugging Face hub."""
 
 import json
 from pathlib import Path
@@ -15,59 +15,70 @@ from equipoise.store import read_json, read_tensors
 
 
 def push(run: Run, name: str, *, license_id: str | None = None, private: bool = True) -> str:
-    """Publish a run on the Hugging Face hub: safetensors, JSON and a model card; no data, pictures or checkpoints.
+    """Publish a run on the Hugging Face hub.
 
-    Absolute paths in the JSON are cut down to their last part.
+    It uploads safetensors, JSON and a model card, but no data, pictures or checkpoints. Absolute
+    paths in the JSON are cut down to their last part.
 
     Args:
-        run: finished training.
-        name: "owner/name" of the repository; made if it does not exist. A card that is there is replaced.
-        license_id: of the model, as the hub spells it, such as "apache-2.0"; left out of the card if None.
-        private: of a new repository, whether only its owner sees it.
+        run: A finished training.
+        name: "owner/name" of the repository. It is made if it does not exist. A card that is
+            already there is replaced.
+        license_id: The licence of the model, as the hub spells it, such as "apache-2.0". If None,
+            the card names no licence.
+        private: Whether a new repository is visible to its owner only.
 
     Returns:
-        Address of its page.
+        The address of its page.
 
     Raises:
-        ValueError: if the run is not finished, or the hub refuses; the message says what to do.
+        ValueError: If the run is not finished, or the hub refuses. The message says what to do.
 
     Example:
         >>> push(Run("runs/mnist"), "ada/mnist-vae", license_id="apache-2.0")  # doctest: +SKIP
         'https://huggingface.co/ada/mnist-vae'
     """
     files: dict[str, bytes | Path] = {"README.md": model_card(run, name, license_id).encode()}
-    for path in (run.folder / file for file in RUN_FILES):
-        if path.suffix == ".json" and path.is_file():
-            files[path.name] = json.dumps(
-                _without_folders(read_json(path)), indent=2, ensure_ascii=False
-            ).encode()
-        elif path.is_file():
-            files[path.name] = path
+
+    for file in RUN_FILES:
+        path = run.folder / file
+        if not path.is_file():
+            continue
+
+        if path.suffix == ".json":
+            content = _without_folders(read_json(path))
+            files[file] = json.dumps(content, indent=2, ensure_ascii=False).encode()
+        else:
+            files[file] = path
+
     return publish(name, files, private=private)
 
 
 def model_card(run: Run, name: str, license_id: str | None = None) -> str:
-    """Describe a run for people who did not train it: what it is, how to use it, its figures, its limits.
+    """Describe a run for people who did not train it: what it is, its use, its figures, its limits.
 
     Args:
-        run: finished training.
+        run: A finished training.
         name: "owner/name" under which it will be published.
-        license_id: of the model, as the hub spells it; left out if None.
+        license_id: The licence of the model, as the hub spells it. If None, the card names none.
 
     Returns:
         Markdown with a YAML header.
 
     Raises:
-        StoreError: if the run is not finished.
+        StoreError: If the run is not finished.
     """
     settings = _without_folders(run.settings())
     description = read_tensors(run.model_file, "model")[1]
     mixture = run.mixture()
-    evaluation = (
-        _without_folders(read_json(run.evaluation_file)) if run.evaluation_file.is_file() else {}
-    )
+
+    evaluation = {}
+    if run.evaluation_file.is_file():
+        evaluation = _without_folders(read_json(run.evaluation_file))
+
+    header = yaml.safe_dump(_header(settings["data"], license_id), sort_keys=False)
     parts = [
-        f"---\n{yaml.safe_dump(_header(settings['data'], license_id), sort_keys=False)}---\n",
+        f"---\n{header}---\n",
         f"# {name.partition('/')[2]}\n",
         _summary(settings, description, mixture.n_components),
         _usage(name, description),
@@ -78,40 +89,50 @@ def model_card(run: Run, name: str, license_id: str | None = None) -> str:
 
 
 def _header(data: dict[str, Any], license_id: str | None) -> dict[str, Any]:
+    """The header of the card, which the hub reads; entries without a value are left out."""
     source = str(data["load"].get("source", ""))
-    on_hub = source.removeprefix(PREFIX) if source.startswith(PREFIX) else MIRRORS.get(data["name"])
+    dataset = MIRRORS.get(data["name"])
+    if source.startswith(PREFIX):
+        dataset = source.removeprefix(PREFIX)
+
+    is_image = len(data["shape"]) == 3
     header: dict[str, Any] = {
         "library_name": "equipoise",
         "license": license_id,
-        "datasets": [on_hub] if on_hub else None,
-        "pipeline_tag": "unconditional-image-generation" if len(data["shape"]) == 3 else None,
+        "datasets": [dataset] if dataset else None,
+        "pipeline_tag": "unconditional-image-generation" if is_image else None,
         "tags": ["variational-autoencoder", "vae", "uncertainty", "arxiv:1909.03765"],
     }
     return {key: value for key, value in header.items() if value}
 
 
 def _summary(settings: dict[str, Any], description: dict[str, Any], n_components: int) -> str:
+    """What the model is: a paragraph, and a table of the training."""
     data, versions = settings["data"], settings["versions"]
     kind = "images" if len(data["shape"]) == 3 else "columns"
     shape = " x ".join(map(str, data["shape"]))
-    networks = (
-        description["architecture"]
-        or f"{description['encoder']} and {description['decoder']}, the author's own"
-    )
+
+    networks = description["architecture"]
+    if not networks:
+        networks = f"{description['encoder']} and {description['decoder']}, the author's own"
+
+    fingerprint = data["fingerprint"][:12]
+    date = settings["created"][:10]
     return f"""\
 A variational autoencoder of {shape} {kind}, trained on `{data["name"]}` with \
 equipoise. {_noise_summary(description["noise"]["kind"])}; new codes are drawn from \
-a mixture of {n_components} Gaussians, fitted to the aggregate posterior. Method: Lin, Roberts, Trigoni and Clark \
+a mixture of {n_components} Gaussians, fitted to the aggregate posterior. \
+Method: Lin, Roberts, Trigoni and Clark \
 (2019), *Balancing Reconstruction Quality and Regularisation in ELBO for VAEs*, \
 [arXiv 1909.03765](https://arxiv.org/abs/1909.03765).
 
 | | |
 |---|---|
-| Training data | {data["n_train"]:,} examples of `{data["name"]}`, fingerprint `{data["fingerprint"][:12]}` |
+| Training data | {data["n_train"]:,} examples of `{data["name"]}`, fingerprint `{fingerprint}` |
 | Latent units | {description["latent_dim"]} |
 | Networks | {networks} |
 | Parameters | {settings["parameters"]:,} |
-| Trained | {settings["created"][:10]}, equipoise {versions["equipoise"]}, torch {versions["torch"]} |
+| Trained | {date}, equipoise {versions["equipoise"]}, torch {versions["torch"]} |
 
 All options are in `config.json`, the course of the training in `metrics.jsonl`.
 """
@@ -126,14 +147,15 @@ def _noise_summary(kind: str) -> str:
 
 
 def _usage(name: str, description: dict[str, Any]) -> str:
-    own = description["architecture"] is None
-    networks = "encoder=..., decoder=..." if own else ""
-    note = (
-        f"\nThe networks are the author's own: build `{description['encoder']}` and `{description['decoder']}` as they "
-        "were, and pass them to `run.model`.\n"
-        if own
-        else ""
-    )
+    """How to use the model: commands to run."""
+    networks = note = ""
+    if description["architecture"] is None:
+        networks = "encoder=..., decoder=..."
+        note = (
+            f"\nThe networks are the author's own: build `{description['encoder']}` and "
+            f"`{description['decoder']}` as they were, and pass them to `run.model`.\n"
+        )
+
     return f"""\
 ## Use
 
@@ -155,41 +177,52 @@ std = model.scaling.restore_std(drawn.std)
 
 
 def _figures(evaluation: dict[str, Any]) -> str:
+    """The figures of the evaluation, a table for each of its sections."""
     sections = {name: section for name, section in evaluation.items() if name != "about"}
     if not sections:
         return "## Figures\n\nNone yet: `equipoise evaluate` has not run.\n"
-    judged = evaluation["about"]["data"]
-    on = "the test set" if judged["test"] == "test" else f"`{judged['test']}`"
+
+    data = evaluation["about"]["data"]
+    name_of_test = "the test set" if data["test"] == "test" else f"`{data['test']}`"
     lines = [
         "## Figures\n",
-        f"By equipoise's fixed protocol on {on} ({judged['n_test']:,} examples), ± one standard error. Likelihoods are "
-        "in nats per example, constants included, and limited by the noise floor. In model units, images reach from 0 "
-        "to 1 and columns have the variance 1. Distances of samples compare only with those in the same features and "
-        "of the same N.\n",
+        f"By equipoise's fixed protocol on {name_of_test} ({data['n_test']:,} examples), ± one "
+        "standard error. Likelihoods are in nats per example, constants included, and limited by "
+        "the noise floor. In model units, images reach from 0 to 1 and columns have the variance "
+        "1. Distances of samples compare only with those in the same features and of the same N.\n",
     ]
+
     for name, section in sections.items():
         lines.append(f"| {name.capitalize()} | value | N | unit |\n|---|---:|---:|---|")
         for keys, figure in leaves(section):
             n = figure.get("n") if isinstance(figure, dict) else None
-            lines.append(
-                f"| {title(keys)} | {format_figure(figure)} | {f'{n:,}' if n else ''} | {term(measure(keys)[0]).unit} |"
-            )
+            count = f"{n:,}" if n else ""
+            unit = term(measure(keys)[0]).unit
+            lines.append(f"| {title(keys)} | {format_figure(figure)} | {count} | {unit} |")
+
         lines.append("")
+
     return "\n".join(lines)
 
 
 _LIMITATIONS = """\
 ## Limits
 
-- The standard deviation tells of the errors on data like the training data. On other data it is an extrapolation.
-- Samples follow the training data, with their gaps and biases, and may come close to single training examples.
-- A high likelihood does not make an input normal, nor a sample good; look at the other figures as well.
+- The standard deviation tells of the errors on data like the training data. \
+On other data it is an extrapolation.
+- Samples follow the training data, with their gaps and biases, \
+and may come close to single training examples.
+- A high likelihood does not make an input normal, nor a sample good; \
+look at the other figures as well.
 - The licence of this model, if the header names one, says nothing about that of the training data.
 """
 
 
 def _without_folders(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
-    """Cut absolute paths down to their last part: where things lie on this machine is nobody else's business."""
+    """Cut absolute paths down to their last part.
+
+    The rest says where files lie on this machine, which others need not know.
+    """
     if isinstance(value, dict):
         return {key: _without_folders(child) for key, child in value.items()}
     if isinstance(value, list):
@@ -197,7 +230,7 @@ def _without_folders(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
     if isinstance(value, str):
         option, equals, text = value.rpartition("=")
         path = Path(text)
-        return (
-            f"{option}{equals}{path.name}" if path.is_absolute() or text.startswith("~") else value
-        )
+        if path.is_absolute() or text.startswith("~"):
+            return f"{option}{equals}{path.name}"
+
     return value

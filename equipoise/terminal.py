@@ -1,4 +1,4 @@
-"""What a person sees while a job runs: a live bar on a terminal, plain lines anywhere else."""
+"""What a user sees while a job runs: live bars on a terminal, and plain lines anywhere else."""
 
 import sys
 import time
@@ -19,13 +19,16 @@ from equipoise.glossary import format_figure, leaves, measure, term, title
 from equipoise.run import Row
 
 SECONDS_BETWEEN_LINES = 2.0
+"""Shortest time between two lines about epochs."""
 
 
 class PlainTerminal:
-    """Lines for pipes, logs and ``--quiet``: messages, and an epoch's figures at most every two seconds.
+    """Plain lines, for pipes, logs and ``--quiet``.
+
+    It prints messages, and the figures of an epoch at most every two seconds.
 
     Args:
-        stream: where to print.
+        stream: Where to print; standard output if None.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -37,7 +40,7 @@ class PlainTerminal:
         print(text, file=self.stream, flush=True)
 
     def progress(self, label: str, done: int, total: int | None, text: str) -> None:
-        """Print nothing: positions are for live bars."""
+        """Print nothing: only live bars show a position."""
 
     def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
         """Print nothing."""
@@ -45,13 +48,17 @@ class PlainTerminal:
     def step(
         self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]
     ) -> None:
-        """Print nothing: lines are per epoch."""
+        """Print nothing: there is a line for an epoch, not for a step."""
 
     def epoch(self, row: Row) -> None:
-        """Print the epoch's figures."""
+        """Print the epoch's figures, unless a line was printed just before.
+
+        The last epoch of a stage is always printed.
+        """
         is_last_of_stage = "test_elbo" in row
         if time.monotonic() - self.last < SECONDS_BETWEEN_LINES and not is_last_of_stage:
             return
+
         self.last = time.monotonic()
         figures = {name: row[f"validation_{name}"] for name in FIGURES}
         self.message(
@@ -64,10 +71,10 @@ class PlainTerminal:
 
 
 class LiveTerminal:
-    """A bar per job with the time left, and the running ELBO, KL, MSE and noise std.
+    """A bar for each job, with the time left and the running ELBO, KL, MSE and noise std.
 
     Args:
-        console: the terminal.
+        console: The terminal; standard output if None.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -87,10 +94,14 @@ class LiveTerminal:
         self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, label: str, done: int, total: int | None, text: str) -> None:
-        """Move the bar of a job, one bar per label's first word; without a total it only tells the count."""
+        """Move the bar of a job. Labels with the same first word share a bar.
+
+        Without a total, the bar shows the count only.
+        """
         job = label.split()[0]
         if job not in self.tasks:
             self.tasks[job] = self.bars.add_task(label, total=total, text=text)
+
         self.bars.update(self.tasks[job], description=label, completed=done, total=total, text=text)
 
     def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
@@ -100,17 +111,18 @@ class LiveTerminal:
     def step(
         self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]
     ) -> None:
-        """Move it."""
+        """Move the bar of the training, and show the running figures beside it."""
         self.progress(f"training {label}", done_steps, total_steps, format_figures(figures))
 
     def epoch(self, row: Row) -> None:
-        """Show nothing more: the bar has the running figures."""
+        """Show nothing: the running figures stand beside the bar."""
 
     def close(self) -> None:
-        """Leave the bars where they are, complete if the jobs are."""
+        """Leave the bars on the screen. Those without a total are shown as complete."""
         for task in self.tasks.values():
             if self.bars.tasks[task].total is None:
                 self.bars.update(task, total=1, completed=1)
+
         self.tasks.clear()
         self.bars.refresh()
 
@@ -123,13 +135,14 @@ FIGURES = {
     "mse": "MSE {:.5f}",
     "noise_std": "noise std {:.4f}",
 }
+"""How the figures of an epoch are written on a line."""
 
 
 def format_figures(figures: dict[str, float]) -> str:
     """Put an epoch's figures on one line.
 
     Args:
-        figures: by name: elbo and kl in nats, mse and noise_std in model units.
+        figures: The figures by name: elbo and kl in nats, mse and noise_std in model units.
 
     Returns:
         For instance ``ELBO 812.3  KL 51.2  MSE 0.00631  noise std 0.0790``.
@@ -147,22 +160,26 @@ def format_section(name: str, section: dict[str, Any], width: int = 100) -> str:
     """Lay a section of ``evaluation.json`` out as a table.
 
     Args:
-        name: of the section, such as "likelihood".
-        section: JSON values.
-        width: of the terminal.
+        name: The name of the section, such as "likelihood".
+        section: The section, as JSON values.
+        width: The width of the terminal in characters.
 
     Returns:
-        Text of several lines: a row per figure, with its standard error and N.
+        Text of several lines: a row for each figure, with its standard error and N.
     """
     table = Table(title=name.capitalize(), title_justify="left")
-    for column in ("", "value ± s.e.", "N", "unit"):
-        table.add_column(column, justify="left" if column in ("", "unit") else "right")
+    table.add_column("")
+    table.add_column("value ± s.e.", justify="right")
+    table.add_column("N", justify="right")
+    table.add_column("unit")
+
     for keys, figure in leaves(section):
         n = figure.get("n") if isinstance(figure, dict) else None
-        table.add_row(
-            title(keys), format_figure(figure), f"{n:,}" if n else "", term(measure(keys)[0]).unit
-        )
+        count = f"{n:,}" if n else ""
+        table.add_row(title(keys), format_figure(figure), count, term(measure(keys)[0]).unit)
+
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
         console.print(table)
+
     return capture.get().rstrip()

@@ -1,4 +1,4 @@
-"""A local page on which to look around in a trained model: its latent space, its samples, and any image."""
+"""A local page on which to explore a trained model: its latent space, its samples, any image."""
 
 from equipoise.explorer.server import explore
 from equipoise.explorer.views import View

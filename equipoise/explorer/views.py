@@ -1,4 +1,7 @@
-r"""What the page shows of a model. Everything a user can point at is a code; the page holds it, the model answers."""
+r"""What the page shows of a model.
+
+Everything that a user can point at is a code. The page holds the code, and the model answers.
+"""
 
 import copy
 import io
@@ -29,32 +32,35 @@ Array = NDArray[Any]
 
 BATCH = 500
 PLANE_CODES, PLANE_POINTS = 2000, 96
-"""Codes on the map and grid points along each of its axes: a second of work on two cores."""
+"""Codes on the map, and grid points along each of its axes: a second of work on two cores."""
 REFERENCE = 2000
-"""Validation examples that an input is compared with, at most."""
+"""Largest number of validation examples that an input is compared with."""
 IMPORTANCE_SAMPLES = 64
-"""Of the bound on log p(x) of one input: it answers within a tenth of a second."""
+"""Samples of the bound on log p(x) of one input; the answer takes less than a tenth of a second."""
 SLIDER_STDS = 4.0
+"""How far the sliders reach from the centre, in standard deviations of the codes."""
 MAX_CODES = 64
-"""Codes decoded in one answer, at most."""
+"""Largest number of codes that are decoded in one answer."""
 MAX_PIXELS = 40_000_000
-"""Of an image that is dropped on the page: what a camera takes, and no decompression bomb."""
+"""Largest number of pixels of an uploaded image: enough for a camera, too few to fill memory."""
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 POINT_LOG_VAR = -20.0
 """Log-variance of codes that stand for themselves, without a posterior around them."""
 
 
 class Inspection(NamedTuple):
-    """What a model makes of one input.
+    """What a model computes for one input.
 
     Args:
-        raw: the input as the model takes it, raw units, flat.
-        code: mean of its q(z|x), (d,).
-        elbo: nats, with one sample of z.
-        log_likelihood: importance-weighted bound on log p(x), nats.
-        standardised_residual: mean over the dimensions of (x - m)^2 / sigma^2; about one if the noise is right.
-        code_log_prob: log-density of the code under the mixture, nats.
-        odder_than: share of the validation set that is less odd, in [0, 1); None without one.
+        raw: The input as the model takes it, in raw units, flat.
+        code: The mean of q(z|x) of the input, (d,).
+        elbo: The ELBO in nats, with one sample of z.
+        log_likelihood: The importance-weighted bound on log p(x), in nats.
+        standardised_residual: The mean over the dimensions of (x - m)^2 / sigma^2. It is about one
+            if the noise is right.
+        code_log_prob: The log-density of the code under the mixture, in nats.
+        odder_than: The share of the validation set that is less odd, in [0, 1). None without a
+            validation set.
     """
 
     raw: list[float]
@@ -75,20 +81,22 @@ class _Map(NamedTuple):
 
 
 class View:
-    r"""A model, its mixture and, if they are there, its data, ready to answer the page at once.
+    r"""A model, its mixture and, if available, its data, ready to answer the page at once.
 
-    Nothing changes after construction: answers depend on the request alone.
+    A view does not change after its construction: an answer depends on the request alone.
 
     Args:
-        model: in evaluation mode, on the CPU.
-        mixture: fitted to its aggregate posterior, eq. (13).
-        data: what it was trained on: training codes for the map, validation scores to compare an input with. None
-            draws the map from the mixture, and no input is ranked.
-        name: of the run.
+        model: The model, in evaluation mode, on the CPU.
+        mixture: The mixture that was fitted to its aggregate posterior, eq. (13).
+        data: The data that the model was trained on. They give the training codes of the map, and
+            the validation scores that an input is compared with. If None, the map is drawn from
+            the mixture, and inputs are not ranked.
+        name: The name of the run.
 
     Example:
         >>> model = VAE.build((1, 8, 8), latent_dim=2).eval()
-        >>> view = View(model, GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None]))
+        >>> mixture = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
+        >>> view = View(model, mixture)
         >>> view.decode(view.sample("prior", 3, seed=0)).shape  # 2 of the code, 64 means, 64 stds
         (3, 130)
     """
@@ -97,14 +105,17 @@ class View:
         self, model: VAE, mixture: GaussianMixture, data: Data | None = None, name: str = "model"
     ) -> None:
         self.model, self.mixture, self.data, self.name = model, mixture, data, name
+
         self.reference = None
         if data is not None and len(data.validation) >= MIN_REFERENCE:
             held_out = Batches(data.validation.take(slice(REFERENCE)), BATCH).epoch()
             self.reference = model_scores(model, mixture, held_out, _generator(0))
+
         self.map = self._map() if model.latent_dim > 1 else None
 
     @torch.no_grad()
     def _map(self) -> "_Map":
+        """Compute the map from training codes, or from draws of the mixture without data."""
         if self.data is None:
             codes = self.mixture.sample(PLANE_CODES, _generator(0))
             posterior = Gaussian(codes, torch.full_like(codes, POINT_LOG_VAR))
@@ -112,44 +123,53 @@ class View:
             train = self.data.train.at_hand
             rows = np.random.default_rng(0).permutation(len(train))[:PLANE_CODES]
             posterior = encode_all(self.model, Batches(train.take(np.sort(rows)), BATCH).epoch())
+
         plane = latent_plane(posterior, self.mixture, _generator(0), PLANE_POINTS)
-        axes, full = torch.from_numpy(plane.axes), copy.deepcopy(self.mixture).double()
-        return _Map(
-            plane,
-            axes,
-            GaussianMixture(full.weights, full.means @ axes.mT, axes @ full.covariances @ axes.mT),
+
+        axes = torch.from_numpy(plane.axes)
+        full = copy.deepcopy(self.mixture).double()
+        projected = GaussianMixture(
+            full.weights, full.means @ axes.mT, axes @ full.covariances @ axes.mT
         )
+        return _Map(plane, axes, projected)
 
     def about(self) -> dict[str, Any]:
         """Everything that the page has to know once, as JSON values.
 
         Returns:
-            Shapes, units, the map, the range of each slider, the colours of the map of uncertainty.
+            The shapes, the units, the map, the range of each slider, and the colours of the map of
+            uncertainty.
         """
         model, mixture = self.model, self.mixture
         gaussian = single_gaussian(mixture)
-        sampled = self.decode(self.sample("mixture", MAX_CODES, seed=0))
+        reach = SLIDER_STDS * gaussian.covariances[0].diagonal().sqrt()
+
+        samples = self.decode(self.sample("mixture", MAX_CODES, seed=0))
+        stds = samples[:, -math.prod(model.shape) :]
         colours = mpl.colormaps[UNCERTAINTY_MAP](np.arange(256), bytes=True)[:, :3]
+
         return {
             "name": self.name,
             "shape": list(model.shape),
             "latent_dim": model.latent_dim,
             "offset": model.scaling.offset.flatten().tolist(),
             "scale": model.scaling.scale.flatten().tolist(),
-            "highest_std": float(np.quantile(sampled[:, -math.prod(model.shape) :], 0.995)),
+            "highest_std": float(np.quantile(stds, 0.995)),
             "std_colours": colours.flatten().tolist(),
             "weights": mixture.weights.tolist(),
             "means": mixture.means.tolist(),
             "centre": gaussian.means[0].tolist(),
-            "reach": (SLIDER_STDS * gaussian.covariances[0].diagonal().sqrt()).tolist(),
+            "reach": reach.tolist(),
             "n_examples": len(self.data.validation) if self.data else 0,
             "plane": self.map and self._describe_map(self.map),
         }
 
-    def _describe_map(self, shown: "_Map") -> dict[str, Any]:
-        plane = shown.plane
+    def _describe_map(self, map_: "_Map") -> dict[str, Any]:
+        """The map as JSON values, its density between 0 and 1."""
+        plane = map_.plane
         log_prob = plane.mixture_log_prob if self.data is None else plane.aggregate_log_prob
         density = (1 + (log_prob - log_prob.max()) / NATS_BELOW_PEAK).clip(0)
+
         return {
             "axes": plane.axes.tolist(),
             "x": plane.x[[0, -1]].tolist(),
@@ -157,8 +177,8 @@ class View:
             "n_points": PLANE_POINTS,
             "density": density.flatten().round(3).tolist(),
             "codes": plane.codes.round(3).tolist(),
-            "means": shown.mixture.means.tolist(),
-            "covariances": shown.mixture.covariances.tolist(),
+            "means": map_.mixture.means.tolist(),
+            "covariances": map_.mixture.covariances.tolist(),
         }
 
     @torch.no_grad()
@@ -166,45 +186,51 @@ class View:
         """Decode codes.
 
         Args:
-            codes: (n, d).
+            codes: The codes, (n, d).
 
         Returns:
-            (n, d + 2 D): each code, then the mean of p(x|z) and its std, both flat and in raw units.
+            (n, d + 2 D): each code, then the mean of p(x|z) and its std, both flat and in raw
+            units.
         """
-        z = torch.from_numpy(codes).to(self.model.scaling.scale.dtype)
-        seen, scaling = self.model.decode(z), self.model.scaling
-        parts = (z, scaling.restore(seen.mean).flatten(1), scaling.restore_std(seen.std).flatten(1))
-        return torch.cat(parts, 1).numpy()
+        scaling = self.model.scaling
+        z = torch.from_numpy(codes).to(scaling.scale.dtype)
+        likelihood = self.model.decode(z)
+
+        mean = scaling.restore(likelihood.mean).flatten(1)
+        std = scaling.restore_std(likelihood.std).flatten(1)
+        return torch.cat((z, mean, std), 1).numpy()
 
     @torch.no_grad()
     def code_at(self, point: Float[np.ndarray, "2"]) -> Float[np.ndarray, "1 latent"]:
-        r"""The code to expect at a point of the map, under the component that most likely put it there.
+        r"""The expected code at a point of the map, under the most responsible component.
 
         .. math:: k = \arg\max_j \pi_j N(p; A \mu_j, A \Sigma_j A^T), \qquad
             \mathrm{E}_k[z \mid A z = p] = \mu_k + \Sigma_k A^T (A \Sigma_k A^T)^{-1} (p - A \mu_k)
 
-        The average over all components would lie between the clusters, where no data are.
+        The average over all components would lie between the clusters, where there are no data.
 
         Args:
-            point: p, on the axes A of the map.
+            point: The point p, on the axes A of the map.
 
         Returns:
-            The code, which lies at the point.
+            The code, whose projection onto the map is the point.
 
         Raises:
-            ValueError: if the model has one latent unit only, and no map.
+            ValueError: If the model has only one latent unit, and therefore no map.
         """
         if self.map is None:
             raise ValueError("a model of one latent unit has no map; give its code instead")
+
         _, axes, projected = self.map
         target = torch.from_numpy(point).double()
         k = int(projected.responsibilities(target[None]).argmax())
+
         shift = torch.linalg.solve(projected.covariances[k], target - projected.means[k])
-        code = (
-            self.mixture.means[k].double() + self.mixture.covariances[k].double() @ axes.mT @ shift
-        )
-        at: Array = code[None].numpy()
-        return at
+        covariance = self.mixture.covariances[k].double()
+        code = self.mixture.means[k].double() + covariance @ axes.mT @ shift
+
+        row: Array = code[None].numpy()
+        return row
 
     @torch.no_grad()
     def sample(self, source: str, n: int, seed: int) -> Float[np.ndarray, "n latent"]:
@@ -212,41 +238,47 @@ class View:
 
         Args:
             source: "prior", "mixture", or the number of a component, counted from 0.
-            n: number of codes, 1 to 64.
-            seed: same seed, same codes.
+            n: The number of codes, 1 to 64.
+            seed: The seed; the same seed gives the same codes.
 
         Returns:
-            (n, d).
+            The codes, (n, d).
 
         Raises:
-            ValueError: if there is no such source, or the number is out of its range.
+            ValueError: If there is no such source, or the number is out of its range.
         """
         if not 1 <= n <= MAX_CODES:
             raise ValueError(f"1 to {MAX_CODES} samples are drawn at once, got {n}")
+
         generator = _generator(seed)
         if source in READY:
             return ready_source(source, self.mixture).sample(n, generator).numpy()
         if source.isdecimal():
             return self.mixture.sample(n, generator, component=int(source)).numpy()
+
         raise ValueError(
             f"expected a source among {', '.join(map(repr, READY))} or the number of a component, "
             f"got {source!r}"
         )
 
     def read(self, upload: bytes) -> Num[np.ndarray, "1 *shape"]:
-        r"""Make an example of what was dropped on the page: an image file, or the numbers of a row.
+        r"""Make an example from an upload: an image file, or the numbers of a row.
 
         Args:
-            upload: content of an image file, of which the centred square is taken and resized; for tables text, the
-                values of one row, separated by commas or blanks.
+            upload: The content of an image file, whose centred square is taken and resized. For
+                models of tables it is text: the values of one row, separated by commas or blanks.
 
         Returns:
             The example, (1, \*), raw units.
 
         Raises:
-            ValueError: if it cannot be read, or has not the shape of the model's examples.
+            ValueError: If the upload cannot be read, or does not have the shape of the model's
+                examples.
         """
-        return self._read_image(upload) if len(self.model.shape) == 3 else self._read_row(upload)
+        if len(self.model.shape) == 3:
+            return self._read_image(upload)
+
+        return self._read_row(upload)
 
     def _read_image(self, upload: bytes) -> Array:
         channels, height, width = self.model.shape
@@ -257,69 +289,78 @@ class View:
             raise ValueError(
                 f"no image that can be read ({error}); expected {', '.join(IMAGE_FORMATS)}"
             ) from error
+
         if math.prod(size) > MAX_PIXELS:
             raise ValueError(
-                f"the image has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}; make it smaller"
+                f"the image has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}; "
+                "make it smaller"
             )
+
+        plan = Plan((channels, height, width), resize=height == width)
         try:
-            pixels = decode(
-                io.BytesIO(upload), Plan((channels, height, width), resize=height == width)
-            )
+            pixels = decode(io.BytesIO(upload), plan)
         except Exception as error:
             raise ValueError(
                 f"the image cannot be used ({error}); save it as PNG or JPEG of {width} x {height}"
             ) from error
-        levels: Array = self.model.scaling.restore_levels(
-            torch.from_numpy(pixels.copy())[None] / 255
-        ).numpy()
+
+        x = torch.from_numpy(pixels.copy())[None] / 255
+        levels: Array = self.model.scaling.restore_levels(x).numpy()
         return levels
 
     def _read_row(self, upload: bytes) -> Array:
+        n_columns = self.model.shape[0]
         words = re.split(r"[\s,;]+", upload.decode(errors="replace").strip())
         try:
             row = np.array([float(word) for word in words])
         except ValueError as error:
             raise ValueError(
-                f"expected {self.model.shape[0]} numbers separated by commas: {error}"
+                f"expected {n_columns} numbers separated by commas: {error}"
             ) from error
+
         if row.shape != self.model.shape or not np.isfinite(row).all():
             raise ValueError(
-                f"expected {self.model.shape[0]} finite numbers separated by commas, got {len(words)}"
+                f"expected {n_columns} finite numbers separated by commas, got {len(words)}"
             )
+
         return row[None]
 
     def example(self, index: int) -> Num[np.ndarray, "1 *shape"]:
         r"""An example of the validation set.
 
         Args:
-            index: which; counted on from the start beyond the last.
+            index: The index of the example; beyond the last example, counting starts again at the
+                first.
 
         Returns:
             The example, (1, \*), raw units.
 
         Raises:
-            ValueError: if there are no data.
+            ValueError: If there are no data.
         """
         if self.data is None:
             raise ValueError("this run was opened without its data; drop an example of your own")
-        at = index % len(self.data.validation)
-        return self.data.validation[at : at + 1]
+
+        start = index % len(self.data.validation)
+        return self.data.validation[start : start + 1]
 
     def inspect(self, raw: Num[np.ndarray, "1 *shape"]) -> Inspection:
-        r"""Judge one input: how the model codes it, how likely it is, and how odd among the validation set.
+        r"""Judge one input: its code, how likely it is, and how odd it is among the validation set.
 
         Args:
-            raw: (1, \*), raw units.
+            raw: The input, (1, \*), raw units.
 
         Returns:
-            The record; the reconstruction is what its code decodes to.
+            The record. The reconstruction is not in it: the page decodes the code.
         """
         batch = torch.from_numpy(raw)
         scores = model_scores(self.model, self.mixture, [batch], _generator(0))
         bound = iwae(self.model, [batch], IMPORTANCE_SAMPLES, generator=_generator(0))
+
         odder_than = None
         if self.reference is not None:
             odder_than = 1 - float(outlier_scores(scores, self.reference).tail_probability[0])
+
         return Inspection(
             raw=raw.astype(np.float64).flatten().tolist(),
             code=encode_all(self.model, [batch]).mean[0].tolist(),

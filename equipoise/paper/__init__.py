@@ -1,7 +1,8 @@
-"""The paper's comparison, one module per table and figure, and what goes beyond it.
+"""The paper's comparison: one module for each table and figure, and for what goes beyond the paper.
 
-Each has ``specs(lab)``, the models it needs; ``compute(lab)``, its figures as JSON values, and its pictures;
-``markdown(found)``, what they look like on the page of results.
+Each module has three functions: ``specs(lab)`` lists the models that it needs, ``compute(lab)``
+returns its figures as JSON values and draws its pictures, and ``markdown(content)`` lays those
+figures out for the page of results.
 """
 
 from types import ModuleType
@@ -33,4 +34,4 @@ ITEMS: dict[str, ModuleType] = {
     "beyond-noise": beyond_noise,
     "beyond-size": beyond_size,
 }
-"""By the name that the command line knows."""
+"""The modules, by the name that the command line takes."""

@@ -7,12 +7,14 @@ from equipoise.paper.protocol import SET_TITLES, TITLES, WITH_NOISE, Lab, Spec
 
 TITLE = "Beyond the paper: a variance per pixel that costs nothing"
 TEXT = (
-    "All have the same number of epochs; those per pixel spend the last 30 % of them in stage 2. Stopped gradients "
-    "keep the predicted variance from bending the mean; with joint gradients, the paper's way, everything is trained "
-    "on eq. (11). The floor is the optimum of stage 1 (the paper's) or the variance of rounding to grey levels. The "
-    "squared error stands beside that of the same run when stage 1 ended, and beside that of one variance for as many"
-    " epochs in all. Coverage is over the pixels that vary (.683 .954 .997): of the predicted std, before "
-    "recalibration, and of the intervals that held-out images recalibrate."
+    "All models have the same number of epochs. Those with a variance per pixel spend the last "
+    "30 % of them in stage 2. With stopped gradients the predicted variance does not change the "
+    "mean; with joint gradients, the paper's way, everything is trained on eq. (11). The floor is "
+    "the optimum of stage 1 (the paper's) or the variance of rounding to grey levels. The squared "
+    "error is divided by that of the same run when stage 1 ended, and by that of one variance "
+    "after the same number of epochs. Coverage is over the pixels that vary (.683 .954 .997 if "
+    "right): of the predicted std, before recalibration, and of the intervals that held-out images "
+    "recalibrate."
 )
 METHODS = ("learned", "pixel", "pixel-joint", "pixel-low")
 
@@ -23,25 +25,32 @@ def specs(lab: Lab) -> list[Spec]:
 
 
 def compute(lab: Lab) -> dict[str, Any]:
-    """Squared error, samples, bits and calibration by data set and method."""
+    """Compute squared error, samples, bits and calibration by data set and method."""
     rows: dict[str, Any] = {}
     for spec in specs(lab):
-        found = lab.evaluation(spec)
-        varying = found.get("noise", {}).get("varying") or {}
+        evaluation = lab.evaluation(spec)
+        likelihood, samples = evaluation["likelihood"], evaluation["samples"]
+        varying = evaluation.get("noise", {}).get("varying") or {}
+
+        # One error when each stage ended.
         ends = [row["test_mse"] for row in lab.run(spec).history() if "test_mse" in row]
-        rows.setdefault(spec.data, {})[spec.method] = {
-            "mse": found["likelihood"]["mse"],
-            "mse_over_stage_1": ends[-1] / ends[0] if len(ends) > 1 else None,
-            "bits_per_dim": found["likelihood"].get("bits_per_dim"),
-            "frechet_mixture": found["samples"]["mixture"]["frechet_distance"],
-            "frechet_reconstruction": found["samples"]["reconstruction"]["frechet_distance"],
-            **{name: figure for name, figure in varying.items() if "coverage" in name},
+        over_stage_1 = ends[-1] / ends[0] if len(ends) > 1 else None
+
+        row = {
+            "mse": likelihood["mse"],
+            "mse_over_stage_1": over_stage_1,
+            "bits_per_dim": likelihood.get("bits_per_dim"),
+            "frechet_mixture": samples["mixture"]["frechet_distance"],
+            "frechet_reconstruction": samples["reconstruction"]["frechet_distance"],
         }
+        row |= {name: figure for name, figure in varying.items() if "coverage" in name}
+        rows.setdefault(spec.data, {})[spec.method] = row
+
     return {"rows": rows}
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """A table for each data set."""
+def markdown(content: dict[str, Any]) -> str:
+    """Make a table for each data set."""
     head = [
         "MSE",
         "/ stage 1",
@@ -52,25 +61,33 @@ def markdown(found: dict[str, Any]) -> str:
         "intervals",
     ]
     parts = []
-    for data, rows in found["rows"].items():
+    for data, rows in content["rows"].items():
         base = rows["learned"]["mse"]["value"]
-        lines = [
-            [
-                TITLES[method],
-                row["mse"],
-                None if row["mse_over_stage_1"] is None else f"{row['mse_over_stage_1']:.3f}",
-                f"{row['mse']['value'] / base:.3f}",
-                row["bits_per_dim"],
-                row["frechet_mixture"],
-                *(_shares(row, prefix) for prefix in ("", "interval_")),
-            ]
-            for method, row in rows.items()
-        ]
+        lines = []
+        for method, row in rows.items():
+            over_stage_1 = row["mse_over_stage_1"]
+            lines.append(
+                [
+                    TITLES[method],
+                    row["mse"],
+                    None if over_stage_1 is None else f"{over_stage_1:.3f}",
+                    f"{row['mse']['value'] / base:.3f}",
+                    row["bits_per_dim"],
+                    row["frechet_mixture"],
+                    _shares(row, ""),
+                    _shares(row, "interval_"),
+                ]
+            )
+
         parts.append(table([SET_TITLES[data], *head], lines))
+
     return "\n\n".join(parts)
 
 
 def _shares(row: dict[str, Any], prefix: str) -> str | None:
-    """Coverage at 1, 2 and 3 std in one cell."""
-    found = [estimate(row, f"{prefix}coverage_{k}") for k in (1, 2, 3)]
-    return " ".join(f"{share['value']:.3f}".lstrip("0") for share in found) if all(found) else None
+    """Write the coverage at 1, 2 and 3 std into one cell; None if one of them is missing."""
+    shares = [estimate(row, f"{prefix}coverage_{k}") for k in (1, 2, 3)]
+    if not all(shares):
+        return None
+
+    return " ".join(f"{share['value']:.3f}".lstrip("0") for share in shares)

@@ -1,4 +1,4 @@
-"""Beyond the paper: what more width, depth, latent units and epochs buy."""
+"""Beyond the paper: the effect of more width, depth, latent units and epochs."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from equipoise.paper.protocol import Lab, Spec
 
 TITLE = "Beyond the paper: what larger models and longer training buy"
 TEXT = (
-    "MNIST, learned variance, one change at a time; the first row is the model of the other tables."
+    "MNIST, learned variance, one change at a time. The first row is the model of the other tables."
 )
 CHANGES: dict[str, tuple[tuple[str, Any], ...]] = {
     "16 latent units, width 32": (),
@@ -20,11 +20,13 @@ CHANGES: dict[str, tuple[tuple[str, Any], ...]] = {
 
 
 def changes(lab: Lab) -> dict[str, tuple[tuple[str, Any], ...]]:
-    """Changes by name, and half and twice the epochs."""
+    """The changes by name, with half and twice the epochs among them."""
     epochs = lab.epochs_of("mnist")
-    return CHANGES | {
-        f"{n} epochs": (("stage_1_epochs", n),) for n in (max(1, epochs // 2), 2 * epochs)
-    }
+    others: dict[str, tuple[tuple[str, Any], ...]] = {}
+    for n in (max(1, epochs // 2), 2 * epochs):
+        others[f"{n} epochs"] = (("stage_1_epochs", n),)
+
+    return CHANGES | others
 
 
 def specs(lab: Lab) -> list[Spec]:
@@ -33,25 +35,28 @@ def specs(lab: Lab) -> list[Spec]:
 
 
 def compute(lab: Lab) -> dict[str, Any]:
-    """Likelihood, error, samples, parameters and seconds of each change."""
+    """Collect likelihood, error, samples, parameters and seconds of each change."""
     rows = {}
     for name, options in changes(lab).items():
         spec = Spec("mnist", "learned", options)
-        found, run = lab.evaluation(spec), lab.run(spec)
+        run, evaluation = lab.run(spec), lab.evaluation(spec)
+        likelihood, samples = evaluation["likelihood"], evaluation["samples"]
+
         rows[name] = {
             "parameters": run.settings()["parameters"],
             "seconds": round(sum(row["seconds"] for row in run.history()), 1),
-            "elbo": found["likelihood"]["elbo"],
-            "mse": found["likelihood"]["mse"],
-            "active_units": found["latent"]["active_units"]["value"],
-            "frechet_reconstruction": found["samples"]["reconstruction"]["frechet_distance"],
-            "frechet_mixture": found["samples"]["mixture"]["frechet_distance"],
+            "elbo": likelihood["elbo"],
+            "mse": likelihood["mse"],
+            "active_units": evaluation["latent"]["active_units"]["value"],
+            "frechet_reconstruction": samples["reconstruction"]["frechet_distance"],
+            "frechet_mixture": samples["mixture"]["frechet_distance"],
         }
+
     return {"rows": rows}
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The table."""
+def markdown(content: dict[str, Any]) -> str:
+    """Make the table."""
     head = [
         "",
         "parameters",
@@ -62,4 +67,5 @@ def markdown(found: dict[str, Any]) -> str:
         "Fréchet, rec.",
         "Fréchet, mixture",
     ]
-    return table(head, [[name, *row.values()] for name, row in found["rows"].items()])
+    lines = [[name, *row.values()] for name, row in content["rows"].items()]
+    return table(head, lines)

@@ -1,4 +1,4 @@
-"""Figure 1: ELBO, sample quality and latent complexity against six fixed variances and the learned one."""
+"""Figure 1: ELBO, samples and latent complexity for six fixed variances and the learned one."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from equipoise.paper.protocol import Lab, Spec
 
 TITLE = "Figure 1: fixed variances against the learned one"
 TEXT = (
-    "MNIST, 16 latent units, one model for each variance. In the paper the learned variance has the highest ELBO, one"
-    " of the best Fréchet distances, and samples of the mixture beat those of the prior, the more the smaller the "
-    "variance."
+    "MNIST, 16 latent units, one model for each variance. In the paper the learned variance has "
+    "the highest ELBO and one of the best Fréchet distances. Samples of the mixture are better "
+    "there than those of the prior, and the difference grows as the variance gets smaller."
 )
 SPECS = {
     "1": Spec("mnist", "beta-vae"),
@@ -32,56 +32,62 @@ def specs(lab: Lab) -> list[Spec]:
 
 
 def compute(lab: Lab) -> dict[str, Any]:
-    """ELBO, Fréchet distances and KL of each variance; and the figure."""
+    """Collect ELBO, Fréchet distances and KL of each variance, and draw the figure."""
     rows = {}
     for name, spec in SPECS.items():
-        found = lab.evaluation(spec)
+        evaluation = lab.evaluation(spec)
+        likelihood, samples = evaluation["likelihood"], evaluation["samples"]
         rows[name] = {
-            "noise_var": found["likelihood"]["noise_var"]["value"],
-            "elbo": found["likelihood"]["elbo"],
-            "frechet_prior": found["samples"]["prior"]["frechet_distance"],
-            "frechet_mixture": found["samples"]["mixture"]["frechet_distance"],
-            "kl_mixture_prior": found["latent"]["kl_mixture_prior"],
+            "noise_var": likelihood["noise_var"]["value"],
+            "elbo": likelihood["elbo"],
+            "frechet_prior": samples["prior"]["frechet_distance"],
+            "frechet_mixture": samples["mixture"]["frechet_distance"],
+            "kl_mixture_prior": evaluation["latent"]["kl_mixture_prior"],
         }
+
     plots.save(draw(rows), lab.images / "figure-1.png")
     return {"rows": rows}
 
 
 def draw(rows: dict[str, Any]) -> Figure:
-    """The figure: a line through the fixed variances, and a star for the learned one."""
+    """Draw the figure: a line through the fixed variances, and a star for the learned one."""
     panels = {
         "ELBO, nats": {"test data": "elbo"},
         "Fréchet distance": {"prior": "frechet_prior", "mixture": "frechet_mixture"},
         "KL(mixture, prior), nats": {"mixture": "kl_mixture_prior"},
     }
-    fixed = sorted(
-        (row for name, row in rows.items() if name != "learned"), key=lambda row: row["noise_var"]
-    )
-    measures = {
-        label: {name: np.array([row[key]["value"] for row in fixed]) for name, key in lines.items()}
-        for label, lines in panels.items()
-    }
-    stars = {
-        label: {name: rows["learned"][key]["value"] for name, key in lines.items()}
-        for label, lines in panels.items()
-    }
+    learned = rows["learned"]
+    fixed = [row for name, row in rows.items() if name != "learned"]
+    fixed.sort(key=lambda row: row["noise_var"])
+
+    measures, stars = {}, {}
+    for label, lines in panels.items():
+        measures[label] = {
+            name: np.array([row[key]["value"] for row in fixed]) for name, key in lines.items()
+        }
+        stars[label] = {name: learned[key]["value"] for name, key in lines.items()}
+
     noise_vars = np.array([row["noise_var"] for row in fixed])
-    return plots.variance_sweep(noise_vars, measures, rows["learned"]["noise_var"], stars)
+    return plots.variance_sweep(noise_vars, measures, learned["noise_var"], stars)
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The figure's numbers."""
+def markdown(content: dict[str, Any]) -> str:
+    """Make the table of the figure's numbers."""
     head = ["σ²", "ELBO, nats", "Fréchet, prior", "Fréchet, mixture", "KL(mixture, prior)"]
-    return table(
-        head,
-        [
+    lines = []
+    for name, row in content["rows"].items():
+        title = name
+        if name == "learned":
+            title = f"{row['noise_var']:.3g} (learned)"
+
+        lines.append(
             [
-                f"{row['noise_var']:.3g} (learned)" if name == "learned" else name,
+                title,
                 row["elbo"],
                 row["frechet_prior"],
                 row["frechet_mixture"],
                 row["kl_mixture_prior"],
             ]
-            for name, row in found["rows"].items()
-        ],
-    )
+        )
+
+    return table(head, lines)

@@ -3,14 +3,19 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from equipoise import plots
 from equipoise.paper.markdown import table
 from equipoise.paper.protocol import SET_TITLES, Lab, Spec
 
 TITLE = "Figure 4: where samples cannot be trusted"
-TEXT = "Samples of the mixture, decoder means, and the std that the model predicts for each of their pixels."
-SHOWN = 25
+TEXT = (
+    "Samples of the mixture, shown as decoder means, and the std that the model predicts for each "
+    "of their pixels."
+)
+SHOWN, AVERAGED = 25, 1000
+"""Images in the picture, and images that the std is averaged over."""
 METHOD = "pixel-low"
 
 
@@ -21,39 +26,46 @@ def specs(lab: Lab) -> list[Spec]:
 
 @torch.no_grad()
 def compute(lab: Lab) -> dict[str, Any]:
-    """Mean predicted std of samples and of reconstructions; and the figures."""
+    """Compute the mean predicted std of samples and of reconstructions, and draw the figures."""
     rows = {}
     for spec in specs(lab):
         model, mixture = lab.model(spec), lab.run(spec).mixture().to(lab.device)
-        made = model.generate(1000, mixture, torch.Generator(lab.device).manual_seed(lab.seed))
+        generator = torch.Generator(lab.device).manual_seed(lab.seed)
+        samples = model.generate(AVERAGED, mixture, generator)
+
         test = lab.data(spec.data).test
-        seen = model.reconstruct(
-            model.scaling(torch.from_numpy(test[: min(1000, len(test))]).to(lab.device))
-        )
+        raw = torch.from_numpy(test[: min(AVERAGED, len(test))]).to(lab.device)
+        reconstructions = model.reconstruct(model.scaling(raw))
+
         rows[spec.data] = {
-            name: {
-                "value": float(std.mean()),
-                "standard_error": float(std.std() / len(std) ** 0.5),
-                "n": len(std),
-            }
-            for name, std in {
-                "samples": made.std.flatten(1).mean(1),
-                "reconstructions": seen.std.flatten(1).mean(1),
-            }.items()
+            "samples": _mean_std(samples.std),
+            "reconstructions": _mean_std(reconstructions.std),
         }
+
+        shown_means, shown_stds = samples.mean[:SHOWN], samples.std[:SHOWN]
         figure = plots.samples(
-            made.mean[:SHOWN].cpu().numpy(), made.std[:SHOWN].cpu().numpy(), "samples, mixture"
+            shown_means.cpu().numpy(), shown_stds.cpu().numpy(), "samples, mixture"
         )
         plots.save(figure, lab.images / f"figure-4-{spec.data}.png")
+
     return {"rows": rows}
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """Mean predicted std."""
+def _mean_std(std: Tensor) -> dict[str, float]:
+    """The mean over the images of their mean predicted std, and its standard error."""
+    of_image = std.flatten(1).mean(1)
+    return {
+        "value": float(of_image.mean()),
+        "standard_error": float(of_image.std() / len(of_image) ** 0.5),
+        "n": len(of_image),
+    }
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """Make the table of the mean predicted std."""
+    head = ["mean predicted std (1 = full scale)", "samples", "reconstructions of test images"]
     lines = [
         [SET_TITLES[data], row["samples"], row["reconstructions"]]
-        for data, row in found["rows"].items()
+        for data, row in content["rows"].items()
     ]
-    return table(
-        ["mean predicted std (1 = full scale)", "samples", "reconstructions of test images"], lines
-    )
+    return table(head, lines)

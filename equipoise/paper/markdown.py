@@ -1,63 +1,71 @@
-"""Markdown of the page of results: tables of estimates, the paper's figures beside ours."""
+"""Markdown for the page of results: tables of estimates."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from equipoise.glossary import format_figure
 
-NONE = "–"  # noqa: RUF001 (a dash)  # noqa: RUF001 (a dash)  # noqa: RUF001 (a dash)
+NONE = "–"  # noqa: RUF001 (a dash)
+"""The cell of a figure that does not exist."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Lay out a table.
 
     Args:
-        head: of the columns.
-        rows: text as it is, estimates (``{"value", "standard_error", "n"}``) and numbers formatted, None as a dash.
+        head: The titles of the columns.
+        rows: The cells of each row; :func:`cell` says what they may be.
 
     Returns:
         Markdown.
 
     Example:
-        >>> print(table(["", "KL"], [["prior", {"value": 1.5, "standard_error": 0.25, "n": 9}], ["mixture", None]]))
+        >>> kl = {"value": 1.5, "standard_error": 0.25, "n": 9}
+        >>> print(table(["", "KL"], [["prior", kl], ["mixture", None]]))
         |  | KL |
         |---|---|
         | prior | 1.50 ±\u00a00.25 |
         | mixture | – |
     """
-    lines = [head, ["---"] * len(head), *([cell(value) for value in row] for row in rows)]
-    return "\n".join(
-        ("|" + "|".join(line) + "|") if line[0] == "---" else f"| {' | '.join(line)} |"
-        for line in lines
-    )
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [cell(value) for value in row]
+        lines.append(f"| {' | '.join(cells)} |")
+
+    return "\n".join(lines)
 
 
 def cell(value: Any) -> str:  # noqa: ANN401 (any JSON value)
     """Format one cell.
 
     Args:
-        value: text, an estimate, a number or None.
+        value: Text, an estimate (``{"value", "standard_error", "n"}``), a number, or None.
 
     Returns:
-        Text.
+        The text as it is, the formatted number, or a dash for None.
     """
     if value is None:
         return NONE
-    return value if isinstance(value, str) else format_figure(value)
+    if isinstance(value, str):
+        return value
+
+    return format_figure(value)
 
 
-def estimate(found: Any, *keys: str) -> Any:  # noqa: ANN401 (any JSON value)
+def estimate(content: Any, *keys: str) -> Any:  # noqa: ANN401 (any JSON value)
     """Look a figure up.
 
     Args:
-        found: JSON values.
-        *keys: from the outside in.
+        content: JSON values.
+        *keys: The keys that lead to the figure, from the outside in.
 
     Returns:
         The figure; None if it is not there.
     """
     for key in keys:
-        if not isinstance(found, dict) or key not in found:
+        if not isinstance(content, dict) or key not in content:
             return None
-        found = found[key]
-    return found
+
+        content = content[key]
+
+    return content

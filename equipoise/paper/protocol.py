@@ -1,7 +1,7 @@
-"""The paper's comparison: which methods, on which data, for how long; and how a model of it is trained and evaluated.
+"""The paper's comparison: its methods, data and epochs, and how a model of it is made.
 
-Methods differ in objective and variance alone. Networks, data, order of the examples, optimiser, rate and number of
-epochs are those of the data set, the same for all.
+Methods differ only in objective and variance. Networks, data, order of the examples, optimiser,
+rate and number of epochs belong to the data set, and are the same for all methods.
 """
 
 import os
@@ -48,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pixel-joint": {"stage_2_gradients": "joint"},
     "pixel-low": {"floor": "quantisation"},
 }
-"""Options of each method, over the recipe of its data set."""
+"""The options of each method. They replace those in the recipe of its data set."""
 
 TITLES = {
     "learned": "learned variance (ours)",
@@ -75,11 +75,13 @@ class Budget:
     """How much is trained.
 
     Args:
-        sets: stand-ins for the paper's data sets, by the paper's name; those missing are left out.
-        epochs: of every method, by the paper's name of the data set. Those with two stages share them.
-        components: K of table 4.
-        codes: samples of the aggregate posterior that table 4 fits to, at most.
-        mixture_iterations: of EM in table 4, at most.
+        sets: The data sets that stand for those of the paper, by the paper's name. Others of the
+            paper are left out.
+        epochs: The epochs of every method, by the paper's name of the data set. Methods with two
+            stages share them among the stages.
+        components: The numbers of components in table 4.
+        codes: The largest number of samples of the aggregate posterior that table 4 fits to.
+        mixture_iterations: The largest number of iterations of EM in table 4.
     """
 
     sets: Mapping[str, str]
@@ -91,16 +93,14 @@ class Budget:
 
 SET_TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "celeba": "CelebA"}
 _THREE = {name: name for name in SET_TITLES}
+_COMPONENTS = (32, 100, 500, 1000, 2000, 10_000)
 BUDGETS = {
     "tiny": Budget({"mnist": "digits"}, {"mnist": 4}, (2, 8), 2000, 10),
-    "small": Budget(
-        _THREE, dict.fromkeys(_THREE, 6), (32, 100, 500, 1000, 2000, 10_000), 20_000, 8
-    ),
-    "full": Budget(
-        _THREE, dict.fromkeys(_THREE, 40), (32, 100, 500, 1000, 2000, 10_000), 50_000, 50
-    ),
+    "small": Budget(_THREE, dict.fromkeys(_THREE, 6), _COMPONENTS, 20_000, 8),
+    "full": Budget(_THREE, dict.fromkeys(_THREE, 40), _COMPONENTS, 50_000, 50),
 }
 SHARE_OF_STAGE_1 = 0.7
+"""Share of the epochs in stage 1, for methods with two stages."""
 
 SECTIONS = ("likelihood", "samples", "latent")
 WITH_NOISE = (*SECTIONS, "noise")
@@ -112,12 +112,13 @@ class Spec:
     """A model of the comparison.
 
     Args:
-        data: the paper's name of the data set.
-        method: one of :data:`METHODS`.
-        options: more options, over those of the method.
-        brief: leave out the importance-weighted bound over the whole test set, which costs the most.
-        sections: of the evaluation that are needed.
-        sources: more densities of codes to judge, see :func:`equipoise.sources.code_source`.
+        data: The paper's name of the data set.
+        method: The name of one of :data:`METHODS`.
+        options: Further options, which replace those of the method.
+        brief: Whether to leave out the importance-weighted bound over the whole test set, which
+            costs the most.
+        sections: The sections of the evaluation that are needed.
+        sources: Further densities of codes to judge, see :func:`equipoise.sources.code_source`.
     """
 
     data: str
@@ -129,31 +130,33 @@ class Spec:
 
     @property
     def name(self) -> str:
-        """Name of the run folder."""
-        return "-".join(
-            [self.data, self.method, *(f"{key}={value}" for key, value in self.options)]
-        )
+        """The name of the run folder."""
+        options = [f"{key}={value}" for key, value in self.options]
+        return "-".join([self.data, self.method, *options])
 
 
 def _silent(_: str) -> None:
-    """Say nothing; a function that other processes can be handed."""
+    """Say nothing. Unlike a lambda, this function can be sent to other processes."""
 
 
 @dataclass(frozen=True)
 class Lab:
-    """Trains and evaluates what is missing, and hands out what is there.
+    """Trains and evaluates the models that are missing, and gives access to all of them.
 
     Args:
-        budget: name of one of :data:`BUDGETS`.
-        runs: folder of the run folders.
-        data_dir: where to look for the data sets first.
-        jobs: models that are trained at once, in processes of their own.
-        epochs: of every method on every data set, in place of the budget's; None keeps those.
-        seed: of all of them.
-        features: that samples are compared in, see :func:`equipoise.metrics.features.load_features`.
-        images: folder for figures.
-        sinks: what takes in training figures, where one model is trained at a time.
-        message: told in a sentence what happens.
+        budget: The name of one of :data:`BUDGETS`.
+        runs: The folder of the run folders.
+        data_dir: Where to look for the data sets first.
+        jobs: The number of models that are trained at once, each in a process of its own.
+        epochs: The epochs of every method on every data set, instead of those of the budget. None
+            means those of the budget.
+        seed: The seed of every training.
+        features: The features that samples are compared in, see
+            :func:`equipoise.metrics.features.load_features`.
+        images: The folder of the figures.
+        sinks: Where training figures go, if one model is trained at a time.
+        message: Called with a sentence on what happens.
+        loaded: The data sets that were loaded before, by the paper's name.
     """
 
     budget: str
@@ -175,19 +178,19 @@ class Lab:
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """The paper's names of the data sets at hand."""
+        """The paper's names of the data sets in the budget."""
         return tuple(self.size.sets)
 
     @property
     def device(self) -> torch.device:
-        """Where models are evaluated."""
+        """The device on which models are evaluated."""
         return choose_device()
 
     def model(self, spec: Spec) -> VAE:
         """Load a model.
 
         Args:
-            spec: one that was prepared.
+            spec: A model that was prepared.
 
         Returns:
             The model, in evaluation mode, on :attr:`device`.
@@ -195,31 +198,36 @@ class Lab:
         return self.run(spec).model().to(self.device)
 
     def data(self, name: str) -> Data:
-        """Load a data set, once.
+        """Load a data set. It is read once, and then kept.
 
         Args:
-            name: the paper's name.
+            name: The paper's name of the data set.
 
         Returns:
             The data.
         """
         if name not in self.loaded:
             self.loaded[name] = load(self.size.sets[name], data_dir=self.data_dir)
+
         return self.loaded[name]
 
     def config(self, spec: Spec) -> TrainConfig:
-        """Options of a model: the recipe of its data set, the epochs of the budget, the method.
+        """Options of a model, from the recipe of its data set, the budget and the method.
 
         Args:
-            spec: the model.
+            spec: The model.
 
         Returns:
             The configuration.
         """
         recipe = read_recipe(shipped_recipes()[self.size.sets[spec.data]])
         recipe.pop("data")
+
         epochs = self.epochs_of(spec.data)
-        first = round(SHARE_OF_STAGE_1 * epochs) if spec.method in TWO_STAGES else epochs
+        first = epochs
+        if spec.method in TWO_STAGES:
+            first = round(SHARE_OF_STAGE_1 * epochs)
+
         stages = {
             "stage_1_epochs": first,
             "stage_2_epochs": epochs - first,
@@ -229,13 +237,13 @@ class Lab:
         return make_config(recipe | stages, METHODS[spec.method] | dict(spec.options))
 
     def epochs_of(self, data: str) -> int:
-        """Epochs of every method on a data set.
+        """Number of epochs of every method on a data set.
 
         Args:
-            data: the paper's name.
+            data: The paper's name of the data set.
 
         Returns:
-            Those of both stages together.
+            The epochs of both stages together.
         """
         return self.epochs or self.size.epochs[data]
 
@@ -243,102 +251,114 @@ class Lab:
         """The run folder of a model.
 
         Args:
-            spec: the model.
+            spec: The model.
 
         Returns:
-            The run; it may not be there yet.
+            The run. It may not exist yet.
         """
         return Run(self.runs / self.budget / spec.name)
 
     def evaluation(self, spec: Spec) -> dict[str, Any]:
-        """What the evaluation found.
+        """The result of a model's evaluation.
 
         Args:
-            spec: a model that was prepared.
+            spec: A model that was prepared.
 
         Returns:
-            Content of its ``evaluation.json``.
+            The content of its ``evaluation.json``.
         """
-        found: dict[str, Any] = read_json(self.run(spec).evaluation_file)
-        return found
+        content: dict[str, Any] = read_json(self.run(spec).evaluation_file)
+        return content
 
     def prepare(self, specs: Iterable[Spec]) -> None:
-        """Train and evaluate what is missing, resuming what was cut off.
+        """Train and evaluate the models that are missing, and resume those that were interrupted.
 
         Args:
-            specs: the models.
+            specs: The models.
 
         Raises:
-            ConfigError: if a run folder holds a model with other options.
+            ConfigError: If a run folder holds a model with other options.
         """
-        wanted = _without_repeats(spec for spec in specs if spec.data in self.size.sets)
+        needed = _without_repeats(spec for spec in specs if spec.data in self.size.sets)
+        missing = [spec for spec in needed if not self._is_done(spec)]
         # The longest first, so that none is left to run alone at the end.
-        missing = sorted(
-            (spec for spec in wanted if not self._is_done(spec)), key=self._steps, reverse=True
-        )
+        missing.sort(key=self._steps, reverse=True)
+
         if self.jobs == 1 or len(missing) < 2:
             for number, spec in enumerate(missing, 1):
                 self.message(f"Model {number} of {len(missing)}: {spec.name}")
                 self._make(spec)
-            return
-        with ProcessPoolExecutor(
-            min(self.jobs, len(missing)), mp_context=get_context("spawn")
-        ) as pool:
-            lab = replace(self, jobs=1, sinks=(), message=_silent, loaded={})
-            futures = {pool.submit(_make_alone, lab, spec, self.jobs): spec for spec in missing}
+        else:
+            self._make_at_once(missing)
+
+    def _make_at_once(self, specs: list[Spec]) -> None:
+        """Make models in several processes. If some fail, the others are still made."""
+        lab = replace(self, jobs=1, sinks=(), message=_silent, loaded={})
+        n_processes = min(self.jobs, len(specs))
+        with ProcessPoolExecutor(n_processes, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(_make_alone, lab, spec, self.jobs): spec for spec in specs}
+
             problems = []
             try:
                 for number, future in enumerate(as_completed(futures), 1):
-                    name = f"Model {number} of {len(missing)}: {futures[future].name}"
-                    if error := future.exception():  # the others go on
-                        problems.append(f"{futures[future].name}: {error}")
-                        self.message(f"{name} failed: {error}")
+                    spec, error = futures[future], future.exception()
+                    title = f"Model {number} of {len(specs)}: {spec.name}"
+                    if error:
+                        problems.append(f"{spec.name}: {error}")
+                        self.message(f"{title} failed: {error}")
                     else:
-                        self.message(f"{name}, {future.result():.0f} s")
+                        self.message(f"{title}, {future.result():.0f} s")
             except KeyboardInterrupt:
                 pool.shutdown(cancel_futures=True)
                 raise
+
             if problems:
                 raise ConfigError(problems)
 
     def _steps(self, spec: Spec) -> int:
+        """Number of training steps of a model."""
         config = self.config(spec)
-        return (
-            (config.stage_1_epochs + config.stage_2_epochs)
-            * len(self.data(spec.data).train)
-            // config.batch_size
-        )
+        epochs = config.stage_1_epochs + config.stage_2_epochs
+        return epochs * len(self.data(spec.data).train) // config.batch_size
 
     def _is_done(self, spec: Spec) -> bool:
+        """Whether a model is trained, and evaluated as far as it is needed."""
         run = self.run(spec)
         if not run.model_file.is_file() or not run.evaluation_file.is_file():
             return False
+
         self._check(run, spec)
-        found = self.evaluation(spec)
-        whole = (
-            spec.brief
-            or OBJECTIVES[self.config(spec).objective].is_deterministic
-            or "iwae_20" in found.get("likelihood", {})
-        )
-        judged = all(source in found.get("samples", {}) for source in spec.sources)
-        return whole and judged and all(section in found for section in spec.sections)
+
+        evaluation = self.evaluation(spec)
+        has_bound = "iwae_20" in evaluation.get("likelihood", {})
+        has_sources = all(source in evaluation.get("samples", {}) for source in spec.sources)
+        has_sections = all(section in evaluation for section in spec.sections)
+        return (has_bound or self._is_brief(spec)) and has_sources and has_sections
+
+    def _is_brief(self, spec: Spec) -> bool:
+        """Whether the evaluation leaves the importance-weighted bound out.
+
+        If q(z|x) is a point, it has no density, and the bound has no meaning.
+        """
+        return spec.brief or OBJECTIVES[self.config(spec).objective].is_deterministic
 
     def _check(self, run: Run, spec: Spec) -> None:
-        was, wanted = run.config(), self.config(spec)
-        if was != wanted:
-            changed = [
-                name for name, value in wanted.as_dict().items() if was.as_dict()[name] != value
-            ]
-            raise ConfigError(
-                [
-                    f"{run.folder} was made with other values of {', '.join(changed)}: remove it, or give another --runs"
-                ]
+        """Raise an error if a run was made with other options than those of its model."""
+        actual, expected = run.config().as_dict(), self.config(spec).as_dict()
+        changed = [name for name, value in expected.items() if actual[name] != value]
+        if changed:
+            problem = (
+                f"{run.folder} was made with other values of {', '.join(changed)}: "
+                "remove it, or give another --runs"
             )
+            raise ConfigError([problem])
 
     def _make(self, spec: Spec) -> None:
+        """Train a model if needed, and evaluate it."""
         run, data, config = self.run(spec), self.data(spec.data), self.config(spec)
         if run.config_file.is_file():
             self._check(run, spec)
+
         if not run.model_file.is_file():
             train(
                 data,
@@ -348,35 +368,39 @@ class Lab:
                 sinks=self.sinks,
                 command=["equipoise", "paper"],
             )
+
         evaluate(
             run,
             data,
             sections=spec.sections,
             sources=spec.sources,
             features=self.features,
-            # Without a density, q(z|x) being a point, the bound tells nothing.
-            brief=spec.brief or OBJECTIVES[config.objective].is_deterministic,
+            brief=self._is_brief(spec),
         )
 
 
 def _without_repeats(specs: Iterable[Spec]) -> list[Spec]:
-    """Each run once, with all that anyone needs of it."""
-    found: dict[str, Spec] = {}
+    """Merge the specs of the same run into one, with everything that any of them needs."""
+    merged: dict[str, Spec] = {}
     for spec in specs:
-        other = found.get(spec.name, spec)
-        sources = tuple(dict.fromkeys(other.sources + spec.sources))
-        sections = tuple(dict.fromkeys(other.sections + spec.sections))
-        found[spec.name] = replace(
-            spec, brief=spec.brief and other.brief, sections=sections, sources=sources
+        other = merged.get(spec.name, spec)
+        merged[spec.name] = replace(
+            spec,
+            brief=spec.brief and other.brief,
+            sections=tuple(dict.fromkeys(other.sections + spec.sections)),
+            sources=tuple(dict.fromkeys(other.sources + spec.sources)),
         )
-    return list(found.values())
+
+    return list(merged.values())
 
 
 def _make_alone(lab: Lab, spec: Spec, jobs: int) -> float:
     """Make a model in a process of its own, with its share of the cores; return the seconds."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     torch.set_num_threads(threads)
+
     started = time.perf_counter()
     with threadpool_limits(threads):
         lab._make(spec)
+
     return time.perf_counter() - started

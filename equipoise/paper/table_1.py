@@ -1,4 +1,4 @@
-"""Table 1: two latent units on MNIST, the variance from large to small, and what the codes then look like."""
+"""Table 1: the codes of MNIST with two latent units, from a large variance to a small one."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from equipoise.paper.protocol import Lab, Spec
 
 TITLE = "Table 1: the noise variance decides how far the codes are from the prior"
 TEXT = (
-    "MNIST, two latent units. KL is KL(mixture, prior), Monte Carlo with 10,000 codes; the mixture is fitted to "
-    "samples of q(z|x). The picture shows log densities on the plane of the codes: of the exact aggregate posterior, "
-    "eq. (12), of its mixture, eq. (13), and of the prior."
+    "MNIST, two latent units. KL is KL(mixture, prior), Monte Carlo with 10,000 codes. The mixture "
+    "is fitted to samples of q(z|x). The picture shows log-densities on the plane of the codes: of "
+    "the exact aggregate posterior, eq. (12), of its mixture, eq. (13), and of the prior."
 )
 PAPER = {
     "1": "0.094 ± 0.003",
@@ -24,7 +24,7 @@ PAPER = {
     "learned": "0.422 ± 0.011 (0.035)",
     "0.01": "1.552 ± 0.034",
 }
-"""KL of the paper's table 1, nats."""
+"""KL in the paper's table 1, in nats."""
 D2 = ("latent_dim", 2)
 NEEDED: dict[str, Any] = {"brief": True, "sections": ("likelihood", "latent")}
 SPECS = {
@@ -34,7 +34,7 @@ SPECS = {
     "0.01": Spec("mnist", "fixed", (D2, ("noise_var", 0.01)), **NEEDED),
 }
 REACH, POINTS = 8.0, 160
-"""The plane that is shown: half its side, and grid points along it."""
+"""Half the side of the plane that is shown, and the number of grid points along the side."""
 
 
 def specs(lab: Lab) -> list[Spec]:
@@ -44,56 +44,57 @@ def specs(lab: Lab) -> list[Spec]:
 
 @torch.no_grad()
 def compute(lab: Lab) -> dict[str, Any]:
-    """KL, ELBO and squared error of each variance; and the picture of the densities."""
+    """Collect KL, ELBO and squared error of each variance, and draw the densities."""
     grid = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64, device=lab.device)
     points = torch.cartesian_prod(grid, grid).flip(1)
-    rows, densities = {}, {}
+
+    rows, pictures = {}, {}
     for name, spec in SPECS.items():
-        found, model, mixture = (
-            lab.evaluation(spec),
-            lab.model(spec),
-            lab.run(spec).mixture().to(lab.device),
-        )
+        evaluation = lab.evaluation(spec)
+        likelihood = evaluation["likelihood"]
+        noise_var = likelihood["noise_var"]["value"]
         rows[name] = {
-            "noise_var": found["likelihood"]["noise_var"]["value"],
-            "kl_mixture_prior": found["latent"]["kl_mixture_prior"],
-            "elbo": found["likelihood"]["elbo"],
-            "kl": found["likelihood"]["kl"],
-            "mse": found["likelihood"]["mse"],
+            "noise_var": noise_var,
+            "kl_mixture_prior": evaluation["latent"]["kl_mixture_prior"],
+            "elbo": likelihood["elbo"],
+            "kl": likelihood["kl"],
+            "mse": likelihood["mse"],
         }
-        posterior = encode_all(
-            model, Batches(lab.data(spec.data).train.at_hand, 1000, lab.device).epoch()
-        )
-        shown = {
+
+        train = lab.data(spec.data).train.at_hand
+        posterior = encode_all(lab.model(spec), Batches(train, 1000, lab.device).epoch())
+        mixture = lab.run(spec).mixture().to(lab.device)
+        densities = {
             "aggregate posterior": AggregatePosterior(*posterior),
             f"mixture of {mixture.n_components}": mixture,
             "prior": StandardNormal(2).to(lab.device, torch.float64),
         }
-        densities[
-            f"σ² = {rows[name]['noise_var']:.2g}" + (" (learned)" if name == "learned" else "")
-        ] = {
-            title: density.log_prob(points).reshape(POINTS, POINTS).cpu().numpy()
-            for title, density in shown.items()
+
+        title = f"σ² = {noise_var:.2g}"
+        if name == "learned":
+            title += " (learned)"
+
+        pictures[title] = {
+            label: density.log_prob(points).reshape(POINTS, POINTS).cpu().numpy()
+            for label, density in densities.items()
         }
+
     axis = np.asarray(grid.cpu())
-    plots.save(plots.density_rows(axis, axis, densities), lab.images / "table-1.png")
+    plots.save(plots.density_rows(axis, axis, pictures), lab.images / "table-1.png")
     return {"rows": rows}
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The table, with the paper's KL."""
+def markdown(content: dict[str, Any]) -> str:
+    """Make the table, with the paper's KL."""
     head = ["σ²", "KL(mixture, prior)", "the paper's", "ELBO, nats", "KL(q(z\\|x), prior)", "MSE"]
-    return table(
-        head,
-        [
-            [
-                f"{row['noise_var']:.3g} (learned)" if name == "learned" else name,
-                row["kl_mixture_prior"],
-                PAPER[name],
-                row["elbo"],
-                row["kl"],
-                row["mse"],
-            ]
-            for name, row in found["rows"].items()
-        ],
-    )
+    lines = []
+    for name, row in content["rows"].items():
+        title = name
+        if name == "learned":
+            title = f"{row['noise_var']:.3g} (learned)"
+
+        lines.append(
+            [title, row["kl_mixture_prior"], PAPER[name], row["elbo"], row["kl"], row["mse"]]
+        )
+
+    return table(head, lines)

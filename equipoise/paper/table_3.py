@@ -1,4 +1,4 @@
-"""Table 3: test log-likelihood, raw with its floor, and in bits per dimension of dequantised data."""
+"""Table 3: test log-likelihoods, raw with their floor, and in bits of dequantised data."""
 
 from typing import Any
 
@@ -7,10 +7,11 @@ from equipoise.paper.protocol import SET_TITLES, TITLES, Lab, Spec
 
 TITLE = "Table 3: importance-weighted log-likelihoods"
 TEXT = (
-    "IWAE with 20 samples on the first 500 test images, nats, with the prior or the mixture as p(z), as in the paper."
-    " A raw density of 8-bit pixels has no upper bound and grows as the noise floor falls, so the floor stands beside"
-    " it. Bits per dimension (IWAE-20 of dequantised data, the whole test set) are comparable between all models: "
-    "lower is better, and at 8 a model knows nothing. The paper's 6037 nats lie above 784 ln 256 = 4347, the most "
+    "IWAE with 20 samples on the first 500 test images, in nats, with the prior or the mixture as "
+    "p(z), as in the paper. A raw density of 8-bit pixels has no upper bound. It grows as the "
+    "noise floor falls, so the floor stands beside it. Bits per dimension (IWAE-20 of dequantised "
+    "data, the whole test set) can be compared between all models: lower is better, and a model "
+    "that has learned nothing has 8. The paper's 6037 nats lie above 784 ln 256 = 4347, the most "
     "that any model of uniformly dequantised pixels can reach."
 )
 METHODS = ("learned", "pixel", "pixel-low", "vae", "beta-vae", "dip-vae")
@@ -30,7 +31,10 @@ PAPER = {
         "dip-vae": (-463, -462),
     },
 }
-"""Log-likelihoods of the paper's table 3, its signs restored: prior, approximate aggregate posterior."""
+"""Log-likelihoods in the paper's table 3, with their signs restored.
+
+The first is with the prior, the second with the approximate aggregate posterior.
+"""
 FIGURES = (
     "iwae_20_first_500",
     "iwae_20_first_500_mixture",
@@ -50,26 +54,39 @@ def specs(lab: Lab) -> list[Spec]:
 
 
 def compute(lab: Lab) -> dict[str, Any]:
-    """Likelihoods by data set and method."""
+    """Collect likelihoods by data set and method."""
     rows: dict[str, Any] = {}
     for spec in specs(lab):
-        found = lab.evaluation(spec)["likelihood"]
-        row = {name: found.get(name) for name in FIGURES}
+        likelihood = lab.evaluation(spec)["likelihood"]
+        row = {name: likelihood.get(name) for name in FIGURES}
         if spec.method not in ("pixel", "pixel-low"):
-            row["noise_floor_var"] = found["noise_var"][
-                "value"
-            ]  # one variance for all is its own floor
+            # A model with one variance for all pixels cannot go below it: it is its own floor.
+            row["noise_floor_var"] = likelihood["noise_var"]["value"]
+
         rows.setdefault(spec.data, {})[spec.method] = row
+
     return {"rows": rows}
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """A table for each data set, with the paper's figures."""
+def markdown(content: dict[str, Any]) -> str:
+    """Make a table for each data set, with the paper's figures."""
+    columns = [
+        "prior",
+        "mixture",
+        "floor, σ²",
+        "bits, prior",
+        "bits, mixture",
+        "paper, nats",
+    ]
     parts = []
-    for data, rows in found["rows"].items():
+    for data, rows in content["rows"].items():
         lines = []
         for method, row in rows.items():
-            paper = PAPER[data].get(method)
+            in_paper = None
+            if method in PAPER[data]:
+                prior, mixture = PAPER[data][method]
+                in_paper = f"{prior} / {mixture}"
+
             lines.append(
                 [
                     TITLES[method],
@@ -78,17 +95,10 @@ def markdown(found: dict[str, Any]) -> str:
                     f"{row['noise_floor_var']:.3g}",
                     estimate(row, "bits_per_dim"),
                     estimate(row, "bits_per_dim_mixture"),
-                    f"{paper[0]} / {paper[1]}" if paper else None,
+                    in_paper,
                 ]
             )
-        head = [
-            SET_TITLES[data],
-            "prior",
-            "mixture",
-            "floor, σ²",
-            "bits, prior",
-            "bits, mixture",
-            "paper, nats",
-        ]
-        parts.append(table(head, lines))
+
+        parts.append(table([SET_TITLES[data], *columns], lines))
+
     return "\n\n".join(parts)

@@ -1,5 +1,6 @@
-"""Table 4: how many components the mixture needs, and when more of them copy the training data."""
+"""Table 4: how many components the mixture needs, and when they copy the training data."""
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,21 +21,26 @@ from equipoise.paper.protocol import Lab, Spec
 
 TITLE = "Table 4: number of components of the mixture"
 TEXT = (
-    "The model with the learned variance. The mixtures are fitted to samples of q(z|x), several of each training "
-    "image where more codes are wanted than there are images. *Held out* is the log-likelihood of codes of test "
-    "images: where it falls, the mixture has learned the training codes by heart. *Copies* is the probability that a "
-    "sample singles out one training image more than the reconstruction of a test image does (0.5: nothing is copied,"
-    " 1: all is). The paper sees its distance fall with 10,000 components and suspects the same."
+    "The model with the learned variance. The mixtures are fitted to samples of q(z|x), several of "
+    "each training image if there are fewer images than codes. *Held out* is the log-likelihood of "
+    "codes of test images: where it falls, the mixture has memorised the training codes. *Copies* "
+    "is the probability that a sample singles out one training image more than the reconstruction "
+    "of a test image does (0.5: nothing is copied, 1: everything is). In the paper the distance "
+    "falls with 10,000 components, and the authors suspect copies too."
 )
 PAPER = {500: 79.9, 1000: 79.2, 2000: 78.4, 10_000: 73.1}
-"""Inception distances of the paper's table 4, CelebA."""
+"""Inception distances in the paper's table 4, on CelebA."""
 BATCH, JUDGED = 500, 1000
+"""Images in a batch, and samples that are searched for copies."""
 FROM_RANDOM_CODES = 1000
-"""K from which EM starts at random codes: k-means would take longer than all of EM."""
+"""Number of components from which EM starts at random codes.
+
+With so many, k-means would take longer than all of EM.
+"""
 
 
 def spec_of(lab: Lab) -> Spec:
-    """The model: CelebA's, or that of the last data set there is."""
+    """The model of the table: that of the last data set, which is CelebA if it is available."""
     return Spec(lab.sets[-1], "learned", brief=True, sections=("likelihood",))
 
 
@@ -45,53 +51,58 @@ def specs(lab: Lab) -> list[Spec]:
 
 @torch.no_grad()
 def compute(lab: Lab) -> dict[str, Any]:
-    """Fréchet distance, held-out likelihood and share of copies by number of components."""
+    """Compute distance, held-out likelihood and copies by number of components."""
     spec, size, device = spec_of(lab), lab.size, lab.device
     data, model = lab.data(spec.data), lab.model(spec)
     generator = torch.Generator(device).manual_seed(lab.seed)
+
+    # Codes to fit to, and codes of test images.
     training, test = (
         encode_all(model, Batches(part.at_hand, BATCH, device).epoch())
         for part in (data.train, data.test)
     )
-    repeats = -(-size.codes // len(data.train))
-    drawn = Gaussian(training.mean.repeat(repeats, 1), training.log_var.repeat(repeats, 1)).sample(
-        generator
-    )
-    codes, held_out = drawn[: size.codes], test.sample(generator)
+    repeats = math.ceil(size.codes / len(data.train))
+    repeated = Gaussian(training.mean.repeat(repeats, 1), training.log_var.repeat(repeats, 1))
+    codes = repeated.sample(generator)[: size.codes]
+    held_out = test.sample(generator)
 
+    # Features of test images, for the distances.
     extractor = load_features(lab.features, data)
     extractor.module.to(device)
     n = min(10_000, len(data.test))
-    some = data.test.take(slice(n))
-    reference = cached_features(extractor, some, Batches(some, BATCH, device).epoch()).to(device)
+    references = data.test.take(slice(n))
+    batches = Batches(references, BATCH, device).epoch()
+    reference = cached_features(extractor, references, batches).to(device)
+
+    # Images to compare samples with, in the search for copies.
     n_judged = min(JUDGED, n)
     training_images = as_vectors(map(model.decode_mean, torch.split(training.mean, BATCH)))
     unseen = as_vectors([model.decode_mean(held_out[:n_judged])])
     test_images = as_vectors([model.scaling(torch.from_numpy(data.test[:n_judged]).to(device))])
 
+    def judge(density: Any) -> dict[str, Any]:  # noqa: ANN401 (a density of codes)
+        figures = _judge(model, density, n, extractor, reference, held_out, generator)
+        samples = as_vectors([model.generate(n_judged, density, generator).mean])
+        copies = memorisation(samples, training_images, unseen, test_images).closer
+        return figures | {"copies": copies._asdict()}
+
     rows: dict[str, Any] = {}
-    for K in (K for K in size.components if len(codes) >= K):
+    for K in size.components:
+        if len(codes) < K:
+            continue
+
         started = time.perf_counter()
         start = _at_random_codes(codes, K, generator) if K >= FROM_RANDOM_CODES else None
         fit = fit_mixture(
             codes, K, start=start, max_iter=size.mixture_iterations, generator=generator
         )
-        rows[str(K)] = {
-            "seconds": round(time.perf_counter() - started, 1),
-            "components_floored": fit.n_floored,
-        } | (_judge(model, fit.mixture, n, extractor, reference, held_out, generator))
-        shown = as_vectors([model.generate(n_judged, fit.mixture, generator).mean])
-        rows[str(K)]["copies"] = memorisation(
-            shown, training_images, unseen, test_images
-        ).closer._asdict()
-    exact = AggregatePosterior(*training)
-    rows["exact, one per image"] = _judge(
-        model, exact, n, extractor, reference, held_out, generator
-    )
-    shown = as_vectors([model.generate(n_judged, exact, generator).mean])
-    rows["exact, one per image"]["copies"] = memorisation(
-        shown, training_images, unseen, test_images
-    ).closer._asdict()
+        seconds = round(time.perf_counter() - started, 1)
+
+        about = {"seconds": seconds, "components_floored": fit.n_floored}
+        rows[str(K)] = about | judge(fit.mixture)
+
+    rows["exact, one per image"] = judge(AggregatePosterior(*training))
+
     return {
         "set": spec.data,
         "n_codes": len(codes),
@@ -102,7 +113,10 @@ def compute(lab: Lab) -> dict[str, Any]:
 
 
 def _at_random_codes(codes: Tensor, K: int, generator: torch.Generator) -> GaussianMixture:
-    """Mixture to start EM from: K of the codes, with a ball about as large as its share of the codes' volume."""
+    """Make a mixture to start EM from, whose K means are random codes.
+
+    The volume of each component is about its share of the volume of all codes.
+    """
     rows = torch.randperm(len(codes), generator=generator, device=codes.device)[:K]
     covariance = codes.double().mT.cov() * K ** (-2 / codes.shape[1])
     weights = torch.full((K,), 1 / K, dtype=torch.float64, device=codes.device)
@@ -110,24 +124,25 @@ def _at_random_codes(codes: Tensor, K: int, generator: torch.Generator) -> Gauss
 
 
 def _judge(
-    model: Any,  # noqa: ANN401 (a VAE; the rest likewise)
-    density: Any,  # noqa: ANN401
+    model: Any,  # noqa: ANN401 (a VAE)
+    density: Any,  # noqa: ANN401 (a density of codes)
     n: int,
-    extractor: Any,  # noqa: ANN401
+    extractor: Any,  # noqa: ANN401 (a network of features)
     reference: Tensor,
     held_out: Tensor,
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    """Distances of samples, and the log-likelihood of held-out codes."""
+    """Compute distances of samples, and the log-likelihood of held-out codes."""
 
     def images() -> Iterator[Tensor]:
         for first in range(0, n, BATCH):
-            yield model.scaling.restore_levels(
-                model.generate(min(BATCH, n - first), density, generator).mean
-            )
+            samples = model.generate(min(BATCH, n - first), density, generator)
+            yield model.scaling.restore_levels(samples.mean)
 
-    quality = sample_quality(features_of(extractor, images()).to(reference.device), reference)
+    features = features_of(extractor, images()).to(reference.device)
+    quality = sample_quality(features, reference)
     log_prob = density.log_prob(held_out).double()
+
     return {
         "frechet_distance": quality.frechet._asdict(),
         "kernel_distance": quality.kernel._asdict(),
@@ -139,8 +154,8 @@ def _judge(
     }
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The table, with the paper's distances."""
+def markdown(content: dict[str, Any]) -> str:
+    """Make the table, with the paper's distances."""
     head = [
         "K",
         "Fréchet",
@@ -151,9 +166,9 @@ def markdown(found: dict[str, Any]) -> str:
         "fit, s",
         "paper (Inception)",
     ]
-    return table(
-        head,
-        [
+    lines = []
+    for K, row in content["rows"].items():
+        lines.append(
             [
                 K,
                 row["frechet_distance"],
@@ -164,6 +179,6 @@ def markdown(found: dict[str, Any]) -> str:
                 row.get("seconds"),
                 PAPER.get(int(K)) if K.isdigit() else None,
             ]
-            for K, row in found["rows"].items()
-        ],
-    )
+        )
+
+    return table(head, lines)
