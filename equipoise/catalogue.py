@@ -138,19 +138,27 @@ class Source(NamedTuple):
         summary: What it is.
         is_fitted: Whether it is fitted to the training data when it is first asked for, and kept.
         is_judged: Whether every evaluation judges it. The others are judged when asked for.
+        is_mixture: Whether it is a Gaussian mixture, which can be exported.
     """
 
     summary: str
     is_fitted: bool = False
     is_judged: bool = False
+    is_mixture: bool = False
 
 
 SOURCES: dict[str, Source] = {
-    "prior": Source("the prior N(0, I)", is_judged=True),
-    "gaussian": Source("one Gaussian with the mean and covariance of the mixture", is_judged=True),
-    "mixture": Source("the run's own mixture", is_judged=True),
-    "mixture=K": Source("a mixture of K components, such as mixture=500", is_fitted=True),
-    "mixture=auto": Source("a mixture whose K is chosen by held-out codes", is_fitted=True),
+    "prior": Source("the prior N(0, I)", is_judged=True, is_mixture=True),
+    "gaussian": Source(
+        "one Gaussian with the mean and covariance of the mixture", is_judged=True, is_mixture=True
+    ),
+    "mixture": Source("the run's own mixture", is_judged=True, is_mixture=True),
+    "mixture=K": Source(
+        "a mixture of K components, such as mixture=500", is_fitted=True, is_mixture=True
+    ),
+    "mixture=auto": Source(
+        "a mixture whose K is chosen by held-out codes", is_fitted=True, is_mixture=True
+    ),
     "flow": Source("a normalising flow (extra 'flow')", is_fitted=True),
     "aggregate": Source(
         "the exact aggregate posterior, which gives noisy reconstructions of training data"

@@ -414,6 +414,45 @@ def code_source(
     return density.to(home)
 
 
+def exportable_mixture(
+    run: Run,
+    model: VAE,
+    name: str,
+    data: Callable[[], Data],
+    progress: Progress = _report_nothing,
+) -> GaussianMixture:
+    """Find a source of codes that is a Gaussian mixture; fit it if it is asked for the first time.
+
+    Args:
+        run: A run that has finished training.
+        model: The run's model, in evaluation mode.
+        name: Name of a source for which :data:`equipoise.catalogue.SOURCES` says ``is_mixture``.
+        data: Returns the data that the run was trained on. It is called only where they are needed.
+        progress: Called with each step of a fit.
+
+    Returns:
+        The mixture, on the device of the model. The prior is a mixture of one component.
+
+    Raises:
+        ConfigError: If there is no source of that name, or if it is not a mixture.
+        StoreError: If the data are not those of the run.
+    """
+    if not SOURCES[check_source(name)].is_mixture:
+        mixtures = ", ".join(row for row, source in SOURCES.items() if source.is_mixture)
+        raise ConfigError(
+            [
+                f"only a Gaussian mixture can be exported, and {name!r} is none; "
+                f"choose from {mixtures}"
+            ]
+        )
+
+    density = code_source(run, model, name, data, progress)
+    if isinstance(density, StandardNormal):
+        mean = density.mean[None]
+        return GaussianMixture(mean.new_ones(1), mean, torch.eye(mean.shape[1]).to(mean)[None])
+    return cast(GaussianMixture, density)
+
+
 def _fitted_file(run: Run, name: str) -> Path:
     return run.folder / f"{file_stem(name)}.safetensors"
 

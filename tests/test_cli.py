@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from equipoise.aggregate import single_gaussian
 from equipoise.cli import main
 from equipoise.run import Run
+from equipoise.store import load_mixture
 
 QUICK = [
     "--set",
@@ -501,6 +504,44 @@ def test_export_from_the_command_line(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".pt2"] * 3
     assert done.stdout.count("largest relative deviation") == 3
+
+
+def exported_sampler(run, source, folder):
+    main(["export", str(run.folder), "--to", "torch", "--from", source, "--out", str(folder)])
+    sampler = torch.export.load(folder / "sampler.pt2").module()
+    uniform, normal = torch.rand(500), torch.randn(500, 2)
+    return normal, sampler(uniform, normal)[0]
+
+
+def test_the_sampler_of_another_mixture_is_exported(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0].folder, folder)
+
+    normal, codes = exported_sampler(Run(folder), "prior", tmp_path / "prior")
+    torch.testing.assert_close(codes, normal)
+
+    normal, codes = exported_sampler(Run(folder), "gaussian", tmp_path / "gaussian")
+    gaussian = single_gaussian(Run(folder).mixture())
+    expected = gaussian.means + normal.double() @ gaussian.scale_trils[0].double().mT
+    torch.testing.assert_close(codes.double(), expected.double(), atol=1e-5, rtol=1e-5)
+
+    exported_sampler(Run(folder), "mixture=2", tmp_path / "mixture")
+    mixture, _ = load_mixture(folder / "mixture-2.safetensors")
+    sampler = torch.export.load(tmp_path / "mixture" / "sampler.pt2")
+    assert mixture.n_components == 2
+    torch.testing.assert_close(
+        sampler.state_dict["means"].double(), mixture.means.double(), atol=1e-6, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("source", ["flow", "aggregate"])
+def test_only_mixtures_are_exported(trained, tmp_path, capsys, source):
+    arguments = ["export", trained[0].folder, "--to", "torch", "--from", source, "--out", tmp_path]
+    printed = refused(*arguments, capsys=capsys)
+    assert f"only a Gaussian mixture can be exported, and '{source}' is none" in printed
+    assert "choose from prior, gaussian, mixture, mixture=K, mixture=auto" in printed
+    assert not list(tmp_path.iterdir())
+    assert not (trained[0].folder / "flow.safetensors").exists()
 
 
 def test_explore_serves_a_page_until_it_is_interrupted(trained):

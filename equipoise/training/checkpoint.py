@@ -1,8 +1,9 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, in one safetensors file.
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
 
-The state is a tree of dictionaries, lists, numbers and tensors. Tensors go into the file by their path, the rest
-into its JSON description, so nothing is pickled. Files are written whole, and the last two are kept: should the
-newest be damaged, the one before it serves.
+The state is a tree of dictionaries, lists, numbers and tensors, and becomes one safetensors file.
+The tensors are stored under their path in the tree, and everything else is stored in the file's
+JSON description, so that nothing is pickled. Each file is written as a whole. The last two files
+are kept, so that there is still one if the newest is damaged.
 """
 
 from pathlib import Path
@@ -13,15 +14,16 @@ from torch import Tensor
 from equipoise.store import StoreError, read_tensors, write_tensors
 
 KEPT = 2
+"""Number of checkpoints that are kept."""
 
 
 class Checkpoint(NamedTuple):
     """A checkpoint that was read.
 
     Args:
-        path: its file.
-        state: the tree that was saved.
-        refused: damaged newer checkpoints that were passed over, with the reason.
+        path: The file.
+        state: The tree that was saved.
+        refused: Messages about newer checkpoints that are damaged, one for each.
     """
 
     path: Path
@@ -30,12 +32,12 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(folder: Path, steps_done: int, state: dict[str, Any]) -> Path:
-    """Write a checkpoint whole, then remove all but the last two.
+    """Write a checkpoint, then remove all but the last two.
 
     Args:
-        folder: usually RUN/checkpoints.
-        steps_done: optimiser steps since the start; names the file.
-        state: tree of dictionaries, lists, tuples, numbers, strings and tensors.
+        folder: Folder of the checkpoints, usually RUN/checkpoints.
+        steps_done: Number of optimiser steps since the start, which names the file.
+        state: A tree of dictionaries, lists, tuples, numbers, strings and tensors.
 
     Returns:
         The file.
@@ -44,22 +46,23 @@ def save_checkpoint(folder: Path, steps_done: int, state: dict[str, Any]) -> Pat
     tree = _flatten(state, "", tensors)
     path = folder / f"step-{steps_done:09d}.safetensors"
     write_tensors(path, "checkpoint", tensors, tree)
+
     for old in _files(folder)[:-KEPT]:
         old.unlink(missing_ok=True)
     return path
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """Read the newest checkpoint that is whole.
+    """Read the newest checkpoint that is not damaged.
 
     Args:
-        folder: usually RUN/checkpoints.
+        folder: Folder of the checkpoints, usually RUN/checkpoints.
 
     Returns:
-        The checkpoint, its tensors on the CPU; None if there is none yet.
+        The checkpoint, with its tensors on the CPU. None if there is no checkpoint yet.
 
     Raises:
-        StoreError: if all are damaged.
+        StoreError: If all checkpoints are damaged.
     """
     refused: list[str] = []
     for path in reversed(_files(folder)):
@@ -69,33 +72,38 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             refused.append(str(error))
             continue
         return Checkpoint(path, _unflatten(tree, tensors), refused)
+
     if refused:
+        reasons = "\n  ".join(refused)
         raise StoreError(
-            "Every checkpoint is damaged; train anew into another folder.\n  "
-            + "\n  ".join(refused)
+            f"Every checkpoint is damaged; train anew into another folder.\n  {reasons}"
         )
     return None
 
 
 def _files(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, the oldest first."""
     return sorted(folder.glob("step-*.safetensors"))
 
 
-def _flatten(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401 (a JSON tree)
-    """Replace tensors by their names; dictionaries become pair lists, since optimisers use integer keys."""
+def _flatten(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401 (JSON)
+    """Turn a tree into JSON values, and collect its tensors by their path.
+
+    Dictionaries become lists of pairs, because optimisers use integer keys, which JSON lacks.
+    """
     if isinstance(node, Tensor):
-        # A copy: safetensors refuses tensors that share memory, as buffers of one storage may.
+        # A copy, because safetensors refuses tensors that share memory.
         tensors[path] = node.detach().cpu().clone()
         return {"tensor": path}
+
     if isinstance(node, dict):
-        return {
-            "dict": [
-                [key, _flatten(value, f"{path}/{key}", tensors)] for key, value in node.items()
-            ]
-        }
+        pairs = [[key, _flatten(value, f"{path}/{key}", tensors)] for key, value in node.items()]
+        return {"dict": pairs}
+
     if isinstance(node, list | tuple):
         kind = "tuple" if isinstance(node, tuple) else "list"
         return {kind: [_flatten(value, f"{path}/{i}", tensors) for i, value in enumerate(node)]}
+
     if node is None or isinstance(node, bool | int | float | str):
         return {"value": node}
     raise TypeError(
@@ -103,7 +111,8 @@ def _flatten(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:  # noqa: 
     )
 
 
-def _unflatten(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401 (a JSON tree)
+def _unflatten(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401 (JSON)
+    """Turn what :func:`_flatten` returned back into the tree."""
     ((kind, content),) = node.items()
     if kind == "tensor":
         return tensors[content]
@@ -111,5 +120,6 @@ def _unflatten(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:  # noqa
         return {key: _unflatten(value, tensors) for key, value in content}
     if kind == "value":
         return content
+
     values = [_unflatten(value, tensors) for value in content]
     return tuple(values) if kind == "tuple" else values

@@ -1,8 +1,9 @@
-"""``torch.compile`` of a model's networks, in place: names of weights stay as they are.
+"""``torch.compile`` of a model's networks, in place, so that the names of the weights stay.
 
-On one GPU the compiled networks are replayed as CUDA graphs, which spares the host from starting every kernel. A graph
-writes its results into the same memory each time, so nothing that a network returned may be read once the next step has
-begun: the loop says when that is, by :func:`begin_step`, and hands the networks back uncompiled when it has done.
+On one GPU the compiled networks are replayed as CUDA graphs, which saves the host from starting
+every kernel. A graph writes its results into the same memory each time. What a network has returned
+must therefore not be read after the next step has begun. The training loop marks that moment with
+:func:`begin_step`, and restores the networks at its end.
 """
 
 import torch
@@ -15,10 +16,10 @@ def compile_networks(model: VAE, device: torch.device, n_processes: int) -> None
     """Compile the encoder, the decoder and, in stage 2, the variance network.
 
     Args:
-        model: whose networks; they are the same modules afterwards, called by another way.
-        device: where it trains. CUDA graphs are for GPUs.
-        n_processes: that train together; with several, whose gradients go through buffers of the engine, the
-            networks are compiled without graphs.
+        model: Model of the networks. They stay the same modules.
+        device: Device of the training. Only GPUs have CUDA graphs.
+        n_processes: Number of processes that train together. If there are several, the gradients
+            pass through buffers of the engine, and the networks are compiled without graphs.
     """
     has_graphs = device.type == "cuda" and n_processes == 1
     for network in _networks(model):
@@ -26,19 +27,21 @@ def compile_networks(model: VAE, device: torch.device, n_processes: int) -> None
 
 
 def restore_networks(model: VAE) -> None:
-    """Take back :func:`compile_networks`, so that whoever has the model next may keep what it returns.
+    """Undo :func:`compile_networks`, so that results of the networks can be kept.
 
     Args:
-        model: whose networks.
+        model: Model of the networks.
     """
     for network in _networks(model):
-        network._compiled_call_impl = None  # all that nn.Module.compile sets
+        # Nothing else is set by nn.Module.compile.
+        network._compiled_call_impl = None
 
 
 def begin_step() -> None:
-    """Say that what compiled networks returned so far is not needed any more."""
+    """Mark the moment from which earlier results of compiled networks are not needed any more."""
     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
 def _networks(model: VAE) -> list[nn.Module]:
+    """The networks that are compiled."""
     return [model.encoder, model.decoder, *model.noise.networks()]

@@ -1,45 +1,55 @@
-"""Warnings that save a day: what a trained model's figures say is wrong, and what to do about it."""
+"""Warnings about a trained model: what its figures say is wrong, and what to do about it."""
 
 import torch
 from torch import nn
 
 from equipoise.training.figures import SplitFigures
 
+LARGE_SHARE = 0.98
+"""Share of the data's variance from which an error or a noise variance is suspicious."""
+
 
 def warnings_for(figures: SplitFigures, data_var: float, floor_is_expected: bool) -> list[str]:
-    """What looks wrong with a model at the end of a stage.
+    """Find what looks wrong with a model at the end of a stage.
 
     Args:
-        figures: on the validation set.
-        data_var: mean over the dimensions of the data's variance, squared model units.
-        floor_is_expected: whether the floor was set by stage 1, so that pixels on it are by design.
+        figures: Figures on the validation set.
+        data_var: Variance of the data, averaged over the dimensions, in squared model units.
+        floor_is_expected: Whether stage 1 has set the floor, so that some pixels lie on it by
+            design.
 
     Returns:
-        One sentence each.
+        One warning for each problem.
     """
-    found = []
-    if figures.mse >= 0.98 * data_var:
-        found.append(
-            f"Collapse: the reconstruction error {figures.mse:.4g} is no smaller than the data's variance "
-            f"{data_var:.4g}, so the model ignores its codes. If the noise variance is fixed, lower it; otherwise "
-            "train longer, or lower learning_rate."
+    warnings = []
+
+    if figures.mse >= LARGE_SHARE * data_var:
+        warnings.append(
+            f"Collapse: the reconstruction error {figures.mse:.4g} is no smaller than the data's "
+            f"variance {data_var:.4g}, so the model ignores its codes. If the noise variance is "
+            "fixed, lower it; otherwise train longer, or lower learning_rate."
         )
-    if figures.noise_var >= 0.98 * data_var:
-        found.append(
-            f"The noise variance {figures.noise_var:.4g} is at or above the data's variance {data_var:.4g}: little "
-            "makes the model use its codes. If it is fixed, lower it, or let it be learned with noise=global."
+
+    if figures.noise_var >= LARGE_SHARE * data_var:
+        warnings.append(
+            f"The noise variance {figures.noise_var:.4g} is at or above the data's variance "
+            f"{data_var:.4g}, so that the model gains little from its codes. If it is fixed, lower "
+            "it, or let it be learned with noise=global."
         )
+
     if figures.active_units == 0:
-        found.append(
-            "All latent units are inactive: every input is encoded to the prior. Lower the noise variance or "
-            "learning_rate, or train longer."
+        warnings.append(
+            "All latent units are inactive: every input is encoded to the prior. Lower the noise "
+            "variance or learning_rate, or train longer."
         )
+
     if figures.floor_share > 0 and not floor_is_expected:
-        found.append(
-            f"The noise variance lies on its floor in {figures.floor_share:.0%} of the dimensions; the likelihood "
-            "there tells of the floor, not of the data. Constant dimensions are the usual reason."
+        warnings.append(
+            f"The noise variance lies on its floor in {figures.floor_share:.0%} of the dimensions. "
+            "The likelihood of these dimensions depends on the floor, not on the data. Constant "
+            "dimensions are the usual reason."
         )
-    return found
+    return warnings
 
 
 _RANGES: dict[type[nn.Module], tuple[float, float]] = {
@@ -53,21 +63,27 @@ _RANGES: dict[type[nn.Module], tuple[float, float]] = {
 
 
 def range_warning(decoder: nn.Module, low: float, high: float) -> str | None:
-    """Tell whether the decoder's last layer can reach the data; ours are linear and always can.
+    """Check whether the last layer of a decoder can reach all values of the data.
+
+    The decoders of equipoise end in a linear layer, which always can.
 
     Args:
-        decoder: any decoder.
-        low: smallest value of the data, model units.
-        high: largest value of the data, model units.
+        decoder: Any decoder.
+        low: Smallest value of the data, in model units.
+        high: Largest value of the data, in model units.
 
     Returns:
-        A sentence, or None if the range is fine or unknown.
+        A warning, or None if the layer reaches the data or is of an unknown kind.
     """
     last = list(decoder.modules())[-1]
-    reach = _RANGES.get(type(last))
-    if reach is None or (reach[0] <= low and high <= reach[1]):
+    if type(last) not in _RANGES:
+        return None
+
+    lowest, highest = _RANGES[type(last)]
+    if lowest <= low and high <= highest:
         return None
     return (
-        f"The decoder ends in {type(last).__name__}, which reaches [{reach[0]:g}, {reach[1]:g}], but the data cover "
-        f"[{low:g}, {high:g}]: what lies outside can never be reconstructed. Rescale the data or drop that layer."
+        f"The decoder ends in {type(last).__name__}, which reaches [{lowest:g}, {highest:g}], but "
+        f"the data cover [{low:g}, {high:g}]. Values outside the range of the decoder can never be "
+        "reconstructed. Rescale the data, or remove that layer."
     )

@@ -1,6 +1,6 @@
-"""The engine, Lightning Fabric: on which device, in how many processes, and what these say to each other.
+"""The engine, Lightning Fabric: the device, the processes, and what the processes exchange.
 
-Everything here is the same with one process, where it costs nothing.
+All functions work in the same way with a single process, where they cost nothing.
 """
 
 import os
@@ -20,25 +20,28 @@ T = TypeVar("T")
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
-    """Make the engine; its other processes begin to exist with :func:`launch`.
+    """Make the engine. Its other processes are started by :func:`launch`.
 
     Args:
-        config: options ``accelerator``, ``precision``, ``devices`` and ``num_nodes``. Under ``torchrun`` and ``fabric
-            run``, which have started the processes already, theirs is the number.
+        config: Options ``accelerator``, ``precision``, ``devices`` and ``num_nodes``. ``torchrun``
+            and ``fabric run`` have started the processes already, and decide on their number.
 
     Returns:
-        Fabric, with distributed data parallelism where there is more than one process.
+        Fabric, with distributed data parallelism if there are several processes.
 
     Raises:
-        ValueError: if CUDA is asked for and absent.
+        ValueError: If the configuration needs CUDA, and there is no CUDA device.
     """
     accelerator = choose_device(config.accelerator).type
-    devices, num_nodes = config.devices, config.num_nodes
+    num_nodes = config.num_nodes
+    devices = config.devices
     if devices == "auto":
         devices = torch.cuda.device_count() if accelerator == "cuda" else 1
+
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         num_nodes = int(os.environ["WORLD_SIZE"]) // devices
+
     return Fabric(
         accelerator=accelerator,
         devices=devices,
@@ -49,79 +52,84 @@ def make_fabric(config: TrainConfig) -> Fabric:
 
 
 def launch(fabric: Fabric) -> None:
-    """Start the other processes on this machine, each with this program's command, and find those on others.
+    """Start the other processes on this machine, and connect to those on other machines.
 
-    Nothing is to be done under ``fabric run``, which has.
+    Each of them runs the command of this program. ``fabric run`` has started them already.
 
     Args:
-        fabric: the engine.
+        fabric: The engine.
     """
     if "LT_CLI_USED" not in os.environ:
         fabric.launch()
 
 
 def is_main_process() -> bool:
-    """Tell whether this process, of all of a distributed training, is the one that writes and shows.
+    """Tell whether this process is the one that writes files and shows progress.
 
     Returns:
-        True in process 0, and without other processes.
+        True in process 0 of a distributed training, and in a single process.
     """
     return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
 def all_reduce(fabric: Fabric, values: Tensor, operation: Literal["sum", "max"] = "sum") -> Tensor:
-    """Combine a tensor over processes.
+    """Combine a tensor over the processes.
 
-    Not by ``Fabric.all_reduce``, which waits for the device each time.
+    ``Fabric.all_reduce`` is not used, because it waits for the device at every call.
 
     Args:
-        fabric: the engine.
-        values: of this process; left as they are.
-        operation: how.
+        fabric: The engine.
+        values: Tensor of this process. It does not change.
+        operation: How the tensors are combined.
 
     Returns:
-        The same in all processes.
+        A tensor that is the same in all processes, on the device of ``values``.
     """
     if fabric.world_size == 1:
         return values
-    combined = values.to(fabric.device, copy=True)
+
     operations = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
+    combined = values.to(fabric.device, copy=True)
     torch.distributed.all_reduce(combined, operations[operation])
     return combined.to(values.device)
 
 
 def processes_of(fabric: Fabric) -> Processes:
-    """Name the processes to the mathematics, which knows no engine.
+    """Describe the processes of the engine to functions that do not know the engine.
 
     Args:
-        fabric: the engine.
+        fabric: The engine.
 
     Returns:
-        This process among them.
+        This process among the others.
     """
     return Processes(fabric.global_rank, fabric.world_size, partial(all_reduce, fabric))
 
 
 def in_main_process(fabric: Fabric, action: Callable[[], T]) -> T:
-    """Do something in process 0 alone.
+    """Call a function in process 0 only.
+
+    An exception of the function is raised in all processes, so that none waits for another in vain.
 
     Args:
-        fabric: the engine.
-        action: what; an error of it is raised in all processes, so that none waits for another in vain.
+        fabric: The engine.
+        action: The function.
 
     Returns:
-        What it returned, in all processes.
+        The result of the function, in all processes.
     """
     if fabric.world_size == 1:
         return action()
+
     result: T | None = None
     error: Exception | None = None
     if fabric.is_global_zero:
         try:
             result = action()
-        except Exception as raised:
-            error = raised
+        except Exception as exception:
+            error = exception
+
     result, error = fabric.broadcast((result, error))
     if error is not None:
         raise error
-    return result  # type: ignore[return-value] # None only if the action's own result is
+    return result  # type: ignore[return-value] # None only if the function has returned None

@@ -1,4 +1,4 @@
-"""Where a run's figures go: one protocol, and ``metrics.jsonl``, which every run has."""
+"""Where the figures of a run go: one protocol, and ``metrics.jsonl``, which every run has."""
 
 import json
 from pathlib import Path
@@ -10,47 +10,52 @@ from equipoise.store import whole_file
 
 @runtime_checkable
 class Sink(Protocol):
-    """Something that takes in what a run reports."""
+    """Something that receives what a run reports."""
 
     def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
-        """Training starts, or goes on after ``done_steps`` optimiser steps and the epochs of ``history``."""
+        """Receive the start of a training.
+
+        A resumed training has done optimiser steps, and has the rows of its finished epochs.
+        """
 
     def step(
         self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]
     ) -> None:
-        """About once a second: position, and running averages by name."""
+        """Receive the position and running averages by name, about once a second."""
 
     def epoch(self, row: Row) -> None:
-        """An epoch has ended."""
+        """Receive the figures of an epoch that has ended."""
 
     def message(self, text: str) -> None:
-        """Something a person should read, such as a switch of stages or a warning."""
+        """Receive a message to a person, such as a change of stage or a warning."""
 
     def close(self) -> None:
-        """The run has ended, well or not."""
+        """Receive the end of the training, whether it has succeeded or failed."""
 
 
 class JsonlSink:
-    """One JSON row per epoch.
+    """Writes one JSON row per epoch.
 
     Args:
-        path: usually RUN/metrics.jsonl.
+        path: The file, usually RUN/metrics.jsonl.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
-        """Begin with the rows of the checkpoint: a kill may have left the file a row apart from it."""
+        """Write the rows of the checkpoint.
+
+        If the process was killed, the file may have one row more or less than the checkpoint.
+        """
+        rows = "".join(json.dumps(row) + "\n" for row in history)
         with whole_file(self.path) as temporary:
-            temporary.write_text(
-                "".join(json.dumps(row) + "\n" for row in history), encoding="utf-8"
-            )
+            temporary.write_text(rows, encoding="utf-8")
 
     def step(
         self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]
     ) -> None:
-        """Do nothing: rows are per epoch."""
+        """Do nothing, because rows are per epoch."""
 
     def epoch(self, row: Row) -> None:
         """Append the row."""
@@ -58,7 +63,7 @@ class JsonlSink:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def message(self, text: str) -> None:
-        """Do nothing: rows are per epoch."""
+        """Do nothing, because the file holds figures only."""
 
     def close(self) -> None:
-        """Do nothing: the file is closed after each row."""
+        """Do nothing, because the file is closed after each row."""

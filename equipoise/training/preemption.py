@@ -1,6 +1,6 @@
-"""SIGTERM, by which a cluster takes a machine back: the loop finishes its step, writes a checkpoint and stops.
+"""SIGTERM, with which a cluster takes a machine back: training writes a checkpoint and stops.
 
-Torch is not imported here, so that the command line can name the exit code without it.
+Torch is not imported here, so that the command line knows the exit code without it.
 """
 
 import signal
@@ -8,17 +8,19 @@ import threading
 from types import FrameType, TracebackType
 
 EXIT_CODE = 128 + signal.SIGTERM
-"""143, what a shell reports of a process that SIGTERM ended."""
+"""143, which a shell reports for a process that SIGTERM has ended."""
 
 
 class Preempted(SystemExit):
-    """SIGTERM stopped the training, after a checkpoint from which it goes on bit for bit.
+    """SIGTERM has stopped the training, after a checkpoint from which it goes on bit for bit.
 
-    Where nobody catches it, the process exits with 143, as if the signal had ended it.
+    If the exception is not caught, the process ends with the exit code 143, as if the signal had
+    ended it.
 
     Args:
-        message: where the training stopped.
-        code: exit code; 0 for the other processes of a distributed training, of which the first one speaks for all.
+        message: Where the training has stopped.
+        code: Exit code. It is 0 in all processes of a distributed training except the first, which
+            speaks for all of them.
     """
 
     def __init__(self, message: str, code: int = EXIT_CODE) -> None:
@@ -27,21 +29,22 @@ class Preempted(SystemExit):
 
 
 class Sigterm:
-    """Notes SIGTERM within a ``with`` block, instead of letting it end the process; afterwards all is as before.
+    """Takes note of SIGTERM within a ``with`` block, instead of letting it end the process.
 
-    Schedulers may send it more than once: those after the first change nothing. Python hands signals to the main
-    thread alone; in another one, the block leaves them as they are.
+    Some schedulers send the signal more than once. Further signals change nothing. After the block,
+    the signal has its former effect. Python handles signals in the main thread only, so that the
+    block does nothing in another thread.
     """
 
     received = False
 
     def __enter__(self) -> None:
         self.received = False
-        # A handler that is not Python's (None) could not be put back.
         self.previous = signal.getsignal(signal.SIGTERM)
-        self.is_installed = (
-            self.previous is not None and threading.current_thread() is threading.main_thread()
-        )
+
+        # A handler of None was not installed by Python, and Python could not restore it.
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        self.is_installed = self.previous is not None and is_main_thread
         if self.is_installed:
             signal.signal(signal.SIGTERM, self._note)
 

@@ -1,6 +1,7 @@
 """Experiment trackers, one adapter each (extra ``track``).
 
-All stay on the machine, reports to their makers included, unless the tracker's own environment variables say otherwise.
+All of them keep their records on this machine, and send no usage reports, unless the environment
+variables of the tracker say otherwise.
 """
 
 import importlib.util
@@ -22,49 +23,50 @@ PROJECT = "equipoise"
 
 
 class TrackerSink(Sink):
-    """What trackers share: the options are the run's configuration, each epoch is a step.
+    """What all trackers share: the options are the configuration, and each epoch is a step.
 
     Args:
-        folder: the run's; its name is the run's, and what is local lies in it.
-        options: of the run, by name.
+        folder: Run folder. Its name is the name of the tracker's run, and local records lie in it.
+        options: Options of the training, by name.
     """
+
+    is_open = False
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self.folder = folder
         self.options = options
 
-    @abstractmethod
     def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
-        """Open the tracker's run, the same one as before if this is a resume."""
+        """Open the tracker's run. A resumed training goes on with the same run."""
+        self.open(history)
+        self.is_open = True
 
     def step(
         self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]
     ) -> None:
-        """Do nothing: points are per epoch."""
+        """Do nothing, because trackers take one point per epoch."""
 
     def epoch(self, row: Row) -> None:
         """Log every number of the row."""
-        self.log(
-            {name: float(value) for name, value in row.items() if isinstance(value, int | float)},
-            row["epoch"],
-        )
-
-    @abstractmethod
-    def log(self, figures: dict[str, float], epoch: int) -> None:
-        """Hand a point to the tracker."""
+        figures = {
+            name: float(value) for name, value in row.items() if isinstance(value, int | float)
+        }
+        self.log(figures, row["epoch"])
 
     def message(self, text: str) -> None:
-        """Do nothing: trackers take figures."""
+        """Do nothing, because trackers take numbers."""
 
-    @abstractmethod
     def close(self) -> None:
-        """End the tracker's run, if it was opened."""
+        """End the tracker's run, if it is open. It has failed if an exception is being handled."""
+        if self.is_open:
+            self.end(has_failed=sys.exception() is not None)
 
     def run_id(self, create: Callable[[], str]) -> str:
-        """Look up the id of the tracker's run, which a resume needs.
+        """Find the id of the tracker's run, with which a resumed training goes on.
 
         Args:
-            create: makes it the first time; it is kept in ``tracker.json``.
+            create: Function that returns a new id. It is called the first time only, and the id is
+                kept in ``tracker.json``.
 
         Returns:
             The id.
@@ -74,40 +76,53 @@ class TrackerSink(Sink):
             write_json(file, {"run_id": create()})
         return str(read_json(file)["run_id"])
 
+    @abstractmethod
+    def open(self, history: list[Row]) -> None:
+        """Open the tracker's run, given the rows of the epochs that were done before."""
+
+    @abstractmethod
+    def log(self, figures: dict[str, float], epoch: int) -> None:
+        """Send one point to the tracker."""
+
+    @abstractmethod
+    def end(self, has_failed: bool) -> None:
+        """End the tracker's run."""
+
 
 class TensorBoardSink(TrackerSink):
     """TensorBoard: event files in ``RUN/tensorboard``."""
 
-    writer: Any = None
-
-    def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
-        """Write into the same folder; points after the last epoch of ``history`` are withdrawn."""
+    def open(self, history: list[Row]) -> None:
+        """Write to the same folder as before. Points of epochs after the history are withdrawn."""
         from torch.utils.tensorboard import SummaryWriter
 
+        options = "\n".join(f"- {name}: {value}" for name, value in self.options.items())
         self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=len(history) + 1)
-        self.writer.add_text(
-            "options", "\n".join(f"- {name}: {value}" for name, value in self.options.items()), 0
-        )
+        self.writer.add_text("options", options, 0)
 
     def log(self, figures: dict[str, float], epoch: int) -> None:
-        """Write a point."""
+        """Write the point."""
         for name, value in figures.items():
             self.writer.add_scalar(name, value, epoch)
 
-    def close(self) -> None:
-        """Flush."""
-        if self.writer:
-            self.writer.close()
+    def end(self, has_failed: bool) -> None:
+        """Write what is in memory, and close the file."""
+        self.writer.close()
 
 
 class WandbSink(TrackerSink):
-    """Weights & Biases: offline in ``RUN/wandb``, to be sent by ``wandb sync``; at once where WANDB_MODE=online."""
+    """Weights & Biases: files in ``RUN/wandb``, which ``wandb sync`` sends.
 
-    run: Any = None
+    With WANDB_MODE=online they are sent at once.
+    """
 
-    def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
-        """Open the run and log what it lacks of ``history``: offline, where each resume has a file of its own, all."""
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it goes out even offline
+    def open(self, history: list[Row]) -> None:
+        """Open the run, and log the epochs of the history that it does not have.
+
+        Offline, each resumed training has a file of its own, which has no epoch yet.
+        """
+        # Reports of errors would be sent even offline.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self.run = wandb.init(
@@ -125,75 +140,76 @@ class WandbSink(TrackerSink):
             self.epoch(row)
 
     def log(self, figures: dict[str, float], epoch: int) -> None:
-        """Log a point."""
+        """Log the point."""
         self.run.log(figures, step=epoch)
 
-    def close(self) -> None:
-        """Finish, as failed if an exception is on its way."""
-        if self.run:
-            self.run.finish(exit_code=1 if sys.exception() else 0)
+    def end(self, has_failed: bool) -> None:
+        """Finish the run."""
+        self.run.finish(exit_code=int(has_failed))
 
 
 class MlflowSink(TrackerSink):
-    """MLflow: a database of its own, ``RUN/mlflow.db``, or the server that MLFLOW_TRACKING_URI names."""
+    """MLflow: the database ``RUN/mlflow.db``, or the server that MLFLOW_TRACKING_URI names."""
 
-    opened_id = ""
-
-    def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
+    def open(self, history: list[Row]) -> None:
         """Create the run, or set it to running again."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it is sent from the import on
+        # The library sends usage reports as soon as it is imported.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import mlflow
 
-        uri = (
-            None
-            if mlflow.is_tracking_uri_set()
-            else f"sqlite:///{(self.folder / 'mlflow.db').resolve()}"
-        )
+        uri = None
+        if not mlflow.is_tracking_uri_set():
+            uri = f"sqlite:///{(self.folder / 'mlflow.db').resolve()}"
+
         self.client = mlflow.MlflowClient(uri)
-        self.opened_id = self.run_id(self._create)
-        self.client.update_run(self.opened_id, status="RUNNING")
+        self.id = self.run_id(self._create)
+        self.client.update_run(self.id, status="RUNNING")
 
     def _create(self) -> str:
+        """Create the run with its options, and the experiment that it belongs to if it is new."""
         from mlflow.entities import Param
 
         project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         experiment = self.client.get_experiment_by_name(project)
-        experiment_id = (
-            experiment.experiment_id if experiment else self.client.create_experiment(project)
-        )
+        if experiment is None:
+            experiment_id = self.client.create_experiment(project)
+        else:
+            experiment_id = experiment.experiment_id
+
         run_id: str = self.client.create_run(experiment_id, run_name=self.folder.name).info.run_id
         params = [Param(key=name, value=str(value)) for name, value in self.options.items()]
         self.client.log_batch(run_id, params=params)
         return run_id
 
     def log(self, figures: dict[str, float], epoch: int) -> None:
-        """Log a point, in one request."""
+        """Log the point in one request."""
         from mlflow.entities import Metric
 
-        now = round(1000 * time.time())  # milliseconds
+        milliseconds = round(1000 * time.time())
         metrics = [
-            Metric(key=name, value=value, timestamp=now, step=epoch)
+            Metric(key=name, value=value, timestamp=milliseconds, step=epoch)
             for name, value in figures.items()
         ]
-        self.client.log_batch(self.opened_id, metrics=metrics)
+        self.client.log_batch(self.id, metrics=metrics)
 
-    def close(self) -> None:
-        """Finish, as failed if an exception is on its way."""
-        if self.opened_id:
-            self.client.set_terminated(self.opened_id, "FAILED" if sys.exception() else "FINISHED")
+    def end(self, has_failed: bool) -> None:
+        """Set the final status of the run."""
+        self.client.set_terminated(self.id, "FAILED" if has_failed else "FINISHED")
 
 
 class TrackioSink(TrackerSink):
-    """Trackio: the user's local database, or where TRACKIO_DIR, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says."""
+    """Trackio: the user's local database.
 
-    is_open = False
+    TRACKIO_DIR, TRACKIO_SPACE_ID and TRACKIO_SERVER_URL name another place.
+    """
 
-    def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
+    def open(self, history: list[Row]) -> None:
         """Open the run, or go on with it."""
         import trackio
 
         is_remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
-        with nullcontext() if is_remote else _hub_offline():
+        hub = nullcontext() if is_remote else _hub_offline()
+        with hub:
             trackio.init(
                 project=PROJECT,
                 name=self.run_id(lambda: f"{self.folder.name}-{secrets.token_hex(4)}"),
@@ -201,28 +217,30 @@ class TrackioSink(TrackerSink):
                 resume="allow",
                 embed=False,
             )
-        self.is_open = True
 
     def log(self, figures: dict[str, float], epoch: int) -> None:
-        """Log a point."""
+        """Log the point."""
         import trackio
 
         trackio.log(figures, step=epoch)
 
-    def close(self) -> None:
-        """Flush."""
-        if self.is_open:
-            import trackio
+    def end(self, has_failed: bool) -> None:
+        """Wait until all points are written."""
+        import trackio
 
-            trackio.finish()
+        trackio.finish()
 
 
 @contextmanager
 def _hub_offline() -> Iterator[None]:
-    """Keep trackio from asking the Hugging Face hub for the owner of a stored token, as it does even for local runs."""
+    """Keep trackio from the Hugging Face hub.
+
+    Even for a local run, it asks the hub who owns the token that is stored on this machine.
+    """
     from huggingface_hub import constants
 
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
@@ -239,13 +257,14 @@ TRACKERS: dict[str, type[TrackerSink]] = {
 
 
 def is_installed(tracker: str) -> bool:
-    """Tell whether a tracker's library can be imported, without importing it.
+    """Tell whether the library of a tracker can be imported, without importing it.
 
     Args:
-        tracker: a name in ``TRACKERS``.
+        tracker: Name in :data:`TRACKERS`.
 
     Returns:
-        True if it can. A folder of that name, which trackers leave behind, is not taken for the library.
+        True if it can be imported. A folder of the same name, such as trackers leave behind, is not
+        taken for the library.
     """
     spec = importlib.util.find_spec(tracker)
     return spec is not None and spec.origin is not None
