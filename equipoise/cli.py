@@ -919,7 +919,8 @@ def _paper(options: Namespace) -> None:
 
 def _sample(options: Namespace) -> None:
     """Draw samples, and write them."""
-    from equipoise.outputs import torch_generator, write_samples
+    from equipoise.outputs import write_samples
+    from equipoise.randomness import stream
     from equipoise.run import Run
     from equipoise.sources import draw_codes, file_stem
 
@@ -928,7 +929,7 @@ def _sample(options: Namespace) -> None:
 
     run = Run(options.run)
     model = run.model()
-    generator = torch_generator(options.seed)
+    generator = stream(options.seed, "samples")
     folder = Path(options.out) if options.out else run.folder / "samples"
 
     with _terminal() as terminal:

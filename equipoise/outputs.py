@@ -14,6 +14,7 @@ from torch import Tensor
 from equipoise import plots
 from equipoise.data import Data
 from equipoise.model import VAE
+from equipoise.randomness import stream
 from equipoise.run import Run
 from equipoise.store import whole_file
 
@@ -36,10 +37,10 @@ def write_figures(run: Run, data: Data, model: VAE) -> None:
     plots.save(plots.training_curves(run.history()), run.figures / "training.png")
 
     count = SHOWN_IMAGES if data.kind == "image" else SHOWN_TRAINING_ROWS
-    codes = run.mixture().sample(count, torch_generator(seed))
+    codes = run.mixture().sample(count, stream(seed, "codes"))
     real = data.train.at_hand[:SHOWN_TRAINING_ROWS] if data.kind == "table" else None
     write_samples(
-        model, codes, "mixture", run.figures, torch_generator(seed), real=real, arrays=False
+        model, codes, "mixture", run.figures, stream(seed, "noise"), real=real, arrays=False
     )
 
     write_reconstructions(model, data.test[:SHOWN_IMAGES], run.figures)
@@ -146,18 +147,6 @@ def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[P
         figure = plots.table_reconstructions(raw[shown], mean, std, _column_names(model))
 
     return [path, plots.save(figure, picture)]
-
-
-def torch_generator(seed: int) -> torch.Generator:
-    """Make a source of randomness on the CPU.
-
-    Args:
-        seed: The seed; the same seed gives the same draws.
-
-    Returns:
-        The generator.
-    """
-    return torch.Generator().manual_seed(seed)
 
 
 def _column_names(model: VAE) -> list[str]:

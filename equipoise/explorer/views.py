@@ -26,6 +26,7 @@ from equipoise.metrics.likelihood import iwae
 from equipoise.metrics.outliers import MIN_REFERENCE, model_scores, outlier_scores
 from equipoise.model import VAE, encode_all
 from equipoise.plots import NATS_BELOW_PEAK, UNCERTAINTY_MAP
+from equipoise.randomness import stream
 from equipoise.sources import READY, ready_source
 
 Array = NDArray[Any]
@@ -373,4 +374,4 @@ class View:
 
 
 def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return stream(seed, "explorer")

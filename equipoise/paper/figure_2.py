@@ -9,6 +9,7 @@ from equipoise import plots
 from equipoise.aggregate import StandardNormal
 from equipoise.paper.markdown import table
 from equipoise.paper.protocol import PAPERS_FIVE, SET_TITLES, TITLES, Lab, Spec
+from equipoise.randomness import stream
 
 TITLE = "Figure 2: the prior against the mixture"
 TEXT = (
@@ -69,7 +70,7 @@ def _draw_samples(lab: Lab, data: str) -> Figure:
 
     sets = {}
     for title, source in sources.items():
-        generator = torch.Generator(lab.device).manual_seed(lab.seed)
+        generator = stream(lab.seed, "figure_2", device=lab.device)
         sets[title] = model.generate(SHOWN, source, generator).mean.cpu().numpy()
 
     return plots.samples_compared(sets)

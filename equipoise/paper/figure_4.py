@@ -8,6 +8,7 @@ from torch import Tensor
 from equipoise import plots
 from equipoise.paper.markdown import table
 from equipoise.paper.protocol import SET_TITLES, Lab, Spec
+from equipoise.randomness import stream
 
 TITLE = "Figure 4: where samples cannot be trusted"
 TEXT = (
@@ -30,7 +31,7 @@ def compute(lab: Lab) -> dict[str, Any]:
     rows = {}
     for spec in specs(lab):
         model, mixture = lab.model(spec), lab.run(spec).mixture().to(lab.device)
-        generator = torch.Generator(lab.device).manual_seed(lab.seed)
+        generator = stream(lab.seed, "figure_4", device=lab.device)
         samples = model.generate(AVERAGED, mixture, generator)
 
         test = lab.data(spec.data).test

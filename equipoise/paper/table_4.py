@@ -18,6 +18,7 @@ from equipoise.mixture_fit import fit_mixture
 from equipoise.model import encode_all
 from equipoise.paper.markdown import table
 from equipoise.paper.protocol import Lab, Spec
+from equipoise.randomness import stream
 
 TITLE = "Table 4: number of components of the mixture"
 TEXT = (
@@ -54,7 +55,7 @@ def compute(lab: Lab) -> dict[str, Any]:
     """Compute distance, held-out likelihood and copies by number of components."""
     spec, size, device = spec_of(lab), lab.size, lab.device
     data, model = lab.data(spec.data), lab.model(spec)
-    generator = torch.Generator(device).manual_seed(lab.seed)
+    generator = stream(lab.seed, "table_4", device=device)
 
     # Codes to fit to, and codes of test images.
     training, test = (
