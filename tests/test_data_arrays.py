@@ -420,6 +420,9 @@ def test_digits_need_no_files():
 
 
 def test_loading_does_not_import_torch():
-    code = "import sys, equipoise.data as d; d.load; print('torch' in sys.modules, d.Batches.__module__)"
+    code = (
+        "import sys, equipoise.data as d; d.load; "
+        "print('torch' in sys.modules, d.Batches.__module__)"
+    )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.split() == ["False", "equipoise.data.batches"]

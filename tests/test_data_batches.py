@@ -1,4 +1,4 @@
-"""The order is a pure function of seed and epoch; where the examples lie does not change the batches."""
+"""Batches: a pure function of seed and epoch, wherever the examples are stored."""
 
 import threading
 

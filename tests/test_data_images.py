@@ -1,4 +1,4 @@
-"""Folders, CelebA and the hub: what an image becomes, what is skipped, and what the cache promises."""
+"""Images from folders, CelebA and the hub: their format, unreadable files, and the cache."""
 
 import errno
 import os

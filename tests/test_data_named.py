@@ -1,4 +1,4 @@
-"""MNIST and its kin: the idx format, where files are looked for, and the real sets where they are present."""
+"""Named sets: the idx format, the places of the files, and the real sets if they are present."""
 
 import gzip
 import os

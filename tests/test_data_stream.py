@@ -1,4 +1,4 @@
-"""Streams: each example once an epoch, in a reproducible order, in constant memory; what is not so is refused."""
+"""Streams: each example once an epoch, in a reproducible order, in constant memory."""
 
 import sys
 from dataclasses import replace
@@ -287,7 +287,7 @@ class Stop:
 
 
 def test_a_killed_run_on_a_stream_resumes_bit_for_bit(table, tmp_path, monkeypatch):
-    """Within an epoch, on a DataLoader, which draws from the generator that the networks draw from."""
+    """The run stops within an epoch. The DataLoader and the networks use the same generator."""
     monkeypatch.setattr("equipoise.training.trainer.DISPLAY_SECONDS", -1.0)
     rows = torch.utils.data.TensorDataset(torch.from_numpy(table))
 

@@ -1,7 +1,8 @@
-"""Names, folders, arrays, streams and Hugging Face data sets, as one record; batches in a reproducible order.
+"""Data sets by name, folders, arrays, streams and Hugging Face data sets, as one record.
 
-:func:`load` and :func:`load_stream` find and check the examples and return a :class:`Data`; :func:`batches_of` feeds
-them to a device. What comes from ``batches`` is resolved on first use: it needs torch, loading does not.
+:func:`load` and :func:`load_stream` find the examples, check them and return a :class:`Data`.
+:func:`batches_of` brings them to a device in batches, in a reproducible order. The names of the
+module ``batches`` are imported on first use, because they need torch and loading does not.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,6 @@
-r"""From arrays to :class:`Data`: what the axes are, whether the values are usable, and their unit.
+r"""From arrays to :class:`Data`: the meaning of the axes, a check of the values, and their unit.
 
-All sources end here: a folder or an idx file is only a way to find an array of shape (N, \*).
+All sources end here. A folder or an idx file is only a way to get an array of shape (N, \*).
 """
 
 import hashlib
@@ -15,18 +15,24 @@ from numpy.typing import NDArray
 from equipoise.data.dataset import Array, Data, Subset, split
 
 MIN_EXAMPLES = 10
+"""Smallest number of training examples."""
+
 MIN_SIDE = 8
+"""Smallest side of an image in pixels."""
+
 CHUNK_BYTES = 1 << 24
+"""Bytes of an array that are read at a time."""
 
 
 class Summary(NamedTuple):
-    """What one pass over an array finds out.
+    """Result of one pass over an array.
 
     Args:
         digest: SHA-256 over shape, dtype and values, in hexadecimal.
-        low: smallest value.
-        high: largest value.
-        constant: dimensions, counted in C order within an example, that are the same in all examples.
+        low: Smallest value.
+        high: Largest value.
+        constant: Dimensions that have the same value in all examples. They are counted in C order
+            within an example.
     """
 
     digest: str
@@ -39,9 +45,9 @@ class Part(NamedTuple):
     r"""The array of one part of a data set.
 
     Args:
-        values: (N, \*), in memory or memory-mapped.
-        summary: of ``values``, where it is known already.
-        notes: sentences that a user should read.
+        values: The examples, (N, \*), in memory or memory-mapped.
+        summary: Summary of ``values`` if it has been computed already.
+        notes: Sentences that a user should read.
     """
 
     values: Array
@@ -51,15 +57,16 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What a source holds, before it is checked, scaled and split.
+    """Content of a source, before it is checked, scaled and split.
 
     Args:
-        name: what the data set is called in reports.
-        source: where it was found.
-        train: the examples; also for test and validation where those are None.
-        validation: the set's own validation part.
-        test: the set's own test part.
-        white: value of x = 1 in images of 8-bit integers.
+        name: Name of the data set in reports.
+        source: Description of the place where it was found.
+        train: The examples. Those for test and validation are taken from them if the set has no
+            such parts.
+        validation: The set's own validation part.
+        test: The set's own test part.
+        white: Value of 8-bit integers in images that becomes x = 1.
     """
 
     name: str
@@ -71,7 +78,7 @@ class Found:
 
 
 class Unit(NamedTuple):
-    """How values are stored and become model inputs; see :class:`Data`."""
+    """How values are stored and how they become model inputs; see :class:`Data`."""
 
     dtype: np.dtype[Any]
     offset: Float32[np.ndarray, "*shape"]
@@ -83,34 +90,40 @@ class Unit(NamedTuple):
 def prepare(
     found: Found, test_fraction: float, validation_fraction: float, *, for_training: bool = True
 ) -> Data:
-    """Check the arrays of a source, choose their unit, and split off what the source does not.
+    """Check the arrays of a source, choose their unit, and split off the parts that are missing.
 
     Args:
-        found: the arrays.
-        test_fraction: share for the test where the source has no test part.
-        validation_fraction: share of the training part for validation where the source has none.
-        for_training: whether to refuse what cannot be learned from: too few examples, or all the same.
+        found: Content of the source.
+        test_fraction: Share of the examples for the test if the source has no test part.
+        validation_fraction: Share of the training part for validation if the source has no
+            validation part.
+        for_training: Whether to refuse data that a model cannot learn from: too few examples, or
+            examples that are all the same.
 
     Returns:
         The checked data.
 
     Raises:
-        ValueError: if the arrays cannot be learned from; the message says why and what to do.
+        ValueError: If a model cannot learn from the arrays. The message says why and what to do.
     """
     parts = [part for part in (found.train, found.validation, found.test) if part is not None]
     notes = [note for part in parts for note in part.notes]
+
     views = [examples(part.values, found.source) for part in parts]
     count, *shape = views[0].shape
+
     if for_training and count < MIN_EXAMPLES:
+        details = "".join(f"; {note}" for note in notes)
         raise ValueError(
             f"{found.source}: too few training examples: {count} of at least {MIN_EXAMPLES}"
-            + "".join(f"; {note}" for note in notes)
+            f"{details}"
         )
-    if any(list(view.shape[1:]) != shape or view.dtype != views[0].dtype for view in views):
+    if len({(view.shape[1:], view.dtype) for view in views}) > 1:
         each = ", ".join(f"{view.shape[1:]} {view.dtype}" for view in views)
         raise ValueError(
             f"{found.source}: the parts differ in the shape or dtype of an example: {each}"
         )
+
     summaries = [
         part.summary or summarise(view, found.source)
         for part, view in zip(parts, views, strict=True)
@@ -123,25 +136,32 @@ def prepare(
 
     pieces = split(
         count,
-        0.0 if found.test is not None else test_fraction,
-        0.0 if found.validation is not None else validation_fraction,
+        test_fraction if found.test is None else 0.0,
+        validation_fraction if found.validation is None else 0.0,
     )
-    kind: Literal["image", "table"] = "image" if len(shape) == 3 else "table"
-    if kind == "image":
-        low, high = min(s.low for s in summaries), max(s.high for s in summaries)
+
+    kind: Literal["image", "table"]
+    if len(shape) == 3:
+        kind = "image"
+        low = min(summary.low for summary in summaries)
+        high = max(summary.high for summary in summaries)
         unit = image_unit(views[0].dtype, low, high, found.white)
+
         if constant:
             notes.append(
                 f"pixel values that are the same in all images: {len(constant)} of {np.prod(shape)}"
             )
     else:
+        kind = "table"
         unit = table_unit(Subset(views[0], pieces.train, np.dtype(np.float32)))
 
     def subset(part: Part | None, indices: NDArray[np.int64]) -> Subset:
         if part is None:
             return Subset(views[0], indices, unit.dtype)
-        return replace(Subset.whole(examples(part.values, found.source)), dtype=unit.dtype)
+        whole = Subset.whole(examples(part.values, found.source))
+        return replace(whole, dtype=unit.dtype)
 
+    digests = "".join(summary.digest for summary in summaries)
     return Data(
         name=found.name,
         train=subset(None, pieces.train),
@@ -152,65 +172,73 @@ def prepare(
         offset=unit.offset,
         scale=unit.scale,
         quantum=unit.quantum,
-        fingerprint=hashlib.sha256("".join(s.digest for s in summaries).encode()).hexdigest(),
+        fingerprint=hashlib.sha256(digests.encode()).hexdigest(),
         source=found.source,
         notes=tuple(dict.fromkeys([*notes, *unit.notes])),
     )
 
 
 def as_array(values: object) -> Array:
-    """Make an array of what is one in all but name, where possible without a copy.
+    """Convert an array-like object to an array, without a copy if possible.
 
     Args:
-        values: an array, a tensor on any device, a data frame, a nested list.
+        values: An array, a tensor on any device, a data frame or a nested list.
 
     Returns:
         The array.
     """
-    if hasattr(values, "detach"):  # a tensor: torch need not be imported to recognise one
-        tensor = values.detach().cpu()
-        # NumPy knows no bfloat16, and floats are read as float32 in any case.
-        return np.asarray((tensor.float() if tensor.is_floating_point() else tensor).numpy())
-    return np.asarray(values)
+    if not hasattr(values, "detach"):
+        return np.asarray(values)
+
+    # An object with the method detach is a tensor. This test does not import torch.
+    tensor = values.detach().cpu()
+    if tensor.is_floating_point():
+        # NumPy has no bfloat16, and all floating-point values are read as float32 anyway.
+        tensor = tensor.float()
+    return np.asarray(tensor.numpy())
 
 
 def examples(values: Array, source: str) -> Array:
-    r"""View an array as a table or as images with the channels first.
+    r"""View an array as a table, or as images with the channels first.
 
     Args:
-        values: (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C) with C of 1, 3 or 4.
-        source: what to call the array in an error.
+        values: The examples, (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C) with C of 1, 3 or 4.
+        source: Name of the array in error messages.
 
     Returns:
-        (N, D) or (N, C, H, W), sharing memory with ``values``.
+        The examples, (N, D) or (N, C, H, W). They share memory with ``values``.
 
     Raises:
-        ValueError: if the axes or the dtype cannot be understood.
+        ValueError: If the meaning of the axes is not clear, or the values are not real numbers.
     """
     if values.dtype.kind not in "buif":
         raise ValueError(
             f"{source}: values of dtype {values.dtype}; expected real numbers (uint8, float32, ...)"
         )
+
     if values.ndim == 3:
         values = values[:, None]
     elif values.ndim == 4:
-        first, last = (values.shape[axis] in (1, 3, 4) for axis in (1, 3))
-        if first == last:
+        is_channels_first = values.shape[1] in (1, 3, 4)
+        is_channels_last = values.shape[3] in (1, 3, 4)
+        if is_channels_first == is_channels_last:
             raise ValueError(
                 f"{source}: cannot tell the channels of an array of shape {values.shape}: expected "
                 "exactly one of axis 1 (N, C, H, W) and axis 3 (N, H, W, C) to be 1, 3 or 4 long; "
                 "reshape to (N, D) to use the values as a table"
             )
-        values = values if first else np.moveaxis(values, 3, 1)
+        if is_channels_last:
+            values = np.moveaxis(values, 3, 1)
     elif values.ndim != 2:
         raise ValueError(
-            f"{source}: an array of shape {values.shape}; expected a table (N, D), grey images (N, H, W), "
-            "or images (N, C, H, W) or (N, H, W, C)"
+            f"{source}: an array of shape {values.shape}; expected a table (N, D), grey images "
+            "(N, H, W), or images (N, C, H, W) or (N, H, W, C)"
         )
+
     if values.ndim == 4 and min(values.shape[2:]) < MIN_SIDE:
         raise ValueError(
-            f"{source}: images of {values.shape[3]}x{values.shape[2]}; each side must be at least {MIN_SIDE} "
-            "(reshape to (N, D) to use the values as a table)"
+            f"{source}: images of {values.shape[3]}x{values.shape[2]}; each side must be at least "
+            f"{MIN_SIDE} (reshape to (N, D) to use the values as a table)"
         )
     if 0 in values.shape:
         raise ValueError(f"{source}: an array of shape {values.shape} holds no values")
@@ -218,36 +246,49 @@ def examples(values: Array, source: str) -> Array:
 
 
 def summarise(values: Array, source: str) -> Summary:
-    r"""Go through an array once, in chunks: is it finite, what is its range, which dimensions vary.
+    r"""Read an array once, in chunks, for its checksum, its range and its constant dimensions.
 
     Args:
-        values: (N, \*); floating-point values count as the float32 that they will be read as.
-        source: what to call the array in an error.
+        values: The examples, (N, \*). Floating-point values are read as float32.
+        source: Name of the array in error messages.
 
     Returns:
         The summary.
 
     Raises:
-        ValueError: if values are NaN or infinite, with their number and the position of the first.
+        ValueError: If values are NaN or infinite. The message gives their number and the position
+            of the first one.
     """
-    dtype = np.dtype(np.float32) if values.dtype.kind == "f" else values.dtype.newbyteorder("<")
+    dtype = values.dtype.newbyteorder("<")
+    if values.dtype.kind == "f":
+        dtype = np.dtype(np.float32)
+
     digest = hashlib.sha256(f"{dtype.str} {values.shape}".encode())
     low = high = np.ravel(values[0]).astype(dtype)
-    bad = 0
-    first: tuple[int, ...] = ()
+    n_bad = 0
+    first_bad: tuple[int, ...] = ()
+
     for start, chunk in _chunks(values, dtype):
         digest.update(chunk.data)
-        if dtype.kind == "f" and not (finite := np.isfinite(chunk)).all():
-            if not bad:
-                position = np.unravel_index(int(finite.argmin()), (len(chunk), *values.shape[1:]))
-                first = (start + int(position[0]), *map(int, position[1:]))
-            bad += int(np.sum(~finite))
-        low, high = np.minimum(low, chunk.min(0)), np.maximum(high, chunk.max(0))
-    if bad:
+
+        if dtype.kind == "f":
+            finite = np.isfinite(chunk)
+            n_bad_in_chunk = finite.size - int(np.count_nonzero(finite))
+            if n_bad_in_chunk and not n_bad:
+                chunk_shape = (len(chunk), *values.shape[1:])
+                row, *position = np.unravel_index(int(finite.argmin()), chunk_shape)
+                first_bad = (start + int(row), *map(int, position))
+            n_bad += n_bad_in_chunk
+
+        low = np.minimum(low, chunk.min(0))
+        high = np.maximum(high, chunk.max(0))
+
+    if n_bad:
         raise ValueError(
-            f"{source}: {bad} values are NaN, infinite or too large for float32, the first at index {first}; "
-            "remove those examples or replace the values"
+            f"{source}: {n_bad} values are NaN, infinite or too large for float32, the first at "
+            f"index {first_bad}; remove those examples or replace the values"
         )
+
     constant = tuple(map(int, np.flatnonzero(low == high)))
     return Summary(digest.hexdigest(), float(low.min()), float(high.max()), constant)
 
@@ -256,29 +297,36 @@ def image_unit(dtype: np.dtype[Any], low: float, high: float, white: int = 255) 
     """Choose how images are stored, and the affine map that brings them to [0, 1].
 
     Args:
-        dtype: of the values as they are.
-        low: their minimum.
-        high: their maximum.
-        white: value of x = 1 in 8-bit integers.
+        dtype: Data type of the images in the source.
+        low: Smallest value of all images.
+        high: Largest value of all images.
+        white: Value of 8-bit integers that becomes x = 1.
 
     Returns:
-        8-bit integers as uint8, floats in [0, 1] as they are, all else as float32, with a map
-        of its range to [0, 1].
+        The unit. Booleans and integers in 0, ..., ``white`` are stored as uint8. Floating-point
+        values in [0, 1] are stored as float32 and are not rescaled. All other values are stored
+        as float32, and their range is mapped to [0, 1].
     """
-    integer = dtype.kind in "ui"
     if dtype.kind == "b":
         return _image_unit(np.uint8, 0.0, 1.0, 1.0, "two-valued images: x is 0 or 1")
-    if dtype == np.uint8 or (integer and low >= 0 and high <= white):
-        notes = [] if dtype == np.uint8 else [f"{dtype.name} values in 0..{white} stored as uint8"]
+
+    is_integer = dtype.kind in "ui"
+    if dtype == np.uint8 or (is_integer and low >= 0 and high <= white):
+        notes = []
+        if dtype != np.uint8:
+            notes.append(f"{dtype.name} values in 0..{white} stored as uint8")
         if high <= white / 8:
             notes.append(
                 f"the largest value is {high:g} where {white} is white: all images are nearly black"
             )
         return _image_unit(np.uint8, 0.0, float(white), 1 / white, *notes)
-    if not integer and low >= 0 and high <= 1:
+
+    if not is_integer and low >= 0 and high <= 1:
         return _image_unit(np.float32, 0.0, 1.0, None)
+
+    quantum = 1 / (high - low) if is_integer else None
     note = f"values from {low:g} to {high:g} rescaled to [0, 1]"
-    return _image_unit(np.float32, low, high - low, 1 / (high - low) if integer else None, note)
+    return _image_unit(np.float32, low, high - low, quantum, note)
 
 
 def _image_unit(
@@ -293,19 +341,24 @@ def table_unit(train: Subset) -> Unit:
     """Standardise each column by the mean and standard deviation of the training part.
 
     Args:
-        train: training examples, (N, D), read as float32.
+        train: Training examples, (N, D), read as float32.
 
     Returns:
-        Mean and standard deviation per column, (D,); constant columns keep a scale of 1.
+        Mean and standard deviation of each column, (D,). Constant columns have a scale of 1.
     """
-    # Two passes in float64: the one-pass formula cancels where the mean is far from zero.
+    # Two passes in float64: the formula for one pass cancels if the mean is far from zero.
     count, width = train.shape
-    total, squares = np.zeros(width), np.zeros(width)
-    low, high = np.full(width, np.inf), np.full(width, -np.inf)
+    total = np.zeros(width)
+    low = np.full(width, np.inf)
+    high = np.full(width, -np.inf)
+
     for _, chunk in _chunks(train, train.dtype):
         total += chunk.sum(0, dtype=np.float64)
-        low, high = np.minimum(low, chunk.min(0)), np.maximum(high, chunk.max(0))
+        low = np.minimum(low, chunk.min(0))
+        high = np.maximum(high, chunk.max(0))
     mean = total / count
+
+    squares = np.zeros(width)
     for _, chunk in _chunks(train, train.dtype):
         squares += np.square(chunk - mean).sum(0)
     std = np.sqrt(squares / count)
@@ -313,32 +366,39 @@ def table_unit(train: Subset) -> Unit:
     scale = std.astype(np.float32)
     constant = (low == high) | (scale == 0)
     coarse = ~constant & (std < 1e-5 * np.abs(mean))
+
     notes = []
     if constant.any():
         notes.append(f"constant columns: {_columns(constant)}")
     if coarse.any():
         notes.append(
-            f"columns {_columns(coarse)} vary by less than 1e-5 of their mean, near the resolution of "
-            "float32: subtract the mean in float64 before"
+            f"columns {_columns(coarse)} vary by less than 1e-5 of their mean, near the resolution "
+            "of float32: subtract the mean in float64 before"
         )
+
     scale = np.where(constant, np.float32(1), scale)
     return Unit(train.dtype, mean.astype(np.float32), scale, None, tuple(notes))
 
 
 def _columns(chosen: NDArray[np.bool_]) -> str:
-    names = [str(column) for column in np.flatnonzero(chosen)]
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    """Numbers of the columns for which ``chosen`` is True, at most 20 of them."""
+    numbers = [str(column) for column in np.flatnonzero(chosen)]
+    listed = ", ".join(numbers[:20])
+    if len(numbers) > 20:
+        listed += f" and {len(numbers) - 20} more"
+    return listed
 
 
 def _chunks(values: Array | Subset, dtype: np.dtype[Any]) -> Iterator[tuple[int, Array]]:
-    """Consecutive examples, flattened and cast, with the index of the first: (k, D), some 16 MB each."""
+    """Consecutive examples, (k, D), flattened and cast, with the index of the first one.
+
+    A chunk takes about 16 MB.
+    """
     width = int(np.prod(values.shape[1:]))
     rows = max(1, CHUNK_BYTES // (width * dtype.itemsize))
+
     for start in range(0, len(values), rows):
-        with np.errstate(
-            over="ignore"
-        ):  # what overflows float32 becomes infinite, and is reported as such
-            yield (
-                start,
-                np.ascontiguousarray(values[start : start + rows], dtype).reshape(-1, width),
-            )
+        # Values that overflow float32 become infinite, and are reported as infinite.
+        with np.errstate(over="ignore"):
+            chunk = np.ascontiguousarray(values[start : start + rows], dtype)
+            yield start, chunk.reshape(-1, width)

@@ -1,4 +1,7 @@
-"""A memory-mapped cache of decoded examples: written whole or not at all, safe to delete at any time."""
+"""A memory-mapped cache of decoded examples.
+
+A part is written as a whole or not at all. The cache may be deleted at any time.
+"""
 
 import json
 import os
@@ -16,7 +19,7 @@ from equipoise.data.dataset import Array
 
 
 def default_cache_dir() -> Path:
-    """Where caches go: $EQUIPOISE_CACHE, or ~/.cache/equipoise.
+    """Folder of the caches: $EQUIPOISE_CACHE, or ~/.cache/equipoise.
 
     Returns:
         The folder, which need not exist.
@@ -25,18 +28,19 @@ def default_cache_dir() -> Path:
 
 
 def read_part(folder: Path, key: str) -> Part | None:
-    """Open a cached part.
+    """Open a part in the cache.
 
     Args:
-        folder: of the cache.
-        key: of the part.
+        folder: Folder of the cache.
+        key: Key of the part.
 
     Returns:
-        The part, memory-mapped; None if it is not there, or not readable.
+        The part, memory-mapped. None if it does not exist or cannot be read.
     """
     try:
         about = json.loads((folder / f"{key}.json").read_text())
         values = np.load(folder / f"{key}.npy", mmap_mode="r", allow_pickle=False)
+
         constant = tuple(about["constant"])
         summary = Summary(about["digest"], about["low"], about["high"], constant)
         return Part(values, summary, tuple(about["notes"]))
@@ -46,28 +50,31 @@ def read_part(folder: Path, key: str) -> Part | None:
 
 @contextmanager
 def one_writer(folder: Path, key: str) -> Iterator[None]:
-    """Wait until no other process writes a part, such as those that ``torchrun`` starts together.
+    """Wait until no other process writes a part.
 
-    The operating system takes the lock back from a process that dies.
+    ``torchrun``, for instance, starts several processes that need the same part. The operating
+    system releases the lock of a process that dies.
 
     Args:
-        folder: of the cache; made if needed.
-        key: of the part.
+        folder: Folder of the cache. It is created if it does not exist.
+        key: Key of the part.
 
     Yields:
-        Nothing; look again for the part, another process may have written it meanwhile.
+        None. Another process may have written the part while this one waited, so the caller
+        should look for it again.
 
     Raises:
-        OSError: if the cache cannot be written.
+        OSError: If the cache cannot be written.
     """
     with _advice(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{key}.lock")
         lock.acquire()
+
     try:
         yield
     finally:
-        # Another process may then lock a new file: it makes the part a second time at worst.
+        # Another process may now lock a new file of this name. At worst it writes the part again.
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
@@ -79,48 +86,54 @@ def write_part(
     shape: tuple[int, ...],
     notes: Callable[[], tuple[str, ...]],
 ) -> Part:
-    r"""Write examples one after another to the cache, and open the result.
+    r"""Write examples to the cache one after another, and open the result.
 
-    The values are written as a stream, not through a memory map: a full disk is then an error and not a
-    signal that kills the process. The description is renamed into place last; without it there is no part.
+    The values are written to a file, not through a memory map. A full disk is then an error, and
+    not a signal that kills the process. The description of the part is moved into place last,
+    and a part without a description does not exist.
 
     Args:
-        folder: of the cache; made if needed.
-        key: of the part.
-        rows: uint8 examples, each of ``shape``, as many as there are.
-        shape: of one example.
-        notes: asked after the last example for what a user should read.
+        folder: Folder of the cache. It is created if it does not exist.
+        key: Key of the part.
+        rows: Any number of uint8 examples, each of the shape ``shape``.
+        shape: Shape of one example.
+        notes: Function that returns the sentences that a user should read. It is called after the
+            last example.
 
     Returns:
         The part, memory-mapped.
 
     Raises:
-        OSError: if the cache cannot be written; nothing is left behind.
+        OSError: If the cache cannot be written. No incomplete file is left.
     """
 
     def write_rows(file: BinaryIO) -> None:
-        count = 0
         _write_header(file, (0, *shape))
-        for count, row in enumerate(rows, 1):  # noqa: B007
+        count = 0
+        for row in rows:
             file.write(np.ascontiguousarray(row).data)
+            count += 1
+
+        # This header is as long as the first one, because the format leaves room for the count.
         file.seek(0)
-        _write_header(
-            file, (count, *shape)
-        )  # as long as the first: the format leaves room for the count
+        _write_header(file, (count, *shape))
 
     values_path = folder / f"{key}.npy"
     with _advice(folder):
         _write_whole(values_path, write_rows)
         values = np.load(values_path, mmap_mode="r", allow_pickle=False)
         summary = summarise(values, str(values_path))
+
         about = {**summary._asdict(), "notes": notes()}
-        _write_whole(folder / f"{key}.json", lambda file: file.write(json.dumps(about).encode()))
+        content = json.dumps(about).encode()
+        _write_whole(folder / f"{key}.json", lambda file: file.write(content))
+
     return Part(values, summary, about["notes"])
 
 
 @contextmanager
 def _advice(folder: Path) -> Iterator[None]:
-    """Say what to do about a cache that cannot be written."""
+    """Add advice to the error of a cache that cannot be written."""
     try:
         yield
     except OSError as error:
@@ -137,8 +150,10 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under a temporary name, and rename it when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem[:16], suffix=".tmp")
+
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)

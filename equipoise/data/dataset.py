@@ -1,4 +1,4 @@
-"""The record that loading returns, the view it is made of, and the split into three parts."""
+"""Records: the data that loading returns, a view of examples, and the split into three parts."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,33 +13,40 @@ Array: TypeAlias = NDArray[Any]
 Channels: TypeAlias = Literal["grey", "rgb"]
 
 CHECKED_AT_ONCE = 1024
+"""Number of examples that are read at a time for a checksum."""
+
 MAX_VALIDATION = 2000
-"""More validation examples than this buy no precision that a learning curve could show."""
+"""Largest number of validation examples. More of them do not make a learning curve more precise."""
 
 
 @runtime_checkable
 class ExampleSet(Protocol):
-    """Training examples: a :class:`Subset`, read in any order, or a :class:`Stream`, read from front to back."""
+    """Training examples.
+
+    A :class:`Subset` can be read in any order, a :class:`Stream` only from front to back.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        r"""(N, \*)."""
+        r"""Shape of all examples, (N, \*)."""
 
     @property
     def at_hand(self) -> "Subset":
-        """Those that can be read in any order: all of a subset, the first ones of a stream."""
+        """Examples that can be read in any order: all of a subset, the first ones of a stream."""
 
     def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Subset:
-    r"""Some examples of an array, by index: a view that never copies a memory map as a whole.
+    r"""Some examples of an array, by their index.
+
+    It is a view that never copies a whole memory map.
 
     Args:
-        base: (M, \*), in memory or memory-mapped.
-        indices: which examples of ``base``, in which order, (N,).
-        dtype: what the values are cast to when they are read.
+        base: The array, (M, \*), in memory or memory-mapped.
+        indices: Indices into ``base``, (N,), in the order of the examples.
+        dtype: Data type to which the values are cast when they are read.
 
     Example:
         >>> evens = Subset(np.arange(10.0)[:, None], np.arange(0, 10, 2), np.dtype("float32"))
@@ -55,21 +62,21 @@ class Subset:
 
     @classmethod
     def whole(cls, base: Array) -> "Subset":
-        r"""All examples of an array, in order.
+        r"""Make a view of all examples of an array, in their order.
 
         Args:
-            base: (N, \*).
+            base: The array, (N, \*).
 
         Returns:
-            The view of length N, of the dtype of ``base``.
+            The view, with N examples and the data type of ``base``.
         """
         return cls(base, np.arange(len(base), dtype=np.int64), base.dtype)
 
     def take(self, rows: slice | Int64[np.ndarray, " k"]) -> "Subset":
-        """Some of the examples, as a view.
+        """Select some of the examples, as a view.
 
         Args:
-            rows: which, counted within this subset.
+            rows: Positions of the examples within this subset.
 
         Returns:
             The smaller subset.
@@ -77,29 +84,30 @@ class Subset:
         return Subset(self.base, self.indices[rows], self.dtype)
 
     def sha256(self) -> str:
-        """Checksum of the examples, in their order.
+        """Compute a checksum of the examples, which depends on their order.
 
         Returns:
-            In hexadecimal.
+            The SHA-256 over shape, dtype and values, in hexadecimal.
         """
         digest = hashlib.sha256(f"{self.dtype.str} {self.shape}".encode())
+
         for first in range(0, len(self), CHECKED_AT_ONCE):
             digest.update(self[first : first + CHECKED_AT_ONCE].data)
         return digest.hexdigest()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        r"""(N, \*)."""
+        r"""Shape of all examples, (N, \*)."""
         return (len(self.indices), *self.base.shape[1:])
 
     @property
     def at_hand(self) -> "Subset":
-        """All of them; see :class:`ExampleSet`."""
+        """All examples; see :class:`ExampleSet`."""
         return self
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes that the examples take once they are read."""
+        """Number of bytes that the examples take in memory when all of them are read."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def __len__(self) -> int:
@@ -119,27 +127,30 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Examples, split in three, and how raw values become model inputs: x = (raw - offset) / scale.
+    """Examples in three parts, and the map from raw values to model inputs.
+
+    The model input is x = (raw - offset) / scale.
 
     Args:
-        name: what the data set is called in reports.
-        train: raw training examples, (N, C, H, W) uint8 or float32, or (N, D) float32: a :class:`Subset`, or
-            a :class:`Stream` of what is too much to keep.
-        validation: raw examples held out of the training part.
-        test: raw examples for the final figures: the set's own test part where it has one.
+        name: Name of the data set in reports.
+        train: Raw training examples, (N, C, H, W) uint8 or float32, or (N, D) float32. They are a
+            :class:`Subset`, or a :class:`Stream` if they do not fit into memory.
+        validation: Raw examples that are held out of the training part.
+        test: Raw examples for the final figures. They are the set's own test part if it has one.
         kind: "image" or "table".
-        shape: of one example, (C, H, W) or (D,).
-        offset: raw value of x = 0, broadcastable to ``shape``.
-        scale: raw distance of one unit of x, positive, broadcastable to ``shape``.
-        quantum: distance of two neighbouring grey levels, in units of x (1/255 for 8 bits); None where the
-            values are continuous.
-        fingerprint: SHA-256 over shape, dtype and values, in hexadecimal. Of images it is that of the decoded
-            pixels, so that a copy of a folder, whose files have other times, is known for the same data.
-        source: where the examples were found.
-        notes: sentences that a user should read.
-        loading: Arguments of :func:`load` with which these examples are found again; those of
-            :func:`load_stream` if "stream" is true among them. Empty for examples that came as an
-            object in memory.
+        shape: Shape of one example, (C, H, W) or (D,).
+        offset: Raw value of x = 0, broadcastable to ``shape``.
+        scale: Raw distance of one unit of x, positive, broadcastable to ``shape``.
+        quantum: Distance between neighbouring grey levels, in units of x (1/255 for 8 bits). None
+            if the values are continuous.
+        fingerprint: SHA-256 over shape, dtype and values, in hexadecimal. For images it covers
+            the decoded pixels. A copy of a folder, whose files have other modification times,
+            therefore has the same fingerprint.
+        source: Description of the place where the examples were found.
+        notes: Sentences that a user should read.
+        loading: Arguments of :func:`load` that find these examples again. They are those of
+            :func:`load_stream` if "stream" is true among them. Empty for examples that came as
+            an object in memory.
     """
 
     name: str
@@ -158,7 +169,7 @@ class Data:
 
 
 class Split(NamedTuple):
-    """Disjoint indices that together cover all examples, each sorted."""
+    """Disjoint indices that together cover all examples. Each array is sorted."""
 
     train: NDArray[np.int64]
     validation: NDArray[np.int64]
@@ -166,38 +177,48 @@ class Split(NamedTuple):
 
 
 def split(count: int, test_fraction: float = 0.1, validation_fraction: float = 0.1) -> Split:
-    """Split examples at random, but always in the same way: the permutation depends on their number only.
+    """Split examples at random, but always in the same way.
+
+    The permutation depends only on the number of examples.
 
     Args:
-        count: number of examples.
-        test_fraction: share of all examples for the test, in [0, 1).
-        validation_fraction: share of what remains for validation, in [0, 1), at most 2000 examples.
+        count: Number of examples.
+        test_fraction: Share of all examples for the test, in [0, 1).
+        validation_fraction: Share of the remaining examples for validation, in [0, 1), at most
+            2000 examples.
 
     Returns:
-        The indices of each part; a positive fraction gives at least one example.
+        The indices of each part. A positive fraction gives at least one example.
 
     Raises:
-        ValueError: if a fraction is outside [0, 1) or nothing remains for training.
+        ValueError: If a fraction is outside [0, 1) or no examples remain for training.
 
     Example:
         >>> [len(part) for part in split(1797)]
         [1455, 162, 180]
     """
-    for name, fraction in (
-        ("test_fraction", test_fraction),
-        ("validation_fraction", validation_fraction),
-    ):
+    fractions = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
+    for name, fraction in fractions.items():
         if not 0 <= fraction < 1:
             raise ValueError(f"{name} must be in [0, 1), not {fraction}")
-    # RandomState, because NumPy promises that its stream never changes; a Generator's may, with the version.
-    shuffled = np.random.RandomState(count % 2**32).permutation(count).astype(np.int64)
-    tests = max(1, round(test_fraction * count)) if test_fraction else 0
-    validations = max(1, round(validation_fraction * (count - tests))) if validation_fraction else 0
-    validations = min(validations, MAX_VALIDATION)
-    if tests + validations >= count:
+
+    n_test = 0
+    if test_fraction:
+        n_test = max(1, round(test_fraction * count))
+
+    n_validation = 0
+    if validation_fraction:
+        n_validation = max(1, round(validation_fraction * (count - n_test)))
+        n_validation = min(n_validation, MAX_VALIDATION)
+
+    if n_test + n_validation >= count:
         raise ValueError(
-            f"{count} examples, of which {tests} for the test and {validations} for validation, "
+            f"{count} examples, of which {n_test} for the test and {n_validation} for validation, "
             "leave none for training: lower test_fraction or validation_fraction"
         )
-    test, validation, train = np.split(shuffled, [tests, tests + validations])
+
+    # NumPy promises that the numbers of a RandomState never change. Those of a Generator may
+    # change with the version of NumPy.
+    shuffled = np.random.RandomState(count % 2**32).permutation(count).astype(np.int64)
+    test, validation, train = np.split(shuffled, [n_test, n_test + n_validation])
     return Split(np.sort(train), np.sort(validation), np.sort(test))

@@ -1,4 +1,4 @@
-"""Many encoded images, in files or in a table, decoded in threads into the cache."""
+"""Many encoded images, in files or in a table, which threads decode into the cache."""
 
 import hashlib
 import os
@@ -24,8 +24,10 @@ EXTENSIONS = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 FORMAT = "1"
-"""Part of every cache key: to be changed with anything that changes the decoded pixels."""
+"""Part of every cache key. It has to change whenever the decoded pixels change."""
+
 IN_FLIGHT = 1024
+"""Number of images that are submitted to the threads at a time."""
 
 Progress: TypeAlias = Callable[[int, int], None]
 T = TypeVar("T")
@@ -33,15 +35,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded images by index, none of them read yet.
+    """Encoded images that are read by their index.
 
     Args:
-        count: how many.
-        open: the path or the content of one.
-        name: what to call one in a message.
-        stamp: changes whenever the images do.
-        source: what to call them all.
-        notes: sentences that a user should read.
+        count: Number of images.
+        open: Function that returns the path or the content of the image with an index.
+        name: Function that returns the name of the image with an index, for messages.
+        stamp: A string that changes whenever the images change.
+        source: Name of the images as a whole in messages.
+        notes: Sentences that a user should read.
     """
 
     count: int
@@ -56,11 +58,12 @@ class Listing(NamedTuple):
     """The image files of a folder.
 
     Args:
-        folder: the folder.
-        names: paths relative to it.
-        stamp: SHA-256 over paths, sizes and times of change. Not over content: to read all files would take
-            nearly as long as the decoding that the cache is to save.
-        notes: sentences that a user should read.
+        folder: The folder.
+        names: Paths of the files relative to the folder.
+        stamp: SHA-256 over paths, sizes and modification times. It does not cover the content,
+            because reading all files would take nearly as long as the decoding that the cache
+            saves.
+        notes: Sentences that a user should read.
     """
 
     folder: Path
@@ -69,10 +72,10 @@ class Listing(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def encoded(self, names: list[str] | None = None) -> Encoded:
-        """Some of these files as encoded images.
+        """Make encoded images of some of these files.
 
         Args:
-            names: a part of ``self.names``; None for all of them.
+            names: Some of ``self.names``. None means all of them.
 
         Returns:
             The images.
@@ -81,6 +84,7 @@ class Listing(NamedTuple):
         stamp = hashlib.sha256(self.stamp.encode())
         for name in chosen:
             stamp.update(b"\0" + os.fsencode(name))
+
         return Encoded(
             len(chosen),
             lambda index: self.folder / chosen[index],
@@ -92,67 +96,78 @@ class Listing(NamedTuple):
 
 
 def list_images(folder: Path) -> Listing:
-    """Find the image files in a folder and the folders within it, sorted; each is looked at once.
+    """List the image files in a folder and its subfolders, in sorted order.
 
-    Hidden files are left out, and links to folders are not followed, as they may form a loop.
+    Files are recognised by their extension. Hidden files are left out. Links to folders are not
+    followed, because they may form a loop.
 
     Args:
-        folder: where to look.
+        folder: The folder.
 
     Returns:
-        The files, told by their extension.
+        The image files.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: If there are no image files.
     """
     names: list[str] = []
     others: list[str] = []
     stamp = hashlib.sha256()
 
     def walk(inside: str) -> None:
-        # Names alone, because a million entries of os.scandir take a gigabyte.
+        # os.listdir, because a million entries of os.scandir take a gigabyte of memory.
         for name in sorted(os.listdir(folder / inside)):
-            path = inside + name
             if name.startswith("."):
                 continue
-            here = os.lstat(folder / path)
-            if stat.S_ISDIR(here.st_mode):
+
+            path = inside + name
+            status = os.lstat(folder / path)
+            if stat.S_ISDIR(status.st_mode):
                 walk(path + "/")
             elif os.path.splitext(name)[1].lower() not in EXTENSIONS:
                 others.append(path)
             else:
                 names.append(path)
-                stamp.update(os.fsencode(f"{path}\0{_change(folder / path, here)}\0"))
+                stamp.update(os.fsencode(f"{path}\0{_version(folder / path, status)}\0"))
 
     walk("")
     if not names:
-        held = f"; it holds {_first(others)}" if others else "; it is empty"
+        content = f"it holds {_first(others)}" if others else "it is empty"
         raise ValueError(
-            f"{folder}: no image files ({' '.join(sorted(EXTENSIONS))}) in this folder{held}"
+            f"{folder}: no image files ({' '.join(sorted(EXTENSIONS))}) in this folder; {content}"
         )
-    notes = (f"other files ignored: {len(others)} ({_first(others)})",) if others else ()
+
+    notes: tuple[str, ...] = ()
+    if others:
+        notes = (f"other files ignored: {len(others)} ({_first(others)})",)
     return Listing(folder, names, stamp.hexdigest(), notes)
 
 
-def _change(path: Path, here: os.stat_result) -> str:
+def _version(path: Path, status: os.stat_result) -> str:
+    """Size and modification time of a file, or of the file to which a link points."""
     try:
-        there = path.stat() if stat.S_ISLNK(here.st_mode) else here
-    except OSError:  # a broken link: named as unreadable when it is opened
+        if stat.S_ISLNK(status.st_mode):
+            status = path.stat()
+    except OSError:
+        # A broken link is reported as unreadable when it is opened.
         return "missing"
-    return f"{there.st_size} {there.st_mtime_ns}"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """How encoded images become arrays.
+    """Decodes images to an array in the cache.
 
     Args:
-        image_size: side of the square that they become; None to keep the size they share.
-        channels: "grey", "rgb", or None for grey if all are grey.
-        crop: side of the centred square to cut out, as a share of the width; None for the largest.
-        strict: whether an unreadable image is an error instead of being skipped.
-        cache_dir: where decoded images are kept.
-        progress: called with (done, total); each image counts twice, for its header and for its pixels.
+        image_size: Side in pixels of the square that each image becomes. None keeps the common
+            size of the images.
+        channels: "grey" or "rgb". None means grey if all images are grey, otherwise RGB.
+        crop: Side of the centred square that is cut out, as a share of the width. None means the
+            largest square.
+        strict: Whether an unreadable image is an error. If False, it is skipped.
+        cache_dir: Folder for decoded images.
+        progress: Function that is called with (done, total). Each image counts twice: once for
+            its header and once for its pixels.
     """
 
     image_size: int | None = None
@@ -163,60 +178,61 @@ class ImageReader:
     progress: Progress | None = None
 
     def read(self, images: Encoded) -> Part:
-        """Decode images into the cache, or find them there.
+        """Read images from the cache, or decode them into it.
 
         Args:
-            images: what to decode.
+            images: The encoded images.
 
         Returns:
-            (N, C, H, W) uint8, memory-mapped; N is smaller than ``images.count`` if some were unreadable.
+            The pixels, (N, C, H, W) uint8, memory-mapped. N is smaller than ``images.count`` if
+            some images are unreadable.
 
         Raises:
-            ValueError: if no image is readable, ``strict`` and one is not, or a size must be chosen.
+            ValueError: If no image is readable, if an image is unreadable and ``strict`` is True,
+                or if the user has to choose a size.
         """
         options = f"{FORMAT} {self.image_size} {self.channels} {self.crop} {images.stamp}"
         key = hashlib.sha256(options.encode()).hexdigest()
+
         part = read_part(self.cache_dir, key)
         if part is None:
             with one_writer(self.cache_dir, key):
+                # Another process may have written the part while this one waited.
                 part = read_part(self.cache_dir, key) or self._decode(images, key)
         elif self.strict and len(part.values) < images.count:
             raise ValueError(f"{images.source}: {part.notes[0]}")
+
         return part._replace(notes=(*part.notes, *images.notes))
 
     def _decode(self, images: Encoded, key: str) -> Part:
         skipped: list[str] = []
+
         with ThreadPoolExecutor() as pool:
-            readable = array("q")  # a list would take four times as much
+            readable = array("q")  # a list would take four times as much memory
             headers: Counter[Header] = Counter()
-            for index, header in self._each(
-                pool, images, range(images.count), read_header, skipped, 0
-            ):
+            all_indices = range(images.count)
+            for index, header in self._each(pool, images, all_indices, read_header, skipped, 0):
                 readable.append(index)
                 headers[header] += 1
+
             if not readable:
-                raise ValueError(
-                    f"{images.source}: none of the images can be read: {_first(skipped)}"
-                )
+                raise _no_readable_image(images, skipped)
             plan = make_plan(headers, self.image_size, self.channels, self.crop, images.source)
 
             def rows() -> Iterator[Array]:
-                before = 2 * images.count - len(readable)
+                n_done = 2 * images.count - len(readable)
                 to_pixels = partial(decode, plan=plan)
-                for _, pixels in self._each(pool, images, readable, to_pixels, skipped, before):
+                for _, pixels in self._each(pool, images, readable, to_pixels, skipped, n_done):
                     yield pixels
+
                 if len(skipped) == images.count:
-                    raise ValueError(
-                        f"{images.source}: none of the images can be read: {_first(skipped)}"
-                    )
+                    raise _no_readable_image(images, skipped)
 
             def notes() -> tuple[str, ...]:
-                unread = (
-                    (f"unreadable files skipped: {len(skipped)} ({_first(skipped)})",)
-                    if skipped
-                    else ()
-                )
-                return (*unread, *plan_notes(headers, plan))
+                effects = plan_notes(headers, plan)
+                if not skipped:
+                    return effects
+                return (f"unreadable files skipped: {len(skipped)} ({_first(skipped)})", *effects)
 
             return write_part(self.cache_dir, key, rows(), plan.shape, notes)
 
@@ -227,43 +243,48 @@ class ImageReader:
         indices: Sequence[int],
         function: Callable[[Path | BytesIO], T],
         skipped: list[str],
-        before: int,
+        n_done: int,
     ) -> Iterator[tuple[int, T]]:
-        """Apply a function to images in threads, in order, a bounded number at a time; skip what fails.
+        """Apply a function to images in threads and yield the results in order.
 
-        Progress is reported from ``before`` on.
+        Images for which the function fails are appended to ``skipped``, with the reason. Reports
+        of progress start after ``n_done``. Only ``IN_FLIGHT`` images are processed at a time.
         """
 
         def attempt(index: int) -> T | Exception:
             try:
                 return function(images.open(index))
-            except Exception as error:  # Pillow's readers raise nearly anything on a broken file
+            except Exception as error:  # a broken file may cause any exception in Pillow
                 return error
 
-        total = 2 * images.count
         for start in range(0, len(indices), IN_FLIGHT):
             chunk = indices[start : start + IN_FLIGHT]
-            results = pool.map(attempt, chunk)
-            for done, (index, result) in enumerate(
-                zip(chunk, results, strict=True), before + start + 1
-            ):
+            for index, result in zip(chunk, pool.map(attempt, chunk), strict=True):
                 if not isinstance(result, Exception):
                     yield index, result
                 else:
                     skipped.append(f"{images.name(index)}: {_reason(result)}")
                     if self.strict:
                         raise ValueError(f"{images.source}: cannot read {skipped[-1]}") from result
+
+                n_done += 1
                 if self.progress is not None:
-                    self.progress(done, total)
+                    self.progress(n_done, 2 * images.count)
+
+
+def _no_readable_image(images: Encoded, skipped: list[str]) -> ValueError:
+    return ValueError(f"{images.source}: none of the images can be read: {_first(skipped)}")
 
 
 def _reason(error: Exception) -> str:
-    return (
-        "not an image"
-        if isinstance(error, UnidentifiedImageError)
-        else str(error) or type(error).__name__
-    )
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    return str(error) or type(error).__name__
 
 
 def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    """The first three names, and an ellipsis if there are more."""
+    listed = ", ".join(names[:3])
+    if len(names) > 3:
+        listed += ", ..."
+    return listed

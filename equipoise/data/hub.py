@@ -1,4 +1,4 @@
-"""Hugging Face data sets, whole or as a stream, through the library ``datasets`` (extra ``hub``)."""
+"""Hugging Face data sets, whole or as a stream, by the library ``datasets`` (extra ``hub``)."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -17,73 +17,83 @@ from equipoise.data.encoded import Encoded, ImageReader
 from equipoise.data.images import Plan, decode, make_plan, plan_notes, read_header
 
 MIRRORS = {"mnist": "ylecun/mnist", "fashion-mnist": "zalando-datasets/fashion_mnist"}
-"""Where a named set is fetched from when it is nowhere on this machine and the user allows a download."""
+"""Addresses of named sets that are not on this machine and that the user allows to download."""
+
 ARRAYS = ("Array2D", "Array3D", "List", "LargeList", "Sequence")
+"""Feature types of the library that hold an array in each row."""
+
 ROWS_AT_ONCE = 256
+"""Number of rows in a batch of a stream."""
+
 PLANNED_FROM = 1000
-"""Images at the start of a stream whose headers decide what all become."""
+"""Number of images at the beginning of a stream whose headers decide the format of all images."""
 
 
 def hub_set(address: str, reader: ImageReader, name: str | None = None) -> Found:
-    """Find the images of a data set on the hub, in a local folder or in a parquet file.
+    """Load the images of a data set on the hub, in a local folder or in a parquet file.
 
     Args:
         address: "owner/name", or a path.
-        reader: how the images become arrays.
-        name: what to call the set; its address if None.
+        reader: Reader that decodes the images.
+        name: Name of the data set. None means its address.
 
     Returns:
-        The images, with the validation and test parts of the set where it has them.
+        The images, with the validation part and the test part of the data set if it has them.
 
     Raises:
-        ImportError: if ``datasets`` is not installed.
-        ValueError: if the set cannot be fetched or has no images.
+        ImportError: If ``datasets`` is not installed.
+        ValueError: If the data set cannot be loaded or has no images.
     """
-    datasets = _library(f"hf:{address}")
+    label = f"hf:{address}"
+    datasets = _library(label)
     splits = _splits(datasets, address)
     train = _train_of(splits, address)
-    columns = _image_columns(datasets, train.features)
-    if not columns:
+
+    if not _image_columns(datasets, train.features):
         raise ValueError(
-            f"hf:{address} has no column of images; its columns are {_described(train.features)}"
+            f"{label} has no column of images; its columns are {_described(train.features)}"
         )
-    column, notes = _choose_column(datasets, train.features, None, f"hf:{address}")
+    column, notes = _choose_column(datasets, train.features, None, label)
 
     def read(split: str, table: Any) -> Part:  # noqa: ANN401
         table = table.cast_column(column, datasets.Image(decode=False))
 
-        stamp = f"{address} {split} {len(table)} {table._fingerprint}"
         images = Encoded(
-            len(table),
-            lambda row: _content(table[row][column]),
-            lambda row: f"{split} row {row}",
-            stamp,
-            f"hf:{address}",
+            count=len(table),
+            open=lambda row: _content(table[row][column]),
+            name=lambda row: f"{split} row {row}",
+            stamp=f"{address} {split} {len(table)} {table._fingerprint}",
+            source=label,
         )
         return reader.read(images)
 
+    train_part = read("train", train)
+    train_part = train_part._replace(notes=(*train_part.notes, *notes))
+
+    validation_part = test_part = None
     validation = _validation_of(splits)
-    first = read("train", train)
-    return Found(
-        name or address,
-        f"hf:{address}",
-        first._replace(notes=(*first.notes, *notes)),
-        None if validation is None else read("validation", validation),
-        read("test", splits["test"]) if "test" in splits and train is not splits["test"] else None,
-    )
+    if validation is not None:
+        validation_part = read("validation", validation)
+    if "test" in splits and splits["test"] is not train:
+        test_part = read("test", splits["test"])
+
+    return Found(name or address, label, train_part, validation_part, test_part)
 
 
 class HubPasses(NamedTuple):
-    r"""A data set that is streamed.
+    r"""A data set that is read as a stream.
 
     Args:
-        name: of the set.
-        source: what to call it in an error.
-        train: begins a pass over the training part: batches, (B, \*).
-        count_rows: goes through the training part to count its examples, without decoding them, where they are unknown.
-        validation: begins a pass over the set's own validation part, if it has one.
-        test: likewise.
-        notes: sentences that a user should read.
+        name: Name of the data set.
+        source: Name of the data set in error messages.
+        train: Function that begins a pass over the training part, in batches, (B, \*).
+        count_rows: Function that returns the number of training examples. If the number is not
+            known, it reads all rows, but decodes none.
+        validation: Function that begins a pass over the set's own validation part. None if the
+            set has no such part.
+        test: Function that begins a pass over the set's own test part. None if the set has no
+            such part.
+        notes: Sentences that a user should read.
     """
 
     name: str
@@ -96,17 +106,16 @@ class HubPasses(NamedTuple):
 
 
 def is_hub_table(source: object) -> bool:
-    """Whether something is a data set of the library ``datasets``, which need not be imported to tell.
+    """Whether an object is a data set of the library ``datasets``, without importing the library.
 
     Args:
-        source: anything.
+        source: Any object.
 
     Returns:
-        True for its ``Dataset`` and ``IterableDataset``.
+        True for a ``Dataset`` or an ``IterableDataset``.
     """
-    return type(source).__module__.partition(".")[0] == "datasets" and hasattr(
-        source, "select_columns"
-    )
+    package = type(source).__module__.partition(".")[0]
+    return package == "datasets" and hasattr(source, "select_columns")
 
 
 def hub_passes(
@@ -115,103 +124,116 @@ def hub_passes(
     image_size: int | None = None,
     channels: Channels | None = None,
 ) -> HubPasses:
-    """Stream a data set from the hub, from local files, or as the library holds it.
+    """Stream a data set from the hub, from local files, or from an object of the library.
 
     Args:
         source: "hf:owner/name", "hf:" and a path, or a ``Dataset`` or ``IterableDataset``.
-        column: what to train on; None for the images, or else the only column of arrays.
-        image_size: side of the square that images become; None to keep the size they share.
-        channels: "grey", "rgb", or None for grey if the first images are grey.
+        column: Column to train on. None means the images, or the only column of arrays.
+        image_size: Side in pixels of the square that each image becomes. None keeps the common
+            size of the images.
+        channels: "grey" or "rgb". None means grey if the first images are grey, otherwise RGB.
 
     Returns:
         The passes.
 
     Raises:
-        ImportError: if ``datasets`` is not installed.
-        ValueError: if the set cannot be found, or it is not clear which column to use.
+        ImportError: If ``datasets`` is not installed.
+        ValueError: If the data set cannot be loaded, or the column to use is not clear.
     """
-    datasets, splits = _library(str(source)), {}
-    name, label, train = (
-        "stream",
-        f"a Hugging Face data set of type {type(source).__name__}",
-        source,
-    )
+    datasets = _library(str(source))
+    splits: dict[str, Any] = {}
     if isinstance(source, str):
-        name, label = source.removeprefix("hf:"), source
+        label = source
+        name = source.removeprefix("hf:")
+
         splits = _splits(datasets, name, streaming=True)
         train = _train_of(splits, name)
+    else:
+        label = f"a Hugging Face data set of type {type(source).__name__}"
+        name = "stream"
+        train = source
+
     features = train.features or {}
     column, notes = _choose_column(datasets, features, column, label)
-    images = column in _image_columns(datasets, features)
+    is_image = column in _image_columns(datasets, features)
 
     def rows(table: Any) -> Iterator[list[Any]]:  # noqa: ANN401
         table = table.select_columns([column])
-        if images:
+        if is_image:
             table = table.cast_column(column, datasets.Image(decode=False))
+
         return (batch[column] for batch in table.iter(batch_size=ROWS_AT_ONCE))
 
     def count_rows() -> int:
         try:
             return len(train)
-        except (
-            TypeError
-        ):  # a stream, whose number of rows may be known; but not that of one made from another
-            known = (
-                (getattr(train.info, "splits", None) or {}).get(str(train.split))
-                if splits
-                else None
-            )
-            return (known and known.num_examples) or sum(map(len, rows(train)))
+        except TypeError:
+            pass  # a stream has no length
 
-    read: Callable[[Any], Iterator[Array]]
-    if images:
+        # The hub may know the number of rows. It is not used for a stream that a user passes,
+        # because that may be a selection of the rows of another.
+        if splits:
+            known_splits = getattr(train.info, "splits", None) or {}
+            split = known_splits.get(str(train.split))
+            if split and split.num_examples:
+                return int(split.num_examples)
+
+        return sum(map(len, rows(train)))
+
+    plan: Plan | None = None
+    if is_image:
         first = list(islice(chain.from_iterable(rows(train)), PLANNED_FROM))
         headers = Counter(read_header(_content(cell)) for cell in first)
+
         plan = make_plan(headers, image_size, channels, None, label)
-        notes = (
-            *notes,
-            *(f"among the first {len(first)}, {note}" for note in plan_notes(headers, plan)),
+        effects = plan_notes(headers, plan)
+        notes = (*notes, *(f"among the first {len(first)}, {effect}" for effect in effects))
+    elif image_size or channels:
+        raise ValueError(
+            f"{label}: {column} holds no encoded images; image_size and channels convert those only"
         )
 
-        def read(table: Any) -> Iterator[Array]:  # noqa: ANN401
-            return _decoded(rows(table), plan, label)
-    else:
-        if image_size or channels:
-            raise ValueError(
-                f"{label}: {column} holds no encoded images; image_size and channels convert those only"
-            )
-
-        def read(table: Any) -> Iterator[Array]:  # noqa: ANN401
+    def read(table: Any) -> Iterator[Array]:  # noqa: ANN401
+        if plan is None:
             return map(np.asarray, rows(table))
+        return _decoded(rows(table), plan, label)
 
-    validation, test = _validation_of(splits), splits.get("test")
+    validation = _validation_of(splits)
+    test = splits.get("test")
     return HubPasses(
         name,
         label,
-        partial(read, train),
-        count_rows,
-        None if validation is None else partial(read, validation),
-        None if test is None or test is train else partial(read, test),
-        notes,
+        train=partial(read, train),
+        count_rows=count_rows,
+        validation=None if validation is None else partial(read, validation),
+        test=None if test is None or test is train else partial(read, test),
+        notes=notes,
     )
 
 
 def _decoded(batches: Iterable[list[Any]], plan: Plan, label: str) -> Iterator[Array]:
+    """Decode batches of images in threads."""
     before = 0
+    to_pixels = partial(decode, plan=plan)
+
     with ThreadPoolExecutor() as pool:
         for cells in batches:
             try:
-                yield np.stack(list(pool.map(partial(decode, plan=plan), map(_content, cells))))
-            except Exception as error:  # Pillow's readers raise nearly anything on a broken file
+                yield np.stack(list(pool.map(to_pixels, map(_content, cells))))
+            except Exception as error:  # a broken file may cause any exception in Pillow
                 raise ValueError(
-                    f"{label}: an image in rows {before} to {before + len(cells) - 1} cannot be read: {error}. Streams "
-                    "leave nothing out: filter it out beforehand, or load the set without streaming"
+                    f"{label}: an image in rows {before} to {before + len(cells) - 1} cannot be "
+                    f"read: {error}. Streams leave nothing out: filter it out beforehand, or load "
+                    "the set without streaming"
                 ) from error
             before += len(cells)
 
 
 def _content(cell: dict[str, Any]) -> Path | BytesIO:
-    return BytesIO(cell["bytes"]) if cell["bytes"] is not None else Path(cell["path"])
+    """Content or path of an encoded image."""
+    if cell["bytes"] is not None:
+        return BytesIO(cell["bytes"])
+    return Path(cell["path"])
 
 
 def _library(label: str) -> Any:  # noqa: ANN401 (a module)
@@ -224,29 +246,35 @@ def _library(label: str) -> Any:  # noqa: ANN401 (a module)
     return datasets
 
 
-def _splits(datasets: Any, address: str, **how: bool) -> dict[str, Any]:  # noqa: ANN401
-    """Parts of a data set by name."""
+def _splits(datasets: Any, address: str, **options: bool) -> dict[str, Any]:  # noqa: ANN401
+    """Parts of a data set by their name."""
     try:
         if address.endswith(".parquet"):
-            tables = datasets.load_dataset("parquet", data_files=address, **how)
+            tables = datasets.load_dataset("parquet", data_files=address, **options)
         elif Path(address, "dataset_dict.json").is_file():
             tables = datasets.load_from_disk(address)
         else:
-            tables = datasets.load_dataset(address, **how)
+            tables = datasets.load_dataset(address, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"hf:{address} could not be loaded: {error}") from error
+
     return {split: tables[split] for split in tables}
 
 
 def _train_of(splits: dict[str, Any], address: str) -> Any:  # noqa: ANN401
-    train = splits.get("train", next(iter(splits.values())) if len(splits) == 1 else None)
-    if train is None:
-        raise ValueError(f"hf:{address} has no part called train, only {', '.join(splits)}")
-    return train
+    """The part called train, or the only part."""
+    if "train" in splits:
+        return splits["train"]
+    if len(splits) == 1:
+        return next(iter(splits.values()))
+    raise ValueError(f"hf:{address} has no part called train, only {', '.join(splits)}")
 
 
 def _validation_of(splits: dict[str, Any]) -> Any:  # noqa: ANN401
-    return next((splits[key] for key in ("validation", "valid", "val") if key in splits), None)
+    for key in ("validation", "valid", "val"):
+        if key in splits:
+            return splits[key]
+    return None
 
 
 def _image_columns(datasets: Any, features: Any) -> list[str]:  # noqa: ANN401
@@ -258,18 +286,26 @@ def _described(features: Any) -> str:  # noqa: ANN401
 
 
 def _choose_column(
-    datasets: Any, features: Any, column: str | None, label: str
-) -> tuple[str, tuple[str, ...]]:  # noqa: ANN401
-    """What to train on, and a note where there was a choice."""
+    datasets: Any,  # noqa: ANN401 (a module)
+    features: Any,  # noqa: ANN401
+    column: str | None,
+    label: str,
+) -> tuple[str, tuple[str, ...]]:
+    """Name of the column to train on, and a note if there is more than one column of images."""
     images = _image_columns(datasets, features)
-    arrays = [key for key, feature in features.items() if type(feature).__name__ in ARRAYS]
     if column is None and images:
-        chosen = "image" if "image" in images else images[0]
-        several = f"of the image columns {', '.join(images)}, {chosen} is used"
-        return chosen, (several,) if len(images) > 1 else ()
-    chosen = column or (arrays[0] if len(arrays) == 1 else "")
-    if not chosen or (features and chosen not in features):
+        column = "image" if "image" in images else images[0]
+        if len(images) == 1:
+            return column, ()
+        return column, (f"of the image columns {', '.join(images)}, {column} is used",)
+
+    arrays = [key for key, feature in features.items() if type(feature).__name__ in ARRAYS]
+    if not column and len(arrays) == 1:
+        column = arrays[0]
+
+    if not column or (features and column not in features):
         raise ValueError(
-            f"{label}: name the column to train on with column; its columns are {_described(features)}"
+            f"{label}: name the column to train on with column; its columns are "
+            f"{_described(features)}"
         )
-    return chosen, ()
+    return column, ()

@@ -1,4 +1,4 @@
-"""The idx format of MNIST: a big-endian header, then unsigned bytes; plain or gzipped."""
+"""The idx format of MNIST: a big-endian header and unsigned bytes, plain or gzipped."""
 
 import gzip
 import math
@@ -14,13 +14,15 @@ def read_idx_images(path: Path) -> UInt8[np.ndarray, "n height width"]:
     """Read an idx file of grey images.
 
     Args:
-        path: the file; memory-mapped, or decompressed into memory if its name ends in ``.gz``.
+        path: Path of the file. The file is memory-mapped, or decompressed into memory if its name
+            ends in ``.gz``.
 
     Returns:
         The images, (N, H, W).
 
     Raises:
-        ValueError: if the file is damaged, incomplete or holds something else; the message names it.
+        ValueError: If the file is damaged, incomplete or holds something else. The message names
+            the file.
     """
     if path.suffix == ".gz":
         try:
@@ -32,16 +34,20 @@ def read_idx_images(path: Path) -> UInt8[np.ndarray, "n height width"]:
     elif path.stat().st_size:
         content = np.memmap(path, np.uint8, mode="r")
     else:
+        # An empty file cannot be memory-mapped.
         content = np.empty(0, np.uint8)
+
     if len(content) < 16:
         raise ValueError(
             f"{path} is {len(content)} bytes long, shorter than an idx header; fetch it again"
         )
+
     magic, *shape = struct.unpack(">4I", content[:16].tobytes())
-    if magic != 0x0803:  # two zero bytes, type 8 (unsigned byte), 3 axes
+    if magic != 0x0803:  # two zero bytes, type 8 (unsigned byte) and 3 axes
         raise ValueError(
             f"{path} starts with {magic:#010x}; an idx file of images starts with 0x00000803"
         )
+
     expected = 16 + math.prod(shape)
     if len(content) != expected:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From one image file to pixels: what its header says, what all images become, and how one is decoded."""
+"""From one image file to pixels: its header, the common format of all images, and the decoding."""
 
 from collections import Counter
 from io import BytesIO
@@ -13,14 +13,17 @@ from equipoise.data.arrays import MIN_SIDE
 from equipoise.data.dataset import Channels
 
 AS_THEY_ARE = 128
-"""Images of one size, with no side longer than this, are used without cropping or resizing."""
+"""Longest side, in pixels, of images that are used without cropping or resizing."""
 
 DEEP_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 GREY_MODES = DEEP_MODES | {"1", "L", "LA", "La", "F"}
 
 
 class Header(NamedTuple):
-    """What is known of an image before its pixels are decoded, the size as it is to be seen."""
+    """Properties of an image that are known before its pixels are decoded.
+
+    Width and height are those of the image when it is upright.
+    """
 
     width: int
     height: int
@@ -29,12 +32,13 @@ class Header(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What every image becomes.
+    """The format to which all images of a source are converted.
 
     Args:
-        shape: (C, H, W) with C of 1 or 3.
-        resize: whether to cut out a centred square and resize it; else the size must be right already.
-        crop: side of that square as a share of the width; None for the largest square.
+        shape: Shape of the pixels, (C, H, W) with C of 1 or 3.
+        resize: Whether a centred square is cut out and resized. If False, each image must have
+            the right size already.
+        crop: Side of that square as a share of the width. None means the largest square.
     """
 
     shape: tuple[int, int, int]
@@ -46,16 +50,18 @@ def read_header(file: Path | BytesIO) -> Header:
     """Read the header of an image.
 
     Args:
-        file: path or content.
+        file: Path or content of the image file.
 
     Returns:
-        Size, mode and transparency.
+        Size, mode and transparency of the image.
     """
     with Image.open(file) as image:
         width, height = image.size
-        # Only an orientation that stands before the pixels: asking a PNG for more would decode it.
+        # The orientation is read only if it precedes the pixels. Pillow would have to decode a
+        # PNG to find one that follows them.
         if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
             width, height = height, width
+
         return Header(width, height, image.mode, image.has_transparency_data)
 
 
@@ -66,117 +72,140 @@ def make_plan(
     crop: float | None,
     source: str,
 ) -> Plan:
-    """Decide what all images become, from all their headers.
+    """Choose the common format of all images from their headers.
 
     Args:
-        headers: of the readable images.
-        image_size: side of the square that they become; None to keep the size they share.
-        channels: None for grey if all images are grey and else RGB; palettes count as colour.
-        crop: see :class:`Plan`.
-        source: what to call the images in an error.
+        headers: Headers of the readable images, with the number of images that have each.
+        image_size: Side in pixels of the square that each image becomes. None keeps the common
+            size of the images.
+        channels: "grey" or "rgb". None means grey if all images are grey, otherwise RGB. Images
+            with a palette count as colour images.
+        crop: Side of the square that is cut out; see :class:`Plan`.
+        source: Name of the images in error messages.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: if the size has to be chosen, or is too small.
+        ValueError: If the user has to choose a size, or the size is too small.
     """
     if channels is None:
-        channels = "grey" if all(header.mode in GREY_MODES for header in headers) else "rgb"
+        is_grey = all(header.mode in GREY_MODES for header in headers)
+        channels = "grey" if is_grey else "rgb"
     depth = 1 if channels == "grey" else 3
+
     if image_size is not None:
         if image_size < MIN_SIDE:
             raise ValueError(f"image_size must be at least {MIN_SIDE}, not {image_size}")
         return Plan((depth, image_size, image_size), True, crop)
+
     sizes: Counter[tuple[int, int]] = Counter()
     for header, count in headers.items():
         sizes[header.width, header.height] += count
     (width, height), _ = sizes.most_common(1)[0]
+
     if len(sizes) > 1 or max(width, height) > AS_THEY_ARE:
         listed = ", ".join(f"{w}x{h} ({count})" for (w, h), count in sizes.most_common(5))
-        more = f" and {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""
+        if len(sizes) > 5:
+            listed += f" and {len(sizes) - 5} more sizes"
+
         raise ValueError(
-            f"{source}: images of {listed}{more}; only images of one size, of at most {AS_THEY_ARE}x"
-            f"{AS_THEY_ARE}, are used as they are: set image_size, for instance to 64, to cut a centred "
-            "square out of each and resize it"
+            f"{source}: images of {listed}; only images of one size, of at most {AS_THEY_ARE}x"
+            f"{AS_THEY_ARE}, are used as they are: set image_size, for instance to 64, to cut a "
+            "centred square out of each and resize it"
         )
     if min(width, height) < MIN_SIDE:
         raise ValueError(
             f"{source}: images of {width}x{height}; each side must be at least {MIN_SIDE}"
         )
+
     return Plan((depth, height, width), False)
 
 
 def plan_notes(headers: Counter[Header], plan: Plan) -> tuple[str, ...]:
-    """Say what the plan does to images that a user might not expect.
+    """List the effects of a plan that a user might not expect.
 
     Args:
-        headers: of the readable images.
-        plan: for them.
+        headers: Headers of the readable images, with the number of images that have each.
+        plan: The plan for these images.
 
     Returns:
-        Sentences, with the number of images concerned.
+        One sentence for each effect, with the number of images that it changes.
     """
-
-    def tell(sentence: str, chosen: list[int]) -> list[str]:
-        return [f"images {sentence}: {sum(chosen)}"] if chosen else []
-
     size = plan.shape[1]
-    return (
-        *tell("with transparency, laid on white", [n for h, n in headers.items() if h.transparent]),
-        *tell("of 16 bits, reduced to 8", [n for h, n in headers.items() if h.mode in DEEP_MODES]),
-        *tell(
-            f"smaller than {size} pixels, enlarged",
-            [
-                n
-                for h, n in headers.items()
-                if plan.resize and _side((h.width, h.height), plan.crop) < size
-            ],
-        ),
-    )
+    n_transparent = n_deep = n_small = 0
+    for header, count in headers.items():
+        if header.transparent:
+            n_transparent += count
+        if header.mode in DEEP_MODES:
+            n_deep += count
+        if plan.resize and _side((header.width, header.height), plan.crop) < size:
+            n_small += count
+
+    counts = {
+        "images with transparency, laid on white": n_transparent,
+        "images of 16 bits, reduced to 8": n_deep,
+        f"images smaller than {size} pixels, enlarged": n_small,
+    }
+    return tuple(f"{effect}: {count}" for effect, count in counts.items() if count)
 
 
 def decode(file: Path | BytesIO, plan: Plan) -> UInt8[np.ndarray, "channel height width"]:
-    """Decode an image: turn it upright, lay transparency on white, reduce to 8 bits, crop and resize.
+    """Decode an image to 8-bit pixels.
+
+    The image is turned upright, transparency is laid on white, and the image is cropped and
+    resized as planned.
 
     Args:
-        file: path or content.
-        plan: what to make of it.
+        file: Path or content of the image file.
+        plan: The format of the result.
 
     Returns:
-        Pixels, of ``plan.shape``.
+        The pixels, with the shape ``plan.shape``.
 
     Raises:
-        ValueError: if the pixels have no 8-bit meaning or the image is not of the size of the plan.
+        ValueError: If the pixels cannot be reduced to 8 bits, or the image does not have the size
+            of the plan.
     """
     depth, height, width = plan.shape
     with Image.open(file) as image:
         if plan.resize:
-            # A JPEG decodes faster at 1/2, 1/4 or 1/8 of its size; twice what is needed leaves the quality
-            # to the resampling below.
+            # A JPEG decodes faster at 1/2, 1/4 or 1/8 of its size. Twice the final size is
+            # enough, because the quality then depends only on the resampling below.
             factor = 2 * height / _side(image.size, plan.crop)
             image.draft(None, (int(image.width * factor), int(image.height * factor)))
+
         ImageOps.exif_transpose(image, in_place=True)
         picture = _eight_bits(image)
+
         if picture.has_transparency_data:
             layer = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
         picture = picture.convert("L" if depth == 1 else "RGB")
+
         if plan.resize:
             side = _side(picture.size, plan.crop)
-            left, top = (picture.width - side) // 2, (picture.height - side) // 2
-            # Cut first: a box given to resize lets pixels from outside it in. Pillow widens the kernel when
-            # it shrinks an image, so that this antialiases.
+            left = (picture.width - side) // 2
+            top = (picture.height - side) // 2
+            # The square is cut out before resizing, because a box that is passed to resize lets
+            # pixels from outside it contribute.
             square = picture.crop((left, top, left + side, top + side))
+            # Pillow widens the kernel when it shrinks an image, so there is no aliasing.
             picture = square.resize((width, height), Image.Resampling.BICUBIC)
+
         if picture.size != (width, height):
-            found = f"{picture.width}x{picture.height}"
-            raise ValueError(f"is {found} where its header and the others say {width}x{height}")
+            raise ValueError(
+                f"is {picture.width}x{picture.height} where its header and the others say "
+                f"{width}x{height}"
+            )
         return np.asarray(picture).reshape(height, width, depth).transpose(2, 0, 1)
 
 
 def _side(size: tuple[int, int], crop: float | None) -> int:
-    return min(size) if crop is None else min(*size, round(crop * size[0]))
+    """Side of the centred square that is cut out of an image of a given width and height."""
+    if crop is None:
+        return min(size)
+    return min(*size, round(crop * size[0]))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -184,6 +213,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         raise ValueError("has floating-point pixels; save such images as one .npy array")
     if image.mode not in DEEP_MODES:
         return image
+
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("has 32-bit pixels; save such images as one .npy array")

@@ -1,4 +1,4 @@
-"""``load``: from whatever a user names or holds to checked, split data."""
+"""Loading: from the source that a user names or holds to data that are checked and split."""
 
 import difflib
 import hashlib
@@ -20,10 +20,16 @@ from equipoise.data.stream import Stream, first_examples, reader
 
 NPZ_KEYS = (("train", "x_train"), ("validation", "x_validation", "x_val"), ("test", "x_test"))
 NPZ_SINGLE_KEYS = ("x", "data", "images")
+
 AT_HAND = 5000
-"""Training examples of a stream that are kept."""
+"""Number of training examples at the beginning of a stream that stay in memory."""
+
 MAX_TEST = 10_000
-"""Of a streamed set's own test part: enough for the distances between sets of images."""
+"""Largest number of examples that are read from the test part of a streamed set.
+
+This is enough for the distances between sets of images.
+"""
+
 POSSIBLE = f"one of {', '.join(NAMES)}, a folder of images, an .npy or .npz file, or hf:owner/name"
 
 
@@ -40,53 +46,64 @@ def load(
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Data:
-    """Find examples, check them and split them.
+    """Load examples, check them and split them into three parts.
 
-    The split is random but fixed: it depends on the number of examples only. A set's own test and
-    validation parts are kept. A named set that is nowhere is a ``FileNotFoundError`` that lists the places,
-    an extra that is not installed an ``ImportError``, a cache that cannot be written an ``OSError``.
+    The split is random but fixed: it depends only on the number of examples. If a data set has
+    its own test or validation part, that part is used.
 
     Args:
-        source: "digits", "mnist", "fashion-mnist" or "celeba"; the path of a folder of images or of an .npy
-            or .npz file; "hf:owner/name"; an array or tensor (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C);
-            or a map-style data set whose items are examples or (example, ...) tuples.
-        data_dir: where to look first for a named set; then $EQUIPOISE_DATA and the usual places.
-        image_size: cut a centred square out of each image and resize it to this side, in pixels; for
-            files only. None to keep images of one size, of at most 128 x 128, as they are.
-        channels: "grey", "rgb", or None for grey where all files are grey.
-        test_fraction: share of all examples for the test where the set has no test part, in [0, 1).
-        validation_fraction: share of the rest for validation, in [0, 1), at most 2000 examples.
-        strict: whether an unreadable image is an error; else it is skipped, and a note says so.
-        download: whether a named set that is nowhere on this machine may be fetched from the Hugging Face
-            hub.
-        cache_dir: where decoded images are kept; $EQUIPOISE_CACHE or ~/.cache/equipoise if None.
-        progress: called with (done, total) while images are decoded, often.
+        source: "digits", "mnist", "fashion-mnist" or "celeba"; the path of a folder of images or
+            of an .npy or .npz file; "hf:owner/name"; an array or tensor (N, D), (N, H, W),
+            (N, C, H, W) or (N, H, W, C); or a map-style data set whose items are examples or
+            (example, ...) tuples.
+        data_dir: The first folder in which a named set is looked for. The folder
+            $EQUIPOISE_DATA and the usual places follow.
+        image_size: Side in pixels of the square that each image file becomes: a centred square is
+            cut out and resized. None keeps the size of the images if they all have the same size
+            and no side is longer than 128 pixels.
+        channels: "grey" or "rgb". None means grey if all files are grey, otherwise RGB.
+        test_fraction: Share of all examples that is used for the test if the set has no test part
+            of its own, in [0, 1).
+        validation_fraction: Share of the remaining examples that is used for validation if the
+            set has no validation part of its own, in [0, 1). At most 2000 examples are used.
+        strict: Whether an unreadable image is an error. If False, it is skipped, and a note
+            says so.
+        download: Whether a named set that is not on this machine may be downloaded from the
+            Hugging Face hub.
+        cache_dir: Folder for decoded images. None means $EQUIPOISE_CACHE, or ~/.cache/equipoise.
+        progress: Function that is called often with (done, total) while images are decoded.
 
     Returns:
-        The data, as views that do not copy a memory map.
+        The data. The three parts are views, so that a memory map is not copied.
 
     Raises:
-        ValueError: if the source is unknown or cannot be learned from; the message says why and what to do.
+        ValueError: If the source is unknown or a model cannot learn from it. The message says why
+            and what to do.
+        FileNotFoundError: If a named set is not on this machine. The message lists the places.
+        ImportError: If the source needs an optional dependency that is not installed.
+        OSError: If the cache cannot be written.
 
     Example:
         >>> data = load("digits")
-        >>> data.train, data.test, data.kind
-        (Subset(shape=(1455, 1, 8, 8), dtype=uint8), Subset(shape=(180, 1, 8, 8), dtype=uint8), 'image')
+        >>> data.train, data.kind
+        (Subset(shape=(1455, 1, 8, 8), dtype=uint8), 'image')
+        >>> data.test
+        Subset(shape=(180, 1, 8, 8), dtype=uint8)
         >>> load(np.random.default_rng(0).normal(size=(100, 3))).train
         Subset(shape=(81, 3), dtype=float32)
     """
     if channels not in {None, "grey", "rgb"}:
         raise ValueError(f"channels must be 'grey', 'rgb' or None, not {channels!r}")
+
     reader = _reader(image_size, channels, strict, cache_dir, progress)
-    found = _find(source, data_dir, reader, download)
-    data = prepare(found, test_fraction, validation_fraction)
-    wanted = (channels and (1 if channels == "grey" else 3), image_size, image_size)
-    if any(wanted) and (
-        data.kind == "table" or any(w and w != s for w, s in zip(wanted, data.shape, strict=True))
-    ):
+    content = _find(source, data_dir, reader, download)
+    data = prepare(content, test_fraction, validation_fraction)
+
+    if not _has_format(data, image_size, channels):
         raise ValueError(
-            f"{data.source}: examples of shape {data.shape}; image_size={image_size} and channels={channels} "
-            "convert image files only: convert the array yourself, or leave them out"
+            f"{data.source}: examples of shape {data.shape}; image_size={image_size} and "
+            f"channels={channels} convert image files only: convert the array yourself, or leave "
+            "them out"
         )
     return replace(
         data,
@@ -115,38 +132,48 @@ def load_stream(
     image_size: int | None = None,
     channels: Channels | None = None,
 ) -> Data:
-    r"""Train on more examples than can be kept: they come in batches, anew in each epoch, and are never collected.
+    r"""Load examples that do not fit into memory: they are read in batches, again in each epoch.
 
-    What is kept is the beginning: the examples that are held out, and the first 5000 training examples
-    (``data.train.at_hand``), which give units, initial values and pictures. An epoch is one pass. It is shuffled by
-    drawing each next example from a buffer, in an order that is a pure function of seed and epoch; sources that are
-    sorted by class should be mixed beforehand, since a buffer mixes only neighbours. A run resumes exactly, but reads
-    again the part of the epoch that it had done.
+    Only the beginning stays in memory: the examples that are held out, and the first 5000
+    training examples (``data.train.at_hand``). These give the units, the initial values and the
+    pictures.
 
-    Every pass must give the same examples in the same order; torch's global generator, by which a ``DataLoader``
-    shuffles, is set to a fixed state for each pass. What differs from the beginning known, or in number, is an error.
+    An epoch is one pass over the source. To shuffle it, each next example is drawn from a buffer.
+    The order is a pure function of seed and epoch. A buffer mixes only neighbours, so a source
+    that is sorted by class should be mixed beforehand. A run resumes exactly, but it has to read
+    the completed part of the epoch again.
+
+    Every pass must give the same examples in the same order. To shuffle, a ``DataLoader`` draws
+    from torch's global generator, which is therefore set to the same state for each pass. A pass
+    with another beginning or another number of examples is an error.
 
     Args:
-        source: an iterable of batches that can be gone through repeatedly, such as a ``DataLoader``, or a function
-            that makes one. A batch is an array or tensor, (B, D), (B, H, W), (B, C, H, W) or (B, H, W, C), or a tuple
-            that starts with one. Or a data set of the Hugging Face library, as an object or "hf:owner/name", which is
-            then streamed.
-        count: examples in a pass; None to count them in one more pass.
-        validation: examples held out, as an array or tensor such as ``load_data("photos").validation``; or how many
-            of the first examples of the stream are held out for it; None for a tenth of all, at most 2000.
-        test: likewise, for the final figures; None for the set's own test part where ``source`` names one on the hub.
-        buffer_size: examples in the shuffle buffer; as many bytes are needed as they take.
-        name: what the data set is called in reports.
-        column: of a Hugging Face data set; None for its images, or else its only column of arrays.
-        image_size: as for :func:`load`, for encoded images from Hugging Face.
-        channels: likewise.
+        source: An iterable of batches that can be read repeatedly, such as a ``DataLoader``, or a
+            function that returns one. A batch is an array or tensor, (B, D), (B, H, W),
+            (B, C, H, W) or (B, H, W, C), or a tuple that starts with one. The source may also be
+            a data set of the Hugging Face library, as an object or as "hf:owner/name".
+        count: Number of examples in a pass. None counts them in an additional pass.
+        validation: The validation examples, as an array or tensor such as
+            ``load_data("photos").validation``, or the number of examples that are held out at the
+            beginning of the stream. None uses the validation part of a Hugging Face data set if
+            it has one, and otherwise holds out a tenth of all examples, at most 2000.
+        test: The test examples, in the same forms as ``validation``. None uses the test part of a
+            Hugging Face data set if it has one, and otherwise holds out a tenth of all examples,
+            at most 2000.
+        buffer_size: Number of examples in the shuffle buffer, which is kept in memory.
+        name: Name of the data set in reports.
+        column: Column of a Hugging Face data set. None means its images, or its only column of
+            arrays.
+        image_size: Side in pixels of the square that each image of a Hugging Face data set
+            becomes, as in :func:`load`.
+        channels: Channels of the images of a Hugging Face data set, as in :func:`load`.
 
     Returns:
-        The data; ``train`` is a :class:`Stream`. ``fingerprint`` covers the examples kept and the number of all, not
-        the others: they would have to be read for it.
+        The data, in which ``train`` is a :class:`Stream`. Its ``fingerprint`` covers the examples
+        in memory and the number of all examples. The other examples would have to be read for it.
 
     Raises:
-        ValueError: if the source can be gone through only once, or the examples cannot be learned from.
+        ValueError: If the source can be read only once, or a model cannot learn from the examples.
 
     Example:
         >>> def batches():
@@ -154,11 +181,14 @@ def load_stream(
         ...     for _ in range(100):
         ...         yield rng.normal(size=(64, 5))
         >>> data = load_stream(batches)
-        >>> data.train, data.validation
-        (Stream(shape=(5120, 5), dtype=float32, buffer_size=10000), Subset(shape=(640, 5), dtype=float32))
+        >>> data.train
+        Stream(shape=(5120, 5), dtype=float32, buffer_size=10000)
+        >>> data.validation
+        Subset(shape=(640, 5), dtype=float32)
     """
     if buffer_size < 1:
         raise ValueError(f"buffer_size must be at least 1, not {buffer_size}")
+
     loading: dict[str, Any] = {}
     if isinstance(validation, int | None) and isinstance(test, int | None):
         loading = _record(
@@ -173,72 +203,73 @@ def load_stream(
             image_size=image_size,
             channels=channels,
         )
-    label, notes = f"a stream of type {type(source).__name__}", []
+
+    label = f"a stream of type {type(source).__name__}"
+    notes: list[str] = []
     if is_hub_table(source) or (isinstance(source, str) and source.startswith("hf:")):
-        found = hub_passes(source, column, image_size, channels)
-        name, label, notes = (
-            (found.name if name == "stream" else name),
-            found.source,
-            list(found.notes),
-        )
-        count = found.count_rows() if count is None else count
-        source = found.train
-        validation, test = (
-            first_examples(reader(own, found.source)(), most) if given is None and own else given
-            for given, own, most in (
-                (validation, found.validation, MAX_VALIDATION),
-                (test, found.test, MAX_TEST),
-            )
-        )
+        passes = hub_passes(source, column, image_size, channels)
+        source = passes.train
+        label = passes.source
+        notes.extend(passes.notes)
+
+        if name == "stream":
+            name = passes.name
+        if count is None:
+            count = passes.count_rows()
+
+        if validation is None and passes.validation is not None:
+            validation = first_examples(reader(passes.validation, label)(), MAX_VALIDATION)
+        if test is None and passes.test is not None:
+            test = first_examples(reader(passes.test, label)(), MAX_TEST)
     elif isinstance(source, str | Path) or hasattr(source, "shape"):
+        subject = source if isinstance(source, str | Path) else label
         raise ValueError(
-            f"{source if isinstance(source, str | Path) else label} needs no stream: load_data reads files as they are "
-            "needed, and arrays are in memory already. Expected an iterable of batches, a function that makes one, or "
+            f"{subject} needs no stream: load_data reads files as they are needed, and arrays are "
+            "in memory already. Expected an iterable of batches, a function that makes one, or "
             "hf:owner/name"
         )
     elif column or image_size or channels:
         raise ValueError(
-            f"{label}: column, image_size and channels are for Hugging Face data; convert the batches"
+            f"{label}: column, image_size and channels are for Hugging Face data; convert the "
+            "batches"
         )
-    read = reader(source, label)
-    total = sum(len(batch) for _, batch in read()) if count is None else count
 
-    tenth = min(MAX_VALIDATION, max(1, total // 10))
-    tests, validations = (
-        tenth if given is None else given if isinstance(given, int) else 0
-        for given in (test, validation)
-    )
-    set_aside = tests + validations
-    if min(tests, validations) < 0 or total - set_aside < MIN_EXAMPLES:
-        raise ValueError(
-            f"{label}: {total} examples, of which {tests} are set aside for the test and {validations} for validation, "
-            f"leave fewer than the {MIN_EXAMPLES} needed for training"
-        )
-    kept = min(total, set_aside + AT_HAND)
-    first = first_examples(read(), kept)
-    if len(first) < kept:
+    read = reader(source, label)
+    total = count
+    if total is None:
+        total = sum(len(batch) for _, batch in read())
+
+    n_test, n_validation = _numbers_held_out(test, validation, total, label)
+    set_aside = n_test + n_validation
+    n_first = min(total, set_aside + AT_HAND)
+    first = first_examples(read(), n_first)
+    if len(first) < n_first:
         raise ValueError(f"{label}: only {len(first)} examples, where count={total} was declared")
-    data = prepare(
-        Found(
-            name,
-            label,
-            Part(first[set_aside:]),
-            Part(as_array(validation) if validations == 0 else first[tests:set_aside]),
-            Part(as_array(test) if tests == 0 else first[:tests]),
-        ),
-        0.0,
-        0.0,
+
+    if n_validation:
+        validation = first[n_test:set_aside]
+    if n_test:
+        test = first[:n_test]
+    content = Found(
+        name,
+        label,
+        train=Part(first[set_aside:]),
+        validation=Part(as_array(validation)),
+        test=Part(as_array(test)),
     )
-    stream = Stream(
-        read, first, set_aside, total - set_aside, data.train.at_hand, buffer_size, label
-    )
+    data = prepare(content, test_fraction=0.0, validation_fraction=0.0)
+
+    n_train = total - set_aside
+    at_hand = data.train.at_hand
+    stream = Stream(read, first, set_aside, n_train, at_hand, buffer_size, label)
+
     if set_aside:
         notes.append(
-            f"held out are the first {set_aside} examples of the stream: they should be like the others"
+            f"the first {set_aside} examples of the stream are held out: they should be like the "
+            "others"
         )
-    notes.append(
-        f"units and initial values come from the first {len(stream.at_hand)} training examples"
-    )
+    notes.append(f"units and initial values come from the first {len(at_hand)} training examples")
+
     fingerprint = hashlib.sha256(f"{data.fingerprint} {set_aside} {total}".encode()).hexdigest()
     return replace(
         data,
@@ -276,40 +307,47 @@ def load_examples(
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Subset:
-    """Find examples to apply a trained model to: all of them, in the order of the source.
+    """Load examples to which a trained model is applied, in the order of the source.
 
-    Nothing is split off and any number will do. Image files are cropped, resized and converted to the model's shape.
+    No examples are split off, and any number of them is accepted. Image files are cropped,
+    resized and converted to the model's shape.
 
     Args:
-        source: as for :func:`load`.
-        shape: of the model's examples, (C, H, W) or (D,).
-        data_dir: where to look first for a named set.
-        strict: whether an unreadable image is an error; else it is skipped.
-        cache_dir: where decoded images are kept.
-        progress: called with (done, total) while images are decoded.
+        source: The source of the examples, as in :func:`load`.
+        shape: Shape of the model's examples, (C, H, W) or (D,).
+        data_dir: The first folder in which a named set is looked for.
+        strict: Whether an unreadable image is an error. If False, it is skipped.
+        cache_dir: Folder for decoded images.
+        progress: Function that is called with (done, total) while images are decoded.
 
     Returns:
-        The test part where the source has one of its own, otherwise all examples.
+        The test part if the source has its own, otherwise all examples.
 
     Raises:
-        ValueError: if the examples are of another shape, or cannot be read.
+        ValueError: If the examples have another shape or cannot be read.
     """
     is_files = isinstance(source, str | Path) and (
         str(source).startswith("hf:") or Path(source).expanduser().is_dir()
     )
-    is_square = len(shape) == 3 and shape[1] == shape[2]
-    channels: Channels | None = (
-        ("grey" if shape[0] == 1 else "rgb") if is_files and len(shape) == 3 else None
-    )
-    reader = _reader(
-        shape[1] if is_files and is_square else None, channels, strict, cache_dir, progress
-    )
-    data = prepare(_find(source, data_dir, reader, download=False), 0.0, 0.0, for_training=False)
+    image_size: int | None = None
+    channels: Channels | None = None
+    if is_files and len(shape) == 3:
+        depth, height, width = shape
+        channels = "grey" if depth == 1 else "rgb"
+        if height == width:
+            image_size = height
+
+    reader = _reader(image_size, channels, strict, cache_dir, progress)
+    content = _find(source, data_dir, reader, download=False)
+    data = prepare(content, test_fraction=0.0, validation_fraction=0.0, for_training=False)
+
     if data.shape != shape:
         raise ValueError(
             f"{data.source} has examples of shape {data.shape}, the model was trained on {shape}"
         )
-    return data.test if len(data.test) else data.train.at_hand
+    if len(data.test):
+        return data.test
+    return data.train.at_hand
 
 
 def _reader(
@@ -323,14 +361,54 @@ def _reader(
     return ImageReader(image_size, channels, strict=strict, cache_dir=folder, progress=progress)
 
 
+def _has_format(data: Data, image_size: int | None, channels: Channels | None) -> bool:
+    """Whether examples have the image size and the channels that a user requested, if any."""
+    if not image_size and not channels:
+        return True
+    if data.kind == "table":
+        return False
+
+    n_channels = {"grey": 1, "rgb": 3}
+    depth, height, width = data.shape
+    if channels and depth != n_channels[channels]:
+        return False
+    return not image_size or height == width == image_size
+
+
+def _numbers_held_out(test: object, validation: object, total: int, label: str) -> tuple[int, int]:
+    """Numbers of examples at the beginning of a stream that are held out for test and validation.
+
+    A number is 0 if ``test`` or ``validation`` holds the examples of that part.
+    """
+    tenth = min(MAX_VALIDATION, max(1, total // 10))
+    numbers = []
+    for part in (test, validation):
+        if part is None:
+            numbers.append(tenth)
+        else:
+            numbers.append(part if isinstance(part, int) else 0)
+
+    n_test, n_validation = numbers
+    if min(numbers) < 0 or total - sum(numbers) < MIN_EXAMPLES:
+        raise ValueError(
+            f"{label}: {total} examples, of which {n_test} are set aside for the test and "
+            f"{n_validation} for validation, leave fewer than the {MIN_EXAMPLES} needed for "
+            "training"
+        )
+    return n_test, n_validation
+
+
 def _find(
     source: object, data_dir: str | Path | None, reader: ImageReader, download: bool
 ) -> Found:
-    root = None if data_dir is None else Path(data_dir).expanduser()
     if not isinstance(source, str | Path):
-        return Found("array", f"an object of type {type(source).__name__}", Part(_as_array(source)))
+        label = f"an object of type {type(source).__name__}"
+        return Found("array", label, Part(_as_array(source)))
+
     if source in NAMES:
-        return _load_named(str(source), root, reader, download)
+        folder = None if data_dir is None else Path(data_dir).expanduser()
+        return _load_named(str(source), folder, reader, download)
+
     if str(source).startswith("hf:"):
         return hub_set(str(source).removeprefix("hf:"), reader)
     return _load_path(Path(source).expanduser(), reader)
@@ -339,11 +417,15 @@ def _find(
 def _load_named(name: str, data_dir: Path | None, reader: ImageReader, download: bool) -> Found:
     if name == "digits":
         return digits()
+
     try:
-        return celeba(data_dir, reader) if name == "celeba" else idx_set(name, data_dir)
+        if name == "celeba":
+            return celeba(data_dir, reader)
+        return idx_set(name, data_dir)
     except FileNotFoundError:
         if not download or name not in MIRRORS:
             raise
+
     return hub_set(MIRRORS[name], reader, name)
 
 
@@ -351,84 +433,115 @@ def _load_path(path: Path, reader: ImageReader) -> Found:
     source = str(path)
     if path.is_dir():
         return Found(path.absolute().name, source, reader.read(list_images(path).encoded()))
+
     if not path.exists():
-        siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(
-            source.lower().replace("_", "-"), NAMES
-        ) + difflib.get_close_matches(source, siblings)
-        hint = f"; did you mean {' or '.join(close)}?" if close else "."
+        similar = _similar_names(path)
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else "."
         raise ValueError(
             f"{source!r} is neither a known data set nor a path{hint} Expected {POSSIBLE}"
         )
     if path.suffix not in {".npy", ".npz"}:
         raise ValueError(f"{source} is a file of a type that cannot be read; expected {POSSIBLE}")
+
     try:
         if path.suffix == ".npz" and not zipfile.is_zipfile(path):
             raise ValueError("it is damaged or no .npz archive")
-        # Never pickle: it would run code from the file.
+        # A pickle is never loaded, because it would run code from the file.
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(content, np.ndarray):
             return Found(path.stem, source, Part(content))
         with content:
-            arrays = {key: content[key] for key in _npz_keys(content.files, source)}
+            arrays = {key: content[key] for key in _npz_keys(content.files)}
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
-    train, validation, test = (
-        next((Part(arrays[key]) for key in keys if key in arrays), None) for keys in NPZ_KEYS
-    )
-    return Found(path.stem, source, train or Part(next(iter(arrays.values()))), validation, test)
+
+    train, validation, test = (_npz_part(arrays, keys) for keys in NPZ_KEYS)
+    if train is None:
+        train = Part(next(iter(arrays.values())))
+    return Found(path.stem, source, train, validation, test)
 
 
-def _npz_keys(found: list[str], source: str) -> list[str]:
-    """Which arrays of an .npz file hold examples: one of them, or those of the named parts."""
-    parts = [next((key for key in keys if key in found), None) for keys in NPZ_KEYS]
+def _similar_names(path: Path) -> list[str]:
+    """Names of data sets, and of files in the same folder, that are similar to a path."""
+    siblings: list[str] = []
+    if path.parent.is_dir():
+        siblings = [str(sibling) for sibling in path.parent.glob("*")]
+
+    source = str(path)
+    similar_sets = difflib.get_close_matches(source.lower().replace("_", "-"), NAMES)
+    return similar_sets + difflib.get_close_matches(source, siblings)
+
+
+def _npz_keys(names: list[str]) -> list[str]:
+    """Names of the arrays in an .npz file that hold examples: one array, or one for each part."""
+    parts = [next((key for key in keys if key in names), None) for keys in NPZ_KEYS]
     if parts[0] is not None:
         return [key for key in parts if key is not None]
-    single = found if len(found) == 1 else [key for key in NPZ_SINGLE_KEYS if key in found]
+
+    if len(names) == 1:
+        return names
+
+    single = [key for key in NPZ_SINGLE_KEYS if key in names]
     if len(single) != 1:
         raise ValueError(
-            f"it holds {', '.join(found) or 'no arrays'}; expected a single array, one called "
-            f"{', '.join(NPZ_SINGLE_KEYS)}, or train (and validation, test) or x_train (and x_val, x_test)"
+            f"it holds {', '.join(names) or 'no arrays'}; expected a single array, one called "
+            f"{', '.join(NPZ_SINGLE_KEYS)}, or train (and validation, test) or x_train (and "
+            "x_val, x_test)"
         )
     return single
 
 
+def _npz_part(arrays: dict[str, Array], keys: tuple[str, ...]) -> Part | None:
+    """The first array that has one of the given names; None if there is none."""
+    for key in keys:
+        if key in arrays:
+            return Part(arrays[key])
+    return None
+
+
 def _as_array(source: object) -> Array:
-    """An array, tensor, data frame, nested list or map-style data set, as an array."""
-    if (
-        isinstance(source, np.ndarray | list | tuple)
-        or hasattr(source, "detach")
-        or hasattr(source, "__array__")
-    ):
+    """Convert an array, tensor, data frame, nested list or map-style data set to an array."""
+    is_sequence = isinstance(source, np.ndarray | list | tuple)
+    if is_sequence or hasattr(source, "detach") or hasattr(source, "__array__"):
         return as_array(source)
+
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         return _collect(source)
     raise ValueError(
-        f"an object of type {type(source).__name__}; expected an array, a tensor, a data set with __len__ "
-        f"and __getitem__, or {POSSIBLE}"
+        f"an object of type {type(source).__name__}; expected an array, a tensor, a data set with "
+        f"__len__ and __getitem__, or {POSSIBLE}"
     )
 
 
 def _collect(dataset: Any) -> Array:  # noqa: ANN401
-    def example(index: int) -> Array:
-        item = dataset[index]
-        if isinstance(item, dict):
-            raise ValueError(
-                f"item {index} of the data set is a dictionary with the keys {', '.join(map(str, item))}; "
-                "expected the example itself, or a tuple that starts with it"
-            )
-        item = item[0] if isinstance(item, tuple | list) else item
-        return as_array(item)
-
+    """Copy the examples of a map-style data set into one array."""
     if not len(dataset):
         raise ValueError("the data set is empty")
-    first = example(0)
+
+    first = _example(dataset, 0)
     collected = np.empty((len(dataset), *first.shape), first.dtype)
-    for index in range(len(dataset)):
-        item = first if index == 0 else example(index)  # once each: items may be expensive
-        if item.shape != first.shape:
+    collected[0] = first
+
+    # Each item is read only once, because that may be expensive.
+    for index in range(1, len(dataset)):
+        example = _example(dataset, index)
+        if example.shape != first.shape:
             raise ValueError(
-                f"item {index} of the data set has the shape {item.shape}, item 0 {first.shape}"
+                f"item {index} of the data set has the shape {example.shape}, item 0 {first.shape}"
             )
-        collected[index] = item
+        collected[index] = example
+
     return collected
+
+
+def _example(dataset: Any, index: int) -> Array:  # noqa: ANN401
+    item = dataset[index]
+    if isinstance(item, dict):
+        raise ValueError(
+            f"item {index} of the data set is a dictionary with the keys "
+            f"{', '.join(map(str, item))}; expected the example itself, or a tuple that starts "
+            "with it"
+        )
+    if isinstance(item, tuple | list):
+        item = item[0]
+    return as_array(item)

@@ -1,4 +1,4 @@
-"""The data sets with a name: digits, mnist, fashion-mnist, celeba; and where they are looked for."""
+"""Data sets with a name (digits, mnist, fashion-mnist, celeba) and the places of their files."""
 
 import os
 from collections.abc import Sequence
@@ -15,13 +15,15 @@ NAMES = ("digits", "mnist", "fashion-mnist", "celeba")
 
 IDX_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
+"""Folder in which torchvision puts each data set."""
+
 CELEBA_FOLDERS = ("", "img_align_celeba", "celeba/img_align_celeba")
 CELEBA_CROP = 140 / 178
 """Side of the usual centre crop as a share of the width: 140 of 178 pixels at full size."""
 
 
 def digits() -> Found:
-    """Find the 1,797 digits of 8 x 8 pixels and 17 grey levels that come with scikit-learn.
+    """Load the 1,797 digits of 8 x 8 pixels and 17 grey levels that come with scikit-learn.
 
     Returns:
         The images, (1797, 8, 8).
@@ -33,74 +35,98 @@ def digits() -> Found:
 
 
 def idx_set(name: str, data_dir: Path | None) -> Found:
-    """Find MNIST or Fashion-MNIST, as plain or gzipped idx files, with the canonical test set.
+    """Load MNIST or Fashion-MNIST from plain or gzipped idx files, with their own test part.
 
     Args:
         name: "mnist" or "fashion-mnist".
-        data_dir: the first place to look in.
+        data_dir: The first folder in which the files are looked for.
 
     Returns:
         The images, (60000, 28, 28) and (10000, 28, 28).
 
     Raises:
-        FileNotFoundError: if the files are nowhere; the message lists the places.
+        FileNotFoundError: If the files are not found. The message lists the places.
     """
-    theirs = TORCHVISION[name]
-    searched = places(data_dir, ("", "raw", f"{theirs}/raw", f"{name}/{theirs}/raw", name, theirs))
+    torchvision = TORCHVISION[name]
+    inside = ("", "raw", f"{torchvision}/raw", f"{name}/{torchvision}/raw", name, torchvision)
+    searched = places(data_dir, inside)
     for folder in searched:
-        # Both sets use the same file names, so that a folder that is named for the other is not taken.
-        whose = next(
-            (part for part in reversed(folder.absolute().parts) if "mnist" in part.lower()), name
-        )
-        files = [_plain_or_gzipped(folder / stem) for stem in IDX_FILES]
-        if ("fashion" in whose.lower()) != (name == "fashion-mnist") or files == [None, None]:
+        train, test = (_plain_or_gzipped(folder / stem) for stem in IDX_FILES)
+        if not _may_hold(folder, name) or (train is None and test is None):
             continue
-        if files[0] is None or files[1] is None:
+
+        if train is None or test is None:
             raise FileNotFoundError(
                 f"{folder} holds only one of {' and '.join(IDX_FILES)}; add the other"
             )
-        train, test = Part(read_idx_images(files[0])), Part(read_idx_images(files[1]))
-        return Found(name, str(folder), train, test=test)
+        return Found(
+            name,
+            str(folder),
+            train=Part(read_idx_images(train)),
+            test=Part(read_idx_images(test)),
+        )
+
     advice = f"put {' and '.join(IDX_FILES)} (plain or .gz) in one of these"
     if name == "fashion-mnist":
         advice += ", or install the Debian package dataset-fashion-mnist"
-    raise FileNotFoundError(
-        _not_found(name, searched, f"{advice}, or fetch it with --download (download=True)")
-    )
+    advice += ", or fetch it with --download (download=True)"
+    raise FileNotFoundError(_not_found(name, searched, advice))
+
+
+def _may_hold(folder: Path, name: str) -> bool:
+    """Whether the path of a folder fits one of the two sets with idx files.
+
+    Both sets use the same file names. The last component of the path that contains "mnist" tells
+    which of the two sets the folder holds.
+    """
+    components = [part.lower() for part in folder.absolute().parts if "mnist" in part.lower()]
+    if not components:
+        return True
+
+    is_fashion = "fashion" in components[-1]
+    return is_fashion == (name == "fashion-mnist")
 
 
 def celeba(data_dir: Path | None, reader: ImageReader) -> Found:
-    """Find the aligned CelebA faces, at full size (178 x 218) or any other, and cut out the usual square.
+    """Load the aligned CelebA faces, and cut out the usual square.
 
-    With ``list_eval_partition.txt`` (or ``.csv``) in the folder of the images or above it, its three parts;
-    without one, or if one of its parts is empty here, the last eighth by file name is the test set.
+    The faces may have the full size (178 x 218) or any other. If
+    ``list_eval_partition.txt`` (or ``.csv``) is in the folder of the images or in its parent, it
+    gives the three parts. Without this file, or if one of its parts has no images here, the last
+    eighth of the images by file name is the test part.
 
     Args:
-        data_dir: the first place to look in.
-        reader: with the size wanted; 64 and RGB where it names none.
+        data_dir: The first folder in which the images are looked for.
+        reader: Reader that decodes the images. If it has no image size or no channels, these are
+            64 and RGB.
 
     Returns:
         The images, (N, 3, 64, 64).
 
     Raises:
-        FileNotFoundError: if there is no ``img_align_celeba``; the message lists the places.
+        FileNotFoundError: If there is no folder ``img_align_celeba``. The message lists the
+            places.
     """
     searched = places(data_dir, CELEBA_FOLDERS)
     for folder in searched:
-        if folder.absolute().name == "img_align_celeba" and folder.is_dir():
-            listing = list_images(folder)
-            reader = replace(
-                reader,
-                image_size=reader.image_size or 64,
-                channels=reader.channels or "rgb",
-                crop=CELEBA_CROP,
-            )
-            train, *held_out = _celeba_parts(listing)
-            first = reader.read(listing.encoded(train))
-            validation, test = (
-                reader.read(listing.encoded(names)) if names else None for names in held_out
-            )
-            return Found("celeba", str(folder), first, validation, test)
+        if folder.absolute().name != "img_align_celeba" or not folder.is_dir():
+            continue
+
+        reader = replace(
+            reader,
+            image_size=reader.image_size or 64,
+            channels=reader.channels or "rgb",
+            crop=CELEBA_CROP,
+        )
+        listing = list_images(folder)
+        train, *held_out = _celeba_parts(listing)
+
+        train_part = reader.read(listing.encoded(train))
+        validation_part, test_part = (
+            reader.read(listing.encoded(names)) if names else None for names in held_out
+        )
+        return Found("celeba", str(folder), train_part, validation_part, test_part)
+
     advice = (
         "put the folder img_align_celeba (and list_eval_partition.txt beside it) from "
         "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html in one of these"
@@ -109,36 +135,56 @@ def celeba(data_dir: Path | None, reader: ImageReader) -> Found:
 
 
 def _celeba_parts(listing: Listing) -> Sequence[list[str]]:
-    """File names of the training, validation and test part; the second empty where it is to be split off."""
+    """File names of the training, the validation and the test part.
+
+    The validation part is empty if it has to be split off the training part.
+    """
     for folder in (listing.folder, listing.folder.absolute().parent):
         for path in folder.glob("list_eval_partition.*"):
-            lines = path.read_text().replace(",", " ").splitlines()
-            part = dict(fields for line in lines if len(fields := line.split()) == 2)
+            partition = _read_partition(path)
             parts = [
-                [n for n in listing.names if part.get(n.rpartition("/")[2]) == k] for k in "012"
+                [name for name in listing.names if partition.get(name.rpartition("/")[2]) == number]
+                for number in "012"
             ]
             if all(parts):
                 return parts
-    cut = len(listing.names) - len(listing.names) // 8
-    return listing.names[:cut], [], listing.names[cut:]
+
+    n_train = len(listing.names) - len(listing.names) // 8
+    return listing.names[:n_train], [], listing.names[n_train:]
+
+
+def _read_partition(path: Path) -> dict[str, str]:
+    """Number of the part to which each file of CelebA belongs."""
+    partition = {}
+    for line in path.read_text().replace(",", " ").splitlines():
+        fields = line.split()
+        if len(fields) == 2:
+            file_name, number = fields
+            partition[file_name] = number
+
+    return partition
 
 
 def places(data_dir: Path | None, inside: tuple[str, ...]) -> list[Path]:
-    """List where a named set may be, in the order of the search.
+    """List the folders that may hold a named set, in the order of the search.
 
     Args:
-        data_dir: the first place.
-        inside: folders to look at within each place.
+        data_dir: The first place.
+        inside: Folders within each place.
 
     Returns:
         Folders within ``data_dir``, $EQUIPOISE_DATA, ./data, ~/data, ~/.cache/equipoise/data and
         /usr/share/datasets.
     """
-    given = (data_dir, os.environ.get("EQUIPOISE_DATA"))
-    usual = ("data", "~/data", "~/.cache/equipoise/data", "/usr/share/datasets")
-    return [
-        Path(root).expanduser() / folder for root in (*given, *usual) if root for folder in inside
-    ]
+    roots = (
+        data_dir,
+        os.environ.get("EQUIPOISE_DATA"),
+        "data",
+        "~/data",
+        "~/.cache/equipoise/data",
+        "/usr/share/datasets",
+    )
+    return [Path(root).expanduser() / folder for root in roots if root for folder in inside]
 
 
 def _not_found(name: str, searched: list[Path], advice: str) -> str:
@@ -150,4 +196,8 @@ def _not_found(name: str, searched: list[Path], advice: str) -> str:
 
 
 def _plain_or_gzipped(path: Path) -> Path | None:
-    return next((p for p in (path, path.with_name(path.name + ".gz")) if p.is_file()), None)
+    gzipped = path.with_name(path.name + ".gz")
+    for candidate in (path, gzipped):
+        if candidate.is_file():
+            return candidate
+    return None

@@ -1,4 +1,4 @@
-"""Examples that come in batches, pass after pass, and never become an array."""
+"""Examples that come in batches, in one pass after another, and are never collected in an array."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,19 +12,21 @@ from equipoise.data.dataset import Array, Subset
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Stream:
-    r"""Training examples that are read from front to back, once an epoch; made by :func:`equipoise.load_stream`.
+    r"""Training examples that are read from front to back, once in each epoch.
 
-    Every pass must give the same examples in the same order. That is checked on the first of them, and on the number
-    of all: a pass that gives fewer or more is an error.
+    :func:`equipoise.load_stream` makes a stream. Every pass must give the same examples in the
+    same order. This is checked for the first examples and for the number of all examples.
 
     Args:
-        read: begins a pass; the numbers of the batches, and raw examples, (B, \*).
-        first: what each pass begins with, (F, \*).
-        set_aside: how many of these are not for training.
-        count: number of training examples, those that follow.
-        at_hand: the first of these, which can be read in any order.
-        buffer_size: examples among which the next one is drawn when an epoch is shuffled.
-        source: what to call the stream in an error.
+        read: Function that begins a pass. Each item of the pass is the number of a batch and its
+            raw examples, (B, \*).
+        first: The examples at the beginning of each pass, (F, \*).
+        set_aside: How many of the first examples are not used for training.
+        count: Number of training examples, which follow those that are set aside.
+        at_hand: The first training examples. They stay in memory and can be read in any order.
+        buffer_size: Number of examples in the buffer from which the next example is drawn when an
+            epoch is shuffled.
+        source: Name of the stream in error messages.
     """
 
     read: Callable[[], Iterator[tuple[int, Array]]]
@@ -37,62 +39,71 @@ class Stream:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        r"""(N, \*)."""
+        r"""Shape of all training examples, (N, \*)."""
         return (self.count, *self.at_hand.shape[1:])
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the values as they are handed out."""
+        """Data type of the examples in a batch."""
         return self.at_hand.dtype
 
     def batches(self) -> Iterator[Array]:
-        r"""Go through the training examples once, in the order and in the batches of the source.
+        r"""Read the training examples once, in the order and in the batches of the source.
 
         Yields:
-            Raw examples, (B, \*), as copies that the source cannot change.
+            Raw examples, (B, \*). They are copies, which the source cannot change.
 
         Raises:
-            ValueError: if the pass is not what it was when the stream was loaded; the message names the batch.
+            ValueError: If the pass differs from the one when the stream was loaded. The message
+                names the batch.
         """
-        total, before = self.set_aside + self.count, 0
+        total = self.set_aside + self.count
+        before = 0
         for index, batch in self.read():
-            known = self.first[before : before + len(batch)]
-            if not np.array_equal(known, batch[: len(known)]):
+            expected = self.first[before : before + len(batch)]
+            if not np.array_equal(expected, batch[: len(expected)]):
                 raise ValueError(
-                    f"{self.source}, batch {index}: not the examples that were there when the stream was loaded, so "
-                    "that examples held out would be trained on. Every pass must have the same order: leave the "
-                    "shuffling to the stream, or give the source a fixed seed"
+                    f"{self.source}, batch {index}: not the examples that were there when the "
+                    "stream was loaded, so that examples held out would be trained on. Every pass "
+                    "must have the same order: leave the shuffling to the stream, or give the "
+                    "source a fixed seed"
                 )
+
             training = batch[max(0, self.set_aside - before) :]
             before += len(batch)
             if before > total:
                 raise ValueError(
-                    f"{self.source}, batch {index}: goes on after the {total} examples that were declared or counted. "
-                    "Declare their number with count, or end each pass there (itertools.islice)"
+                    f"{self.source}, batch {index}: goes on after the {total} examples that were "
+                    "declared or counted. Declare their number with count, or end each pass there "
+                    "(itertools.islice)"
                 )
+
             if len(training):
                 yield self._cast(training, index)
+
         if before < total:
             raise ValueError(
-                f"{self.source}: the pass ended after {before} examples; {total} were declared or counted. "
-                f"Give count={before}, or leave count out to have them counted"
+                f"{self.source}: the pass ended after {before} examples; {total} were declared or "
+                f"counted. Give count={before}, or leave count out to have them counted"
             )
 
     def _cast(self, values: Array, index: int) -> Array:
-        where = f"{self.source}, batch {index}"
-        is_narrowed = self.dtype == np.uint8 and values.dtype != np.uint8
-        if is_narrowed and (
-            values.dtype.kind not in "bui" or values.min() < 0 or values.max() > 255
-        ):
-            raise ValueError(
-                f"{where}: {values.dtype} values from {values.min():g} to {values.max():g}; expected whole numbers in "
-                "0..255, as the first examples are"
-            )
+        label = f"{self.source}, batch {index}"
+
+        if self.dtype == np.uint8 and values.dtype != np.uint8:
+            is_integer = values.dtype.kind in "bui"
+            if not is_integer or values.min() < 0 or values.max() > 255:
+                raise ValueError(
+                    f"{label}: {values.dtype} values from {values.min():g} to {values.max():g}; "
+                    "expected whole numbers in 0..255, as the first examples are"
+                )
+
         with np.errstate(over="ignore"):
             cast = np.array(values, dtype=self.dtype, order="C")
         if cast.dtype.kind == "f" and not np.isfinite(cast).all():
             raise ValueError(
-                f"{where}: values that are NaN, infinite or too large for float32; leave those examples out"
+                f"{label}: values that are NaN, infinite or too large for float32; leave those "
+                "examples out"
             )
         return cast
 
@@ -104,24 +115,27 @@ class Stream:
 
 
 def reader(source: object, name: str) -> Callable[[], Iterator[tuple[int, Array]]]:
-    r"""Turn what a user holds into something that begins a pass.
+    r"""Make a function that begins a pass over the source of a user.
 
     Args:
-        source: an iterable of batches, or a function that makes one. A batch is an array or tensor, (B, D), (B, H, W),
-            (B, C, H, W) or (B, H, W, C), or a tuple that starts with one.
-        name: what to call it in an error.
+        source: An iterable of batches, or a function that returns one. A batch is an array or
+            tensor, (B, D), (B, H, W), (B, C, H, W) or (B, H, W, C), or a tuple that starts with
+            one.
+        name: Name of the source in error messages.
 
     Returns:
-        A function without arguments; what it returns gives the number of each batch and its examples, (B, D) or
-        (B, C, H, W), all of one shape. Empty batches are passed over.
+        A function without arguments. It returns an iterator over the number of each batch and its
+        examples, (B, D) or (B, C, H, W). All examples have the same shape. Empty batches are
+        skipped.
 
     Raises:
-        ValueError: if the source is no iterable, or can be gone through only once.
+        ValueError: If the source is not iterable, or can be read only once.
     """
     if isinstance(source, Iterator):
         raise ValueError(
-            f"{name} can be gone through only once, but each epoch is a pass. Give the function that makes it, "
-            "load_stream(make_batches) and not load_stream(make_batches()), or an object whose __iter__ begins anew"
+            f"{name} can be gone through only once, but each epoch is a pass. Give the function "
+            "that makes it, load_stream(make_batches) and not load_stream(make_batches()), or an "
+            "object whose __iter__ begins anew"
         )
     if not isinstance(source, Iterable) and not callable(source):
         raise ValueError(f"{name}; expected an iterable of batches, or a function that makes one")
@@ -129,19 +143,24 @@ def reader(source: object, name: str) -> Callable[[], Iterator[tuple[int, Array]
     def read() -> Iterator[tuple[int, Array]]:
         shape: tuple[int, ...] | None = None
         for index, batch in enumerate(_undisturbed(source)):
-            where = f"{name}, batch {index}"
+            label = f"{name}, batch {index}"
             if isinstance(batch, dict):
                 raise ValueError(
-                    f"{where}: a dictionary with the keys {', '.join(map(str, batch))}; expected the examples "
-                    "themselves, or a tuple that starts with them"
+                    f"{label}: a dictionary with the keys {', '.join(map(str, batch))}; expected "
+                    "the examples themselves, or a tuple that starts with them"
                 )
-            values = as_array(batch[0] if isinstance(batch, tuple | list) and batch else batch)
+            if isinstance(batch, tuple | list) and batch:
+                batch = batch[0]
+
+            values = as_array(batch)
             if values.ndim and not len(values):
                 continue
-            values = examples(values, where)
+
+            values = examples(values, label)
             if shape not in (None, values.shape[1:]):
                 raise ValueError(
-                    f"{where}: examples of shape {values.shape[1:]}; those before are of shape {shape}"
+                    f"{label}: examples of shape {values.shape[1:]}; those before are of shape "
+                    f"{shape}"
                 )
             shape = values.shape[1:]
             yield index, values
@@ -150,33 +169,39 @@ def reader(source: object, name: str) -> Callable[[], Iterator[tuple[int, Array]
 
 
 def first_examples(batches: Iterator[tuple[int, Array]], n: int) -> Array:
-    r"""Keep the beginning of a pass.
+    r"""Collect the examples at the beginning of a pass.
 
     Args:
-        batches: their numbers, and examples, (B, \*).
-        n: number of examples.
+        batches: The number of each batch and its examples, (B, \*).
+        n: Number of examples.
 
     Returns:
-        (n, \*), or fewer if there are no more.
+        The first examples, (n, \*), or all of them if the pass has fewer.
     """
     parts: list[Array] = []
     for _, batch in batches:
-        parts.append(np.array(batch[:n]))  # a copy: the source may use its array again
-        n -= len(parts[-1])
+        # A copy, because the source may use its array again.
+        part = np.array(batch[:n])
+        parts.append(part)
+
+        n -= len(part)
         if n <= 0:
             break
+
     return np.concatenate(parts) if parts else np.empty(0)
 
 
 def _undisturbed(source: Any) -> Iterator[Any]:  # noqa: ANN401
-    """One pass, with a state of its own for torch's global generator.
+    """Read the source once, with a separate state of torch's global generator.
 
-    A ``DataLoader`` draws from it, and some shuffle by it. So each pass has the same order, and training, which draws
-    from it too, takes no notice: a resumed run may begin more passes than one that was never interrupted.
+    A ``DataLoader`` draws from this generator, and may shuffle by it. With a separate state each
+    pass has the same order. Training draws from the generator, too, and is not affected. It must
+    not be, because a resumed run may begin more passes than a run without an interruption.
     """
-    import torch  # not above: arrays are loaded without it
+    import torch  # imported here, because arrays are loaded without torch
 
-    inside, iterator = torch.Generator().manual_seed(0).get_state(), None
+    inside = torch.Generator().manual_seed(0).get_state()
+    iterator = None
     while True:
         outside = torch.get_rng_state()
         torch.set_rng_state(inside)
@@ -189,4 +214,5 @@ def _undisturbed(source: Any) -> Iterator[Any]:  # noqa: ANN401
         finally:
             inside = torch.get_rng_state()
             torch.set_rng_state(outside)
+
         yield batch
