@@ -1,6 +1,7 @@
-"""``VAEEstimator``: the model as a scikit-learn estimator, for pipelines, grid searches and plain arrays.
+"""``VAEEstimator``: the model as a scikit-learn estimator.
 
-An adapter. It checks and converts arrays, and hands them to the same training, bounds and mixture as everything else.
+It takes plain arrays, and works in pipelines and grid searches. It only checks and converts arrays.
+Training, bounds and mixture are those of the other modules.
 """
 
 import math
@@ -36,59 +37,78 @@ from equipoise.training.setup import check_fit, make_model, make_noise
 from equipoise.training.trainer import Trainer
 
 AUTO_STEPS = 1000
+"""Number of optimiser steps in stage 1 if its number of epochs is "auto"."""
 AUTO_EPOCHS = (10, 200)
-"""Epochs 'auto' are as many as these steps take, within these limits: more would learn a small table by heart."""
+"""Smallest and largest number of epochs that "auto" chooses for stage 1.
+
+More epochs would make the model learn a small table by heart."""
 MIN_VALIDATION = 2
+"""Smallest number of examples in the validation set."""
 
 
 class Reconstruction(NamedTuple):
-    r"""Where the model sees each example, and how sure it is, in the data's own unit.
+    r"""Reconstructed examples and their predicted errors, in the data's own unit.
 
     Args:
-        mean: (n, \*), of the shape of the examples.
-        std: standard deviation of p(x|z) per dimension, likewise.
+        mean: Mean of p(x|z), (n, \*), in the shape of the examples.
+        std: Standard deviation of p(x|z) per dimension, (n, \*), in the shape of the examples.
     """
 
     mean: Float32[np.ndarray, "n *event"]
     std: Float32[np.ndarray, "n *event"]
 
 
-class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc] # untyped
+# scikit-learn has no types.
+class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     r"""A variational autoencoder that finds its own balance, with scikit-learn's interface.
 
-    ``fit`` is Algorithm 1 of Lin et al. (2019) and a mixture fitted to the aggregate posterior. Examples are rows of a
-    table (n, features), whose columns are standardised, or images (n, H, W), (n, C, H, W) or (n, H, W, C), which are
-    scaled to [0, 1]; in arrays, tensors, data frames or lists. What comes back has their shape and their unit.
+    ``fit`` trains by Algorithm 1 of Lin et al. (2019) and fits a mixture to the aggregate
+    posterior. Examples are rows of a table (n, features), whose columns are standardised, or images
+    (n, H, W), (n, C, H, W) or (n, H, W, C), which are scaled to [0, 1]. They may come in an array,
+    a tensor, a data frame or a list. All results have the shape and the unit of the examples.
 
-    Options that :class:`equipoise.TrainConfig` has too mean the same there, where more is said about them.
+    An option that :class:`equipoise.TrainConfig` has too means the same in both classes. The
+    documentation of :class:`equipoise.TrainConfig` is more detailed.
 
     Args:
-        latent_dim: number of latent units d; "auto" is 16, or half the features if there are fewer than 32.
-        architecture: networks: "mlp", "conv", "residual", or "auto".
-        width: size of the networks.
-        noise: noise variance of stage 1: "global", "channel", "dimension" or "fixed".
-        noise_var: the variance where ``noise="fixed"``, in squared model units.
-        floor: smallest variance in stage 2, a multiple of stage 1's optimum, or "quantisation".
-        recalibrate: rescale the predicted std on held-out examples: "none", "scale", "dimension" or "coverage".
-        stage_1_epochs: epochs with one learned variance; "auto" is as many as 1,000 steps take, from 10 to 200.
-        stage_2_epochs: epochs with a variance per feature and input, or 0; "auto" is half of the former.
-        batch_size: examples per step.
-        learning_rate: peak of the learning rate of stage 1.
-        weight_decay: AdamW's decoupled weight decay; worth a search where examples are few.
-        n_components: components of the mixture; "auto" chooses by held-out likelihood.
-        validation_fraction: share of the examples held out to choose the mixture and for ``recalibrate``.
-        accelerator: where to train: "cpu", "cuda" or "auto". A fitted model is on the CPU.
-        random_state: int for the same model from the same data, a RandomState, or None.
+        latent_dim: Number of latent units d. "auto" is 16, or half the features if there are fewer
+            than 32.
+        architecture: Architecture of the networks, "mlp", "conv", "residual" or "auto".
+        width: Width of the networks.
+        noise: Noise variance of stage 1, "global", "channel", "dimension" or "fixed".
+        noise_var: The variance if ``noise="fixed"``, in squared model units.
+        floor: Smallest variance in stage 2, as a multiple of the optimum of stage 1, or
+            "quantisation".
+        recalibrate: How the predicted std is rescaled on held-out examples, "none", "scale",
+            "dimension" or "coverage".
+        stage_1_epochs: Number of epochs with one learned variance. "auto" is the number that 1,000
+            steps take, but at least 10 and at most 200.
+        stage_2_epochs: Number of epochs with a variance per feature and example; 0 leaves stage 2
+            out. "auto" is half of what "auto" is for ``stage_1_epochs``.
+        batch_size: Number of examples per step.
+        learning_rate: Peak of the learning rate of stage 1.
+        weight_decay: AdamW's decoupled weight decay. If there are few examples, it is worth a
+            search.
+        n_components: Number of components of the mixture. "auto" chooses it by the likelihood of
+            held-out codes.
+        validation_fraction: Share of the examples that are held out to choose the mixture and to
+            recalibrate.
+        accelerator: Device to train on, "cpu", "cuda" or "auto". A fitted model is on the CPU.
+        random_state: Seed or source of randomness. An int gives the same model from the same data.
+            With a RandomState or None, each fit gives another model.
 
     Attributes:
-        model_: the :class:`equipoise.VAE`, on the CPU; ``model_.scaling`` is the map from the data's unit to its own.
-        mixture_: the :class:`equipoise.GaussianMixture` fitted to the aggregate posterior, eq. (13).
-        noise_var_: variance of stage 1, eq. (10), in squared model units: the share of their variance that
-            standardised columns keep unexplained. A number, or an array where ``noise`` is of channels or dimensions.
-        history_: figures of each epoch, as in a run's ``metrics.jsonl``.
-        n_features_in_: number of features, or of pixel values, of an example.
-        feature_names_in_: names of a data frame's columns, if they are strings.
-        example_shape_: shape of one example as it came.
+        model_: The :class:`equipoise.VAE`, on the CPU. ``model_.scaling`` is the map between the
+            data's own unit and model units.
+        mixture_: The :class:`equipoise.GaussianMixture` fitted to the aggregate posterior, eq.
+            (13).
+        noise_var_: Variance of stage 1, eq. (10), in squared model units. For standardised columns
+            it is the share of their variance that the model leaves unexplained. It is an array if
+            ``noise`` is "channel" or "dimension", and a number otherwise.
+        history_: Figures of each epoch, as in ``metrics.jsonl`` of a run.
+        n_features_in_: Number of features or of pixel values of an example.
+        feature_names_in_: Names of the columns of a data frame, if they are strings.
+        example_shape_: Shape of one example in the data passed to ``fit``.
 
     Example:
         >>> from sklearn.datasets import load_iris
@@ -139,33 +159,37 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         r"""Train a model from scratch.
 
         Args:
-            x: examples, (n, features) or images, at least 10.
-            y: ignored.
+            x: Examples, at least 10, rows of a table (n, features) or images.
+            y: Ignored.
 
         Returns:
             The estimator.
 
         Raises:
-            ValueError: if the examples or the options cannot be used; says why and what to do.
+            ValueError: If the examples or the options cannot be used. The message says why.
         """
         examples = self._array(x, reset=True)
+        config = self._config(len(examples))
         self.history_: list[Row] = []
-        trainer = self._train(examples, self._config(len(examples)), None)
+        trainer = self._train(examples, config, None)
+
         figures = trainer.figures(trainer.validation)
         for text in warnings_for(figures, trainer.data_var, trainer.model.noise.depends_on_code):
             warnings.warn(text, ConvergenceWarning, stacklevel=2)
+
         return self._finish(trainer)
 
     def partial_fit(self, x: object, y: object = None) -> "VAEEstimator":
-        r"""Train on a chunk of a stream: one epoch of stage 1, from where the chunk before left the model.
+        r"""Train on a chunk of a stream: one epoch of stage 1 that continues from the last chunk.
 
-        The learning rate warms up and decays within the chunk, the noise variance becomes eq. (10) over the chunk, and
-        the mixture is fitted to its codes. The unit of the data is that of the first chunk. A stream has no end at
-        which stage 2 could begin; a model that has been through it goes back to stage 1.
+        The learning rate warms up and decays within the chunk. The noise variance becomes eq. (10)
+        over the chunk, and the mixture is fitted to the codes of the chunk. The scaling of the data
+        is that of the first chunk. A stream has no end at which stage 2 could begin, so a model
+        that has been through stage 2 goes back to stage 1.
 
         Args:
-            x: examples as for :meth:`fit`, at least 10; hundreds to thousands make good chunks.
-            y: ignored.
+            x: Examples as for :meth:`fit`, at least 10. Good chunks have hundreds to thousands.
+            y: Ignored.
 
         Returns:
             The estimator.
@@ -174,16 +198,17 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         examples = self._array(x, reset=model is None)
         if model is None:
             self.history_ = []
-        config = replace(
-            self._config(len(examples)), stage_1_epochs=1, stage_2_epochs=0, recalibrate="none"
-        )
-        return self._finish(self._train(examples, config, model))
+
+        config = self._config(len(examples))
+        config = replace(config, stage_1_epochs=1, stage_2_epochs=0, recalibrate="none")
+        trainer = self._train(examples, config, model)
+        return self._finish(trainer)
 
     def transform(self, x: object) -> Float32[np.ndarray, "n latent"]:
-        """Encode: the means of q(z|x).
+        """Encode examples by the means of q(z|x).
 
         Args:
-            x: examples as in :meth:`fit`.
+            x: Examples as for :meth:`fit`.
 
         Returns:
             Codes, (n, d).
@@ -192,45 +217,47 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return codes
 
     def inverse_transform(self, z: object) -> Float32[np.ndarray, "n *event"]:
-        r"""Decode: the means of p(x|z).
+        r"""Decode codes by the means of p(x|z).
 
         Args:
-            z: codes, (n, d).
+            z: Codes, (n, d).
 
         Returns:
-            (n, \*), in the data's own unit.
+            Examples, (n, \*), in the data's own unit.
 
         Raises:
-            ValueError: if the codes are of another dimension.
+            ValueError: If the codes have another dimension than d.
         """
         check_is_fitted(self, "model_")
+
         codes = check_array(z, dtype=np.float32)
         if codes.shape[1] != self.model_.latent_dim:
             raise ValueError(
                 f"expected codes of shape (n, {self.model_.latent_dim}), got {codes.shape}"
             )
-        return self._as_given(self.model_.scaling.restore(self._decode(torch.tensor(codes)).mean))
+
+        likelihood = self._decode(torch.tensor(codes))
+        return self._in_original_shape(self.model_.scaling.restore(likelihood.mean))
 
     def reconstruct(self, x: object) -> Reconstruction:
-        """Encode and decode: where the model sees x, and how sure it is.
+        """Encode examples and decode the codes.
 
         Args:
-            x: examples as in :meth:`fit`.
+            x: Examples as for :meth:`fit`.
 
         Returns:
-            Mean and std in the data's own unit.
+            Mean and std of p(x|z), in the data's own unit.
         """
-        seen, scaling = self._decode(self._encode(x)), self.model_.scaling
-        return Reconstruction(
-            self._as_given(scaling.restore(seen.mean)),
-            self._as_given(scaling.restore_std(seen.std)),
-        )
+        likelihood = self._decode(self._encode(x))
+        mean = self.model_.scaling.restore(likelihood.mean)
+        std = self.model_.scaling.restore_std(likelihood.std)
+        return Reconstruction(self._in_original_shape(mean), self._in_original_shape(std))
 
     def predict_std(self, x: object) -> Float32[np.ndarray, "n *event"]:
         r"""Predict how far each value may lie from its reconstruction.
 
         Args:
-            x: examples as in :meth:`fit`.
+            x: Examples as for :meth:`fit`.
 
         Returns:
             Standard deviations, (n, \*), in the data's own unit.
@@ -240,20 +267,20 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def sample(
         self, n: int = 1, source: str = "mixture", *, noise: bool = False
     ) -> Shaped[np.ndarray, "{n} *event"]:
-        r"""Make new examples. The same ones each time if ``random_state`` is an int.
+        r"""Draw new examples. If ``random_state`` is an int, each call draws the same ones.
 
         Args:
-            n: how many.
-            source: Where codes come from: "mixture", "gaussian" for one Gaussian with the mixture's
+            n: Number of examples, at least 1.
+            source: Source of the codes. "mixture", "gaussian" for one Gaussian with the mixture's
                 mean and covariance, or "prior" for N(0, I).
-            noise: add the noise of p(x|z). Without it samples are means, which look best as images but spread less
-                than the rows of a table do.
+            noise: Whether to add the noise of p(x|z). Without it the samples are means, which look
+                best as images, but vary less than the rows of a table do.
 
         Returns:
-            (n, \*), in the data's own unit; rounded if the data are images of grey levels.
+            Examples, (n, \*), in the data's own unit. Those of images are rounded to whole numbers.
 
         Raises:
-            ValueError: if there is no such source, or nothing to draw.
+            ValueError: If there is no such source, or if ``n`` is less than 1.
         """
         check_is_fitted(self, "model_")
         if n < 1:
@@ -263,41 +290,45 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         generator = stream(self._seed(), "samples")
         likelihood = self._decode(density.sample(n, generator).float())
         samples = likelihood.sample(generator) if noise else likelihood.mean
-        return self._as_given(self.model_.scaling.restore_levels(samples))
+        return self._in_original_shape(self.model_.scaling.restore_levels(samples))
 
     def score_samples(self, x: object, importance_samples: int = 20) -> Float64[np.ndarray, " n"]:
-        r"""Bound the log-density of each example from below by importance weighting; low values are odd.
+        r"""Bound the log-density of each example from below by importance weighting.
 
-        .. math:: \log p(x) \ge \log \frac1K \sum_k \frac{p(x|z_k)\, p(z_k)}{q(z_k|x)} - \sum_i \log s_i
+        .. math:: \log p(x) \ge \log \frac1K \sum_k \frac{p(x|z_k)\, p(z_k)}{q(z_k|x)}
+            - \sum_i \log s_i
 
-        It is the density of the data in their own unit, so that models of differently scaled data compare: s is the
-        scale by which the model divides each feature. All examples get the same draws, hence a score does not depend
-        on the others.
+        An example with a low score is unusual. The score is a density of the data in their own
+        unit, and s_i is the scale by which the model divides feature i. Therefore models that scale
+        the same data differently can be compared. All examples get the same random draws, so that
+        the score of an example does not depend on the other examples.
 
         Args:
-            x: examples as in :meth:`fit`.
-            importance_samples: K; the bound grows with it. One estimates the ELBO, eq. (4); 20 is the paper's Table 3.
+            x: Examples as for :meth:`fit`.
+            importance_samples: Number of samples K per example. The bound grows with K. K = 1
+                estimates the evidence lower bound, eq. (4); K = 20 is used in Table 3 of the paper.
 
         Returns:
-            (n,), nats.
+            The bounds, (n,), nats.
         """
-        raw, model = self._raw(x), self.model_
+        raw = self._raw(x)
+        model = self.model_
         log_scale = float(model.scaling.scale.log().expand(model.shape).sum())
-        bounds = [
-            importance_weighted_bound(
-                model, example, importance_samples, torch.Generator().manual_seed(0)
-            )
-            for example in torch.split(model.scaling(raw), 1)
-        ]
-        found: Float64[np.ndarray, " n"] = torch.cat(bounds).numpy() - log_scale
-        return found
+
+        bounds = []
+        for example in torch.split(model.scaling(raw), 1):
+            generator = torch.Generator().manual_seed(0)
+            bounds.append(importance_weighted_bound(model, example, importance_samples, generator))
+
+        scores: Float64[np.ndarray, " n"] = torch.cat(bounds).numpy() - log_scale
+        return scores
 
     def score(self, x: object, y: object = None) -> float:
-        """Mean of :meth:`score_samples`, by which grid searches choose.
+        """Average :meth:`score_samples` over the examples. Grid searches maximise this score.
 
         Args:
-            x: examples as in :meth:`fit`, best not those.
-            y: ignored.
+            x: Examples as for :meth:`fit`, preferably other examples than those of :meth:`fit`.
+            y: Ignored.
 
         Returns:
             Nats per example.
@@ -305,53 +336,58 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return float(self.score_samples(x).mean())
 
     def save(self, path: str | Path) -> None:
-        """Write everything into one safetensors file, whole.
+        """Save the fitted estimator in one safetensors file, which appears complete or not at all.
 
         Args:
-            path: the file.
+            path: Path of the file.
         """
         check_is_fitted(self, "model_")
+
+        random_state = self.random_state if isinstance(self.random_state, int) else None
         description = {
             "model": self.model_.description(),
             "options": self._options(),
-            "random_state": self.random_state if isinstance(self.random_state, int) else None,
+            "random_state": random_state,
             "history": self.history_,
             "example_shape": list(self.example_shape_),
             "feature_names": list(getattr(self, "feature_names_in_", [])),
         }
+
         parts = nn.ModuleDict({"model": self.model_, "mixture": self.mixture_})
         write_tensors(Path(path), "estimator", parts.state_dict(), description)
 
     @classmethod
     def load(cls, path: str | Path) -> "VAEEstimator":
-        """Read what :meth:`save` wrote.
+        """Load an estimator that :meth:`save` wrote.
 
         Args:
-            path: the file.
+            path: Path of the file.
 
         Returns:
             The fitted estimator.
 
         Raises:
-            StoreError: if the file is damaged or holds something else.
+            StoreError: If the file is damaged or holds something else.
         """
         tensors, description = read_tensors(Path(path), "estimator")
         estimator = cls(**description["options"], random_state=description["random_state"])
-        mixture = {
+
+        parameters = {
             name: tensors.pop(f"mixture.{name}") for name in ("weights", "means", "covariances")
         }
+        mixture = GaussianMixture(**parameters)
+
         model = build_model(description["model"], what=str(path))
-        fill(
-            model,
-            {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
-            str(path),
-        )
+        model_tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        fill(model, model_tensors, str(path))
+
         estimator.history_ = description["history"]
         estimator.example_shape_ = tuple(description["example_shape"])
         estimator.n_features_in_ = math.prod(estimator.example_shape_)
         if description["feature_names"]:
             estimator.feature_names_in_ = np.array(description["feature_names"], object)
-        return estimator._adopt(model, GaussianMixture(**mixture))
+
+        return estimator._adopt(model, mixture)
 
     @property
     def _n_features_out(self) -> int:
@@ -364,44 +400,51 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return tags
 
     def _options(self) -> dict[str, Any]:
-        """Constructor arguments that say how to train; numbers of NumPy, as grids have them, become Python's."""
-        options = {
-            name: value
-            for name, value in self.get_params(deep=False).items()
-            if name != "random_state"
-        }
-        return {
-            name: value.item() if isinstance(value, np.generic) else value
-            for name, value in options.items()
-        }
+        """Return the constructor's arguments without ``random_state``, as plain Python values.
+
+        Grid searches may set options to NumPy numbers.
+        """
+        options: dict[str, Any] = self.get_params(deep=False)
+        del options["random_state"]
+
+        for name, value in options.items():
+            if isinstance(value, np.generic):
+                options[name] = value.item()
+        return options
 
     def _config(self, n_examples: int) -> TrainConfig:
+        """Check the options, and replace "auto" by numbers of epochs."""
         options = self._options()
-        auto = [name for name in ("stage_1_epochs", "stage_2_epochs") if options[name] == "auto"]
-        config = make_config({name: value for name, value in options.items() if name not in auto})
-        least, most = AUTO_EPOCHS
-        stage_1_epochs = min(
-            max(AUTO_STEPS // math.ceil(n_examples / config.batch_size), least), most
-        )
-        epochs: dict[str, Any] = {
-            "stage_1_epochs": stage_1_epochs,
-            "stage_2_epochs": stage_1_epochs // 2,
-        }
-        # An epoch of a small table is a step or two, over which everything seems to have converged.
-        return replace(
-            config, tolerance=0.0, seed=self._seed(), **{name: epochs[name] for name in auto}
-        )
+        stages = ("stage_1_epochs", "stage_2_epochs")
+        auto_stages = [name for name in stages if options[name] == "auto"]
+        for name in auto_stages:
+            del options[name]
+        config = make_config(options)
+
+        fewest, most = AUTO_EPOCHS
+        steps_per_epoch = math.ceil(n_examples / config.batch_size)
+        stage_1_epochs = min(max(AUTO_STEPS // steps_per_epoch, fewest), most)
+        epochs = {"stage_1_epochs": stage_1_epochs, "stage_2_epochs": stage_1_epochs // 2}
+        changes: dict[str, Any] = {name: epochs[name] for name in auto_stages}
+
+        # An epoch of a small table has one or two steps, over which the bound hardly changes. With
+        # a tolerance, training would stop at once.
+        return replace(config, tolerance=0.0, seed=self._seed(), **changes)
 
     def _seed(self) -> int:
         return int(check_random_state(self.random_state).randint(2**31))
 
     def _train(self, examples: Array, config: TrainConfig, model: VAE | None) -> Trainer:
-        held_out = max(config.validation_fraction, MIN_VALIDATION / len(examples))
-        data = load(examples, test_fraction=0.0, validation_fraction=held_out)
-        # Tests are the caller's business: the trainer's own are of the validation set, and left out of the history.
+        """Train a new model, or continue with the given one, and extend the history."""
+        validation_fraction = max(config.validation_fraction, MIN_VALIDATION / len(examples))
+        data = load(examples, test_fraction=0.0, validation_fraction=validation_fraction)
+        # The caller tests the estimator on data of their own. The trainer needs a test set, so it
+        # gets the validation set once more.
         data = replace(data, test=data.validation)
         check_fit(data, config, min_train=MIN_EXAMPLES - MIN_VALIDATION)
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+
+        # The state of the caller's random numbers does not change.
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "weights"))
             if model is None:
                 model = make_model(data, config)
@@ -413,66 +456,88 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
             trainer = Trainer(model, data, config)
             history = trainer.fit()
-        self.history_ += [
-            {name: row[name] for name in row if not name.startswith("test_")} for row in history
-        ]
+
+        for row in history:
+            figures = {name: row[name] for name in row if not name.startswith("test_")}
+            self.history_.append(figures)
         return trainer
 
     def _finish(self, trainer: Trainer) -> "VAEEstimator":
+        """Fit the mixture to the codes of the training data."""
         model = trainer.model.eval()
         mixture = fit_aggregate(model, trainer.data, trainer.config, trainer.fabric.device).mixture
         return self._adopt(model.cpu(), mixture.cpu())
 
     def _adopt(self, model: VAE, mixture: GaussianMixture) -> "VAEEstimator":
-        self.model_, self.mixture_ = model, mixture
+        """Set the attributes of a fitted estimator."""
+        self.model_ = model
+        self.mixture_ = mixture
 
         shared_log_var = model.noise.shared_log_var
         if shared_log_var is None:
             shared_log_var = torch.tensor(self.history_[-1]["validation_noise_var"]).log()
+
         self.noise_var_ = shared_log_var.detach().exp().numpy()[()]
         return self
 
     def _array(self, x: object, *, reset: bool) -> Array:
-        """Check examples by scikit-learn's rules, which are for tables, and against the shape that is known."""
+        """Check examples by scikit-learn's rules for tables, and check their shape.
+
+        With ``reset`` the shape is stored. Otherwise it must be the one that is stored.
+        """
         if isinstance(x, Tensor):
-            x = (x.float() if x.is_floating_point() else x).detach().cpu().numpy()
+            if x.is_floating_point():
+                x = x.float()
+            x = x.detach().cpu().numpy()
+
         shape: tuple[int, ...] = x.shape if hasattr(x, "shape") else np.asarray(x).shape
-        if len(shape) > 2:
+        has_images = len(shape) > 2
+        if has_images:
             x = np.asarray(x).reshape(shape[0], math.prod(shape[1:]))
-        least = {"ensure_min_samples": MIN_EXAMPLES, "ensure_min_features": 2} if reset else {}
-        checked: Array = validate_data(self, x, reset=reset, **least)
-        example_shape = shape[1:] if len(shape) > 2 else checked.shape[1:]
+
+        minima = {}
+        if reset:
+            minima = {"ensure_min_samples": MIN_EXAMPLES, "ensure_min_features": 2}
+        table: Array = validate_data(self, x, reset=reset, **minima)
+
+        example_shape = shape[1:] if has_images else table.shape[1:]
         if reset:
             self.example_shape_ = example_shape
         elif example_shape != self.example_shape_:
             raise ValueError(
                 f"expected examples of shape {self.example_shape_}, as in fit, got {example_shape}"
             )
-        return checked.reshape(-1, *example_shape)
+        return table.reshape(-1, *example_shape)
 
     def _raw(self, x: object) -> Tensor:
-        """Check examples that the fitted model is to be applied to."""
+        """Check examples to which the fitted model is applied."""
         check_is_fitted(self, "model_")
-        raw = torch.from_numpy(load_examples(self._array(x, reset=False), self.model_.shape)[:])
+        array = self._array(x, reset=False)
+        raw = torch.from_numpy(load_examples(array, self.model_.shape)[:])
         self.model_.scaling.check(raw)
         return raw
 
     def _encode(self, x: object) -> Tensor:
-        raw = self._raw(x)
-        return encode_all(self.model_, torch.split(raw, EVALUATION_BATCH)).mean
+        """Return the means of q(z|x), computed batch by batch."""
+        batches = torch.split(self._raw(x), EVALUATION_BATCH)
+        return encode_all(self.model_, batches).mean
 
     @torch.no_grad()
     def _decode(self, codes: Tensor) -> Gaussian:
-        """Likelihoods in model units, a batch at a time."""
-        parts = [self.model_.decode(batch) for batch in torch.split(codes, EVALUATION_BATCH)]
-        return Gaussian(
-            torch.cat([p.mean for p in parts]),
-            torch.cat([p.log_var.expand_as(p.mean) for p in parts]),
-        )
+        """Return p(x|z) in model units, computed batch by batch."""
+        means, log_vars = [], []
+        for batch in torch.split(codes, EVALUATION_BATCH):
+            likelihood = self.model_.decode(batch)
+            means.append(likelihood.mean)
+            log_vars.append(likelihood.log_var.expand_as(likelihood.mean))
 
-    def _as_given(self, examples: Tensor) -> Array:
-        """Bring examples of the model's shape, (n, C, H, W) or (n, D), to the shape in which they came."""
+        return Gaussian(torch.cat(means), torch.cat(log_vars))
+
+    def _in_original_shape(self, examples: Tensor) -> Array:
+        """Convert examples of the model, (n, C, H, W) or (n, D), to the shape of the user's."""
         array = examples.numpy()
-        if array.shape[1:] != self.example_shape_:  # grey images without channels, or channels last
+
+        # The user's images may have no channels, or the channels last.
+        if array.shape[1:] != self.example_shape_:
             array = np.moveaxis(array, 1, -1).reshape(-1, *self.example_shape_)
         return array

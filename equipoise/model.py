@@ -1,7 +1,8 @@
 r"""The variational autoencoder: an encoder, a decoder, a noise model, and the units of the data.
 
-Any module from (B, \*) to (B, 2d) serves as encoder and any from (B, d) to (B, \*) as decoder; no base class of
-ours is needed. :meth:`VAE.build` makes a pair from ``networks.py``.
+Any module from (B, \*) to (B, 2d) serves as encoder, and any module from (B, d) to (B, \*) as
+decoder. They need no base class of this library. :meth:`VAE.build` makes a pair from
+``networks.py``.
 """
 
 from collections.abc import Iterable
@@ -19,24 +20,25 @@ from equipoise.networks import build_decoder, build_encoder, default_architectur
 from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise, describe_noise
 
 LOG_VAR_RANGE = (-20.0, 5.0)
-"""Bounds on the log-variance of q(z|x); no healthy unit comes near either end. An encoder thrown beyond them by one bad
-step keeps the gradient that brings it back."""
+"""Bounds on the log-variance of q(z|x). The units of a model that trains well stay far from both.
+
+If one bad step throws the encoder beyond a bound, it keeps the gradient that brings it back."""
 
 
 @runtime_checkable
 class CodeSource(Protocol):
-    """Where codes to decode come from: the prior, a fitted mixture, the aggregate posterior."""
+    """A source of codes to decode: the prior, a fitted mixture or the aggregate posterior."""
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw n codes, (n, d)."""
 
 
 class Interval(NamedTuple):
-    r"""Where each dimension lies with a given probability.
+    r"""The interval in which each dimension lies with a given probability.
 
     Args:
-        lower: (B, \*), in the unit of the data it is for.
-        upper: likewise.
+        lower: Lower bounds, (B, \*), in the unit of the mean that they surround.
+        upper: Upper bounds, (B, \*), in the same unit.
     """
 
     lower: Tensor
@@ -46,16 +48,18 @@ class Interval(NamedTuple):
 class Scaling(nn.Module):
     r"""The map between raw data and model units, x = (raw - offset) / scale, and back.
 
-    Images of 8 bits have offset 0 and scale 255, so x is in [0, 1], the unit of the paper; columns of a table
-    are standardised. It belongs to the model, so that a loaded model accepts and returns the user's own units.
+    Images of 8 bits have offset 0 and scale 255, so that x is in [0, 1], the unit of the paper.
+    Columns of a table are standardised. The map belongs to the model: a model that was saved and
+    loaded still accepts and returns the user's own units.
 
     Args:
-        offset: in raw units, broadcasts to one example.
-        scale: in raw units, positive, broadcasts to one example.
-        quantum: distance of two neighbouring values in model units, for digital data; None for continuous data.
+        offset: Raw value that becomes zero. It broadcasts to one example.
+        scale: Raw difference that becomes one, positive. It broadcasts to one example.
+        quantum: Distance of two neighbouring values of digital data, in model units. None for
+            continuous data.
 
     Raises:
-        ValueError: if the scale is not positive and finite.
+        ValueError: If the offset is not finite, or the scale is not positive and finite.
 
     Example:
         >>> pixels = Scaling(torch.tensor(0.0), torch.tensor(255.0), quantum=1 / 255)
@@ -68,86 +72,98 @@ class Scaling(nn.Module):
 
     def __init__(self, offset: Tensor, scale: Tensor, quantum: float | None = None) -> None:
         super().__init__()
-        if not bool(
-            torch.all(scale > 0)
-            and torch.all(torch.isfinite(scale))
-            and torch.all(torch.isfinite(offset))
-        ):
+
+        scale_is_valid = torch.all(scale > 0) and torch.all(torch.isfinite(scale))
+        if not (scale_is_valid and torch.all(torch.isfinite(offset))):
             raise ValueError(
                 "Scaling needs a finite offset and a positive, finite scale in every dimension."
             )
+
         self.register_buffer("offset", offset.float())
         self.register_buffer("scale", scale.float())
         self.quantum = quantum
 
     def forward(self, raw: Tensor) -> Tensor:
-        r"""Take raw data, of any dtype, to model units.
+        r"""Convert raw data of any dtype to model units.
 
         Args:
-            raw: (B, \*).
+            raw: Raw data, (B, \*).
 
         Returns:
-            Float32 tensor of the same shape.
+            The data in model units, (B, \*), of the dtype of the scale, which is float32.
         """
         return (raw.to(self.scale.dtype) - self.offset) / self.scale
 
     def restore(self, x: Tensor) -> Tensor:
-        r"""Take means or samples in model units back to raw units.
+        r"""Convert means or samples from model units to raw units.
 
         Args:
-            x: (B, \*), model units.
+            x: Means or samples, (B, \*), model units.
 
         Returns:
-            The same shape, raw units; not rounded.
+            The same in raw units, not rounded, (B, \*).
         """
         return x * self.scale + self.offset
 
     def restore_levels(self, x: Tensor) -> Tensor:
-        r"""Take means or samples back to raw units as the data would be: digital data rounded and within range.
+        r"""Convert means or samples to values that the raw data can have.
+
+        Digital data are rounded and clamped to their range. Continuous data are only rescaled.
 
         Args:
-            x: (B, \*), model units.
+            x: Means or samples, (B, \*), model units.
 
         Returns:
-            The same shape, raw units; whole numbers if the data are digital, uint8 where that holds them.
+            The values in raw units, (B, \*). If the data are digital, they are uint8 where this
+            type holds the range, and int32 otherwise.
         """
         raw = self.restore(x)
         if self.quantum is None:
             return raw
+
         low, high = self.offset, self.offset + self.scale
-        fits = bool(low.min() >= 0 and high.max() <= 255)
-        return raw.round().clamp(min=low, max=high).to(torch.uint8 if fits else torch.int32)
+        fits_uint8 = bool(low.min() >= 0 and high.max() <= 255)
+        dtype = torch.uint8 if fits_uint8 else torch.int32
+
+        return raw.round().clamp(min=low, max=high).to(dtype)
 
     def check(self, raw: Tensor) -> None:
-        r"""Refuse data that cannot be in this model's units: floats for grey levels, or levels for floats.
+        r"""Refuse data that cannot be in the raw units of this model.
+
+        A model of digital data takes whole numbers within its range. A model of continuous data
+        takes floating-point numbers.
 
         Args:
-            raw: (B, \*).
+            raw: Raw data, (B, \*).
 
         Raises:
-            ValueError: with what was expected and what came.
+            ValueError: If the data have another type or range than those of the training.
         """
-        low, high = float(self.offset.min()), float((self.offset + self.scale).max())
-        if self.quantum is not None and (
-            raw.is_floating_point() or raw.max() > high or raw.min() < low
-        ):
+        if self.quantum is None:
+            if not raw.is_floating_point():
+                raise ValueError(
+                    f"The model was trained on real numbers; these are {raw.dtype}, in another "
+                    "unit. Convert them first."
+                )
+            return
+
+        low = float(self.offset.min())
+        high = float((self.offset + self.scale).max())
+        if raw.is_floating_point() or raw.max() > high or raw.min() < low:
             raise ValueError(
-                f"The model was trained on whole numbers from {low:g} to {high:g}; these are {raw.dtype} from "
-                f"{float(raw.min()):g} to {float(raw.max()):g}. Bring them to the same levels."
-            )
-        if self.quantum is None and not raw.is_floating_point():
-            raise ValueError(
-                f"The model was trained on real numbers; these are {raw.dtype}, in another unit. Convert them first."
+                f"The model was trained on whole numbers from {low:g} to {high:g}; these are "
+                f"{raw.dtype} from {float(raw.min()):g} to {float(raw.max()):g}. "
+                "Bring them to the same levels."
             )
 
     def restore_std(self, std: Tensor) -> Tensor:
-        r"""Take standard deviations or errors, which have no offset, back to raw units.
+        r"""Convert standard deviations or errors, which have no offset, to raw units.
 
         Args:
-            std: (B, \*), model units.
+            std: Standard deviations or errors, (B, \*), model units.
 
         Returns:
-            The same shape, raw units.
+            The same in raw units, (B, \*).
         """
         return std * self.scale
 
@@ -156,20 +172,24 @@ class VAE(nn.Module):
     r"""A variational autoencoder with Gaussian posterior, Gaussian likelihood and a noise model.
 
     Args:
-        encoder: module from (B, \*shape) to (B, 2 d), mean and log-variance of q(z|x), or to a :class:`Gaussian`.
-        decoder: module from (B, d) to (B, \*shape), the mean of p(x|z).
-        noise: the variance of p(x|z).
-        shape: one example's shape.
-        latent_dim: d.
-        scaling: the units of the data; model units if None.
-        architecture: name under which the networks can be built again, None for the user's own.
-        width: width with which they can be built again.
-        mean_bounds: smallest and largest value that the data can have, model units, (0, 1) for images: the decoder's
-            mean is clamped to them, so that a black background is black. None for data of any size.
-        deterministic: make q(z|x) a point, up to a std of e^-10: an autoencoder, for objectives that have no posterior.
+        encoder: Module from (B, \*shape) to (B, 2 d), the mean and log-variance of q(z|x) side by
+            side, or to a :class:`Gaussian`.
+        decoder: Module from (B, d) to (B, \*shape), the mean of p(x|z).
+        noise: Model of the variance of p(x|z).
+        shape: Shape of one example.
+        latent_dim: Number of latent units d.
+        scaling: Map between the data's own units and model units. If None, the two are the same.
+        architecture: Name under which the networks can be built again. None for networks of the
+            user's own.
+        width: Width with which the networks can be built again.
+        mean_bounds: Smallest and largest value that the data can have, model units, (0, 1) for
+            images. The decoder's mean is clamped to them, so that a black background is black. None
+            for data without bounds.
+        deterministic: Whether q(z|x) is a point, up to a std of e^-10. The model is then an
+            autoencoder, for objectives that have no posterior.
 
     Raises:
-        ValueError: if the networks do not map the shapes as said.
+        ValueError: If a network does not map its input to the expected shape.
 
     Example:
         >>> vae = VAE.build((1, 8, 8), latent_dim=2)
@@ -195,13 +215,18 @@ class VAE(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.noise = noise
-        self.scaling = scaling or Scaling(torch.zeros(()), torch.ones(()))
+
+        if scaling is None:
+            scaling = Scaling(torch.zeros(()), torch.ones(()))
+        self.scaling = scaling
+
         self.shape = tuple(shape)
         self.latent_dim = latent_dim
         self.architecture = architecture
         self.width = width
         self.mean_bounds = mean_bounds
         self.deterministic = deterministic
+
         self._check_shapes()
 
     @classmethod
@@ -220,23 +245,28 @@ class VAE(nn.Module):
         """Make a model with networks that suit the data's shape.
 
         Args:
-            shape: one example's shape, (C, H, W) or (D,).
-            latent_dim: d.
-            architecture: "mlp", "conv" or "residual"; None chooses by the shape.
-            width: of the networks, see ``networks.py``.
-            noise: noise model; :class:`GlobalNoise` if None.
-            scaling: the units of the data; model units if None.
-            mean_bounds: what the data can reach, see :class:`VAE`.
-            deterministic: make q(z|x) a point.
+            shape: Shape of one example, (C, H, W) or (D,).
+            latent_dim: Number of latent units d.
+            architecture: "mlp", "conv" or "residual". None chooses by the shape.
+            width: Width of the networks, see ``networks.py``.
+            noise: Noise model; :class:`GlobalNoise` if None.
+            scaling: Map between the data's own units and model units. If None, the two are the
+                same.
+            mean_bounds: Smallest and largest value that the data can have, see :class:`VAE`.
+            deterministic: Whether q(z|x) is a point, see :class:`VAE`.
 
         Returns:
             The untrained model.
         """
-        architecture = architecture or default_architecture(shape)
+        if architecture is None:
+            architecture = default_architecture(shape)
+        if noise is None:
+            noise = GlobalNoise()
+
         return cls(
             build_encoder(architecture, shape, latent_dim, width),
             build_decoder(architecture, shape, latent_dim, width),
-            noise or GlobalNoise(),
+            noise,
             shape=shape,
             latent_dim=latent_dim,
             scaling=scaling,
@@ -247,38 +277,46 @@ class VAE(nn.Module):
         )
 
     def encode(self, x: Float[Tensor, "batch *event"]) -> Gaussian:
-        r"""Approximate posterior q(z|x).
+        r"""Compute the approximate posterior q(z|x).
 
         Args:
-            x: data in model units, (B, \*).
+            x: Data in model units, (B, \*).
 
         Returns:
             Gaussian over codes, (B, d).
         """
         parameters = self.encoder(x)
-        mean, log_var = parameters if isinstance(parameters, tuple) else parameters.chunk(2, dim=1)
+        if isinstance(parameters, tuple):
+            mean, log_var = parameters
+        else:
+            mean, log_var = parameters.chunk(2, dim=1)
+
         log_var = bounded(at_least_float32(log_var), *LOG_VAR_RANGE)
         if self.deterministic:
             log_var = torch.full_like(log_var, LOG_VAR_RANGE[0])
+
         return Gaussian(at_least_float32(mean), log_var)
 
     def decode_mean(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch *event"]:
-        r"""Mean m(z) of p(x|z).
+        r"""Compute the mean m(z) of p(x|z).
 
         Args:
-            z: codes, (B, d).
+            z: Codes, (B, d).
 
         Returns:
-            (B, \*), model units, within ``mean_bounds``.
+            The mean, (B, \*), model units, within ``mean_bounds``.
         """
         mean = at_least_float32(self.decoder(z))
-        return bounded(mean, *self.mean_bounds) if self.mean_bounds else mean
+        if self.mean_bounds is None:
+            return mean
+
+        return bounded(mean, *self.mean_bounds)
 
     def decode(self, z: Float[Tensor, "batch latent"]) -> Gaussian:
-        r"""Likelihood p(x|z): the decoder's mean with the noise model's variance.
+        r"""Compute the likelihood p(x|z): the decoder's mean with the noise model's variance.
 
         Args:
-            z: codes, (B, d).
+            z: Codes, (B, d).
 
         Returns:
             Gaussian over data, (B, \*), model units.
@@ -286,32 +324,35 @@ class VAE(nn.Module):
         return Gaussian(self.decode_mean(z), self.noise(z))
 
     def reconstruct(self, x: Float[Tensor, "batch *event"]) -> Gaussian:
-        r"""Decode the posterior mean: where the model sees x, and how sure it is per dimension.
+        r"""Decode the mean of q(z|x).
 
         Args:
-            x: data in model units, (B, \*).
+            x: Data in model units, (B, \*).
 
         Returns:
-            Gaussian over data; its ``std`` is the uncertainty map.
+            Gaussian over data, (B, \*), model units. Its ``std`` is the predicted std of each
+            dimension, the uncertainty map.
         """
         return self.decode(self.encode(x).mean)
 
     def interval(self, x: Float[Tensor, "batch *event"], coverage: float = 0.95) -> Interval:
-        r"""Reconstruct, with an interval for each dimension that holds the given share of the errors.
+        r"""Reconstruct, with an interval per dimension that holds the given share of the errors.
 
-        It is as many predicted std wide as held that share of the held-out errors, which need not be Gaussian, see
-        :meth:`PredictedNoise.calibrate_intervals`; of a model without stage 2, as many as of a Gaussian.
+        The half-width of the interval is a multiple of the predicted std. At the end of stage 2 the
+        multiple is measured on held-out errors, which need not be Gaussian, see
+        :meth:`PredictedNoise.calibrate_intervals`. Without such a measurement it is the multiple
+        that holds the share of a Gaussian.
 
         Args:
-            x: data in model units, (B, \*).
-            coverage: share of the errors over the dimensions that vary, above 0 and below 1.
+            x: Data in model units, (B, \*).
+            coverage: Share of the errors over the dimensions that vary, above 0 and below 1.
 
         Returns:
-            Bounds around the mean of :meth:`reconstruct`, (B, \*), model units; ``scaling.restore`` takes each to raw
-            units.
+            Bounds around the mean of :meth:`reconstruct`, (B, \*), model units. ``scaling.restore``
+            converts each bound to raw units.
 
         Raises:
-            ValueError: if the coverage is out of its domain.
+            ValueError: If the coverage is out of its domain.
 
         Example:
             >>> vae = VAE.build((3,), latent_dim=1)  # untrained: a std of 1
@@ -323,9 +364,11 @@ class VAE(nn.Module):
             raise ValueError(
                 f"coverage must be above 0 and below 1, such as 0.95, got {coverage:g}"
             )
-        seen = self.reconstruct(x)
-        half = self.noise.interval_factor(NormalDist().inv_cdf((1 + coverage) / 2)) * seen.std
-        return Interval(seen.mean - half, seen.mean + half)
+
+        likelihood = self.reconstruct(x)
+        n_std_of_gaussian = NormalDist().inv_cdf((1 + coverage) / 2)
+        half_width = self.noise.interval_factor(n_std_of_gaussian) * likelihood.std
+        return Interval(likelihood.mean - half_width, likelihood.mean + half_width)
 
     def generate(
         self, n: int, source: CodeSource, generator: torch.Generator | None = None
@@ -333,14 +376,16 @@ class VAE(nn.Module):
         r"""Decode codes drawn from a source.
 
         Args:
-            n: number of samples.
-            source: prior, mixture or aggregate posterior of ``aggregate.py``.
-            generator: source of randomness.
+            n: Number of samples.
+            source: Prior, mixture or aggregate posterior of ``aggregate.py``.
+            generator: Source of randomness.
 
         Returns:
-            Gaussian over data, (n, \*), model units: show its mean, or its ``sample`` to add pixel noise.
+            Gaussian over data, (n, \*), model units. Its mean is what is usually shown; its
+            ``sample`` adds the noise of p(x|z).
         """
-        return self.decode(source.sample(n, generator).to(self.scaling.scale.dtype))
+        codes = source.sample(n, generator).to(self.scaling.scale.dtype)
+        return self.decode(codes)
 
     def predict_variance(
         self,
@@ -348,46 +393,55 @@ class VAE(nn.Module):
         floor_var: Tensor,
         calibration_shape: tuple[int, ...] = (),
     ) -> None:
-        r"""Enter stage 2: replace the noise model by one that predicts a variance per pixel and input, eq. (11).
+        r"""Enter stage 2: predict a variance for each dimension of each example, eq. (11).
 
-        The variance network has the decoder's architecture and starts from the decoder's weights, with an output
-        of exactly zero: the model's likelihood does not change at this moment.
+        The new noise model replaces the one of stage 1. Its network has the architecture of the
+        decoder and starts from the decoder's weights, but its output is exactly zero at first.
+        Therefore the model's likelihood does not change at this moment.
 
         Args:
-            reference_var: sigma_*^2 of stage 1, in squared model units.
-            floor_var: smallest variance allowed, in squared model units.
-            calibration_shape: () or one example's shape, see :class:`PredictedNoise`.
+            reference_var: Variance sigma_*^2 of stage 1, in squared model units.
+            floor_var: Smallest variance that can be predicted, in squared model units.
+            calibration_shape: () or the shape of one example, see :class:`PredictedNoise`.
         """
         device = next(self.parameters()).device
-        self.noise = PredictedNoise(
-            self._variance_network(), reference_var, floor_var, calibration_shape
-        ).to(device)
+
+        network = self._variance_network()
+        noise = PredictedNoise(network, reference_var, floor_var, calibration_shape)
+        self.noise = noise.to(device)
 
     def _variance_network(self) -> nn.Module:
+        """Return a copy of the decoder whose output is exactly zero."""
         network = self.blank_variance_network()
         if self.architecture is not None:
             network.load_state_dict(self.decoder.state_dict())
 
-        output = cast(nn.Linear, network.output)  # or a convolution, whose names are the same
+        # The last layer may also be a convolution, whose parameters have the same names.
+        output = cast(nn.Linear, network.output)
         nn.init.zeros_(output.weight)
         nn.init.zeros_(output.bias)
         return network
 
     def blank_variance_network(self) -> nn.Module:
-        """Untrained variance network of the shape that :meth:`predict_variance` makes.
+        """Make an untrained variance network, as :meth:`predict_variance` needs it.
 
         Returns:
             A decoder of ``networks.py``.
         """
-        architecture = self.architecture or default_architecture(self.shape)
+        architecture = self.architecture
+        if architecture is None:
+            architecture = default_architecture(self.shape)
+
         return build_decoder(architecture, self.shape, self.latent_dim, self.width)
 
     def start_at_data(self, mean: Tensor, std: Tensor) -> None:
-        r"""Fit untrained networks to the scale of the data; leaves a user's own networks alone.
+        r"""Fit untrained networks to the scale of the data.
+
+        Networks of the user's own stay as they are.
 
         Args:
-            mean: mean of the training data, one example's shape, model units.
-            std: its standard deviation over all dimensions, a scalar.
+            mean: Mean of the training data, of the shape of one example, model units.
+            std: Standard deviation of the training data over all dimensions, (), model units.
         """
         if self.architecture is not None:
             start_at_data(self.encoder, self.decoder, mean, std)
@@ -401,6 +455,7 @@ class VAE(nn.Module):
         """
         if self.architecture is not None and ARCHITECTURES[self.architecture].needs_images:
             return torch.channels_last
+
         return torch.contiguous_format
 
     def place(self, device: torch.device | str) -> None:
@@ -410,21 +465,24 @@ class VAE(nn.Module):
             device: Where to compute.
         """
         self.to(device)
+
         if self.memory_format is torch.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def description(self) -> dict[str, Any]:
-        """Constructor arguments as JSON values, from which ``store.py`` builds the model before it fills it.
+        """Describe the model by JSON values, from which ``store.py`` builds it before it fills it.
 
         Returns:
-            Shapes, sizes and names; for the user's own networks their class names.
+            Constructor arguments, shapes, and the class names of the networks.
         """
+        mean_bounds = None if self.mean_bounds is None else list(self.mean_bounds)
+
         return {
             "shape": list(self.shape),
             "latent_dim": self.latent_dim,
             "architecture": self.architecture,
             "width": self.width,
-            "mean_bounds": list(self.mean_bounds) if self.mean_bounds else None,
+            "mean_bounds": mean_bounds,
             "deterministic": self.deterministic,
             "encoder": type(self.encoder).__qualname__,
             "decoder": type(self.decoder).__qualname__,
@@ -436,26 +494,38 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def _check_shapes(self) -> None:
-        """Run two examples through once, so that networks that do not fit fail here, by name, and not in the loop."""
+        """Run two examples through the networks, so that networks that do not fit fail here.
+
+        An error here can name the network and the shapes. An error in training could not.
+        """
         parameter = next(self.parameters(), torch.zeros(()))
         x = torch.zeros(2, *self.shape, dtype=parameter.dtype, device=parameter.device)
+
         was_training = self.training
         self.eval()
+
         try:
             parameters = self.encoder(x)
             if isinstance(parameters, tuple):
-                got, expected = [tuple(t.shape) for t in parameters], [(2, self.latent_dim)] * 2
+                shapes = [tuple(tensor.shape) for tensor in parameters]
+                expected = [(2, self.latent_dim), (2, self.latent_dim)]
             else:
-                got, expected = [tuple(parameters.shape)], [(2, 2 * self.latent_dim)]
-            if got != expected:
+                shapes = [tuple(parameters.shape)]
+                expected = [(2, 2 * self.latent_dim)]
+
+            if shapes != expected:
                 raise ValueError(
-                    f"The encoder must map {tuple(x.shape)} to {expected[0]} (mean and log-variance of "
-                    f"{self.latent_dim} latent units) or to a Gaussian of two {(2, self.latent_dim)}, got {got}."
+                    f"The encoder must map {tuple(x.shape)} to {expected[0]} (mean and "
+                    f"log-variance of {self.latent_dim} latent units) or to a Gaussian of two "
+                    f"{(2, self.latent_dim)}, got {shapes}."
                 )
-            mean = self.decoder(torch.zeros(2, self.latent_dim, dtype=x.dtype, device=x.device))
+
+            z = torch.zeros(2, self.latent_dim, dtype=x.dtype, device=x.device)
+            mean = self.decoder(z)
             if tuple(mean.shape) != tuple(x.shape):
                 raise ValueError(
-                    f"The decoder must map {(2, self.latent_dim)} to {tuple(x.shape)}, got {tuple(mean.shape)}."
+                    f"The decoder must map {tuple(z.shape)} to {tuple(x.shape)}, "
+                    f"got {tuple(mean.shape)}."
                 )
         finally:
             self.train(was_training)
@@ -463,33 +533,37 @@ class VAE(nn.Module):
 
 @torch.no_grad()
 def encode_all(model: VAE, batches: Iterable[Tensor]) -> Gaussian:
-    r"""Posterior q(z|x) of every example.
+    r"""Compute the posterior q(z|x) of every example.
 
     Args:
-        model: in evaluation mode.
-        batches: raw data, (B, \*) each, on the model's device.
+        model: Model in evaluation mode.
+        batches: Raw data, (B, \*) each, on the device of the model.
 
     Returns:
         Means and log-variances, (N, d).
 
     Raises:
-        ValueError: if there are no batches.
+        ValueError: If there are no batches.
     """
     posteriors = [model.encode(model.scaling(raw)) for raw in batches]
     if not posteriors:
         raise ValueError("expected at least one batch of examples to encode, got none")
-    return Gaussian(
-        torch.cat([p.mean for p in posteriors]), torch.cat([p.log_var for p in posteriors])
-    )
+
+    means = torch.cat([posterior.mean for posterior in posteriors])
+    log_vars = torch.cat([posterior.log_var for posterior in posteriors])
+    return Gaussian(means, log_vars)
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Undo a mixed-precision engine's bfloat16: residuals and likelihoods are summed in float32 or better.
+    """Convert bfloat16 and float16, which mixed precision returns, to float32.
+
+    Residuals and likelihoods are sums of many terms, which need the digits.
 
     Args:
-        values: any floating dtype.
+        values: Values of any floating dtype.
 
     Returns:
         The same values, float32 or float64.
     """
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return values.to(dtype)

@@ -1,14 +1,21 @@
-r"""Encoder and decoder pairs for tables and for images of any size from 8 pixels and any number of channels.
+r"""Pairs of an encoder and a decoder, for tables and for images.
 
-An encoder maps data (B, \*) to the (B, 2d) parameters of q(z|x), mean and log-variance; a decoder maps codes
-(B, d) to means (B, \*). Nothing here is special: any ``nn.Module`` with these shapes serves as either.
+Images may have any number of channels and any size from 8 pixels a side.
 
-Three choices are made for real-valued data. The *output layer is linear*: the mean of a Gaussian may be any real
-number, and images do reach 0 and 1, where a sigmoid needs infinite inputs and returns vanishing gradients (where the
-data have bounds, :class:`equipoise.model.VAE` clamps the mean to them, and keeps the gradients). The
-*input is standardised* by the training data's mean and std, and the decoder's *first output is that mean* (see
-:func:`start_at_data`), so the first residual variance (10) is about the data's. The *last layers start small*, so the
-first posterior is close to the prior, the KL starts near zero and training begins from balance.
+An encoder maps data (B, \*) to the (B, 2d) parameters of q(z|x), mean and log-variance side by
+side. A decoder maps codes (B, d) to means (B, \*). Any other ``nn.Module`` with these shapes serves
+as well.
+
+Three choices suit real-valued data:
+
+- The *output layer is linear*. The mean of a Gaussian may be any real number. Images do reach 0 and
+  1, where a sigmoid would need infinite inputs and would have vanishing gradients. Where the data
+  have bounds, :class:`equipoise.model.VAE` clamps the mean to them and keeps the gradients.
+- The *input is standardised* by the mean and std of the training data, and the *first output of the
+  decoder is their mean*, see :func:`start_at_data`. Therefore the first residual variance (10) is
+  close to the variance of the data.
+- The *last layers start with small weights*. Therefore the first posterior is close to the prior,
+  and the KL starts near zero.
 """
 
 import itertools
@@ -27,25 +34,29 @@ from equipoise.kernels import GELU, ConvTranspose2d
 Shape = tuple[int, ...]
 
 MIN_IMAGE_SIZE = 8
+"""Smallest height and width of an image, in pixels."""
 COARSEST_SIZE = 4
-"""Images are halved while the next size would stay at or above this one: 28 -> 14 -> 7, 64 -> 32 -> 16 -> 8 -> 4."""
+"""Images are halved as long as the next size is not below this one.
+
+For example 28 -> 14 -> 7, and 64 -> 32 -> 16 -> 8 -> 4."""
 
 
 def build_encoder(architecture: str, shape: Shape, latent_dim: int, width: int) -> nn.Module:
-    r"""Make the encoder half of a pair.
+    r"""Make an encoder.
 
     Args:
         architecture: "mlp", "conv" or "residual".
-        shape: one example's shape, (C, H, W) for images or (D,) for rows of a table.
-        latent_dim: d.
-        width: channels of the first convolution (doubled at each halving of the image), or 1/8 of the units of
-            a fully connected layer.
+        shape: Shape of one example, (C, H, W) for images or (D,) for rows of a table.
+        latent_dim: Number of latent units d.
+        width: Number of channels of the first convolution, which doubles each time the image is
+            halved. For a fully connected layer, 1/8 of the number of its units.
 
     Returns:
-        Module from (B, \*shape) to (B, 2 d): mean and log-variance side by side.
+        Module from (B, \*shape) to (B, 2 d), mean and log-variance side by side.
 
     Raises:
-        ValueError: if the architecture does not fit the shape.
+        ValueError: If the architecture is unknown or does not fit the shape, or if a number is less
+            than 1.
     """
     _check(architecture, shape, latent_dim, width)
     make_encoder, _ = NETWORKS[architecture]
@@ -53,19 +64,22 @@ def build_encoder(architecture: str, shape: Shape, latent_dim: int, width: int) 
 
 
 def build_decoder(architecture: str, shape: Shape, latent_dim: int, width: int) -> nn.Module:
-    r"""Make the decoder half of a pair; also the shape of a variance network, which maps codes to log-variances.
+    r"""Make a decoder.
+
+    A variance network, which maps codes to log-variances, is also made by this function.
 
     Args:
         architecture: "mlp", "conv" or "residual".
-        shape: one example's shape, (C, H, W) or (D,).
-        latent_dim: d.
-        width: as for :func:`build_encoder`.
+        shape: Shape of one example, (C, H, W) or (D,).
+        latent_dim: Number of latent units d.
+        width: Width, see :func:`build_encoder`.
 
     Returns:
-        Module from (B, d) to (B, \*shape), whose last layer is its attribute ``output``.
+        Module from (B, d) to (B, \*shape). Its last layer is its attribute ``output``.
 
     Raises:
-        ValueError: if the architecture does not fit the shape.
+        ValueError: If the architecture is unknown or does not fit the shape, or if a number is less
+            than 1.
     """
     _check(architecture, shape, latent_dim, width)
     _, make_decoder = NETWORKS[architecture]
@@ -73,15 +87,15 @@ def build_decoder(architecture: str, shape: Shape, latent_dim: int, width: int) 
 
 
 def default_architecture(shape: Shape) -> str:
-    """Convolutions for images, fully connected layers for the rest.
+    """Choose convolutions for images, and fully connected layers for all other data.
 
     Args:
-        shape: one example's shape.
+        shape: Shape of one example.
 
     Returns:
         "conv" for (C, H, W) of at least 8 pixels a side, otherwise "mlp".
     """
-    return "conv" if len(shape) == 3 and min(shape[1:]) >= MIN_IMAGE_SIZE else "mlp"
+    return "conv" if _is_image(shape) else "mlp"
 
 
 @torch.no_grad()
@@ -92,11 +106,11 @@ def start_at_data(encoder: nn.Module, decoder: nn.Module, mean: Tensor, std: Ten
         encoder: Its layer ``standardise`` takes the mean and std of the data.
         decoder: Its layer ``output`` takes the mean as its bias, and starts with small weights. A
             convolution takes one mean per channel.
-        mean: Mean of the training data, one example's shape, model units.
-        std: Standard deviation over all dimensions, a scalar, model units.
+        mean: Mean of the training data, of the shape of one example, model units.
+        std: Standard deviation of the training data over all dimensions, (), model units.
 
     Raises:
-        ValueError: if the networks are not of this module.
+        ValueError: If the networks are not of this module.
     """
     standardise = getattr(encoder, "standardise", None)
     output = getattr(decoder, "output", None)
@@ -108,12 +122,18 @@ def start_at_data(encoder: nn.Module, decoder: nn.Module, mean: Tensor, std: Ten
 
     cast(Tensor, output.weight).mul_(0.1)
     bias = cast(Tensor, output.bias)
-    is_per_channel = len(bias) != mean.numel()
-    bias.copy_(mean.mean(dim=(1, 2)) if is_per_channel else mean.flatten())
+    has_one_per_value = len(bias) == mean.numel()
+    if has_one_per_value:
+        bias.copy_(mean.flatten())
+    else:
+        bias.copy_(mean.mean(dim=(1, 2)))
 
 
 class Standardise(nn.Module):
-    """(x - mean) / std with one fixed mean and std, of the training data."""
+    """(x - mean) / std, with the mean and std of the training data over all dimensions.
+
+    Both are constants, which :func:`start_at_data` sets.
+    """
 
     mean: Tensor
     std: Tensor
@@ -124,22 +144,23 @@ class Standardise(nn.Module):
         self.register_buffer("std", torch.ones(()))
 
     def forward(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """Standardise."""
+        """Standardise the data."""
         return (x - self.mean) / self.std
 
 
 class MLPEncoder(nn.Module):
-    """Two hidden layers of 8 ``width`` units.
+    """Encoder of two hidden layers with 8 ``width`` units each.
 
     Args:
-        shape: one example's shape; flattened.
-        latent_dim: d.
-        width: 1/8 of the units of a layer.
+        shape: Shape of one example. The data are flattened.
+        latent_dim: Number of latent units d.
+        width: 1/8 of the number of units of a hidden layer.
     """
 
     def __init__(self, shape: Shape, latent_dim: int, width: int) -> None:
         super().__init__()
         units = 8 * width
+
         self.standardise = Standardise()
         self.hidden = nn.Sequential(
             nn.Flatten(),
@@ -152,25 +173,30 @@ class MLPEncoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch parameters"]:
         """Map data to the parameters of q(z|x)."""
-        parameters: Tensor = self.output(self.hidden(self.standardise(x)))
+        hidden = self.hidden(self.standardise(x))
+        parameters: Tensor = self.output(hidden)
         return parameters
 
 
 class MLPDecoder(nn.Module):
-    """Mirror image of :class:`MLPEncoder`.
+    """Decoder that mirrors :class:`MLPEncoder`.
 
     Args:
-        shape: one example's shape.
-        latent_dim: d.
-        width: 1/8 of the units of a layer.
+        shape: Shape of one example.
+        latent_dim: Number of latent units d.
+        width: 1/8 of the number of units of a hidden layer.
     """
 
     def __init__(self, shape: Shape, latent_dim: int, width: int) -> None:
         super().__init__()
         units = 8 * width
+
         self.shape = shape
         self.hidden = nn.Sequential(
-            nn.Linear(latent_dim, units), nn.GELU(), nn.Linear(units, units), nn.GELU()
+            nn.Linear(latent_dim, units),
+            nn.GELU(),
+            nn.Linear(units, units),
+            nn.GELU(),
         )
         self.output = nn.Linear(units, math.prod(shape))
 
@@ -181,13 +207,15 @@ class MLPDecoder(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Strided convolutions that halve the image and double the channels, then one hidden layer.
+    """Encoder of strided convolutions, which halve the image, and one hidden layer.
+
+    The channels double at each convolution, up to 8 ``width``.
 
     Args:
-        shape: (C, H, W), at least 8 x 8.
-        latent_dim: d.
-        width: channels after the first convolution.
-        residual: put a residual block after each convolution.
+        shape: Shape of one image, (C, H, W), at least 8 x 8 pixels.
+        latent_dim: Number of latent units d.
+        width: Number of channels after the first convolution.
+        residual: Whether a residual block follows each convolution.
     """
 
     def __init__(
@@ -195,34 +223,38 @@ class ConvEncoder(nn.Module):
     ) -> None:
         super().__init__()
         sizes, channels = _pyramid(shape, width)
+
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(channels):
             layers += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), GELU()]
             if residual:
                 layers.append(ResidualBlock(outputs))
+
         units = 8 * width
+        coarsest = channels[-1] * math.prod(sizes[-1])
+        layers += [nn.Flatten(), nn.Linear(coarsest, units), nn.GELU()]
+
         self.standardise = Standardise()
-        self.hidden = nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(channels[-1] * math.prod(sizes[-1]), units), nn.GELU()
-        )
+        self.hidden = nn.Sequential(*layers)
         self.output = _posterior_layer(units, latent_dim)
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch parameters"]:
         """Map images to the parameters of q(z|x)."""
-        parameters: Tensor = self.output(self.hidden(self.standardise(x)))
+        hidden = self.hidden(self.standardise(x))
+        parameters: Tensor = self.output(hidden)
         return parameters
 
 
 class ConvDecoder(nn.Module):
-    """Mirror image of :class:`ConvEncoder`, with transposed convolutions.
+    """Decoder that mirrors :class:`ConvEncoder`, with transposed convolutions.
 
     Args:
-        shape: (C, H, W), at least 8 x 8.
-        latent_dim: d.
-        width: channels before the last convolution.
-        residual: put a residual block before each convolution.
+        shape: Shape of one image, (C, H, W), at least 8 x 8 pixels.
+        latent_dim: Number of latent units d.
+        width: Number of channels before the last convolution.
+        residual: Whether a residual block comes before each convolution.
     """
 
     def __init__(
@@ -230,25 +262,32 @@ class ConvDecoder(nn.Module):
     ) -> None:
         super().__init__()
         sizes, channels = _pyramid(shape, width)
-        self.shape = shape
+
         units = 8 * width
+        coarsest = channels[-1] * math.prod(sizes[-1])
         layers: list[nn.Module] = [
             nn.Linear(latent_dim, units),
             nn.GELU(),
-            nn.Linear(units, channels[-1] * math.prod(sizes[-1])),
+            nn.Linear(units, coarsest),
             nn.GELU(),
             nn.Unflatten(1, (channels[-1], *sizes[-1])),
         ]
+
         for level in range(len(sizes) - 1, 0, -1):
             if residual:
                 layers.append(ResidualBlock(channels[level]))
-            # Halving an odd size loses a row; the output padding brings it back.
-            (big_height, big_width), (height, breadth) = sizes[level - 1], sizes[level]
-            odd = (big_height - 2 * height, big_width - 2 * breadth)
-            up = ConvTranspose2d(channels[level], channels[level - 1], output_padding=odd)
-            layers += [up, GELU()] if level > 1 else [up]
-        self.output = up
-        self.hidden = nn.Sequential(*layers[:-1])
+
+            # Halving an odd size loses a row. The output padding adds it again.
+            height, breadth = sizes[level]
+            finer_height, finer_breadth = sizes[level - 1]
+            padding = (finer_height - 2 * height, finer_breadth - 2 * breadth)
+            inputs, outputs = channels[level], channels[level - 1]
+            layers += [ConvTranspose2d(inputs, outputs, output_padding=padding), GELU()]
+
+        # The last convolution gives the mean, without an activation.
+        *hidden, output, _ = layers
+        self.output = output
+        self.hidden = nn.Sequential(*hidden)
 
     def forward(
         self, z: Float[Tensor, "batch latent"]
@@ -259,10 +298,12 @@ class ConvDecoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + f(x) with two 3 x 3 convolutions, normalised so that depth does not change the scale.
+    """x + f(x), where f normalises x and applies two 3 x 3 convolutions.
+
+    The normalisation keeps the scale of f(x) from growing with the depth.
 
     Args:
-        channels: of input and output.
+        channels: Number of channels of the input and the output.
     """
 
     def __init__(self, channels: int) -> None:
@@ -291,29 +332,41 @@ NETWORKS: dict[
     "conv": (ConvEncoder, ConvDecoder),
     "residual": (partial(ConvEncoder, residual=True), partial(ConvDecoder, residual=True)),
 }
-"""How encoder and decoder of each architecture are made from the shape of an example, d and the
-width. The names are those of :data:`equipoise.catalogue.ARCHITECTURES`.
+"""The classes of encoder and decoder of each architecture.
 
-An encoder has a layer ``standardise``, a decoder a last layer ``output``; see
-:func:`start_at_data`."""
+Each is called with the shape of an example, d and the width. The names are those of
+:data:`equipoise.catalogue.ARCHITECTURES`. An encoder has a layer ``standardise`` and a decoder has
+a last layer ``output``, see :func:`start_at_data`."""
 
 
 def _pyramid(shape: Shape, width: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Sizes and channels from the image down to the coarsest level; channels stop growing at 8 ``width``."""
-    sizes, channels = [(shape[1], shape[2])], [shape[0]]
-    while not sizes[1:] or min(sizes[-1]) // 2 >= COARSEST_SIZE:
+    """Return sizes and channels of all levels, from the image down to the coarsest level.
+
+    The channels double at each level, up to 8 ``width``. There are at least two levels.
+    """
+    sizes = [(shape[1], shape[2])]
+    channels = [shape[0]]
+
+    while len(sizes) == 1 or min(sizes[-1]) // 2 >= COARSEST_SIZE:
         height, breadth = sizes[-1]
         sizes.append((height // 2, breadth // 2))
         channels.append(min(width * 2 ** (len(sizes) - 2), 8 * width))
+
     return sizes, channels
 
 
 def _posterior_layer(units: int, latent_dim: int) -> nn.Linear:
+    """Make the last layer of an encoder, whose first posterior is close to the prior."""
     layer = nn.Linear(units, 2 * latent_dim)
     with torch.no_grad():
         layer.weight.mul_(0.1)
         layer.bias.zero_()
     return layer
+
+
+def _is_image(shape: Shape) -> bool:
+    """Return whether examples of this shape are images that convolutions can take."""
+    return len(shape) == 3 and min(shape[1:]) >= MIN_IMAGE_SIZE
 
 
 def _check(architecture: str, shape: Shape, latent_dim: int, width: int) -> None:
@@ -327,8 +380,7 @@ def _check(architecture: str, shape: Shape, latent_dim: int, width: int) -> None
             f"got {latent_dim}, {width} and {shape}."
         )
 
-    needs_images = ARCHITECTURES[architecture].needs_images
-    if needs_images and (len(shape) != 3 or min(shape[1:]) < MIN_IMAGE_SIZE):
+    if ARCHITECTURES[architecture].needs_images and not _is_image(shape):
         raise ValueError(
             f"architecture={architecture!r} needs images (channels, height, width) of at least "
             f"{MIN_IMAGE_SIZE} x {MIN_IMAGE_SIZE} pixels, got examples of shape {shape}; "

@@ -1,7 +1,9 @@
-"""Files: whole or not at all, safetensors and JSON, never pickle.
+"""Reading and writing files: safetensors and JSON, never pickle.
 
-A model is ``model.safetensors``: its tensors, and in the file's metadata the JSON description from which the
-module is built before it is filled. Loading verifies names, shapes and dtypes and says what differs.
+A file appears complete or not at all. The file of a model, ``model.safetensors``, holds its tensors
+and, in the metadata, a JSON description. To load a model, the module is built from the description
+and then filled with the tensors. Names, shapes and dtypes are compared before that, and the error
+names all differences.
 """
 
 import contextlib
@@ -26,46 +28,56 @@ from equipoise.networks import build_decoder, build_encoder
 from equipoise.noise import GlobalNoise, build_noise
 
 FORMAT = "equipoise-1"
+"""Format of the tensor files, which is written into their metadata."""
 
 
 class StoreError(ValueError):
-    """A file that cannot be read or written, with what to do about it."""
+    """A file cannot be read or written. The message says what to do about it."""
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Write a file whole: a temporary beside it, flushed to disk, then renamed over it.
+    """Write a file so that it appears complete or not at all.
 
-    A kill at any moment leaves the old file or the new one, and a full disk leaves the old one.
+    The data go to a temporary file in the same folder, are flushed to the disk, and the temporary
+    file is renamed. If the process is killed, the old file or the new one is there. If the disk is
+    full, the old one is there.
 
     Args:
-        path: where the file shall be; its folder is made.
+        path: Path of the file. Its folder is made if it does not exist.
 
     Yields:
-        The temporary path to write to, with the same ending.
+        Path of the temporary file to write to. It has the same ending.
 
     Raises:
-        OSError: if the disk is full or may not be written to.
+        OSError: If the disk is full or cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+
     try:
         yield temporary
+
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
+
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"no space left to write {path}; what was there before is untouched, so free some and go on"
+            message = (
+                f"no space left to write {path}; what was there before is untouched, "
+                "so free some and go on"
+            )
             raise OSError(error.errno, message) from error
         raise
+
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, where the system lets folders be opened."""
+    """Flush a rename in a folder to the disk, on systems that can open folders."""
     with contextlib.suppress(PermissionError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -75,11 +87,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 (any JSON value)
-    """Write JSON whole.
+    """Write a JSON file, which appears complete or not at all.
 
     Args:
-        path: the file.
-        value: any JSON value; NaN is refused.
+        path: Path of the file.
+        value: Any JSON value. NaN and infinite numbers are refused.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with whole_file(path) as temporary:
@@ -87,16 +99,16 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 (any JSON value)
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 (any JSON value)
-    """Read JSON.
+    """Read a JSON file.
 
     Args:
-        path: the file.
+        path: Path of the file.
 
     Returns:
-        The value.
+        The JSON value.
 
     Raises:
-        StoreError: if the file is absent or not JSON.
+        StoreError: If the file does not exist or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -106,69 +118,83 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 (any JSON value)
         raise StoreError(f"{path} is not valid JSON ({error}).") from error
 
 
-def write_tensors(path: Path, kind: str, tensors: dict[str, Tensor], description: Any) -> None:  # noqa: ANN401 (JSON)
-    """Write tensors and a JSON description into one safetensors file, whole, with a checksum of the tensors.
+def write_tensors(
+    path: Path,
+    kind: str,
+    tensors: dict[str, Tensor],
+    description: Any,  # noqa: ANN401 (any JSON value)
+) -> None:
+    """Write tensors, a JSON description and a checksum of the tensors into one safetensors file.
+
+    The file appears complete or not at all.
 
     Args:
-        path: the file.
-        kind: what it holds, such as "model"; asked for when it is read.
-        tensors: by name; stored contiguous, on the CPU.
-        description: any JSON value.
+        path: Path of the file.
+        kind: Name of what the file holds, such as "model". :func:`read_tensors` compares it.
+        tensors: Tensors by name. They are stored contiguously, and may be on any device.
+        description: Any JSON value.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
         "kind": kind,
         "description": json.dumps(description, allow_nan=False),
-        "sha256": _checksum(plain),
+        "sha256": _checksum(cpu_tensors),
     }
-    data = serialise(plain, metadata)
+    data = serialise(cpu_tensors, metadata)
+
     with whole_file(path) as temporary:
         temporary.write_bytes(data)
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
-    """Read what :func:`write_tensors` wrote.
+    """Read a file that :func:`write_tensors` wrote.
 
     Args:
-        path: the file.
-        kind: what it should hold.
+        path: Path of the file.
+        kind: Name of what the file should hold.
 
     Returns:
         Tensors by name, on the CPU, and the description.
 
     Raises:
-        StoreError: if the file is absent, torn, altered, or from elsewhere.
+        StoreError: If the file does not exist, is damaged, was altered, was not written by
+            equipoise, or holds something else.
     """
     if not path.is_file():
         raise StoreError(f"There is no {path}.")
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise StoreError(f"{path} is damaged or not a safetensors file ({error}).") from error
-    found = metadata.get("format", "")
-    if not found.startswith("equipoise-"):
+
+    file_format = metadata.get("format", "")
+    if not file_format.startswith("equipoise-"):
         raise StoreError(
             f"{path} was not written by equipoise: its metadata has no equipoise format."
         )
-    if found != FORMAT:
+    if file_format != FORMAT:
         raise StoreError(
-            f"{path} has the format {found}, this version of equipoise reads {FORMAT}; update equipoise."
+            f"{path} has the format {file_format}, this version of equipoise reads {FORMAT}; "
+            "update equipoise."
         )
     if metadata.get("kind") != kind:
         raise StoreError(f"{path} holds a {metadata.get('kind')}, not a {kind}.")
     if metadata.get("sha256") != _checksum(tensors):
         raise StoreError(f"{path} was altered after it was written: its checksum differs.")
+
     return tensors, json.loads(metadata["description"])
 
 
 def file_checksum(path: Path) -> str:
-    """Tell a file from any other.
+    """Compute a checksum of a file.
 
     Args:
-        path: the file.
+        path: Path of the file.
 
     Returns:
         SHA-256 of its bytes, hexadecimal.
@@ -177,45 +203,52 @@ def file_checksum(path: Path) -> str:
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and values, in the order of the names."""
     digest = hashlib.sha256()
+
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
     return digest.hexdigest()
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    """Fill a module's parameters and buffers, after comparing names, shapes and dtypes.
+    """Fill the parameters and buffers of a module.
 
     Args:
-        module: built with the shapes that the tensors should have.
-        tensors: by the names of ``module.state_dict()``.
-        what: the file, for the message.
+        module: Module that was built with the shapes of the tensors.
+        tensors: Tensors by the names of ``module.state_dict()``.
+        what: Name of the file, for the error message.
 
     Raises:
-        StoreError: if anything differs; lists all differences.
+        StoreError: If names, shapes or dtypes differ. The message lists all differences.
     """
     expected = module.state_dict()
     problems = [f"missing: {name}" for name in expected if name not in tensors]
     problems += [f"unexpected: {name}" for name in tensors if name not in expected]
+
     for name in expected.keys() & tensors.keys():
-        want, got = expected[name], tensors[name]
-        if want.shape != got.shape or want.dtype != got.dtype:
+        shape, dtype = expected[name].shape, expected[name].dtype
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.dtype != dtype:
             problems.append(
-                f"{name}: expected {tuple(want.shape)} {want.dtype}, found {tuple(got.shape)} {got.dtype}"
+                f"{name}: expected {tuple(shape)} {dtype}, "
+                f"found {tuple(tensor.shape)} {tensor.dtype}"
             )
+
     if problems:
         raise StoreError(f"{what} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
     module.load_state_dict(tensors)
 
 
 def save_model(path: Path, model: VAE) -> None:
-    """Save a model: networks, noise and units.
+    """Save a model with its networks, its noise model and its scaling.
 
     Args:
-        path: file to write, usually RUN/model.safetensors.
-        model: any :class:`VAE`, with our networks or the user's own.
+        path: Path of the file, usually RUN/model.safetensors.
+        model: Any :class:`VAE`, with networks of ``networks.py`` or of the user's own.
     """
     write_tensors(path, "model", model.state_dict(), model.description())
 
@@ -226,16 +259,18 @@ def load_model(
     """Load a model, in evaluation mode, on the CPU.
 
     Args:
-        path: file that :func:`save_model` wrote.
-        encoder: the user's own encoder, built as it was when saved; weights need not match.
-        decoder: likewise.
+        path: Path of a file that :func:`save_model` wrote.
+        encoder: The user's own encoder, built as it was when the model was saved. Its weights are
+            replaced.
+        decoder: The user's own decoder, built as it was when the model was saved. Its weights are
+            replaced.
 
     Returns:
         The model.
 
     Raises:
-        StoreError: if the file is damaged or does not fit, or the model has networks of the user's own that
-            were not given.
+        StoreError: If the file is damaged or does not fit, or if the model has networks of the
+            user's own that were not passed.
     """
     tensors, description = read_tensors(path, "model")
     model = build_model(description, encoder, decoder, what=str(path))
@@ -249,50 +284,41 @@ def build_model(
     decoder: nn.Module | None = None,
     what: str = "the description",
 ) -> VAE:
-    """Build the module that a description tells of; its tensors are still to be filled.
+    """Build the module that a description is of. Its tensors are filled afterwards.
 
     Args:
-        description: what :meth:`VAE.description` returned.
-        encoder: the user's own, if the description has no architecture.
-        decoder: likewise.
-        what: source of the description, for messages.
+        description: What :meth:`VAE.description` returned.
+        encoder: The user's own encoder, if the description has no architecture.
+        decoder: The user's own decoder, if the description has no architecture.
+        what: Name of the description's source, for error messages.
 
     Returns:
-        The model with meaningless weights.
+        The model, with meaningless weights.
 
     Raises:
-        StoreError: if the user's own networks are needed, or given where they are not.
+        StoreError: If networks of the user's own are needed but not passed, or are passed but not
+            needed, or if the noise model is not known.
     """
-    shape, latent_dim = tuple(description["shape"]), description["latent_dim"]
-    architecture, width = description["architecture"], description["width"]
-    own = [name for name, module in (("encoder", encoder), ("decoder", decoder)) if module is None]
-    if architecture is None and own:
-        raise StoreError(
-            f"{what} has networks of your own ({description['encoder']}, {description['decoder']}): build them as they "
-            f"were and pass them as {' and '.join(f'{name}=' for name in own)}."
-        )
-    if architecture is not None:
-        if len(own) < 2:
-            raise StoreError(
-                f"{what} has the {architecture!r} networks of equipoise; do not pass encoder or decoder."
-            )
-        encoder = build_encoder(architecture, shape, latent_dim, width)
-        decoder = build_decoder(architecture, shape, latent_dim, width)
+    encoder, decoder = _build_networks(description, encoder, decoder, what)
     scaling = Scaling(
         torch.zeros(description["offset_shape"]),
         torch.ones(description["scale_shape"]),
         description["quantum"],
     )
+
+    mean_bounds = description["mean_bounds"]
+    if mean_bounds is not None:
+        mean_bounds = tuple(mean_bounds)
     model = VAE(
-        encoder,  # type: ignore[arg-type]
-        decoder,  # type: ignore[arg-type]
+        encoder,
+        decoder,
         GlobalNoise(),
-        shape=shape,
-        latent_dim=latent_dim,
+        shape=tuple(description["shape"]),
+        latent_dim=description["latent_dim"],
         scaling=scaling,
-        architecture=architecture,
-        width=width,
-        mean_bounds=tuple(description["mean_bounds"]) if description["mean_bounds"] else None,
+        architecture=description["architecture"],
+        width=description["width"],
+        mean_bounds=mean_bounds,
         deterministic=description["deterministic"],
     )
 
@@ -303,26 +329,60 @@ def build_model(
     return model
 
 
+def _build_networks(
+    description: dict[str, Any], encoder: nn.Module | None, decoder: nn.Module | None, what: str
+) -> tuple[nn.Module, nn.Module]:
+    """Build the networks that a description is of, or check that the user's own were passed."""
+    architecture = description["architecture"]
+
+    if architecture is None:
+        if encoder is not None and decoder is not None:
+            return encoder, decoder
+
+        missing = []
+        if encoder is None:
+            missing.append("encoder=")
+        if decoder is None:
+            missing.append("decoder=")
+        raise StoreError(
+            f"{what} has networks of your own ({description['encoder']}, "
+            f"{description['decoder']}): build them as they were and pass them as "
+            f"{' and '.join(missing)}."
+        )
+
+    if encoder is not None or decoder is not None:
+        raise StoreError(
+            f"{what} has the {architecture!r} networks of equipoise; "
+            "do not pass encoder or decoder."
+        )
+
+    shape = tuple(description["shape"])
+    latent_dim, width = description["latent_dim"], description["width"]
+    encoder = build_encoder(architecture, shape, latent_dim, width)
+    decoder = build_decoder(architecture, shape, latent_dim, width)
+    return encoder, decoder
+
+
 def save_mixture(path: Path, mixture: GaussianMixture, description: dict[str, Any]) -> None:
     """Save a mixture fitted to the aggregate posterior.
 
     Args:
-        path: file to write, usually RUN/aggregate.safetensors.
-        mixture: weights, means and covariances.
-        description: how it was fitted, JSON values.
+        path: Path of the file, usually RUN/aggregate.safetensors.
+        mixture: The mixture, eq. (13).
+        description: JSON values that describe how it was fitted.
     """
     tensors = {name: getattr(mixture, name) for name in ("weights", "means", "covariances")}
     write_tensors(path, "mixture", tensors, description)
 
 
 def load_mixture(path: Path) -> tuple[GaussianMixture, dict[str, Any]]:
-    """Load a mixture.
+    """Load a mixture, on the CPU.
 
     Args:
-        path: file that :func:`save_mixture` wrote.
+        path: Path of a file that :func:`save_mixture` wrote.
 
     Returns:
-        The mixture and how it was fitted.
+        The mixture, and the description of how it was fitted.
     """
     tensors, description = read_tensors(path, "mixture")
     return GaussianMixture(**tensors), description
@@ -332,9 +392,9 @@ def save_flow(path: Path, flow: CodeFlow, description: dict[str, Any]) -> None:
     """Save a flow fitted to the aggregate posterior.
 
     Args:
-        path: file to write, usually RUN/flow.safetensors.
-        flow: fitted.
-        description: how it was fitted, JSON values.
+        path: Path of the file, usually RUN/flow.safetensors.
+        flow: The fitted flow.
+        description: JSON values that describe how it was fitted.
     """
     write_tensors(path, "flow", flow.state_dict(), {"flow": flow.description(), **description})
 
@@ -343,21 +403,24 @@ def load_flow(path: Path) -> tuple[CodeFlow, dict[str, Any]]:
     """Load a flow, on the CPU.
 
     Args:
-        path: file that :func:`save_flow` wrote.
+        path: Path of a file that :func:`save_flow` wrote.
 
     Returns:
-        The flow and how it was fitted.
+        The flow, and the description of how it was fitted.
 
     Raises:
-        StoreError: if the file is damaged or does not fit.
-        ImportError: if the library of the extra ``flow`` is missing.
+        StoreError: If the file is damaged or does not fit.
+        ImportError: If the library of the extra ``flow`` is missing.
     """
     tensors, description = read_tensors(path, "flow")
     options = description.pop("flow")
-    K, d = options.pop("n_components"), options.pop("latent_dim")
-    blank = GaussianMixture(
-        torch.full((K,), 1 / K), torch.zeros(K, d), torch.eye(d).repeat(K, 1, 1)
-    )
+    K = options.pop("n_components")
+    d = options.pop("latent_dim")
+
+    weights = torch.full((K,), 1 / K)
+    covariances = torch.eye(d).repeat(K, 1, 1)
+    blank = GaussianMixture(weights, torch.zeros(K, d), covariances)
     flow = CodeFlow(blank, **options)
     fill(flow, tensors, str(path))
+
     return flow.requires_grad_(False).eval(), description

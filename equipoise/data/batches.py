@@ -1,9 +1,8 @@
-"""Batches of raw examples on a device, in an order that is a pure function of seed and epoch."""
+"""Batches of raw examples on a device, in an order that depends only on seed and epoch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import chain, islice, repeat
 
 import numpy as np
@@ -17,12 +16,14 @@ from equipoise.randomness import stream
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
-    """Shuffle n examples: the same order for the same arguments, so that resuming needs no stored state.
+    """Draw the order of n examples in an epoch.
+
+    The same arguments give the same order, so that a run can be resumed without stored state.
 
     Args:
-        n: number of examples.
-        seed: of the run.
-        epoch: number of the pass over the data.
+        n: Number of examples.
+        seed: Seed of the run.
+        epoch: Number of the pass over the data.
 
     Returns:
         A permutation of 0, ..., n - 1, on the CPU.
@@ -43,18 +44,18 @@ def batches_of(
     rank: int = 0,
     world_size: int = 1,
 ) -> "EpochBatches":
-    """Batches of whatever training examples are.
+    """Make the batches of a subset or of a stream.
 
     Args:
-        examples: a subset or a stream.
-        batch_size: examples per batch and process.
-        device: where the batches go.
-        seed: shuffle by this seed and the epoch; None for the order of ``examples``.
-        rank: number of this process.
-        world_size: number of processes.
+        examples: A subset or a stream.
+        batch_size: Number of examples per batch and process.
+        device: Device of the batches.
+        seed: Seed that, with the epoch, determines the order. None keeps the order of ``examples``.
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
 
     Returns:
-        Its batches, epoch by epoch.
+        The batches, epoch by epoch.
 
     Example:
         >>> import numpy as np
@@ -66,13 +67,14 @@ def batches_of(
         return StreamBatches(
             examples, batch_size, device, seed=seed, rank=rank, world_size=world_size
         )
+
     return Batches(
         examples.at_hand, batch_size, device, seed=seed, rank=rank, world_size=world_size
     )
 
 
 def examples(part: ExampleSet, n: int, device: torch.device | str = "cpu") -> Tensor:
-    r"""Take a few examples: evenly spread over an array, or over the first ones of a stream.
+    r"""Take a few examples, evenly spread over an array or over the first examples of a stream.
 
     Args:
         part: One split of the data.
@@ -88,22 +90,24 @@ def examples(part: ExampleSet, n: int, device: torch.device | str = "cpu") -> Te
 
 
 class EpochBatches(ABC):
-    r"""Batches of raw examples, epoch by epoch, of which each process gets its part.
+    r"""Batches of raw examples, epoch by epoch. Each process gets its part of every batch.
 
-    All processes get the same number of batches, none empty, and each example is visited once an epoch (unless
-    ``drop_last``); so the last batch may be longer by one than ``batch_size`` for some of them.
+    All processes get the same number of batches, and no batch is empty. Each example is visited
+    once an epoch, unless ``drop_last`` is set. Therefore the last batch of some processes may have
+    one example more than ``batch_size``.
 
     Args:
-        n: number of examples.
-        batch_size: examples per batch and process.
-        device: where the batches go.
-        seed: shuffle by this seed and the epoch; None for the order of the examples, as for evaluation.
-        rank: number of this process.
-        world_size: number of processes.
-        drop_last: leave out the last batch if it is incomplete.
+        n: Number of examples.
+        batch_size: Number of examples per batch and process.
+        device: Device of the batches.
+        seed: Seed that, with the epoch, determines the order. None keeps the order of the examples,
+            as in evaluation.
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
+        drop_last: Whether the last batch is left out if it is incomplete.
 
     Raises:
-        ValueError: if there would be no batch, or an argument is out of its range.
+        ValueError: If there would be no batch, or if an argument is out of its range.
     """
 
     def __init__(
@@ -123,13 +127,19 @@ class EpochBatches(ABC):
             raise ValueError(
                 f"rank must be in 0..{world_size - 1} for a world_size of {world_size}, not {rank}"
             )
-        fewest = n // world_size  # some processes have one more
-        self.count = fewest // batch_size if drop_last else -(-fewest // batch_size)
-        if not self.count:
+
+        # Some processes have one example more than this.
+        fewest = n // world_size
+        count = fewest // batch_size
+        if fewest % batch_size and not drop_last:
+            count += 1
+        if count == 0:
+            condition = " with drop_last" if drop_last else ""
             raise ValueError(
-                f"{n} examples make no batch of {batch_size} for {world_size} processes"
-                + (" with drop_last" if drop_last else "")
+                f"{n} examples make no batch of {batch_size} for {world_size} processes{condition}"
             )
+
+        self.count = count
         self.n = n
         self.batch_size = batch_size
         self.device = torch.device(device)
@@ -142,30 +152,33 @@ class EpochBatches(ABC):
         return self.count
 
     def size(self, batch: int) -> int:
-        """Examples in a batch, those of all processes together.
+        """Count the examples in a batch of all processes together.
 
         Args:
-            batch: from 0.
+            batch: Number of the batch, from 0.
 
         Returns:
-            ``batch_size * world_size``, but for the last batch, which has what is left.
+            ``batch_size * world_size``. If ``drop_last`` is not set, the last batch has all
+            examples that are left.
         """
-        usual = self.batch_size * self.world_size
-        is_last = batch == self.count - 1 and not self.drop_last
-        return self.n - usual * batch if is_last else usual
+        full_size = self.batch_size * self.world_size
+        if batch == self.count - 1 and not self.drop_last:
+            return self.n - full_size * batch
+        return full_size
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
         r"""Go through the examples once.
 
         Args:
-            epoch: which pass, for the order.
-            start: number of batches to leave out, as when resuming within an epoch; a stream reads them all the same.
+            epoch: Number of the pass over the data, which determines the order.
+            start: Number of batches to leave out, for a run that is resumed within an epoch. A
+                stream reads these batches but does not return them.
 
         Returns:
             Batches of raw examples on the device, (B, \*).
 
         Raises:
-            ValueError: if ``start`` is not in 0..len(self).
+            ValueError: If ``start`` is not in 0..len(self).
         """
         if not 0 <= start <= self.count:
             raise ValueError(f"start must be in 0..{self.count}, not {start}")
@@ -173,29 +186,34 @@ class EpochBatches(ABC):
 
     @abstractmethod
     def _epoch(self, epoch: int, start: int) -> Iterator[Tensor]:
-        """As :meth:`epoch`, whose arguments have been checked."""
+        """Do what :meth:`epoch` documents. The arguments have been checked."""
 
 
 class Batches(EpochBatches):
-    r"""Batches of raw examples: uint8 stays uint8 until the model scales it on the device.
+    r"""Batches of an array of raw examples.
 
-    Examples that fit are copied to the device once and gathered there; others are gathered from the memory
-    map by a thread that is one batch ahead. Which of the two happens does not change what is yielded.
+    The examples keep their type: uint8 stays uint8 until the model scales it on the device. If all
+    examples fit, they are copied to the device once, and batches are gathered there. Otherwise a
+    thread, which is one batch ahead, gathers them from the memory map. The batches are the same in
+    both cases.
 
-    With several processes, each gets every ``world_size``-th example of the same order; see :class:`EpochBatches`.
+    With several processes, each gets every ``world_size``-th example of the same order, see
+    :class:`EpochBatches`.
 
     Args:
-        examples: raw examples, (N, \*).
-        batch_size: examples per batch and process.
-        device: where the batches go.
-        seed: shuffle by this seed and the epoch; None for the order of ``examples``, as for evaluation.
-        drop_last: leave out the last batch if it is incomplete.
-        resident_bytes: largest size of ``examples`` that is copied to the device as a whole.
-        rank: number of this process.
-        world_size: number of processes.
+        examples: Raw examples, (N, \*).
+        batch_size: Number of examples per batch and process.
+        device: Device of the batches.
+        seed: Seed that, with the epoch, determines the order. None keeps the order of ``examples``,
+            as in evaluation.
+        drop_last: Whether the last batch is left out if it is incomplete.
+        resident_bytes: Largest size of ``examples``, in bytes, that is copied to the device as a
+            whole.
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
 
     Raises:
-        ValueError: if there would be no batch, or an argument is out of its range.
+        ValueError: If there would be no batch, or if an argument is out of its range.
 
     Example:
         >>> import numpy as np
@@ -219,33 +237,47 @@ class Batches(EpochBatches):
         super().__init__(
             len(examples), batch_size, device, seed, rank, world_size, drop_last=drop_last
         )
-        self.examples = examples if isinstance(examples, Subset) else Subset.whole(examples)
-        fits = self.examples.nbytes <= resident_bytes
-        self.resident = torch.from_numpy(self.examples[:]).to(self.device) if fits else None
+        if not isinstance(examples, Subset):
+            examples = Subset.whole(examples)
+        self.examples = examples
+
+        self.resident: Tensor | None = None
+        if examples.nbytes <= resident_bytes:
+            self.resident = torch.from_numpy(examples[:]).to(self.device)
 
     def _epoch(self, epoch: int, start: int) -> Iterator[Tensor]:
         rows = self._rows(epoch)[start:]
-        if self.resident is None:
-            return self._stream(rows)
-        return map(partial(self.resident.index_select, 0), rows)
+
+        resident = self.resident
+        if resident is None:
+            return self._gather_ahead(rows)
+        return (resident.index_select(0, row) for row in rows)
 
     def _rows(self, epoch: int) -> list[Tensor]:
+        """Return the numbers of the examples in each batch of this process."""
         n = len(self.examples)
         order = torch.arange(n) if self.seed is None else epoch_order(n, self.seed, epoch)
-        mine = order[self.rank :: self.world_size]
-        if self.drop_last:
-            mine = mine[: self.batch_size * self.count]
-        if self.resident is not None:
-            mine = mine.to(self.device)
-        return list(mine.tensor_split([self.batch_size * batch for batch in range(1, self.count)]))
 
-    def _stream(self, rows: list[Tensor]) -> Iterator[Tensor]:
+        order = order[self.rank :: self.world_size]
+        if self.drop_last:
+            order = order[: self.batch_size * self.count]
+        if self.resident is not None:
+            order = order.to(self.device)
+
+        starts = [self.batch_size * batch for batch in range(1, self.count)]
+        return list(order.tensor_split(starts))
+
+    def _gather_ahead(self, rows: list[Tensor]) -> Iterator[Tensor]:
+        """Gather each batch in a thread while the batch before it is used."""
         ahead: Future[Tensor] | None = None
+
         with ThreadPoolExecutor(max_workers=1) as thread:
             for row in rows:
-                ready, ahead = ahead, thread.submit(self._gather, row)
+                ready = ahead
+                ahead = thread.submit(self._gather, row)
                 if ready is not None:
                     yield ready.result().to(self.device, non_blocking=True)
+
             if ahead is not None:
                 yield ahead.result().to(self.device, non_blocking=True)
 
@@ -256,24 +288,27 @@ class Batches(EpochBatches):
 class StreamBatches(EpochBatches):
     r"""Batches of a stream, which is read from front to back and shuffled through its buffer.
 
-    The order depends on seed, epoch, buffer size and the order of the source, and not on the batches in which the
-    source gives the examples. With a buffer for all of them it is that of :class:`Batches`. With several processes,
-    each reads the whole stream, and gets every ``world_size``-th example of the same shuffled order, in as many
-    batches as the others, as from :class:`Batches`.
+    The order depends on the seed, the epoch, the size of the buffer and the order of the source. It
+    does not depend on the sizes of the arrays in which the source gives the examples. If the buffer
+    holds all examples, the order is that of :class:`Batches`.
 
-    It is read in the thread that takes the batches: the work of a source that is slow is best done in the workers of
-    a ``DataLoader``.
+    With several processes, each reads the whole stream and gets every ``world_size``-th example of
+    the same shuffled order. All processes get the same number of batches, see
+    :class:`EpochBatches`.
+
+    The stream is read in the thread that takes the batches. If the source is slow, its work is best
+    done in the workers of a ``DataLoader``.
 
     Args:
-        stream: raw examples.
-        batch_size: examples per batch and process.
-        device: where the batches go.
-        seed: shuffle by this seed and the epoch; None for the order of the source.
-        rank: number of this process.
-        world_size: number of processes.
+        stream: Stream of raw examples.
+        batch_size: Number of examples per batch and process.
+        device: Device of the batches.
+        seed: Seed that, with the epoch, determines the order. None keeps the order of the source.
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
 
     Raises:
-        ValueError: if there would be no batch, or an argument is out of its range.
+        ValueError: If there would be no batch, or if an argument is out of its range.
     """
 
     def __init__(
@@ -290,63 +325,83 @@ class StreamBatches(EpochBatches):
         self.stream = stream
 
     def _epoch(self, epoch: int, start: int) -> Iterator[Tensor]:
-        mine = len(range(self.rank, len(self.stream), self.world_size))
-        last = mine - self.batch_size * (self.count - 1)
-        sizes = chain(repeat(self.batch_size, self.count - 1), [last])
-        batches = islice(_recut(self._mine(epoch), sizes), start, None)
+        # The last batch of this process has what the full batches before it leave.
+        n = len(range(self.rank, len(self.stream), self.world_size))
+        last_size = n - self.batch_size * (self.count - 1)
+        sizes = chain(repeat(self.batch_size, self.count - 1), [last_size])
+
+        batches = islice(_recut(self._pieces(epoch), sizes), start, None)
         return (_pinned(batch, self.device).to(self.device, non_blocking=True) for batch in batches)
 
-    def _mine(self, epoch: int) -> Iterator[Array]:
-        """Every ``world_size``-th example of the epoch's order."""
+    def _pieces(self, epoch: int) -> Iterator[Array]:
+        """Yield every ``world_size``-th example of the epoch's order, in arrays of any size."""
         pieces = self.stream.batches()
         if self.seed is not None:
-            pieces = _shuffled(
-                pieces,
-                len(self.stream),
-                self.stream.buffer_size,
-                stream(self.seed, epoch),
-            )
-        before = 0
+            generator = stream(self.seed, epoch)
+            pieces = _shuffled(pieces, len(self.stream), self.stream.buffer_size, generator)
+
+        n_before = 0
         for piece in pieces:
-            yield piece[(self.rank - before) % self.world_size :: self.world_size]
-            before += len(piece)
+            first = (self.rank - n_before) % self.world_size
+            yield piece[first :: self.world_size]
+            n_before += len(piece)
 
 
 def _shuffled(
     pieces: Iterator[Array], n: int, buffer_size: int, generator: torch.Generator
 ) -> Iterator[Array]:
-    """Fill a buffer; then hand out and replace an eighth of it at a time, drawn at random; then what is left."""
+    """Shuffle n examples through a buffer.
+
+    First the buffer is filled. Then an eighth of it at a time is drawn at random, yielded, and
+    replaced by new examples. At the end the examples in the buffer are yielded in random order.
+
+    With an eighth, the cost per example of drawing does not depend on the size of the buffer, and
+    an example stays in the buffer for as long as if examples were drawn one by one.
+    """
     buffered = min(buffer_size, n)
-    # An eighth: drawing costs the same for any buffer size, and an example stays as long as if drawn one by one.
     step = max(1, buffered // 8)
-    full, rest = divmod(n - buffered, step)
-    recut = _recut(pieces, chain([buffered], repeat(step, full), [rest] if rest else []))
-    buffer = next(recut)
-    for incoming in recut:
+    n_full_steps, rest = divmod(n - buffered, step)
+    sizes = chain([buffered], repeat(step, n_full_steps))
+    if rest:
+        sizes = chain(sizes, [rest])
+
+    arrays = _recut(pieces, sizes)
+    buffer = next(arrays)
+    for incoming in arrays:
         drawn = torch.randperm(buffered, generator=generator)[: len(incoming)].numpy()
         outgoing = buffer[drawn]
         buffer[drawn] = incoming
         yield outgoing
+
     order = torch.randperm(buffered, generator=generator).numpy()
     for first in range(0, buffered, step):
         yield buffer[order[first : first + step]]
 
 
 def _recut(pieces: Iterator[Array], sizes: Iterable[int]) -> Iterator[Array]:
-    """Consecutive examples in arrays of other sizes, which together are as many; then let the pieces end, too."""
+    """Yield the same examples in the same order, in arrays of the given sizes.
+
+    The sizes must add up to the number of examples. At the end the pieces are asked for one more,
+    so that a stream that has more examples than it should can raise its error.
+    """
     piece = next(pieces)
+
     for size in sizes:
-        whole, filled = np.empty((size, *piece.shape[1:]), piece.dtype), 0
-        while filled < size:
-            if not len(piece):
+        array = np.empty((size, *piece.shape[1:]), piece.dtype)
+        n_filled = 0
+        while n_filled < size:
+            if len(piece) == 0:
                 piece = next(pieces)
-            taken, piece = np.split(piece, [size - filled])
-            whole[filled : filled + len(taken)] = taken
-            filled += len(taken)
-        yield whole
-    next(pieces, None)  # a stream that has more than it should says so here
+
+            taken, piece = np.split(piece, [size - n_filled])
+            array[n_filled : n_filled + len(taken)] = taken
+            n_filled += len(taken)
+        yield array
+
+    next(pieces, None)
 
 
 def _pinned(values: Array, device: torch.device) -> Tensor:
+    """Convert a batch to a tensor, in pinned memory if it goes to a GPU."""
     batch = torch.from_numpy(values)
     return batch.pin_memory() if device.type == "cuda" else batch
