@@ -39,7 +39,7 @@ autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-# For the notebooks: the `equipoise` of this environment, and one thread, as 8 x 8 images are too small for more.
+# The notebooks call the `equipoise` of this environment, on one thread: 8 x 8 images are small.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -122,7 +122,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         output_size: list[int] | None = None,
     ) -> Float[Tensor, "batch outputs big_height big_width"]:
         """Convolve, and add the bias."""
-        padding = cast(tuple[int, int], self.output_padding)
+        # The type is a string because torch 2.6 cannot trace a subscripted class.
+        padding = cast("tuple[int, int]", self.output_padding)
 
         # Compilers and the transforms of torch.func know torch's own operations only.
         is_transformed = (

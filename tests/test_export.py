@@ -131,7 +131,8 @@ def test_files_carry_their_own_weights_only_and_no_paths_of_this_machine(exporte
         }
     else:
         axes = onnx.load(decoder).graph.input[0].type.tensor_type.shape.dim
-        assert [axis.dim_param or axis.dim_value for axis in axes] == ["n", 2]
+        assert axes[0].dim_param in {"n", "s0"}  # torch 2.6 gives it a name of its own
+        assert axes[1].dim_value == 2
 
 
 @pytest.mark.parametrize("to", FORMATS)

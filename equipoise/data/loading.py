@@ -280,7 +280,7 @@ def load_stream(
     )
 
 
-def _record(source: object, **arguments: Any) -> dict[str, Any]:
+def _record(source: object, **arguments: object) -> dict[str, Any]:
     """Record with which arguments a source that has a name is found again.
 
     Paths become absolute, so that a run finds its data from anywhere. Arguments that change nothing

@@ -54,7 +54,7 @@ def latent_section(subject: Subject) -> dict[str, Any]:
 
 
 def _code_log_likelihood(subject: Subject, codes: Tensor) -> dict[str, Any]:
-    """Judge each density by codes of the test data, and further ones by their gain, code by code."""
+    """Judge each density by codes of the test data, and further ones by their gain over it."""
     section: dict[str, Any] = code_log_likelihood(codes, subject.mixture)._asdict()
     if not subject.sources:
         return {"code_log_likelihood": section}
