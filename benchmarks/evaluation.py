@@ -3,7 +3,7 @@ r"""Run `equipoise evaluate` as a user would, and compare the figures of several
     python benchmarks/evaluation.py evaluate mnist --data-dir DATA --run RUN \
         --against fashion-mnist --out results/evaluation-mnist.json
     python benchmarks/evaluation.py table results/evaluation-{mnist,fashion-mnist}.json
-    python benchmarks/evaluation.py spread results/evaluation-mnist{,-seed-1,-seed-2}.json
+    python benchmarks/evaluation.py spread results/evaluation-digits-seed-{0,1,2}.json
 
 A run that does not exist is trained first.
 """

@@ -1,7 +1,7 @@
-"""Find malignant breast tumours, having seen only benign ones: odd rows of a table.
+"""Find malignant breast tumours with a model that was trained on benign ones only.
 
-The model learns 30 measurements of benign cells (the data set comes with scikit-learn). Each new row then gets a tail
-probability: the chance that a benign one is as odd.
+The model learns 30 measurements of benign cells; the data set comes with scikit-learn. Each new row
+then gets a tail probability, which is the probability that a benign row is at least as odd.
 """
 
 import argparse
@@ -16,16 +16,16 @@ from equipoise import VAEEstimator, plots
 from equipoise.metrics.outliers import ModelScores, auroc, model_scores, outlier_scores
 
 TRAINING, REFERENCE = 0.7, 0.15
-"""Shares of the benign rows to train on, and to compare with; the rest is the test."""
+"""Shares of the benign rows to train on and to compare with. The rest are test rows."""
 
 
 def main() -> None:
-    """Train, score, print, draw."""
+    """Train a model, score rows, print how many are found, and draw the scores."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--epochs", type=int, default=200, help="of stage 1; stage 2 takes half as many (200)"
+        "--epochs", type=int, default=200, help="epochs of stage 1, twice those of stage 2 (200)"
     )
     parser.add_argument(
         "--false-alarms", type=float, default=0.1, help="share of benign rows to flag (0.1)"
@@ -49,14 +49,18 @@ def main() -> None:
     ).fit(train)
 
     reference = scores(vae, reference_rows)
-    inliers, outliers = (outlier_scores(scores(vae, rows), reference) for rows in (test, malignant))
-    found = auroc(inliers.combined, outliers.combined)
+    inliers = outlier_scores(scores(vae, test), reference)
+    outliers = outlier_scores(scores(vae, malignant), reference)
+
+    area = auroc(inliers.combined, outliers.combined)
     print(
-        f"AUROC {found.value:.3f} ± {found.standard_error:.3f} over {found.n} rows that were not trained on"
+        f"AUROC {area.value:.3f} ± {area.standard_error:.3f} "
+        f"over {area.n} rows that were not trained on"
     )
-    for name, of in (("benign", inliers), ("malignant", outliers)):
-        flagged = np.mean(of.tail_probability <= options.false_alarms)
+    for name, result in (("benign", inliers), ("malignant", outliers)):
+        flagged = np.mean(result.tail_probability <= options.false_alarms)
         print(f"{name:9} {flagged:6.1%} flagged at a tail probability of {options.false_alarms:g}")
+
     figure = plots.outlier_scores(
         np.log(inliers.combined), np.log(outliers.combined), "log of the combined score"
     )
@@ -64,11 +68,11 @@ def main() -> None:
 
 
 def scores(vae: VAEEstimator, rows: NDArray[np.float64]) -> ModelScores:
-    """Score rows by the parts of the model.
+    """Score rows with each part of the model.
 
     Args:
-        vae: fitted.
-        rows: (n, features).
+        vae: The fitted estimator.
+        rows: The rows, (n, features).
 
     Returns:
         A score of each part for each row.

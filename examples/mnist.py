@@ -1,6 +1,7 @@
-"""Train on some MNIST digits: the noise variance that is learned, uncertainty maps, and new digits.
+"""Train on some MNIST digits, and show the learned noise variance, uncertainty maps and new digits.
 
-Needs train-images-idx3-ubyte and t10k-images-idx3-ubyte (plain or .gz) in --data-dir, and ends politely without.
+It needs the files train-images-idx3-ubyte and t10k-images-idx3-ubyte (plain or .gz) in --data-dir.
+Without them it says so and ends.
 """
 
 import argparse
@@ -17,16 +18,14 @@ SHOWN = 25
 
 
 def main() -> None:
-    """Train, sample, print, draw."""
+    """Train a model, print its figures, and draw reconstructions and samples."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data-dir", type=Path, help="where MNIST lies; the usual places if left out"
-    )
+    parser.add_argument("--data-dir", type=Path, help="folder of MNIST (the usual places)")
     parser.add_argument("-n", type=int, default=6000, help="digits to train on, of 58,000 (6000)")
     parser.add_argument(
-        "--epochs", type=int, default=4, help="of stage 1; stage 2 takes half as many (4)"
+        "--epochs", type=int, default=4, help="epochs of stage 1, twice those of stage 2 (4)"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("mnist.png"), help="picture to write (mnist.png)"
@@ -38,6 +37,7 @@ def main() -> None:
     except FileNotFoundError as error:
         print(f"Skipped: {error}")
         return
+
     few = slice(options.n // 10)
     data = replace(
         everything,
@@ -45,6 +45,7 @@ def main() -> None:
         validation=everything.validation.take(few),
         test=everything.test.take(few),
     )
+
     config = TrainConfig(
         width=16,
         batch_size=64,
@@ -59,22 +60,29 @@ def main() -> None:
 
     learned = [row["validation_noise_var"] for row in history if row["stage"] == 1][-1]
     print(f"noise variance learned: {learned:.4f}, where the usual VAE has 0.5")
+
     test = torch.from_numpy(data.test[:])
-    found = noise_calibration(model, [test], varying_dimensions(test)).varying_dimensions
+    last = history[-1]
     print(
-        f"test digits: ELBO {history[-1]['test_elbo']:.0f} nats, squared error {history[-1]['test_mse']:.4f} per pixel"
+        f"test digits: ELBO {last['test_elbo']:.0f} nats, "
+        f"squared error {last['test_mse']:.4f} per pixel"
     )
-    if found is not None:
+    calibration = noise_calibration(model, [test], varying_dimensions(test)).varying_dimensions
+    if calibration is not None:
         print(
-            f"pixels that vary, within one predicted std: {found.coverage_1.value:.1%}, nominally 68.3%"
+            "pixels that vary, within one predicted std: "
+            f"{calibration.coverage_1.value:.1%}, nominally 68.3%"
         )
 
     with torch.no_grad():
         x = model.scaling(test[:SHOWN])
-        seen = model.reconstruct(x)
+        reconstruction = model.reconstruct(x)
         new = model.generate(SHOWN, mixture, torch.Generator().manual_seed(0))
-    figure = plots.reconstructions(x.numpy(), seen.mean.numpy(), seen.std.numpy())
+
+    mean, std = reconstruction.mean.numpy(), reconstruction.std.numpy()
+    figure = plots.reconstructions(x.numpy(), mean, std)
     print(f"wrote {plots.save(figure, options.out)}")
+
     figure = plots.samples(new.mean.numpy(), new.std.numpy(), "new digits")
     print(f"wrote {plots.save(figure, options.out.with_stem(options.out.stem + '-new'))}")
 

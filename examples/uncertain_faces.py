@@ -1,6 +1,7 @@
-"""Reconstruct faces, with a map of how far off each pixel may be, and look at what is no face.
+"""Reconstruct faces with maps of their uncertainty, and compare them with patches without a face.
 
-The 100 faces and 100 other patches of 25 x 25 pixels come inside the package scikit-image: pip install scikit-image.
+The package scikit-image contains the 100 faces and 100 other patches, of 25 x 25 pixels each:
+pip install scikit-image.
 """
 
 import argparse
@@ -16,12 +17,12 @@ HELD_OUT, SHOWN = 25, 10
 
 
 def main() -> None:
-    """Train, reconstruct, print, draw."""
+    """Train a model, print how right its std is, and draw reconstructions."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--epochs", type=int, default=60, help="of stage 1; stage 2 takes half as many (60)"
+        "--epochs", type=int, default=60, help="epochs of stage 1, twice those of stage 2 (60)"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("faces.png"), help="picture to write (faces.png)"
@@ -31,6 +32,8 @@ def main() -> None:
     faces, others = np.split(lfw_subset().astype(np.float32), 2)
     shuffled = np.random.default_rng(0).permutation(faces)
     test, train = np.split(shuffled, [HELD_OUT])
+    train = np.concatenate([train, train[:, :, ::-1]])  # with their mirror images, as they are few
+
     vae = VAEEstimator(
         latent_dim=8,
         width=16,
@@ -38,26 +41,31 @@ def main() -> None:
         weight_decay=0.3,
         stage_1_epochs=options.epochs,
         stage_2_epochs=options.epochs // 2,
-        floor=0.3,  # of so few images most errors are below the optimum of stage 1, and the maps would be flat
+        # With so few images, most errors are below the optimum of stage 1. With the default floor
+        # the maps would be flat.
+        floor=0.3,
         recalibrate="scale",
         random_state=0,
-    ).fit(np.concatenate([train, train[:, :, ::-1]]))  # mirrored, too: they are few
+    ).fit(train)
 
     print(
-        f"pixels within one predicted std, nominally 68.3% (noise variance of stage 1: {vae.noise_var_:.4f})"
+        "pixels within one predicted std, nominally 68.3% "
+        f"(noise variance of stage 1: {vae.noise_var_:.4f})"
     )
     for name, images in (("new faces", test), ("no faces", others)):
-        seen = vae.reconstruct(images)
-        print(f"  {name:9} {np.mean(np.abs(images - seen.mean) <= seen.std):.1%}")
-    found = auroc(-vae.score_samples(test), -vae.score_samples(others))
-    print(f"AUROC of telling the others from faces: {found.value:.2f} ± {found.standard_error:.2f}")
+        reconstruction = vae.reconstruct(images)
+        error = np.abs(images - reconstruction.mean)
+        print(f"  {name:9} {np.mean(error <= reconstruction.std):.1%}")
+
+    area = auroc(-vae.score_samples(test), -vae.score_samples(others))
+    print(f"AUROC of telling the others from faces: {area.value:.2f} ± {area.standard_error:.2f}")
 
     shown = np.concatenate([test[:SHOWN], others[:SHOWN]])
-    seen = vae.reconstruct(shown)
-    figure = plots.reconstructions(shown[:, None], seen.mean[:, None], seen.std[:, None])
-    print(
-        f"wrote {plots.save(figure, options.out)}: {SHOWN} new faces, then {SHOWN} patches that are none"
-    )
+    reconstruction = vae.reconstruct(shown)
+    mean, std = reconstruction.mean[:, None], reconstruction.std[:, None]
+    figure = plots.reconstructions(shown[:, None], mean, std)
+    path = plots.save(figure, options.out)
+    print(f"wrote {path}: {SHOWN} new faces, then {SHOWN} patches that are none")
 
 
 if __name__ == "__main__":
