@@ -18,169 +18,22 @@ saved, loaded and resumed like all others, as long as the module that defines it
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from equipoise.gaussian import sum_dimensions
 from equipoise.kernels import lower_bound
+from equipoise.residuals import AllReduce, ResidualQuantiles, ResidualVariance
 
 NoiseUpdate = Literal["closed-form", "gradient"]
-AllReduce: TypeAlias = Callable[[Tensor], Tensor]
-"""A function that sums a tensor over processes, with the same result in all of them."""
 
 MIN_VAR = 1e-10
 """Smallest variance of any model, in squared units of data of order one. float32 cannot resolve a
 smaller residual."""
 MAX_INTERVAL_STD, INTERVAL_POINTS = 4.0, 33
 """Calibrated intervals are known at every eighth of a std up to four, and interpolated between."""
-
-
-class ResidualVariance(nn.Module):
-    r"""Mean squared residual as sum and count in float64, the closed form of eq. (10).
-
-    .. math:: \sigma_*^2 = \frac1{ND} \sum_n \mathrm{E}_{q(z|x_n)} \sum_i (x_{ni} - m_i(z))^2
-
-    The residuals must come from *samples* z of q(z|x): the expectation over z belongs to the
-    equation, and the posterior mean in its place underestimates the variance. Partial results of
-    several processes combine by adding ``sum`` and ``count``.
-
-    Args:
-        shape: () for one variance. Otherwise a shape that broadcasts to one example's, with 1 for
-            each axis that is averaged over.
-
-    Example:
-        >>> statistic = ResidualVariance()
-        >>> statistic.update(torch.tensor([[1.0, 3.0], [1.0, 1.0]]))
-        >>> statistic.var
-        tensor(3., dtype=torch.float64)
-    """
-
-    sum: Tensor
-    count: Tensor
-
-    def __init__(self, shape: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.register_buffer("sum", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    @torch.no_grad()
-    def update(
-        self,
-        residual: Float[Tensor, "batch *event"],
-        keep: float = 1.0,
-        all_reduce: AllReduce | None = None,
-    ) -> None:
-        r"""Add a batch.
-
-        Args:
-            residual: x - m(z), (B, \*), in the unit of the data.
-            keep: Factor on all earlier batches. Below one, they are forgotten exponentially.
-            all_reduce: Sums over processes, if ``residual`` is this process's part of the batch.
-        """
-        squared = residual.square()
-        if not self.sum.ndim:
-            # So few values that float32 is enough; float64 is slow on many devices.
-            squared = sum_dimensions(squared)
-        squared = squared.sum(0, dtype=torch.float64).sum_to_size(self.sum.shape)
-        count: float | Tensor = residual.numel() / self.sum.numel()
-
-        if all_reduce is not None:
-            totals = all_reduce(torch.cat([squared.flatten(), squared.new_tensor([count])]))
-            squared, count = totals[:-1].view_as(squared), totals[-1]
-
-        self.sum.mul_(keep).add_(squared)
-        self.count.mul_(keep).add_(count)
-
-    def all_reduce(self, all_reduce: AllReduce) -> None:
-        """Add the batches of the other processes.
-
-        Args:
-            all_reduce: Sums over the processes.
-        """
-        self.sum.copy_(all_reduce(self.sum))
-        self.count.copy_(all_reduce(self.count))
-
-    @property
-    def var(self) -> Tensor:
-        """The variance, in the squared unit of the data; NaN before the first batch."""
-        return self.sum / self.count
-
-
-class ResidualQuantiles(nn.Module):
-    r"""Quantiles of the size of standardised residuals, from a histogram of any number of them.
-
-    Each power of two has 2048 cells, so that a quantile is exact to 0.05 %, and rounded up. Partial
-    results of several processes combine by adding ``counts``.
-
-    Example:
-        >>> statistic = ResidualQuantiles()
-        >>> statistic.update(torch.tensor([[-0.5, 1.0, -2.0, 4.0]]))
-        >>> statistic.quantile(torch.tensor([0.5, 1.0]))
-        tensor([1.0005, 4.0020])
-    """
-
-    SHIFT = 12
-    """Bits that a float32 loses: 11 of its mantissa's 23 remain."""
-
-    counts: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("counts", torch.zeros(2 ** (31 - self.SHIFT), dtype=torch.int64))
-
-    @torch.no_grad()
-    def update(self, standardised: Float[Tensor, "batch *event"]) -> None:
-        r"""Add a batch.
-
-        Args:
-            standardised: (x - m(z)) / std(z), any shape.
-
-        Raises:
-            ValueError: if a value is not finite.
-        """
-        size = standardised.abs().float().flatten()
-        if not bool(size.isfinite().all()):
-            raise ValueError(
-                "expected finite residuals and a positive std, but their ratio is not finite"
-            )
-
-        # Floats that are not negative have the order of their bits.
-        cell = size.view(torch.int32) >> self.SHIFT
-        self.counts += torch.bincount(cell, minlength=len(self.counts))
-
-    def all_reduce(self, all_reduce: AllReduce) -> None:
-        """Add the batches of the other processes.
-
-        Args:
-            all_reduce: Sums over the processes.
-        """
-        self.counts.copy_(all_reduce(self.counts))
-
-    def quantile(self, share: Float[Tensor, " shares"]) -> Float[Tensor, " shares"]:
-        """Find the smallest size that at least the given shares of the residuals do not exceed.
-
-        Args:
-            share: Each within 0 and 1.
-
-        Returns:
-            One size per share, float32, in predicted std.
-
-        Raises:
-            ValueError: if there have been no residuals.
-        """
-        cumulative = self.counts.cumsum(0)
-        n = int(cumulative[-1])
-        if not n:
-            raise ValueError(
-                "no residuals to take quantiles of; give at least one batch of held-out data"
-            )
-
-        rank = (share.double().to(cumulative.device) * n).ceil().clamp(1, n).long()
-        cell = torch.searchsorted(cumulative, rank)
-        return ((cell + 1) << self.SHIFT).to(torch.int32).view(torch.float32)
 
 
 class NoiseModel(nn.Module, ABC):

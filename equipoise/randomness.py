@@ -13,7 +13,7 @@ def stream_seed(seed: int, *parts: int | str) -> int:
 
     Args:
         seed: Seed of the run.
-        parts: Name of the stream, and numbers such as that of an epoch or a process.
+        *parts: Name of the stream, and numbers such as that of an epoch or a process.
 
     Returns:
         A whole number from 0 to below 2^64, the same on every machine.
@@ -31,7 +31,7 @@ def stream(seed: int, *parts: int | str, device: torch.device | str = "cpu") -> 
 
     Args:
         seed: Seed of the run.
-        parts: Name of the stream, and numbers such as that of an epoch or a process.
+        *parts: Name of the stream, and numbers such as that of an epoch or a process.
         device: Device of the draws.
 
     Returns:

@@ -11,14 +11,8 @@ from torch import nn
 from equipoise.gaussian import Gaussian
 from equipoise.kernels import bounded, lower_bound
 from equipoise.model import VAE
-from equipoise.noise import (
-    DimensionNoise,
-    FixedNoise,
-    GlobalNoise,
-    PredictedNoise,
-    ResidualQuantiles,
-    ResidualVariance,
-)
+from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, PredictedNoise
+from equipoise.residuals import ResidualQuantiles, ResidualVariance
 
 Z = torch.zeros(4, 2)
 

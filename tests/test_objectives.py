@@ -3,7 +3,7 @@ import torch
 
 from equipoise.gaussian import Gaussian, standard_normal_log_prob
 from equipoise.model import VAE
-from equipoise.noise import FixedNoise, GlobalNoise, PredictedNoise, ResidualVariance
+from equipoise.noise import FixedNoise, GlobalNoise, PredictedNoise
 from equipoise.objectives import (
     IMQ_SCALES,
     BatchVarianceElbo,
@@ -17,6 +17,7 @@ from equipoise.objectives import (
     importance_weighted_bounds,
     maximum_mean_discrepancy,
 )
+from equipoise.residuals import ResidualVariance
 from tests.oracles import Ppca, linear_gaussian_data, ppca_vae
 
 

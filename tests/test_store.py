@@ -12,7 +12,8 @@ from torch import nn
 
 from equipoise.aggregate import GaussianMixture
 from equipoise.model import VAE, Scaling
-from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, ResidualQuantiles
+from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise
+from equipoise.residuals import ResidualQuantiles
 from equipoise.store import (
     StoreError,
     load_mixture,

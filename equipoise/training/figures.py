@@ -181,6 +181,9 @@ class SplitFigures(NamedTuple):
 
         Args:
             split: Name of the split, which each name begins with.
+
+        Returns:
+            Averages by name.
         """
         return {f"{split}_{name}": getattr(self, name) for name in LOGGED}
 

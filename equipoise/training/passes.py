@@ -68,6 +68,9 @@ class SplitPass:
 
         Args:
             batch: Number of the batch, from 0.
+
+        Returns:
+            The number; the last batch may have fewer.
         """
         return self.batches.size(batch)
 
@@ -98,6 +101,9 @@ class SplitPass:
         Args:
             generator: Generator that all processes have in the same state.
             batch: Number of the batch, from 0.
+
+        Returns:
+            The source of this process's share of the draws.
         """
         rank, size = self.processes.rank, self.processes.size
         return SharedGenerator(generator, self.size(batch), rank, size)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from equipoise.model import VAE
-from equipoise.noise import AllReduce, ResidualQuantiles, ResidualVariance
+from equipoise.residuals import AllReduce, ResidualQuantiles, ResidualVariance
 from equipoise.training.passes import SplitPass
 
 
