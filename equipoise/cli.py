@@ -653,7 +653,7 @@ def _train(options: Namespace) -> None:
 
 def _refuse_with_resume(options: Namespace) -> None:
     """Refuse data and options that a resumed run has already."""
-    names = ("recipe", "set", "out", "precision")
+    names = ("recipe", "set", "out", "precision", "download", "stream", "strict")
     superfluous = [f"--{name}" for name in names if getattr(options, name)]
     if options.data:
         superfluous.append(options.data)
@@ -953,6 +953,8 @@ def _reconstruct(options: Namespace) -> None:
     from equipoise.outputs import write_reconstructions
     from equipoise.run import Run
 
+    if options.n is not None and options.n < 1:
+        raise ConfigError([f"-n must be at least 1, got {options.n}"])
     run = Run(options.run)
     model = run.model()
     folder = Path(options.out) if options.out else run.folder / "reconstructions"

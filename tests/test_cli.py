@@ -150,6 +150,13 @@ def test_a_source_that_is_none_is_refused_with_the_choices(trained, capsys):
         assert "no source of codes 'mixture=0'; choose from prior, gaussian, mixture" in printed
 
 
+@pytest.mark.parametrize("command", ["sample", "reconstruct"])
+def test_fewer_than_one_example_is_refused(trained, capsys, command):
+    for n in ("0", "-3"):
+        printed = refused(command, trained[0].folder, "-n", n, capsys=capsys)
+        assert "-n must be at least 1" in printed
+
+
 def test_pixel_noise_is_added_on_demand(trained, tmp_path):
     for name, flag in (("means", []), ("noisy", ["--noise"])):
         main(["sample", str(trained[0].folder), "-n", "50", "--out", str(tmp_path / name), *flag])
@@ -278,6 +285,7 @@ def test_resume_goes_on_with_the_runs_own_data_and_options(trained, tmp_path, ca
     assert len(Run(copy).history()) == 3
     printed = refused("train", "mnist", "--resume", copy, "--set", "width=3", capsys=capsys)
     assert "leave out --set, mnist" in printed
+    assert "leave out --strict" in refused("train", "--resume", copy, "--strict", capsys=capsys)
     assert "not a run" in refused("train", "--resume", tmp_path / "nowhere", capsys=capsys)
 
 

@@ -685,6 +685,30 @@ def test_variational_mixture_leaves_components_unused():
     assert not fit_variational_mixture(codes, 10, max_iter=1, generator=seeded()).converged
 
 
+def test_variational_bayes_wins_where_codes_are_few_and_components_many():
+    """It empties what it does not need, and needs no held-out codes to choose K by."""
+    gains, losses = [], []
+    for seed in range(5):
+        generator = seeded(seed)
+        centres = 3 * torch.randn(3, 4, generator=generator)
+
+        def draw(n, centres=centres, generator=generator):
+            components = torch.randint(3, (n,), generator=generator)
+            return centres[components] + torch.randn(n, 4, generator=generator)
+
+        few, judges, more = draw(60), draw(15), draw(2000)
+        variational = fit_variational_mixture(few, 10, generator=seeded(seed)).mixture
+        by_em = fit_mixture(few, 10, generator=seeded(seed)).mixture
+        chosen = fit_mixture(few, "auto", held_out=judges, generator=seeded(seed)).mixture
+
+        score = variational.log_prob(more).mean().item()
+        gains.append(score - by_em.log_prob(more).mean().item())
+        losses.append(chosen.log_prob(more).mean().item() - score)
+
+    assert min(gains) > 2  # nats per code
+    assert np.mean(losses) < 0.2
+
+
 def spoiled(value):
     codes = clusters()
     codes[3, 1] = codes[5, 0] = value

@@ -228,7 +228,7 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
     if config.tracker in TRACKERS and not is_installed(config.tracker):
         problems.append(
             f"tracker={config.tracker} needs the library of that name: "
-            f"pip install {config.tracker}, or 'equipoise[track]' for all trackers"
+            f"pip install {config.tracker}, or 'equipoise[track]' for all trackers but trackio"
         )
 
     if problems:
