@@ -29,6 +29,8 @@ from equipoise.noise import GlobalNoise, build_noise
 
 FORMAT = "equipoise-1"
 """Format of the tensor files, which is written into their metadata."""
+METADATA_KEY = "equipoise"
+"""The one key of a file's metadata, under which everything but the tensors is."""
 
 
 class StoreError(ValueError):
@@ -124,7 +126,7 @@ def write_tensors(
     tensors: dict[str, Tensor],
     description: Any,  # noqa: ANN401 (any JSON value)
 ) -> None:
-    """Write tensors, a JSON description and a checksum of the tensors into one safetensors file.
+    """Write tensors, a JSON description and a checksum of both into one safetensors file.
 
     The file appears complete or not at all.
 
@@ -135,13 +137,15 @@ def write_tensors(
         description: Any JSON value.
     """
     cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {
+    text = json.dumps(description, allow_nan=False)
+    record = {
         "format": FORMAT,
         "kind": kind,
-        "description": json.dumps(description, allow_nan=False),
-        "sha256": _checksum(cpu_tensors),
+        "description": text,
+        "sha256": _checksum(kind, text, cpu_tensors),
     }
-    data = serialise(cpu_tensors, metadata)
+    # One key, because safetensors writes several in an order that differs between processes.
+    data = serialise(cpu_tensors, {METADATA_KEY: json.dumps(record)})
 
     with whole_file(path) as temporary:
         temporary.write_bytes(data)
@@ -172,22 +176,37 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
     except SafetensorError as error:
         raise StoreError(f"{path} is damaged or not a safetensors file ({error}).") from error
 
-    file_format = metadata.get("format", "")
-    if not file_format.startswith("equipoise-"):
+    if METADATA_KEY not in metadata:
         raise StoreError(
             f"{path} was not written by equipoise: its metadata has no equipoise format."
         )
-    if file_format != FORMAT:
-        raise StoreError(
-            f"{path} has the format {file_format}, this version of equipoise reads {FORMAT}; "
-            "update equipoise."
-        )
-    if metadata.get("kind") != kind:
-        raise StoreError(f"{path} holds a {metadata.get('kind')}, not a {kind}.")
-    if metadata.get("sha256") != _checksum(tensors):
+    record = _read_record(path, metadata[METADATA_KEY])
+    if record["kind"] != kind:
+        raise StoreError(f"{path} holds a {record['kind']}, not a {kind}.")
+    if record["sha256"] != _checksum(kind, record["description"], tensors):
         raise StoreError(f"{path} was altered after it was written: its checksum differs.")
 
-    return tensors, json.loads(metadata["description"])
+    return tensors, json.loads(record["description"])
+
+
+def _read_record(path: Path, text: str) -> dict[str, str]:
+    """Read the metadata of a file; its format must be ours, and every entry a string."""
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise StoreError(f"{path} was altered after it was written: {error}.") from error
+
+    entries = ("format", "kind", "description", "sha256")
+    is_record = isinstance(record, dict)
+    if not is_record or not all(isinstance(record.get(entry), str) for entry in entries):
+        raise StoreError(f"{path} was altered after it was written: its metadata lack an entry.")
+
+    if record["format"] != FORMAT:
+        raise StoreError(
+            f"{path} has the format {record['format']}, this version of equipoise reads {FORMAT}; "
+            "update equipoise."
+        )
+    return record
 
 
 def file_checksum(path: Path) -> str:
@@ -202,9 +221,9 @@ def file_checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and values, in the order of the names."""
-    digest = hashlib.sha256()
+def _checksum(kind: str, description: str, tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of everything in a file: kind, description, and tensors by name."""
+    digest = hashlib.sha256(f"{kind}\0{description}\0".encode())
 
     for name in sorted(tensors):
         tensor = tensors[name]

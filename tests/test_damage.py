@@ -1,0 +1,122 @@
+"""Damaged files: every bit of a description, and every truncation, of each kind of tensor file."""
+
+import json
+import struct
+
+import pytest
+import torch
+
+from equipoise.aggregate import GaussianMixture
+from equipoise.model import VAE
+from equipoise.store import (
+    StoreError,
+    load_mixture,
+    load_model,
+    read_tensors,
+    save_mixture,
+    save_model,
+)
+from equipoise.training.checkpoint import load_checkpoint, save_checkpoint
+
+
+def mixture_file(path):
+    mixture = GaussianMixture(torch.tensor([0.25, 0.75]), torch.randn(2, 1), torch.ones(2, 1, 1))
+    save_mixture(path, mixture, {"fit": "em", "held_out": [1.5, None]})
+
+
+def model_file(path):
+    save_model(path, VAE.build((2,), latent_dim=1, width=1))
+
+
+def checkpoint_file(path):
+    state = {"position": [3, 12], "model": {"weight": torch.randn(2)}, 7: ("a", None, 0.5)}
+    save_checkpoint(path.parent, 1, state).replace(path)
+
+
+READERS = {
+    "mixture": (mixture_file, load_mixture),
+    "model": (model_file, load_model),
+    "checkpoint": (checkpoint_file, lambda path: read_tensors(path, "checkpoint")),
+}
+
+
+def header_size(content):
+    return 8 + struct.unpack("<Q", content[:8])[0]
+
+
+def loads_as_before(read, path, before):
+    """Whether a file is read, and to the same content; False where it is refused."""
+    try:
+        after = read(path)
+    except StoreError:
+        return False
+    assert comparable(after) == before
+    return True
+
+
+def comparable(content):
+    """Everything that a reader returned, as text that equals only itself."""
+    if isinstance(content, torch.nn.Module):
+        content = content.state_dict()
+    if isinstance(content, dict):
+        return {str(name): comparable(value) for name, value in content.items()}
+    if isinstance(content, tuple | list):
+        return [comparable(value) for value in content]
+    return content.tolist() if isinstance(content, torch.Tensor) else content
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_every_bit_of_a_header_matters_or_is_refused(tmp_path, kind):
+    """A flip is refused by a StoreError, or it changed nothing that is read, such as a blank."""
+    write, read = READERS[kind]
+    path = tmp_path / "file.safetensors"
+    write(path)
+    content, before = path.read_bytes(), comparable(read(path))
+    survived = 0
+    for position in range(8 * header_size(content)):
+        damaged = bytearray(content)
+        damaged[position // 8] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        survived += loads_as_before(read, path, before)
+    assert survived == 0
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_bits_of_tensors_and_truncations_are_refused(tmp_path, kind):
+    write, read = READERS[kind]
+    path = tmp_path / "file.safetensors"
+    write(path)
+    content = path.read_bytes()
+    start = header_size(content)
+    for position in range(8 * start, 8 * len(content), 8 * max(1, (len(content) - start) // 200)):
+        damaged = bytearray(content)
+        damaged[position // 8] ^= 1 << position % 7
+        path.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"altered|damaged"):
+            read(path)
+    for length in range(0, len(content), max(1, len(content) // 300)):
+        path.write_bytes(content[:length])
+        with pytest.raises(StoreError):
+            read(path)
+
+
+@pytest.mark.parametrize("bit", range(0, 4000, 97))
+def test_the_older_checkpoint_serves_where_the_newest_is_damaged(tmp_path, bit):
+    save_checkpoint(tmp_path, 1, {"epoch": 1, "weight": torch.ones(3)})
+    newest = save_checkpoint(tmp_path, 2, {"epoch": 2, "weight": torch.zeros(3)})
+    content = bytearray(newest.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    newest.write_bytes(content)
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint.state["epoch"] == 1
+    assert len(checkpoint.refused) == 1
+
+
+def test_equal_content_is_an_equal_file(tmp_path):
+    for name in ("first", "second"):
+        torch.manual_seed(0)
+        model_file(tmp_path / name)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    header = (tmp_path / "first").read_bytes()
+    metadata = json.loads(header[8 : header_size(header)])["__metadata__"]
+    assert list(metadata) == ["equipoise"]
