@@ -88,12 +88,12 @@ class Unit(NamedTuple):
 
 
 def prepare(
-    found: Found, test_fraction: float, validation_fraction: float, *, for_training: bool = True
+    content: Found, test_fraction: float, validation_fraction: float, *, for_training: bool = True
 ) -> Data:
     """Check the arrays of a source, choose their unit, and split off the parts that are missing.
 
     Args:
-        found: Content of the source.
+        content: Content of the source.
         test_fraction: Share of the examples for the test if the source has no test part.
         validation_fraction: Share of the training part for validation if the source has no
             validation part.
@@ -106,38 +106,38 @@ def prepare(
     Raises:
         ValueError: If a model cannot learn from the arrays. The message says why and what to do.
     """
-    parts = [part for part in (found.train, found.validation, found.test) if part is not None]
+    parts = [part for part in (content.train, content.validation, content.test) if part is not None]
     notes = [note for part in parts for note in part.notes]
 
-    views = [examples(part.values, found.source) for part in parts]
+    views = [examples(part.values, content.source) for part in parts]
     count, *shape = views[0].shape
 
     if for_training and count < MIN_EXAMPLES:
         details = "".join(f"; {note}" for note in notes)
         raise ValueError(
-            f"{found.source}: too few training examples: {count} of at least {MIN_EXAMPLES}"
+            f"{content.source}: too few training examples: {count} of at least {MIN_EXAMPLES}"
             f"{details}"
         )
     if len({(view.shape[1:], view.dtype) for view in views}) > 1:
         each = ", ".join(f"{view.shape[1:]} {view.dtype}" for view in views)
         raise ValueError(
-            f"{found.source}: the parts differ in the shape or dtype of an example: {each}"
+            f"{content.source}: the parts differ in the shape or dtype of an example: {each}"
         )
 
     summaries = [
-        part.summary or summarise(view, found.source)
+        part.summary or summarise(view, content.source)
         for part, view in zip(parts, views, strict=True)
     ]
     constant = summaries[0].constant
     if for_training and len(constant) == np.prod(shape):
         raise ValueError(
-            f"{found.source}: all training examples are the same; there is nothing to learn"
+            f"{content.source}: all training examples are the same; there is nothing to learn"
         )
 
     pieces = split(
         count,
-        test_fraction if found.test is None else 0.0,
-        validation_fraction if found.validation is None else 0.0,
+        test_fraction if content.test is None else 0.0,
+        validation_fraction if content.validation is None else 0.0,
     )
 
     kind: Literal["image", "table"]
@@ -145,7 +145,7 @@ def prepare(
         kind = "image"
         low = min(summary.low for summary in summaries)
         high = max(summary.high for summary in summaries)
-        unit = image_unit(views[0].dtype, low, high, found.white)
+        unit = image_unit(views[0].dtype, low, high, content.white)
 
         if constant:
             notes.append(
@@ -158,22 +158,22 @@ def prepare(
     def subset(part: Part | None, indices: NDArray[np.int64]) -> Subset:
         if part is None:
             return Subset(views[0], indices, unit.dtype)
-        whole = Subset.whole(examples(part.values, found.source))
+        whole = Subset.whole(examples(part.values, content.source))
         return replace(whole, dtype=unit.dtype)
 
     digests = "".join(summary.digest for summary in summaries)
     return Data(
-        name=found.name,
+        name=content.name,
         train=subset(None, pieces.train),
-        validation=subset(found.validation, pieces.validation),
-        test=subset(found.test, pieces.test),
+        validation=subset(content.validation, pieces.validation),
+        test=subset(content.test, pieces.test),
         kind=kind,
         shape=tuple(shape),
         offset=unit.offset,
         scale=unit.scale,
         quantum=unit.quantum,
         fingerprint=hashlib.sha256(digests.encode()).hexdigest(),
-        source=found.source,
+        source=content.source,
         notes=tuple(dict.fromkeys([*notes, *unit.notes])),
     )
 
