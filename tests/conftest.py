@@ -8,7 +8,8 @@ from hypothesis import settings
 from equipoise.data import load
 
 torch.set_num_threads(1)
-# No deadlines: shared machines are slow now and then. Derandomised: a run tells of the change, not of the dice.
+# There are no deadlines, since shared machines are slow now and then. Random examples are the same
+# in every run, so that a failure comes from a change of the code and not from chance.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 

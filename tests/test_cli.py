@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, for what they print, write, refuse and return."""
+"""The command line as a user meets it: what real processes print, write, refuse and return."""
 
 import json
 import os
@@ -450,7 +450,10 @@ def test_a_full_disk_is_reported_in_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_evaluate_and_report_from_the_command_line(trained, tmp_path):
-    """The whole protocol as a user runs it, with the features that come along, against digits turned upside down."""
+    """The whole protocol as a user runs it, with the features that are part of the package.
+
+    The other data set is the same digits, upside down.
+    """
     folder = tmp_path / "run"
     shutil.copytree(trained[0].folder, folder)
     other = tmp_path / "upside-down.npy"
@@ -585,7 +588,8 @@ def test_neither_help_nor_import_loads_torch():
     code = (
         "import sys, equipoise, equipoise.cli\n"
         "equipoise.cli.make_parser().format_help()\n"
-        "print([m for m in ('torch', 'sklearn', 'matplotlib', 'lightning_fabric') if m in sys.modules])"
+        "names = ('torch', 'sklearn', 'matplotlib', 'lightning_fabric')\n"
+        "print([name for name in names if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

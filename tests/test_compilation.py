@@ -1,4 +1,7 @@
-"""Compiled networks, and that nothing is read of them after their step, when a CUDA graph would have overwritten it."""
+"""Compiled networks compute the same.
+
+Their outputs are not read after their step, when a CUDA graph would have overwritten them.
+"""
 
 import subprocess
 import sys
@@ -115,29 +118,38 @@ from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 
 data = load("digits")
-config = TrainConfig(latent_dim=3, width=4, stage_1_epochs=1, stage_2_epochs=1, accelerator="cpu", compile=True)
+config = TrainConfig(
+    latent_dim=3, width=4, stage_1_epochs=1, stage_2_epochs=1, accelerator="cpu", compile=True
+)
 model = make_model(data, config)
 Trainer(model, data, config).fit()
 x = model.scaling(torch.from_numpy(data.train[:100]))
-found = []
+results = []
 for restore in (lambda: compile_networks(model, x.device, 1), lambda: restore_networks(model)):
     restore()
     begin_step()
     model.zero_grad()
     elbo = Elbo(model)(x, torch.Generator().manual_seed(0)).elbo
     elbo.mean().backward()
-    found.append({"elbo": elbo, **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}})
-compiled, eager = found
-assert compiled.keys() == eager.keys() > {f"{part}.output.weight" for part in ("encoder", "decoder", "noise.network")}
+    result = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    results.append(result | {"elbo": elbo})
+compiled, eager = results
+networks = ("encoder", "decoder", "noise.network")
+assert compiled.keys() == eager.keys() > {f"{network}.output.weight" for network in networks}
 for name in eager:
-    torch.testing.assert_close(compiled[name], eager[name], rtol=1e-3, atol=1e-4, msg=lambda text: f"{name}: {text}")
+    torch.testing.assert_close(
+        compiled[name], eager[name], rtol=1e-3, atol=1e-4, msg=lambda text: f"{name}: {text}"
+    )
 print("the same")
 """
 
 
 @pytest.mark.slow
 def test_compiled_networks_compute_the_same():
-    """In a process of its own, for the checks of types in these tests are not made to be compiled."""
+    """Compiled and restored networks give the same ELBO and gradients.
+
+    This runs in a process of its own, since the type checks in these tests cannot be compiled.
+    """
     done = subprocess.run(
         [sys.executable, "-c", COMPILED_AND_NOT], check=False, capture_output=True, text=True
     )

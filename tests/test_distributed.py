@@ -1,4 +1,7 @@
-"""Several processes: the same curve as one, killed and resumed bit for bit, on one host and on two."""
+"""Several processes, on one host and on two.
+
+They give the same curve as one process, and resume bit for bit after they were killed.
+"""
 
 import os
 import random
@@ -68,14 +71,18 @@ def assert_close_runs(ours, theirs, tolerance=1e-4):
         assert row == pytest.approx(other, rel=tolerance)
     weights, others = ours.model().state_dict(), theirs.model().state_dict()
     torch.testing.assert_close(weights, others, rtol=1e-2, atol=1e-3)
-    # Fits from random starts, which may end elsewhere; their moments are those of the codes, wherever.
+    # Fits from different random starts may end at different mixtures, but their moments are those
+    # of the codes in any case.
     torch.testing.assert_close(
         ours.mixture().moments(), theirs.mixture().moments(), rtol=1e-2, atol=1e-2
     )
 
 
 def test_two_processes_give_the_curve_of_one(by_two, tmp_path):
-    """Loss, eq. (10), both stages, recalibration, evaluation and mixture, though the last batch is odd."""
+    """The loss, eq. (10), both stages, recalibration, evaluation and mixture are the same.
+
+    The last batch has an odd number of examples.
+    """
     one = trained(tmp_path / "one")
     assert_close_runs(by_two, one)
     assert [row["stage"] for row in one.history()] == [1, 1, 1, 2, 2, 2]
@@ -83,7 +90,10 @@ def test_two_processes_give_the_curve_of_one(by_two, tmp_path):
 
 
 def test_processes_stopped_and_killed_resume_bit_for_bit(by_two, tmp_path):
-    """SIGTERM in stage 1 ends both with a checkpoint at the step in hand; SIGKILL in stage 2; then to the end."""
+    """Training goes on where it ended, after SIGTERM in stage 1 and SIGKILL in stage 2.
+
+    SIGTERM ends both processes with a checkpoint at the current step.
+    """
     run, arguments = Run(tmp_path / "run"), ["--out", tmp_path / "run", *OPTIONS, "--devices", "2"]
     for rows, number, code in ((1, signal.SIGTERM, 143), (4, signal.SIGKILL, -signal.SIGKILL)):
         with subprocess.Popen(
@@ -242,7 +252,7 @@ def test_an_error_of_the_main_process_is_raised_in_all():
     reason="makes network namespaces",
 )
 def test_two_hosts(by_two, tmp_path):
-    """Two network namespaces joined by a cable stand for two hosts, each with a folder of its own."""
+    """Two network namespaces with a cable between them stand for two hosts with their own folders."""
     names = [f"eq-{uuid.uuid4().hex[:6]}" for _ in range(2)]
     ends = [f"veth{name[3:]}" for name in names]
     try:

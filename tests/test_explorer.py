@@ -271,7 +271,9 @@ def test_other_data_are_refused(run, table):
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
 def test_it_serves_until_interrupted(run):
     script = (
-        "import sys; from equipoise.explorer import explore; from equipoise.run import Run\n"
+        "import sys\n"
+        "from equipoise.explorer import explore\n"
+        "from equipoise.run import Run\n"
         "say = lambda url: print(url, flush=True)\n"
         "explore(Run(sys.argv[1]), port=0, open_browser=False, on_ready=say)\n"
         "print('ended')"
@@ -312,7 +314,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Serve a view and open it; the test fails on whatever the page complains of that is not expected."""
+    """Serve a view and open it; the test fails if the page reports an unexpected problem."""
     opened, complaints = [], []
 
     def serve(view, width=1280, height=800, expected=None):

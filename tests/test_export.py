@@ -1,4 +1,7 @@
-"""Exported files: that they compute what the model does, for any number of examples, in the user's own units."""
+"""Exported files compute the same as the model.
+
+They do so for any number of examples, in the user's own units.
+"""
 
 import json
 import subprocess

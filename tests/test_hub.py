@@ -1,4 +1,7 @@
-"""Sharing through the hub's own client, with a small hub on this machine: what travels, and what refusals say."""
+"""Sharing through the hub's own client, with a small hub on this machine.
+
+The tests check which files are transferred, and what the messages of refusals say.
+"""
 
 import base64
 import json

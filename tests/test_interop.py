@@ -1,4 +1,7 @@
-"""Readers of other libraries' models: the same function as there, nothing executed, and a noise variance to learn."""
+"""Readers of other libraries' models.
+
+The model computes the same as there, no code from a file runs, and the noise variance is learned.
+"""
 
 import json
 import math

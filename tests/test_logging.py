@@ -1,6 +1,7 @@
-"""Where a run's figures go: the protocol, and each tracker's adapter against a stand-in for its library.
+"""Where a run's figures go: the protocol, and each tracker's adapter.
 
-A stand-in records what it is given. Where the real library is installed, its signatures are held against the real ones.
+Each adapter is tested against a stand-in for its library, which records its calls. Where the real
+library is installed, the signatures of the stand-in are compared with the real ones.
 """
 
 import inspect
@@ -35,7 +36,10 @@ QUICK = TrainConfig(
 
 
 class Wandb(ModuleType):
-    """Stand-in for wandb and its run: online it knows the points of a run by its id, offline each init begins anew."""
+    """Stand-in for wandb and its run.
+
+    Online it knows the points of a run by its id. Offline each init begins a new run.
+    """
 
     def __init__(self):
         super().__init__("wandb")
@@ -112,7 +116,10 @@ class Mlflow(ModuleType):
 
 
 class Trackio(ModuleType):
-    """Stand-in for trackio: as it does, it looks up the user by way of the hub when a run is opened."""
+    """Stand-in for trackio.
+
+    Like trackio, it asks the hub for the user when a run is opened.
+    """
 
     def __init__(self):
         super().__init__("trackio")

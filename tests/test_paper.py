@@ -1,4 +1,4 @@
-"""The paper's comparison: that it compares what it says, and that its page is what its JSON says."""
+"""The paper's comparison: it compares what it says, and its page agrees with its JSON."""
 
 import json
 import re
