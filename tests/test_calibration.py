@@ -377,5 +377,5 @@ def test_a_planted_noise_map_is_recovered():
     best = calibration(
         torch.from_numpy(noise) / scale, torch.from_numpy(planted) / scale
     ).sparsification_error_area
-    assert found.sparsification_error_area.value == pytest.approx(best.value, abs=0.02)
+    assert found.sparsification_error_area.value == pytest.approx(best.value, abs=0.03)
     assert best.value < 0.5 * found.random_sparsification_error_area.value

@@ -3,6 +3,7 @@
 All functions work in the same way with a single process, where they cost nothing.
 """
 
+import atexit
 import os
 from collections.abc import Callable
 from functools import partial
@@ -61,6 +62,14 @@ def launch(fabric: Fabric) -> None:
     """
     if "LT_CLI_USED" not in os.environ:
         fabric.launch()
+    if fabric.world_size > 1:
+        atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    """End the threads by which processes talk, which otherwise may abort a process at its exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def is_main_process() -> bool:
