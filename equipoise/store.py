@@ -206,7 +206,7 @@ def _read_record(path: Path, text: str) -> dict[str, str]:
             f"{path} has the format {record['format']}, this version of equipoise reads {FORMAT}; "
             "update equipoise."
         )
-    return record
+    return {entry: record[entry] for entry in entries}
 
 
 def file_checksum(path: Path) -> str:

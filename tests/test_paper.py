@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from equipoise.cli import PAPER_ITEMS
+from equipoise.cli.paper import PAPER_ITEMS
 from equipoise.config import ConfigError
 from equipoise.data import Batches
 from equipoise.objectives import (

@@ -1,0 +1,138 @@
+"""What the commands share: their record, common arguments, help texts and the terminal."""
+
+import os
+import shutil
+import sys
+import textwrap
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from equipoise.data import Data, Subset
+    from equipoise.run import Run
+    from equipoise.terminal import Terminal
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Args:
+        summary: A sentence that says what the command does, for ``--help``.
+        add_arguments: Describes the command's arguments to a parser.
+        run: Runs the command with the parsed arguments.
+        after_interruption: What an interruption leaves behind, and how to go on. It follows a
+            semicolon.
+    """
+
+    summary: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], None]
+    after_interruption: str = "no file was left half-written"
+
+
+def add_run(parser: ArgumentParser) -> None:
+    """Describe the argument that names the run."""
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="Run folder, or hf:owner/name of a run that was published on the Hugging Face hub.",
+    )
+
+
+def add_data_dir(parser: ArgumentParser) -> None:
+    """Describe ``--data-dir``."""
+    parser.add_argument(
+        "--data-dir",
+        metavar="FOLDER",
+        help="Folder to search first for mnist, fashion-mnist and celeba.",
+    )
+
+
+def add_quiet(parser: ArgumentParser) -> None:
+    """Describe ``--quiet``."""
+    parser.add_argument(
+        "--quiet", action="store_true", help="Print plain lines instead of progress bars."
+    )
+
+
+def add_help(parser: ArgumentParser) -> None:
+    """Describe ``--help``."""
+    parser.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+
+
+def show_default(default: object) -> str:
+    """Write the default of an option as in a recipe."""
+    if default is None:
+        return "null"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return str(default)
+
+
+def paragraph(text: str, indent: int = 0, further_indent: int | None = None) -> str:
+    """Wrap a text to the width of the terminal, its first line and the further ones indented."""
+    if further_indent is None:
+        further_indent = indent
+
+    return textwrap.fill(
+        text,
+        width=min(100, max(40, shutil.get_terminal_size().columns - 2)),
+        initial_indent=" " * indent,
+        subsequent_indent=" " * further_indent,
+        break_on_hyphens=False,
+    )
+
+
+def list_entries(entries: Mapping[str, str]) -> str:
+    """List names, each with its explanation below it."""
+    lines = []
+    for name, explanation in entries.items():
+        lines.append(paragraph(name, indent=2, further_indent=4))
+        lines.append(paragraph(explanation, indent=6))
+    return "\n".join(lines)
+
+
+def decoding_bar(terminal: "Terminal") -> Callable[[int, int], None]:
+    """Return a function that shows how many images have been decoded."""
+    return lambda done, total: terminal.progress("decoding images", done, total, "")
+
+
+def data_of(run: "Run", terminal: "Terminal", data_dir: str | None) -> "Data":
+    """Load the data of a run, and show how far that is."""
+    return run.data(data_dir, decoding_bar(terminal))
+
+
+def other_examples(
+    source: str, shape: tuple[int, ...], data_dir: str | None, terminal: "Terminal"
+) -> "Subset":
+    """Load examples for a model of this shape, and show how far that is."""
+    from equipoise.data import load_examples
+
+    return load_examples(source, shape, data_dir=data_dir, progress=decoding_bar(terminal))
+
+
+@contextmanager
+def open_terminal(quiet: bool = False, silent: bool = False) -> Iterator["Terminal"]:
+    """Show progress bars on a terminal, and plain lines elsewhere or if ``quiet``.
+
+    A ``silent`` process shows nothing, because another process speaks for it.
+    """
+    from equipoise.terminal import LiveTerminal, PlainTerminal
+
+    if silent:
+        with open(os.devnull, "w") as nowhere:
+            yield PlainTerminal(nowhere)
+        return
+
+    if quiet or not sys.stdout.isatty():
+        yield PlainTerminal()
+        return
+
+    terminal = LiveTerminal()
+    try:
+        with terminal.bars:
+            yield terminal
+    finally:
+        terminal.close()

@@ -1,0 +1,70 @@
+"""``equipoise export``: write a run as files that run without equipoise."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from equipoise.catalogue import SOURCES
+from equipoise.cli.command import Command, add_data_dir, add_run, data_of, open_terminal, paragraph
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    """Describe the arguments of ``export``."""
+    mixtures = ", ".join(name for name, source in SOURCES.items() if source.is_mixture)
+
+    add_run(parser)
+    parser.add_argument(
+        "--to",
+        choices=["torch", "onnx"],
+        required=True,
+        help="Format of the files: programs of torch.export, or ONNX graphs. onnx needs the extra "
+        "'export'.",
+    )
+
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="NAME",
+        default="mixture",
+        help="Source of the codes that the sampler draws. It must be a Gaussian mixture: "
+        f"{mixtures}. The default is mixture. 'equipoise sample --help' explains all sources.",
+    )
+    add_data_dir(parser)
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="Folder to write to. The default is RUN/export."
+    )
+
+    parser.epilog = paragraph(
+        "Three files are written: an encoder, a decoder and a sampler. They take any number of "
+        "examples, in the unit of the data. The sampler turns uniform noise in [0, 1) and normal "
+        "noise into codes for the decoder."
+    )
+
+
+def _run(options: Namespace) -> None:
+    """Export the model of a run, with a sampler of codes."""
+    from equipoise.export import export
+    from equipoise.run import Run
+    from equipoise.sources import exportable_mixture
+
+    run = Run(options.run)
+    model = run.model()
+    folder = Path(options.out) if options.out else run.folder / "export"
+
+    with open_terminal() as terminal:
+        mixture = exportable_mixture(
+            run,
+            model,
+            options.source,
+            lambda: data_of(run, terminal, options.data_dir),
+            terminal.progress,
+        )
+        for file in export(model, mixture, options.to, folder):
+            deviation = f"largest relative deviation from the model: {file.deviation:.1g}"
+            terminal.message(f"{file.path}\n  {file.signature}\n  {deviation}")
+
+
+COMMAND = Command(
+    "Write a run as files that run without equipoise.",
+    _add_arguments,
+    _run,
+)

@@ -1,0 +1,155 @@
+"""``equipoise paper``: reproduce the paper's tables and figures."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from equipoise.cli.command import (
+    Command,
+    add_data_dir,
+    add_quiet,
+    list_entries,
+    open_terminal,
+    paragraph,
+)
+from equipoise.config import ConfigError
+
+PAPER_ITEMS = (
+    "table-1",
+    "table-2",
+    "table-3",
+    "table-4",
+    "figure-1",
+    "figure-2",
+    "figure-3",
+    "figure-4",
+    "beyond-codes",
+    "beyond-noise",
+    "beyond-size",
+)
+"""Tables and figures of the paper, and what goes beyond it."""
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    """Describe the arguments of ``paper``."""
+    parser.add_argument(
+        "items",
+        nargs="+",
+        metavar="ITEM",
+        help="Items to reproduce. They are listed below. 'all' stands for all of them.",
+    )
+
+    parser.add_argument(
+        "--budget",
+        choices=["tiny", "small", "full"],
+        default="small",
+        help="How long to train. The default is small. The budgets are explained below.",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="Number of epochs of every model. The default is that of the budget.",
+    )
+
+    parser.add_argument(
+        "--runs",
+        default="runs/paper",
+        metavar="FOLDER",
+        help="Folder of the trained models. The default is runs/paper.",
+    )
+    parser.add_argument(
+        "--out",
+        default="results",
+        metavar="FOLDER",
+        help="Folder for the figures as JSON. The default is results.",
+    )
+    parser.add_argument(
+        "--page",
+        default="docs/results.md",
+        metavar="FILE",
+        help="Page to write. The default is docs/results.md.",
+    )
+
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Number of models that are trained at the same time. The default is 1.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of all models. The default is 0.")
+
+    parser.add_argument(
+        "--features",
+        default="efficientnet-lite0",
+        metavar="NAME",
+        help="Features in which samples are compared, named as for 'equipoise evaluate'. The "
+        "default is efficientnet-lite0.",
+    )
+    add_data_dir(parser)
+    add_quiet(parser)
+
+    about_items = paragraph(
+        "Models that are missing are trained, interrupted trainings are continued, and all models "
+        "are evaluated by one fixed protocol. Items share their models. The figures are written to "
+        "results/ITEM-BUDGET.json, and the page with its pictures to docs/results.md."
+    )
+    items = paragraph(f"Items: {', '.join(PAPER_ITEMS)}, all.")
+    budgets = {
+        "tiny": "Digits only, in about a minute, to see that everything works.",
+        "small": "All data sets, in about two hours on two CPU cores.",
+        "full": "All data sets, on one GPU.",
+    }
+    parser.epilog = f"{about_items}\n\n{items}\n\nbudgets:\n{list_entries(budgets)}"
+
+
+def _run(options: Namespace) -> None:
+    """Reproduce items of the paper, and write the page."""
+    names = list(dict.fromkeys(options.items))
+    if "all" in names:
+        names = list(PAPER_ITEMS)
+
+    problems = []
+    for name in names:
+        if name not in PAPER_ITEMS:
+            choices = ", ".join(PAPER_ITEMS)
+            problems.append(f"there is no item {name!r}; choose from {choices}, all")
+    for option in ("jobs", "epochs"):
+        value = getattr(options, option)
+        if value is not None and value < 1:
+            problems.append(f"--{option} must be at least 1, got {value}")
+    if problems:
+        raise ConfigError(problems)
+
+    from equipoise.paper.protocol import Lab
+    from equipoise.paper.results import make_items, summary, write_page
+
+    page = Path(options.page)
+    results = Path(options.out)
+    with open_terminal(options.quiet) as terminal:
+        lab = Lab(
+            budget=options.budget,
+            runs=Path(options.runs),
+            data_dir=options.data_dir,
+            jobs=options.jobs,
+            epochs=options.epochs,
+            seed=options.seed,
+            features=options.features,
+            images=page.parent / "images" / "paper",
+            sinks=(terminal,),
+            message=terminal.message,
+        )
+        files = make_items(lab, names, results)
+
+        terminal.close()
+        terminal.message(summary(files))
+        terminal.message(f"Page      {write_page(results, page, lab.images)}")
+
+
+COMMAND = Command(
+    "Reproduce the paper's tables and figures.",
+    _add_arguments,
+    _run,
+    "models that were finished are kept, and the same command continues the others from their "
+    "last checkpoints",
+)

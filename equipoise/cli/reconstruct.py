@@ -1,0 +1,64 @@
+"""``equipoise reconstruct``: reconstruct data with a run."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from equipoise.cli.command import (
+    Command,
+    add_data_dir,
+    add_run,
+    data_of,
+    open_terminal,
+    other_examples,
+)
+from equipoise.config import ConfigError
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    """Describe the arguments of ``reconstruct``."""
+    add_run(parser)
+    parser.add_argument(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="Data to reconstruct, named as for 'equipoise train'. The default is the run's own "
+        "test set.",
+    )
+
+    parser.add_argument(
+        "-n",
+        type=int,
+        help="Number of examples to reconstruct, from the first on. The default is all examples.",
+    )
+    add_data_dir(parser)
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="Folder to write to. The default is RUN/reconstructions."
+    )
+
+
+def _run(options: Namespace) -> None:
+    """Reconstruct examples, and write what becomes of them."""
+    from equipoise.outputs import write_reconstructions
+    from equipoise.run import Run
+
+    if options.n is not None and options.n < 1:
+        raise ConfigError([f"-n must be at least 1, got {options.n}"])
+    run = Run(options.run)
+    model = run.model()
+    folder = Path(options.out) if options.out else run.folder / "reconstructions"
+
+    with open_terminal() as terminal:
+        if options.data is None:
+            examples = data_of(run, terminal, options.data_dir).test
+        else:
+            examples = other_examples(options.data, model.shape, options.data_dir, terminal)
+
+        files = write_reconstructions(model, examples[: options.n], folder)
+        terminal.message("\n".join(map(str, files)))
+
+
+COMMAND = Command(
+    "Reconstruct data with a run, with the uncertainty of each value.",
+    _add_arguments,
+    _run,
+)

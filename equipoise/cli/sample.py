@@ -1,0 +1,93 @@
+"""``equipoise sample``: draw samples from a run."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from equipoise.catalogue import SOURCES
+from equipoise.cli.command import (
+    Command,
+    add_data_dir,
+    add_run,
+    data_of,
+    list_entries,
+    open_terminal,
+)
+from equipoise.config import ConfigError
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    """Describe the arguments of ``sample``."""
+    add_run(parser)
+
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="NAME",
+        default="mixture",
+        help="Source of the codes that are decoded. The default is mixture. All sources are listed "
+        "below.",
+    )
+    parser.add_argument("-n", type=int, default=64, help="Number of samples. The default is 64.")
+
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="Seed of all random draws. The same seed gives the same samples. The default is 0.",
+    )
+    parser.add_argument(
+        "--noise",
+        action="store_true",
+        help="Add the model's pixel noise. Without it, each sample is the mean of p(x|z).",
+    )
+    add_data_dir(parser)
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="Folder to write to. The default is RUN/samples."
+    )
+
+    sources = {}
+    for name, source in SOURCES.items():
+        text = source.summary[0].upper() + source.summary[1:] + "."
+        if source.is_fitted:
+            text += " It is fitted to the training data at first use, and kept in RUN."
+        sources[name] = text
+
+    parser.epilog = f"sources of codes for --from:\n{list_entries(sources)}"
+
+
+def _run(options: Namespace) -> None:
+    """Draw samples, and write them."""
+    from equipoise.outputs import write_samples
+    from equipoise.randomness import stream
+    from equipoise.run import Run
+    from equipoise.sources import draw_codes, file_stem
+
+    if options.n < 1:
+        raise ConfigError([f"-n must be at least 1, got {options.n}"])
+
+    run = Run(options.run)
+    model = run.model()
+    generator = stream(options.seed, "samples")
+    folder = Path(options.out) if options.out else run.folder / "samples"
+
+    with open_terminal() as terminal:
+        codes = draw_codes(
+            run,
+            model,
+            options.source,
+            options.n,
+            generator,
+            lambda: data_of(run, terminal, options.data_dir),
+            terminal.progress,
+        )
+
+        name = file_stem(options.source)
+        files = write_samples(model, codes, name, folder, generator, noise=options.noise)
+        terminal.message("\n".join(map(str, files)))
+
+
+COMMAND = Command(
+    "Draw samples from a run.",
+    _add_arguments,
+    _run,
+)

@@ -1,0 +1,266 @@
+"""``equipoise train``: train a model and fit the mixture; go on with a run that was stopped."""
+
+import logging
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equipoise.cli.command import (
+    Command,
+    add_data_dir,
+    add_quiet,
+    decoding_bar,
+    list_entries,
+    open_terminal,
+    paragraph,
+    show_default,
+)
+from equipoise.config import (
+    PLACEMENT,
+    ConfigError,
+    TrainConfig,
+    make_config,
+    option_help,
+    read_recipe,
+    shipped_recipes,
+    type_name,
+)
+
+if TYPE_CHECKING:
+    from equipoise.data import Data
+    from equipoise.mixture_fit import EMStep
+    from equipoise.run import Run
+    from equipoise.terminal import Terminal
+
+SHORTHANDS = (*PLACEMENT, "precision")
+"""Options of the machine, which have flags of their own."""
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    """Describe the arguments of ``train``."""
+    parser.add_argument(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="Data to train on: digits, mnist, fashion-mnist, celeba, a folder of images, an .npy "
+        "or .npz file, or hf:owner/name on the Hugging Face hub. The default is digits. A folder "
+        "whose images differ in size needs an option such as --set image_size=64.",
+    )
+
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="YAML file of options, or the name of a recipe that comes with equipoise: "
+        f"{', '.join(shipped_recipes())}. Each of these data sets uses its recipe by default.",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Values of options, which win over those of the recipe. All options are listed below.",
+    )
+
+    parser.add_argument(
+        "--out",
+        metavar="RUN",
+        help="Folder to write the run to. The default is runs/NAME, after the name of the data.",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="Continue an interrupted run, with its own data and options.",
+    )
+
+    for name in SHORTHANDS:
+        flag = "--" + name.replace("_", "-")
+        metavar = "P" if name == "precision" else "N"
+        parser.add_argument(flag, metavar=metavar, help=f"The same as --set {name}={metavar}.")
+
+    add_data_dir(parser)
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="Download named data that are not on this machine. Needs the extra 'hub'.",
+    )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="Read data from the Hugging Face hub, or from a local copy (hf:PATH), anew in every "
+        "epoch, without keeping the examples. Needs the extra 'hub'.",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="Refuse a folder of images if one of its files cannot be read.",
+    )
+    add_quiet(parser)
+
+    about_sigterm = paragraph(
+        "Clusters send SIGTERM before they take a machine back. Training then writes a checkpoint "
+        "and ends with the exit code 143. 'equipoise train --resume RUN' continues from the same "
+        "step, and ends with the same result as a training without an interruption."
+    )
+
+    options = {}
+    for field in fields(TrainConfig):
+        title = f"{field.name}={show_default(field.default)}  ({type_name(field.name)})"
+        options[title] = option_help(field.name)
+
+    title = "options for --set and recipes, with their defaults:"
+    parser.epilog = f"{about_sigterm}\n\n{title}\n{list_entries(options)}"
+
+
+def _run(options: Namespace) -> None:
+    """Train a model, or go on with a run."""
+    from equipoise.run import Run
+    from equipoise.training.engine import is_main_process
+    from equipoise.training.job import train
+
+    # Fabric logs a line for each process that it starts.
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+
+    if options.resume:
+        _refuse_with_resume(options)
+        run_to_resume = Run(options.resume)
+        placement = {name: getattr(options, name) for name in PLACEMENT if getattr(options, name)}
+        config = make_config(run_to_resume.config().as_dict(), placement)
+    else:
+        config, source = _resolve(options)
+
+    with open_terminal(quiet=options.quiet, silent=not is_main_process()) as terminal:
+        if options.resume:
+            data = run_to_resume.data(options.data_dir, decoding_bar(terminal))
+        else:
+            data = _load(source, config, options, terminal)
+        terminal.message(f"{data.name}: {_describe_data(data)}.")
+        for note in data.notes:
+            terminal.message(f"Note: {note}")
+
+        def show_mixture(step: "EMStep") -> None:
+            label = f"mixture of {step.n_components}"
+            figure = f"{step.log_likelihood:.3f} nats per code"
+            terminal.progress(label, step.iteration, None, figure)
+
+        run = train(
+            data,
+            config,
+            options.resume or options.out,
+            resume=bool(options.resume),
+            sinks=[terminal],
+            command=["equipoise", *sys.argv[1:]],
+            on_mixture=show_mixture,
+        )
+        if is_main_process():
+            _finish(run, data, terminal)
+
+
+def _refuse_with_resume(options: Namespace) -> None:
+    """Refuse data and options that a resumed run has already."""
+    names = ("recipe", "set", "out", "precision", "download", "stream", "strict")
+    superfluous = [f"--{name}" for name in names if getattr(options, name)]
+    if options.data:
+        superfluous.append(options.data)
+
+    if superfluous:
+        raise ConfigError(
+            [
+                "--resume goes on with the run's own data and options; "
+                f"leave out {', '.join(superfluous)}"
+            ]
+        )
+
+
+def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
+    """Put the values of flags over those of --set, and these over the recipe; find the data.
+
+    The problems of all of them come in one error.
+    """
+    name = options.recipe or options.data or "digits"
+    file = shipped_recipes().get(name)
+    if file is None and options.recipe:
+        file = Path(name)
+
+    values = {}
+    if file is not None:
+        values = read_recipe(file)
+    data_of_recipe = values.pop("data", None)
+    source = options.data or data_of_recipe or "digits"
+
+    problems = []
+    over = {}
+    for item in options.set:
+        key, separator, value = item.partition("=")
+        if separator:
+            over[key.strip()] = value
+        else:
+            problems.append(f"--set needs KEY=VALUE, got {item!r}; the data go before --set")
+    for shorthand in SHORTHANDS:
+        if getattr(options, shorthand):
+            over[shorthand] = getattr(options, shorthand)
+
+    try:
+        config = make_config(values, over)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return config, source
+
+
+def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Terminal") -> "Data":
+    """Load the data that are named on the command line."""
+    from equipoise.data import load, load_stream
+
+    if options.stream:
+        return load_stream(source, image_size=config.image_size, channels=config.channels)
+
+    return load(
+        source,
+        data_dir=options.data_dir,
+        strict=options.strict,
+        download=options.download,
+        image_size=config.image_size,
+        channels=config.channels,
+        test_fraction=config.test_fraction,
+        validation_fraction=config.validation_fraction,
+        progress=decoding_bar(terminal),
+    )
+
+
+def _describe_data(data: "Data") -> str:
+    """Say how many examples there are, of what kind, and where they come from."""
+    unit = "images" if data.kind == "image" else "columns"
+    shape = " x ".join(map(str, data.shape))
+    return (
+        f"{len(data.train):,} training, {len(data.validation):,} validation and "
+        f"{len(data.test):,} test examples, {shape} {unit}, from {data.source}"
+    )
+
+
+def _finish(run: "Run", data: "Data", terminal: "Terminal") -> None:
+    """Show figures on the test set, where the pictures are, and what to do next."""
+    from equipoise.evaluation import evaluate
+    from equipoise.terminal import format_section
+
+    evaluation = evaluate(run, data, sections=["likelihood"], brief=True)
+
+    terminal.close()
+    terminal.message(format_section("likelihood", evaluation["likelihood"]))
+    terminal.message(
+        f"Run       {run.folder}\n"
+        f"Figures   {run.figures}: training.png, mixture.png, reconstructions.png\n"
+        f"Next      equipoise evaluate {run.folder}\n"
+        f"          equipoise sample {run.folder}"
+    )
+
+
+COMMAND = Command(
+    "Train a model and fit the mixture.",
+    _add_arguments,
+    _run,
+    "go on from the last checkpoint with 'equipoise train --resume RUN'",
+)
