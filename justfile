@@ -14,15 +14,15 @@ format:
 
 # Everything that reads the code without running it
 lint:
-    ruff format --check .
-    ruff check .
-    mypy
-    lint-imports
-    pydoclint equipoise
+    bash .ci/lint
 
 # The tests, a few minutes
 test *arguments:
     pytest -n auto {{arguments}}
+
+# The tests on the lowest versions that pyproject.toml promises
+lowest *arguments:
+    bash .ci/lowest {{arguments}}
 
 # The tests that take minutes each
 slow:
