@@ -252,7 +252,7 @@ def test_an_error_of_the_main_process_is_raised_in_all():
     reason="makes network namespaces",
 )
 def test_two_hosts(by_two, tmp_path):
-    """Two network namespaces with a cable between them stand for two hosts with their own folders."""
+    """Two network namespaces joined by a cable stand for two hosts with their own folders."""
     names = [f"eq-{uuid.uuid4().hex[:6]}" for _ in range(2)]
     ends = [f"veth{name[3:]}" for name in names]
     try:

@@ -1,4 +1,4 @@
-"""The scikit-learn estimator: scikit-learn's own rules, the units of what comes back, and what its scores mean."""
+"""The scikit-learn estimator: scikit-learn's rules, the units of results, what scores mean."""
 
 import inspect
 import math
@@ -49,7 +49,9 @@ def vae(parts):
 
 
 EXPECTED_TO_FAIL = {
-    "check_do_not_raise_errors_in_init_or_set_params": "beartype, which only the tests have, checks the constructor",
+    "check_do_not_raise_errors_in_init_or_set_params": (
+        "beartype, which only the tests have, checks the constructor"
+    ),
 }
 
 

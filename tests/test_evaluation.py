@@ -1,4 +1,4 @@
-"""The protocol from end to end: what is written, that it repeats, and that it tells good from bad."""
+"""The protocol from end to end: what is written, that it repeats, and tells good from bad."""
 
 import json
 import math
@@ -197,9 +197,10 @@ def test_another_seed_draws_anew_and_agrees_within_the_standard_errors(run, digi
 
 
 def test_copies_are_found_where_codes_are_noisy(digits, tmp_path):
-    """A large fixed variance leaves wide posteriors: samples are less like training data than means, copies or not."""
+    """With a large fixed variance, posteriors are wide, and samples unlike training data."""
     config = equipoise.TrainConfig(
-        latent_dim=8, width=8, noise="fixed", noise_var=0.05, stage_1_epochs=15, stage_2_epochs=0, batch_size=64,
+        latent_dim=8, width=8, noise="fixed", noise_var=0.05, stage_1_epochs=15, stage_2_epochs=0,
+        batch_size=64,
         learning_rate=5e-3, n_components=5,
     )  # fmt: skip
     run = train(digits, config, tmp_path / "run")
@@ -352,7 +353,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(run, digits):
     before = run.evaluation_file.stat().st_mtime_ns if run.evaluation_file.exists() else None
     with pytest.raises(
         ConfigError,
-        match=r"no section 'latnet'(.|\n)*no source of codes 'flows'(.|\n)*at least 1(.|\n)*the seed(.|\n)*at least 4",
+        match=r"(?s)no section 'latnet'.*source of codes 'flows'.*at least 1.*the seed.*at least 4",
     ) as error:
         evaluate(
             run,

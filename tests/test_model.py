@@ -145,7 +145,7 @@ def test_scaling_needs_a_positive_scale(scale):
 
 
 def test_means_stay_within_the_bounds_and_find_back():
-    """A mean beyond a bound is at it, and keeps the gradient that would bring it back, but no other."""
+    """A mean beyond a bound is at the bound, and keeps only the gradient that brings it back."""
     vae = VAE.build((1, 8, 8), latent_dim=2, width=2, mean_bounds=(0.0, 1.0))
     torch.nn.init.zeros_(vae.decoder.output.weight)
     bias = vae.decoder.output.bias

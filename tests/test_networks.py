@@ -98,7 +98,7 @@ def test_the_transposed_convolution_computes_in_the_precision_of_its_surrounding
 
 @pytest.mark.parametrize("architecture", ["mlp", "conv", "residual"])
 def test_untrained_networks_start_in_balance(architecture):
-    """Decoder at the data's mean, posterior near the prior: the first residual variance is about the data's."""
+    """Decoder at the mean, posterior near the prior: the first residual variance is the data's."""
     x = 0.2 + 0.3 * torch.rand(500, 3, 12, 12)
     encoder, decoder = (
         build_encoder(architecture, (3, 12, 12), 4, 8),

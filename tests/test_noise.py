@@ -142,7 +142,7 @@ def test_the_floor_is_exact_and_its_share_is_reported():
 
 
 def test_a_variance_below_its_floor_can_leave_it():
-    """Large residuals must raise a prediction that starts under the floor; a clamp would leave it there."""
+    """Large residuals raise a prediction that starts under the floor; a clamp would not."""
     noise = PredictedNoise(Constant(-1.0), torch.tensor(0.01), torch.tensor(0.01))
     optimiser = torch.optim.Adam(noise.parameters(), lr=0.1)
     x = torch.full((4, 3), 0.5)
@@ -234,7 +234,7 @@ DISTRIBUTIONS = {
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("errors", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS.keys())
 def test_intervals_cover_whatever_the_distribution(errors, rescale):
-    """Of a planted map whose std are wrong by one factor, with the quantile functions of SciPy as oracle."""
+    """All planted std are wrong by one factor. SciPy's quantile functions are the oracle."""
     planted = torch.linspace(-1, 1, 20).exp()
     noise = PredictedNoise(
         Constant(2 * planted.log(), (20,)), torch.tensor(4.0), torch.tensor(1e-6)
@@ -304,7 +304,7 @@ def test_intervals_outlive_one_scale_and_are_forgotten_with_a_scale_per_dimensio
 
 
 def test_the_guarantee_for_few_examples_whose_dimensions_hang_together():
-    """Averaged over draws, a dimension of a new example is covered at least N / (N + 1) times as often as nominal."""
+    """On average over draws, the coverage is at least N / (N + 1) times the nominal one."""
     N, coverage = 9, []
     for seed in range(1000):
         # One scale per example: its dimensions are as good as one.

@@ -1,4 +1,4 @@
-"""Densities by name: what each is, that fits are kept, and that those of another model are not used."""
+"""Densities by name: what each is, that fits are kept, but not for another model."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_each_name_is_its_density(run, data):
     assert torch.equal(sources["aggregate"].means, posterior.mean)
     codes = encode_examples(model, data.validation, CPU).sample(torch.Generator().manual_seed(1))
     fit = {name: source.log_prob(codes).mean().item() for name, source in sources.items()}
-    # Held-out codes chose both; the run's own K was given. Other draws of the codes, hence the tolerance.
+    # Held-out codes chose both, and the run's own K was given. The tolerance is for the draws.
     assert fit["flow"] > fit["mixture"] - 0.02 > fit["gaussian"] > fit["prior"]
     _, description = load_mixture(run.folder / "mixture-auto.safetensors")
     scores = {score["n_components"]: score["value"] for score in description["held_out"]}

@@ -213,7 +213,7 @@ def resume(data, config, folder, recorder=None):
 def test_a_preempted_run_stops_at_a_step_and_resumes_bit_for_bit(
     digits, tmp_path, every_step, extra
 ):
-    """SIGTERM comes in both stages, in the last step before the switch and before the end, and in validations."""
+    """SIGTERM comes in both stages, in the last step of each, and in validations."""
     config = replace(QUICK, **extra)
     whole = standing(fit(digits, config)[1])
     for signalled, stopped, epoch, batch in (
@@ -343,7 +343,7 @@ def test_resuming_within_an_epoch_goes_on_with_the_dropout_of_own_networks(
 
 
 def test_resuming_restores_the_random_states_of_own_networks(table, tmp_path):
-    """Dropout draws from the global generator, and the variance network of stage 2 is drawn from it too."""
+    """Dropout and the weights of the variance network draw from the global generator."""
     data, config = load(table), replace(QUICK, latent_dim=2)
 
     def model():
@@ -457,7 +457,7 @@ def standardised(model, split, varying):
 
 
 def test_recalibration_by_coverage(digits):
-    """Of the same networks: the mean stays, one std holds .683 of the errors, and intervals hold their share."""
+    """The mean stays, one std holds .683 of the errors, and intervals hold their share."""
     config = replace(
         QUICK, width=16, learning_rate=5e-3, stage_1_epochs=12, stage_2_epochs=8, floor=0.01
     )
@@ -742,7 +742,9 @@ import sys
 from equipoise.data import load
 from equipoise.config import make_config
 from equipoise.training.job import train
-options = dict(latent_dim=4, width=4, stage_1_epochs=8, stage_2_epochs=4, n_components=2, tolerance=0.0)
+options = dict(
+    latent_dim=4, width=4, stage_1_epochs=8, stage_2_epochs=4, n_components=2, tolerance=0.0
+)
 train(load("digits"), make_config(options), sys.argv[1], resume=sys.argv[2] == "resume")
 """
 
