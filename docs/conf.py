@@ -28,6 +28,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_in_temp = nb_execution_raise_on_error = nb_merge_streams = True
 nb_execution_timeout = 300
+nb_render_markdown_format = "myst"  # with tables
 # MyST-NB alone ends a line wherever the output of a process arrives in pieces.
 NotebookClient.__init__ = partialmethod(NotebookClient.__init__, coalesce_streams=True)
 
