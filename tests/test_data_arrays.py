@@ -426,3 +426,13 @@ def test_loading_does_not_import_torch():
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.split() == ["False", "equipoise.data.batches"]
+
+
+@pytest.mark.parametrize("name", ["x_test", "test", "x_val", "validation", "anything"])
+def test_the_only_array_of_a_file_is_not_its_own_test_part(tmp_path, name):
+    rows = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    np.savez(tmp_path / "one.npz", **{name: rows})
+    data = load(tmp_path / "one.npz")
+    parts = [data.train[:], data.validation[:], data.test[:]]
+    assert sum(map(len, parts)) == 100
+    assert len(np.unique(np.concatenate(parts), axis=0)) == 100

@@ -403,3 +403,9 @@ def test_streaming_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'equipoise\[hub\]'"):
         load_stream("hf:a/b")
+
+
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_a_stream_that_holds_out_nothing_is_refused(part):
+    with pytest.raises(ValueError, match=f"{part}=0 holds nothing out; give at least 1"):
+        load_stream(lambda: iter([np.ones((60, 3))]), **{part: 0})

@@ -389,6 +389,12 @@ def _numbers_held_out(test: object, validation: object, total: int, label: str) 
             numbers.append(part if isinstance(part, int) else 0)
 
     n_test, n_validation = numbers
+    for name, part in (("test", test), ("validation", validation)):
+        if isinstance(part, int) and part == 0:
+            raise ValueError(
+                f"{label}: {name}=0 holds nothing out; give at least 1, or the examples themselves"
+            )
+
     if min(numbers) < 0 or total - sum(numbers) < MIN_EXAMPLES:
         raise ValueError(
             f"{label}: {total} examples, of which {n_test} are set aside for the test and "
@@ -457,7 +463,8 @@ def _load_path(path: Path, reader: ImageReader) -> Found:
 
     train, validation, test = (_npz_part(arrays, keys) for keys in NPZ_KEYS)
     if train is None:
-        train = Part(next(iter(arrays.values())))
+        # The only array, whatever its name: it must not be its own test part, too.
+        return Found(path.stem, source, Part(next(iter(arrays.values()))))
     return Found(path.stem, source, train, validation, test)
 
 
