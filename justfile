@@ -48,5 +48,5 @@ bench data_dir:
 # The benchmarks against pythae, in the environment that benchmarks/peers.py describes
 bench-peers data_dir:
     python benchmarks/throughput.py --data-dir {{data_dir}}
-    python benchmarks/time_to_quality.py --data-dir {{data_dir}} --epochs 4 8 12 --precisions bf16
+    python benchmarks/time_to_quality.py --data-dir {{data_dir}} --epochs 4 8 12 --precision bf16
     python benchmarks/peers.py --data-dir {{data_dir}} --threads 1

@@ -19,8 +19,7 @@ import torch
 
 from equipoise.config import make_config, read_recipe, shipped_recipes
 from equipoise.data import Batches, load
-from equipoise.data.batches import examples
-from equipoise.data.varying import varying_dimensions
+from equipoise.data.varying import varying_mask
 from equipoise.estimate import Estimate
 from equipoise.metrics.calibration import noise_calibration
 from equipoise.metrics.likelihood import bits_per_dimension, iwae, likelihood
@@ -86,7 +85,7 @@ def main():
         return model
 
     base = load_or_train("stage1", stage_1)
-    varying = varying_dimensions(examples(data.train, 5000, torch.device("cpu")))
+    varying = varying_mask(data.train)
 
     rows = {}
     for text in options.floors:
@@ -96,7 +95,7 @@ def main():
         for recalibrate in RECALIBRATIONS:
             # The same as at the end of a training with this option.
             variant = copy.deepcopy(model)
-            Trainer(variant, data, replace(config, recalibrate=recalibrate))._recalibrate()
+            Trainer(variant, data, replace(config, recalibrate=recalibrate)).recalibrate()
 
             name = f"floor={text} recalibrate={recalibrate}"
             rows[name] = figures(variant.eval(), data, varying, options)

@@ -127,7 +127,7 @@ def fit_equipoise(data, config):
 def train_equipoise(data, config):
     """Train by Algorithm 1, fit a mixture to the aggregate posterior, and make images."""
     model, clock = fit_equipoise(data, config)
-    device = choose_device(config)
+    device = choose_device(config.accelerator)
     mixture = fit_aggregate(model, data, config, device).mixture
     clock.lap("mixture")
 
@@ -162,7 +162,7 @@ def fit_pythae(kind, data, config, settings):
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": BATCH,
         "seed": config.seed,
-        "no_cuda": choose_device(config).type != "cuda",
+        "no_cuda": choose_device(config.accelerator).type != "cuda",
     }
 
     clock = Clock()

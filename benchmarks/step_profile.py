@@ -110,7 +110,7 @@ def main():
     rows = {}
     for name, precision in PRECISIONS.items():
         torch.manual_seed(config.seed)
-        recorder = Recorder(choose_device(config))
+        recorder = Recorder(choose_device(config.accelerator))
         config = replace(config, precision=precision)
         Trainer(make_model(small, config), small, config, sinks=[recorder]).fit()
         rows[name] = recorder.shares

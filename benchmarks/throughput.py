@@ -69,7 +69,7 @@ class HandWritten:
             use_layers_of_torch(model)
 
         self.config = config
-        self.device = choose_device(config)
+        self.device = choose_device(config.accelerator)
         self.is_lean, self.is_clipped = lean, clip
         self.layout = torch.channels_last if lean else torch.contiguous_format
         self.encoder, self.decoder = model.encoder.to(self.device), model.decoder.to(self.device)
@@ -161,14 +161,14 @@ class Pythae:
         from pythae.trainers import BaseTrainer
 
         ours = start(data, config)
-        is_cpu = choose_device(config).type == "cpu"
+        self.device = choose_device(config.accelerator)
         use_layers_of_torch(ours)
         model_config = VAEConfig(input_dim=data.shape, latent_dim=ours.latent_dim)
         training_config = BaseTrainerConfig(
             output_dir=folder,
             per_device_train_batch_size=config.batch_size,
             optimizer_cls="Adam",
-            no_cuda=is_cpu,
+            no_cuda=self.device.type == "cpu",
         )
 
         x = scaled(ours, data.train)
@@ -190,7 +190,7 @@ class Ceiling:
     """The seconds of an epoch's matrix products, at the rate of a large one. It is not a loop."""
 
     def __init__(self, data, config):
-        self.device = choose_device(config)
+        self.device = choose_device(config.accelerator)
         self.n = len(data.train)
         self.dtype = torch.bfloat16 if config.precision == "bf16-mixed" else torch.float32
         self.flops = {stage: flops_of_an_example(data, config, stage) for stage in (1, 2)}
@@ -264,7 +264,7 @@ class Silent:
 class Turns(Silent):
     """A sink that lets other loops train an epoch after each of ours, and keeps the seconds."""
 
-    def __init__(self, others, ceiling):
+    def __init__(self, others, ceiling=None):
         self.others = others
         self.ceiling = ceiling
         self.seconds = {1: [], 2: []}
@@ -283,10 +283,11 @@ class Turns(Silent):
         for name, other in self.others.items():
             started = time.perf_counter()
             other.epoch(self.stage)
-            synchronise(self.ceiling.device)
+            synchronise(other.device)
             seconds[name] = time.perf_counter() - started
 
-        seconds[CEILING] = self.ceiling.seconds(self.stage)
+        if self.ceiling is not None:
+            seconds[CEILING] = self.ceiling.seconds(self.stage)
         self.seconds[self.stage].append(seconds)
 
         times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())

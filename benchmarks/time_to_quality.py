@@ -60,7 +60,7 @@ def make_theirs(data, config):
 def make_ours(data, config):
     """Train our model; return its seconds, and samples and seconds of each mixture."""
     model, clock = fit_equipoise(data, config)
-    device = choose_device(config)
+    device = choose_device(config.accelerator)
     n, samples = min(N_SAMPLES, len(data.test)), {}
 
     for K in COMPONENTS:

@@ -162,6 +162,22 @@ class Trainer:
             all_reduce=self.all_reduce,
         )
 
+    def recalibrate(self) -> list[str]:
+        """Fit the predicted std, as the options ask for, and the intervals to the validation set.
+
+        Returns:
+            Sentences that say what was done.
+        """
+        varying = varying_mask(self.data.train).to(self.fabric.device)
+        return recalibrate(
+            self.model,
+            self.validation,
+            varying,
+            self.config.recalibrate,
+            self._stream("recalibration"),
+            self.all_reduce,
+        )
+
     def _fit(self, resume: bool) -> list[Row]:
         self._look_at_data()
         is_restored = resume and self._restore()
@@ -323,11 +339,7 @@ class Trainer:
                 f"an exact pass over {len(self.data.train):,} examples."
             )
         else:
-            varying = varying_mask(self.data.train).to(self.fabric.device)
-            option, generator = self.config.recalibrate, self._stream("recalibration")
-            messages += recalibrate(
-                self.model, self.validation, varying, option, generator, self.all_reduce
-            )
+            messages += self.recalibrate()
 
         test = self.figures(self.test)
         messages.append(_describe_test(test))
