@@ -1,5 +1,6 @@
 """What a stage descends with: objective, optimiser, learning rate, clipping and average."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -84,7 +85,11 @@ class Descent:
         if self.config.clip:
             self.clipping.clip(self.parameters)
         self.optimizer.step()
-        self.scheduler.step()
+
+        with warnings.catch_warnings():
+            # Up to torch 2.8, SequentialLR itself makes the call that this warning is about.
+            warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step", UserWarning)
+            self.scheduler.step()
         return terms
 
     def update_average(self) -> None:
