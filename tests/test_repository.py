@@ -40,6 +40,7 @@ def test_the_workflow_tests_the_pythons_that_are_promised():
     lowest = min(map(Version, matrix["python"]))
     assert PROJECT["requires-python"] == f">={lowest}"
     assert {"python": str(lowest), "versions": "lowest"} in matrix["include"]
+    assert f"python{lowest} -m venv" in (ROOT / ".ci" / "lowest").read_text()
     classified = {
         text.rpartition(" ")[2] for text in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", text)
     }
