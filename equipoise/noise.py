@@ -230,9 +230,8 @@ def build_noise(description: dict[str, Any], make_network: Callable[[], nn.Modul
     Raises:
         ValueError: if no class of that name has been defined.
     """
-    arguments = dict(description)
-    cls = noise_class(arguments.pop("kind"))
-    return cls.from_description(arguments, make_network)
+    cls = noise_class(description["kind"])
+    return cls.from_description(description["arguments"], make_network)
 
 
 def describe_noise(noise: NoiseModel) -> dict[str, Any]:
@@ -242,9 +241,9 @@ def describe_noise(noise: NoiseModel) -> dict[str, Any]:
         noise: Any noise model.
 
     Returns:
-        Its :meth:`NoiseModel.description`, and the name of its class as "kind".
+        The name of its class as "kind", and its :meth:`NoiseModel.description` as "arguments".
     """
-    return {"kind": type(noise).__name__, **noise.description()}
+    return {"kind": type(noise).__name__, "arguments": noise.description()}
 
 
 class FixedNoise(NoiseModel):

@@ -97,6 +97,13 @@ class Run:
                 ]
             )
 
+        source = Path(loading["source"])
+        if source.is_absolute() and not source.exists():
+            raise StoreError(
+                f"the data of {self.folder} were in {source}, which is not there any more; "
+                "put them back, or give the path of other data where the command takes one"
+            )
+
         if loading.pop("stream", False):
             data = load_stream(**loading)
         else:

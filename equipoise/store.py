@@ -343,7 +343,7 @@ def build_model(
 
     try:
         model.noise = build_noise(description["noise"], model.blank_variance_network)
-    except ValueError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{what} cannot be loaded: {error}.") from error
     return model
 

@@ -9,7 +9,7 @@ from torch import nn
 import equipoise
 from equipoise.noise import NoiseModel, build_noise, describe_noise
 from equipoise.store import StoreError
-from equipoise.training.setup import make_model, parameter_groups
+from equipoise.training.setup import check_own_noise, make_model, parameter_groups
 from equipoise.training.trainer import Trainer
 
 CONFIG = equipoise.TrainConfig(
@@ -101,6 +101,12 @@ def test_stage_2_starts_from_it(digits):
     assert type(trainer.model.noise).__name__ == "PredictedNoise"
 
 
+@pytest.mark.parametrize("noise", [BrightnessNoise, "global", 0.5])
+def test_what_is_no_noise_model_is_refused(digits, noise):
+    with pytest.raises(ValueError, match="noise must be an instance of a NoiseModel, got"):
+        check_own_noise(noise, digits, CONFIG)
+
+
 def test_a_class_that_is_not_defined_is_named():
     description = describe_noise(BrightnessNoise(3))
     again = build_noise(description, nn.Identity)
@@ -122,3 +128,120 @@ def test_a_saved_model_without_its_class_says_what_to_import(digits, tmp_path, m
     monkeypatch.delitem(NoiseModel._classes, "BrightnessNoise")
     with pytest.raises(StoreError, match=r"model\.safetensors cannot be loaded.*BrightnessNoise"):
         run.model()
+
+
+class Flat(NoiseModel):
+    """A noise model whose description uses the word that names classes."""
+
+    def __init__(self, kind="flat"):
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("level", torch.zeros(()))
+
+    def forward(self, z):
+        return self.level
+
+    def description(self):
+        return {"kind": self.kind}
+
+
+def test_a_description_may_use_any_word(digits, tmp_path):
+    run = equipoise.train(digits, CONFIG, tmp_path / "run", noise=Flat("mild"))
+    assert run.model().noise.kind == "mild"
+
+
+class OtherArgument(Flat):
+    def description(self):
+        return {"w": 1}
+
+
+class LateBuffer(Flat):
+    def __init__(self, kind="flat"):
+        super().__init__(kind)
+        self.register_buffer("seen", None)
+
+    def update(self, residual, all_reduce=None):
+        self.seen = residual.mean()
+
+
+class TwoNames(Flat):
+    def __init__(self, kind="flat"):
+        super().__init__(kind)
+        self.first = nn.Linear(2, 1)
+        self.second = self.first
+
+
+class TensorInDescription(Flat):
+    def description(self):
+        return {"kind": torch.zeros(2)}
+
+
+class WrongShape(Flat):
+    def forward(self, z):
+        return z
+
+
+class WrongStatistic(Flat):
+    @property
+    def statistic_shape(self):
+        return (3, 1, 1)
+
+
+class NotANumber(Flat):
+    def forward(self, z):
+        return self.level * torch.nan
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        (OtherArgument, r"OtherArgument cannot be built from its description\(\) {'w': 1}.*'w'"),
+        (LateBuffer, r"LateBuffer has other tensors .*: seen. Register buffers"),
+        (TwoNames, "TwoNames has a tensor under two names"),
+        (TensorInDescription, r"JSON values in description\(\): .*Tensor is not JSON"),
+        (WrongShape, r"gives log-variances \(2, 2\), which do not broadcast to \(2, 1, 8, 8\)"),
+        (WrongStatistic, "WrongStatistic fails when it is tried: RuntimeError"),
+        (NotANumber, "gives log-variances that are not finite"),
+    ],
+)
+def test_what_could_not_be_saved_or_trained_is_refused_before_a_folder_appears(
+    digits, tmp_path, noise, message
+):
+    with pytest.raises(ValueError, match=message):
+        equipoise.train(digits, CONFIG, tmp_path / "run", noise=noise())
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_that_exclude_an_own_noise_model_are_refused(digits):
+    for options in ({"noise": "dimension"}, {"objective": "vae", "noise": "fixed"}):
+        config = replace(CONFIG, **options)
+        with pytest.raises(ValueError, match="exclude each other"):
+            make_model(digits, config, noise=Flat())
+    with pytest.raises(ValueError, match="objective=sigma-vae has a noise model of its own"):
+        make_model(digits, replace(CONFIG, objective="sigma-vae"), noise=Flat())
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_resume_keeps_the_noise_model_that_the_run_began_with(digits, tmp_path, has_checkpoint):
+    folder = tmp_path / "run"
+
+    class Kill:
+        def start(self, total_steps, done_steps, history): ...
+        def step(self, done_steps, total_steps, label, figures): ...
+        def message(self, text): ...
+        def close(self): ...
+        def epoch(self, row):
+            if row["epoch"] == 1 + has_checkpoint:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        equipoise.train(digits, CONFIG, folder, noise=BrightnessNoise(2), sinks=[Kill()])
+    with pytest.raises(StoreError, match=r"began with another noise model.*BrightnessNoise"):
+        equipoise.train(digits, CONFIG, folder, resume=True, noise=Flat())
+    if has_checkpoint:
+        run = equipoise.train(digits, CONFIG, folder, resume=True)
+    else:
+        with pytest.raises(StoreError, match=r"BrightnessNoise of your own .* first checkpoint"):
+            equipoise.train(digits, CONFIG, folder, resume=True)
+        run = equipoise.train(digits, CONFIG, folder, resume=True, noise=BrightnessNoise(2))
+    assert isinstance(run.model().noise, BrightnessNoise)

@@ -1,5 +1,7 @@
 """A run from Python: its data come back as they were loaded; evaluation borrows its model."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -81,3 +83,27 @@ def test_an_evaluation_leaves_the_callers_model_alone(tmp_path, is_training):
         assert torch.equal(value, before[name].float() if value.is_floating_point() else value)
         assert value.stride() == strides[name]
         assert value.device.type == "cpu"
+
+
+def test_a_path_is_never_the_name_of_a_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    for number, pixels in enumerate(levels(40, 8, 8)):
+        Image.fromarray(pixels).save(tmp_path / "digits" / f"{number}.png")
+    data = equipoise.load_data(Path("digits"), cache_dir=tmp_path / "cache")
+    run = equipoise.train(data, CONFIG, tmp_path / "run")
+    assert_same_data(run.data(), data)
+
+
+def test_data_that_are_gone_are_named(tmp_path):
+    np.save(tmp_path / "x.npy", levels(60, 8, 8))
+    run = equipoise.train(equipoise.load_data(tmp_path / "x.npy"), CONFIG, tmp_path / "run")
+    (tmp_path / "x.npy").unlink()
+    with pytest.raises(StoreError, match=r"x\.npy, which is not there any more"):
+        run.data()
+
+
+def test_an_image_size_of_none_at_all_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", levels(60, 8, 8))
+    with pytest.raises(ValueError, match="image_size must be at least 1 pixel, not 0"):
+        equipoise.load_data(tmp_path / "x.npy", image_size=0)

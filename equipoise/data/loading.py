@@ -92,6 +92,8 @@ def load(
         >>> load(np.random.default_rng(0).normal(size=(100, 3))).train
         Subset(shape=(81, 3), dtype=float32)
     """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, not {image_size}")
     if channels not in {None, "grey", "rgb"}:
         raise ValueError(f"channels must be 'grey', 'rgb' or None, not {channels!r}")
 
@@ -290,7 +292,8 @@ def _record(source: object, **arguments: object) -> dict[str, Any]:
         return {}
 
     name = str(source)
-    if name not in NAMES and Path(name).expanduser().exists():
+    # A path is never the name of a set, as when the examples were found.
+    if source not in NAMES and Path(name).expanduser().exists():
         name = str(Path(name).expanduser().resolve())
     set_arguments = {
         key: value for key, value in arguments.items() if value is not None and value is not False

@@ -81,6 +81,18 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Tell whether there is a checkpoint, damaged or not.
+
+    Args:
+        folder: Folder of the checkpoints, usually RUN/checkpoints.
+
+    Returns:
+        True if there is one.
+    """
+    return bool(_files(folder))
+
+
 def _files(folder: Path) -> list[Path]:
     """Checkpoints in a folder, the oldest first."""
     return sorted(folder.glob("step-*.safetensors"))

@@ -137,10 +137,13 @@ class RunningMeans:
         low, high = (all_reduce(self.log_var_range * signs, "max") * signs).tolist()
         bad_step = int(all_reduce(self.sums.new_tensor([self.first_bad_step]), "max"))
 
+        log_var = f"until then the log-variance of the noise lay in [{low:.2f}, {high:.2f}]"
+        if low > high:
+            log_var = "the log-variance of the noise was not finite either"
         return NotFiniteError(
-            f"The loss stopped being finite in stage {stage:d} at step {bad_step}; until then the "
-            f"log-variance of the noise lay in [{low:.2f}, {high:.2f}]. Checkpoints are from "
-            "before it. Try a lower learning_rate, or, in stage 2, a higher floor."
+            f"The loss stopped being finite in stage {stage:d} at step {bad_step}; {log_var}. "
+            "Checkpoints, if there are any, are from before it. Try a lower learning_rate, or, in "
+            "stage 2, a higher floor."
         )
 
 

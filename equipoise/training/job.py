@@ -13,12 +13,13 @@ from equipoise.config import TrainConfig
 from equipoise.data import Data
 from equipoise.mixture_fit import EMStep, MixtureFit
 from equipoise.model import VAE
-from equipoise.noise import NoiseModel
+from equipoise.noise import NoiseModel, describe_noise
 from equipoise.provenance import data_record, versions
 from equipoise.randomness import stream_seed
 from equipoise.run import Run
 from equipoise.sources import describe_mixture, fit_aggregate
 from equipoise.store import StoreError, save_mixture, save_model, write_json
+from equipoise.training.checkpoint import has_checkpoint
 from equipoise.training.engine import in_main_process, launch, make_fabric, processes_of
 from equipoise.training.logging import JsonlSink, Sink
 from equipoise.training.setup import check_fit, make_model
@@ -86,6 +87,8 @@ def train(
     # Everything that can refuse the input has run: only now does a folder appear.
     torch.manual_seed(stream_seed(config.seed, "weights"))
     model = make_model(data, config, encoder, decoder, noise)
+    if resume:
+        _check_noise(run, model, is_given=noise is not None)
     all_sinks: list[Sink] = []
     if fabric.is_global_zero:
         if not resume:
@@ -136,6 +139,25 @@ def _choose_folder(data: Data, out: str | Path | None, resume: bool) -> Path:
     return run.folder
 
 
+def _check_noise(run: Run, model: VAE, *, is_given: bool) -> None:
+    """Refuse to resume with another noise model than the run began with.
+
+    One of a user's own need not be given again where a checkpoint tells how to build it.
+    """
+    recorded = run.settings()["noise_model"]
+    if describe_noise(model.noise) == recorded:
+        return
+
+    kind = recorded["kind"]
+    if is_given:
+        raise StoreError(f"{run.folder} began with another noise model, {recorded}; give that one.")
+    if not has_checkpoint(run.checkpoints):
+        raise StoreError(
+            f"{run.folder} began with the noise model {kind} of your own and was stopped before "
+            "its first checkpoint: train it again from Python with noise=, into another folder."
+        )
+
+
 def _free_folder(name: str) -> Path:
     """Return runs/NAME, or runs/NAME-2, runs/NAME-3, ... where that is taken."""
     base = Path("runs") / name.replace("/", "-")
@@ -160,6 +182,7 @@ def _settings(
             "load": dict(data.loading),
             "shape": list(data.shape),
         },
+        "noise_model": describe_noise(model.noise),
         "options": config.as_dict(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "versions": versions(),

@@ -1,5 +1,7 @@
 """From options and data to what is trained: model, noise, objective and parameter groups."""
 
+import copy
+import json
 import math
 from typing import Any
 
@@ -11,9 +13,16 @@ from equipoise.config import ConfigError, TrainConfig
 from equipoise.data import Data
 from equipoise.data.batches import examples
 from equipoise.model import VAE, Scaling
-from equipoise.networks import default_architecture
-from equipoise.noise import NOISE_BUILDERS, NoiseModel, NoiseOptions
+from equipoise.networks import build_decoder, default_architecture
+from equipoise.noise import (
+    NOISE_BUILDERS,
+    NoiseModel,
+    NoiseOptions,
+    build_noise,
+    describe_noise,
+)
 from equipoise.objectives import OBJECTIVE_CLASSES, DetachedVarianceElbo, Objective
+from equipoise.residuals import ResidualVariance
 from equipoise.stages import Stage
 from equipoise.training.trackers import TRACKERS, is_installed
 
@@ -45,7 +54,8 @@ def make_model(
         The model, its networks fitted to the data's scale.
 
     Raises:
-        ConfigError: if only one of encoder and decoder is given.
+        ConfigError: if only one of encoder and decoder is given, or the noise model could not be
+            trained, saved and loaded.
     """
     if (encoder is None) != (decoder is None):
         raise ConfigError(["encoder and decoder go together: give both of your own, or neither"])
@@ -58,8 +68,11 @@ def make_model(
         "mean_bounds": None if data.quantum is None else (0.0, 1.0),
         "deterministic": OBJECTIVES[config.objective].is_deterministic,
     }
-    noise = noise or make_noise(data, config)
     latent_dim = choose_latent_dim(data, config)
+    if noise is None:
+        noise = make_noise(data, config)
+    else:
+        check_own_noise(noise, data, config)
 
     if encoder is not None and decoder is not None:
         return VAE(encoder, decoder, noise, shape=data.shape, latent_dim=latent_dim, **traits)
@@ -72,6 +85,100 @@ def make_model(
     sample = scaling(examples(data.train, SCALE_EXAMPLES))
     model.start_at_data(sample.mean(0), sample.std())
     return model
+
+
+def check_own_noise(noise: object, data: Data, config: TrainConfig) -> None:
+    """Refuse a user's noise model that would fail in training, or be unreadable afterwards.
+
+    A copy of it computes log-variances, takes in a batch, and is built again from its description.
+
+    Args:
+        noise: What the user gave.
+        data: Data whose shape it is for.
+        config: Options that it goes with.
+
+    Raises:
+        ConfigError: with what is wrong, and what to do.
+    """
+    if not isinstance(noise, NoiseModel):
+        came = f"the class {noise.__name__}" if isinstance(noise, type) else repr(noise)
+        raise ConfigError(
+            [f"noise must be an instance of a NoiseModel, got {came}; names go into TrainConfig"]
+        )
+
+    problems = []
+    if config.noise != "global":
+        problems.append(
+            f"noise={config.noise} and a noise model of your own exclude each other; "
+            "leave the option out, or the objective that sets it"
+        )
+    elif "noise" in OBJECTIVES[config.objective].requires:
+        problems.append(
+            f"objective={config.objective} has a noise model of its own; take objective=elbo"
+        )
+
+    name = type(noise).__name__
+    try:
+        with torch.random.fork_rng(devices=[]):
+            problem = _problem_of_own_noise(copy.deepcopy(noise), data, config)
+    except Exception as error:  # a user's own code may raise anything
+        problem = f"fails when it is tried: {type(error).__name__}: {error}"
+    if problem:
+        problems.append(f"the noise model {name} {problem}")
+    if problems:
+        raise ConfigError(problems)
+
+
+@torch.no_grad()
+def _problem_of_own_noise(noise: NoiseModel, data: Data, config: TrainConfig) -> str | None:
+    """Try a noise model as training, saving and loading would; None if all is well."""
+    latent_dim, batch = choose_latent_dim(data, config), (2, *data.shape)
+    log_var = noise(torch.zeros(2, latent_dim))
+    try:
+        fits = torch.broadcast_shapes(log_var.shape, batch) == batch
+    except RuntimeError:
+        fits = False
+    if not fits:
+        return f"gives log-variances {tuple(log_var.shape)}, which do not broadcast to {batch}"
+    if not bool(log_var.isfinite().all()):
+        return "gives log-variances that are not finite, for codes of zero"
+
+    statistic = ResidualVariance(noise.statistic_shape)
+    statistic.update(torch.ones(batch))
+    noise.update(torch.ones(batch))
+    noise.set_var(statistic.var)
+
+    try:
+        description = json.loads(json.dumps(describe_noise(noise), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        return f"must describe itself by JSON values in description(): {error}"
+
+    def make_network() -> nn.Module:
+        architecture = config.architecture
+        if architecture == "auto":
+            architecture = default_architecture(data.shape)
+        return build_decoder(architecture, data.shape, latent_dim, config.width)
+
+    try:
+        again = build_noise(description, make_network)
+    except Exception as error:
+        return f"cannot be built from its description() {description['arguments']}: {error}"
+
+    expected, built = noise.state_dict(), again.state_dict()
+    shapes = [{key: (v.shape, v.dtype) for key, v in state.items()} for state in (expected, built)]
+    if shapes[0] != shapes[1]:
+        differ = sorted(
+            key for key in {*expected, *built} if shapes[0].get(key) != shapes[1].get(key)
+        )
+        return (
+            "has other tensors than the model that is built from its description(): "
+            f"{', '.join(differ)}. Register buffers in the constructor, with their shapes"
+        )
+
+    addresses = [tensor.data_ptr() for tensor in expected.values() if tensor.numel()]
+    if len(set(addresses)) < len(addresses):
+        return "has a tensor under two names, which no file can hold; keep one of the names"
+    return None
 
 
 def make_noise(data: Data, config: TrainConfig) -> NoiseModel:
