@@ -135,10 +135,10 @@ def _problem_of_own_noise(noise: NoiseModel, data: Data, config: TrainConfig) ->
     latent_dim, batch = choose_latent_dim(data, config), (2, *data.shape)
     log_var = noise(torch.zeros(2, latent_dim))
     try:
-        fits = torch.broadcast_shapes(log_var.shape, batch) == batch
+        is_of_batch = torch.zeros(batch).add(log_var).shape == batch
     except RuntimeError:
-        fits = False
-    if not fits:
+        is_of_batch = False
+    if not is_of_batch:
         return f"gives log-variances {tuple(log_var.shape)}, which do not broadcast to {batch}"
     if not bool(log_var.isfinite().all()):
         return "gives log-variances that are not finite, for codes of zero"
