@@ -248,10 +248,20 @@ def set_aside(path: Path) -> Path:
         number += 1
 
     path.rename(target)
-    owner = owner_of(path)
-    if owner is not None:
-        _append(owner, {"removed": _name_in(owner, path)})
     return target
+
+
+def discard_if_empty(folder: Path) -> None:
+    """Remove a folder in which nothing was written but equipoise's own manifest and lock.
+
+    Args:
+        folder: Path of the folder.
+    """
+    if folder.is_dir() and is_empty(folder):
+        with contextlib.suppress(OSError):
+            for name in (MANIFEST, LOCK, HOLDER):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def is_empty(folder: Path) -> bool:

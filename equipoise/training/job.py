@@ -12,7 +12,7 @@ from torch import nn
 
 from equipoise.config import TrainConfig
 from equipoise.data import Data
-from equipoise.files import StoreError, is_empty, write_json
+from equipoise.files import StoreError, discard_if_empty, is_empty, write_json
 from equipoise.mixture_fit import EMStep, MixtureFit
 from equipoise.model import VAE
 from equipoise.noise import NoiseModel, describe_noise
@@ -101,10 +101,17 @@ def train(
 
         def begin() -> None:
             stack.enter_context(run.exclusive("training"))
-            if not resume:
-                # Another training may have come and gone since the folder was chosen.
-                _refuse_run(run)
+            if resume:
+                return
+
+            # Another training may have come and gone since the folder was chosen.
+            _refuse_run(run)
+            try:
                 write_json(run.config_file, _settings(data, config, model, command))
+            except OSError:
+                stack.close()
+                discard_if_empty(run.folder)
+                raise
 
         in_main_process(fabric, begin)
         all_sinks: list[Sink] = []
