@@ -12,7 +12,7 @@ import torch
 
 import equipoise
 from equipoise.cli import main
-from equipoise.files import StoreError, exclusive, is_ours
+from equipoise.files import StoreError, exclusive, is_ours, write_json
 from equipoise.report import write_report
 from equipoise.run import Run
 from equipoise.store import read_digest, save_model
@@ -218,10 +218,10 @@ def test_a_checkpoint_of_another_run_is_refused(run, tmp_path):
 def test_options_that_were_altered_are_noticed_and_those_of_the_machine_may_be(run):
     settings = json.loads(run.config_file.read_text())
     settings["options"] |= {"accelerator": "auto", "devices": 2}
-    run.config_file.write_text(json.dumps(settings))
+    write_json(run.config_file, settings)
     assert run.model().latent_dim == 2
     settings["options"]["learning_rate"] = 0.5
-    run.config_file.write_text(json.dumps(settings))
+    write_json(run.config_file, settings)
     with pytest.raises(StoreError, match="other data or options"):
         run.model()
 

@@ -25,7 +25,7 @@ from equipoise.store import read_digest, save_mixture, save_model
 from equipoise.training.checkpoint import has_checkpoint
 from equipoise.training.engine import in_main_process, launch, make_fabric, processes_of
 from equipoise.training.logging import JsonlSink, Sink
-from equipoise.training.setup import check_fit, make_model
+from equipoise.training.setup import check_fit, check_units, make_model
 from equipoise.training.trackers import TRACKERS
 from equipoise.training.trainer import Trainer
 
@@ -91,6 +91,8 @@ def train(
 
     torch.manual_seed(stream_seed(config.seed, "weights"))
     model = make_model(data, config, encoder, decoder, noise)
+
+    check_units(model, data)
 
     # Everything that can refuse the input has run: only now does a folder appear.
     run = Run(in_main_process(fabric, partial(_choose_folder, data, out, resume, force)))

@@ -30,6 +30,8 @@ MIN_TRAIN = 20
 """Fewer training examples than this do not make a mixture, let alone a model."""
 MAX_MEMORY = 100
 """Most batches over which the running estimate of the noise variance extends."""
+CHECKED_AT_ONCE = 1000
+"""Examples whose units are compared together."""
 SCALE_EXAMPLES = 10_000
 """Examples that give the mean and std at which untrained networks start."""
 
@@ -85,6 +87,30 @@ def make_model(
     sample = scaling(examples(data.train, SCALE_EXAMPLES))
     model.start_at_data(sample.mean(0), sample.std())
     return model
+
+
+def check_units(model: VAE, data: Data) -> None:
+    """Refuse data of which a part cannot be in the units of the model, before it is trained.
+
+    Otherwise its own test set would be refused after the training.
+
+    Args:
+        model: The untrained model.
+        data: The data.
+
+    Raises:
+        ConfigError: with the part, and what is wrong.
+    """
+    problems = []
+    parts = {"training": data.train.at_hand, "validation": data.validation, "test": data.test}
+    for name, part in parts.items():
+        try:
+            for first in range(0, len(part), CHECKED_AT_ONCE):
+                model.scaling.check(torch.from_numpy(part[first : first + CHECKED_AT_ONCE]))
+        except ValueError as error:
+            problems.append(f"the {name} examples of {data.source} do not fit the others: {error}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_own_noise(noise: object, data: Data, config: TrainConfig) -> None:
