@@ -251,9 +251,9 @@ def check_digest(path: Path, content: bytes) -> None:
     # A digest is entered before the file is replaced: after a kill, the one before may hold.
     for position, entry in enumerate(reversed(recorded[-2:])):
         size, grows = entry.get("bytes"), entry.get("grows") is True
-        if type(size) is int and (len(content) == size or (grows and position == 0)):
-            if hashlib.sha256(content[:size]).hexdigest() == entry.get("sha256"):
-                return
+        is_possible = type(size) is int and (len(content) == size or (grows and position == 0))
+        if is_possible and hashlib.sha256(content[:size]).hexdigest() == entry.get("sha256"):
+            return
         if grows:
             break
 
