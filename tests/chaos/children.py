@@ -5,6 +5,7 @@ nothing, so that it has no threads that a fork would lose.
 """
 
 import atexit
+import gc
 import os
 import signal
 import socket
@@ -52,6 +53,10 @@ def import_everything():
     for module in pkgutil.walk_packages(equipoise.__path__, "equipoise."):
         if "__main__" not in module.name:
             importlib.import_module(module.name)
+
+    # What is there now is no garbage: the collections of the forks need not copy its pages.
+    gc.collect()
+    gc.freeze()
 
 
 def run(action, folder, processes=1, before=None):

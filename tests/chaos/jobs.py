@@ -16,7 +16,7 @@ VOLATILE = {"seconds", "examples_per_second", "created", "date", "train_seconds"
 """Figures that differ between any two runs."""
 TINY = (
     "--quiet --set latent_dim=2 stage_1_epochs=2 stage_2_epochs=2 batch_size=16 n_components=2 "
-    "tolerance=0 accelerator=cpu"
+    "tolerance=0 learning_rate=0.01 accelerator=cpu"
 ).split()
 
 
@@ -100,7 +100,7 @@ def write_data(folder):
         folder: Folder in which each job's working folder lies.
     """
     rng = np.random.default_rng(0)
-    rows = rng.standard_normal((60, 2)) @ rng.standard_normal((2, 5))
+    rows = rng.standard_normal((60, 2)) @ rng.standard_normal((2, 3))
     rows = rows + 0.1 * rng.standard_normal(rows.shape)
     np.save(folder / "table.npy", rows.astype(np.float32))
     np.save(folder / "images.npy", rng.integers(0, 256, (40, 16, 16), dtype=np.uint8))
