@@ -21,6 +21,9 @@ from equipoise.catalogue import ARCHITECTURES, NOISES, OBJECTIVES
 PLACEMENT = ("devices", "num_nodes")
 """Options that may change when a run is resumed: they say where it runs, not what it does."""
 
+MACHINE = (*PLACEMENT, "accelerator", "compile", "tracker", "checkpoint_seconds")
+"""Options that say where and how a run is computed, and not what comes out."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": tuple(OBJECTIVES),
     "noise": tuple(NOISES),

@@ -24,13 +24,20 @@ from equipoise.config import TrainConfig, make_config
 from equipoise.data import load, load_examples
 from equipoise.data.arrays import MIN_EXAMPLES
 from equipoise.data.dataset import Array
+from equipoise.files import StoreError
 from equipoise.gaussian import Gaussian
 from equipoise.model import VAE, encode_all
 from equipoise.objectives import importance_weighted_bound
 from equipoise.randomness import stream, stream_seed
+from equipoise.records import EstimatorDescription
 from equipoise.run import Row
 from equipoise.sources import fit_aggregate, ready_source
-from equipoise.store import build_model, fill, read_tensors, write_tensors
+from equipoise.store import (
+    read_tensors,
+    restore_mixture,
+    restore_model,
+    write_tensors,
+)
 from equipoise.training.diagnostics import warnings_for
 from equipoise.training.passes import EVALUATION_BATCH
 from equipoise.training.setup import check_fit, make_model, make_noise
@@ -369,17 +376,24 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         Raises:
             StoreError: If the file is damaged or holds something else.
         """
-        tensors, description = read_tensors(Path(path), "estimator")
-        estimator = cls(**description["options"], random_state=description["random_state"])
+        tensors, description = read_tensors(Path(path), "estimator", EstimatorDescription)
+        try:
+            estimator = cls(**description["options"], random_state=description["random_state"])
+        except TypeError as error:
+            raise StoreError(f"{path}: options: {error}; update equipoise.") from error
 
-        parameters = {
-            name: tensors.pop(f"mixture.{name}") for name in ("weights", "means", "covariances")
+        prefix = "mixture."
+        mixture_tensors = {
+            name.removeprefix(prefix): tensors.pop(name)
+            for name in sorted(tensors)
+            if name.startswith(prefix)
         }
-        mixture = GaussianMixture(**parameters)
+        mixture = restore_mixture(mixture_tensors, str(path))
 
-        model = build_model(description["model"], what=str(path))
         model_tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-        fill(model, model_tensors, str(path))
+        model = restore_model(description["model"], model_tensors, what=str(path))
+        if mixture.latent_dim != model.latent_dim:
+            raise StoreError(f"{path} holds a mixture of codes of another model.")
 
         estimator.history_ = description["history"]
         estimator.example_shape_ = tuple(description["example_shape"])

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.files import own_outputs, whole_file
 from equipoise.model import VAE
-from equipoise.store import whole_file
 
 TOLERANCE = 1e-4
 """Largest deviation of a file's output from the model's, relative to the output's largest value."""
@@ -85,6 +85,7 @@ def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[
         )
 
     form = FORMATS[to]()
+    own_outputs(folder)
     files = []
     for name, part in _parts(model, mixture).items():
         path = folder / f"{name}{form.ending}"

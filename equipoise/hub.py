@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from equipoise.files import adopt
+
 PREFIX = "hf:"
 NEEDED = ("config.json", "model.safetensors", "aggregate.safetensors")
 RUN_FILES = (*NEEDED, "metrics.jsonl", "evaluation.json")
@@ -101,6 +103,7 @@ def _download(name: str, revision: str | None, folder: Path) -> None:
 
         snapshot_download(name, revision=revision, local_dir=folder, allow_patterns=list(RUN_FILES))
 
+    adopt(folder, RUN_FILES)
     missing = _lacks(folder)
     if missing:
         raise HubError(

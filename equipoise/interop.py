@@ -23,10 +23,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from equipoise.files import StoreError
 from equipoise.gaussian import Gaussian
 from equipoise.model import VAE, Scaling
 from equipoise.noise import GlobalNoise
-from equipoise.store import StoreError, fill, read_json
+from equipoise.records import PeerConfig, read_record
+from equipoise.store import fill
 
 PYTHAE_UNITS = 512
 """Width of the hidden layer in pythae's default networks."""
@@ -63,9 +65,10 @@ def read_pythae(
         >>> model = read_pythae("my_model/final_model")  # doctest: +SKIP
     """
     config_file, weights_file = Path(folder, "model_config.json"), Path(folder, "model.pt")
-    config = read_json(config_file)
+    config = read_record(config_file, PeerConfig)
 
-    if config.get("input_dim") is None:
+    input_dim = config.get("input_dim")
+    if input_dim is None:
         raise StoreError(
             f"{config_file} does not say the shape of an example: add it, "
             'such as "input_dim": [1, 28, 28]'
@@ -77,7 +80,7 @@ def read_pythae(
                 f"{folder} has an {name} of your own: build it as it was and pass it as {name}="
             )
 
-    shape, latent_dim = tuple(config["input_dim"]), config["latent_dim"]
+    shape, latent_dim = tuple(input_dim), config["latent_dim"]
     networks = nn.ModuleDict(
         {
             "encoder": encoder or _DefaultEncoder(shape, latent_dim),

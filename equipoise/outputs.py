@@ -13,10 +13,10 @@ from torch import Tensor
 
 from equipoise import plots
 from equipoise.data import Data
+from equipoise.files import own_outputs, whole_file, write_array
 from equipoise.model import VAE
 from equipoise.randomness import stream
 from equipoise.run import Run
-from equipoise.store import whole_file
 
 SHOWN_IMAGES = 25
 SHOWN_IMAGES_WITHOUT_STD = 100
@@ -73,6 +73,7 @@ def write_samples(
     Returns:
         NAME.png, NAME.npy (rounded to the levels of digital data) and NAME-std.npy.
     """
+    own_outputs(folder)
     codes = codes.to(model.scaling.scale.dtype)  # mixtures draw in float64
     parts = [model.decode(chunk) for chunk in torch.split(codes, DECODED_AT_ONCE)]
     means = torch.cat([part.mean for part in parts])
@@ -100,8 +101,7 @@ def write_samples(
     }
     for file, tensor in contents.items():
         files.append(folder / f"{file}.npy")
-        with whole_file(files[-1]) as temporary:
-            np.save(temporary, tensor.numpy())
+        write_array(files[-1], tensor.numpy())
 
     return files
 
@@ -119,6 +119,7 @@ def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[P
         reconstructions.npz with ``data``, ``mean``, ``std`` and ``error`` in raw units, and
         reconstructions.png.
     """
+    own_outputs(folder)
     scaling = model.scaling
     scaling.check(torch.from_numpy(raw))
 

@@ -17,7 +17,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
-from equipoise.store import whole_file
+from equipoise.files import whole_file
 
 Images: TypeAlias = Num[np.ndarray, "n channels height width"]
 Table: TypeAlias = Num[np.ndarray, "n columns"]

@@ -13,9 +13,10 @@ from xml.etree.ElementTree import Element, tostring
 
 from PIL import Image
 
+from equipoise.files import whole_file
 from equipoise.glossary import Keys, format_figure, leaves, measure, term, warnings_of
+from equipoise.records import Settings
 from equipoise.run import Run
-from equipoise.store import StoreError, read_json, whole_file
 
 LARGEST_PNG = 350_000
 """Largest size of a figure that is embedded as PNG, bytes.
@@ -161,10 +162,7 @@ def write_report(folder: Path) -> Path:
     """
     run = Run(folder)
     settings = run.settings()
-    evaluation: Any = {}
-    if run.evaluation_file.is_file():
-        evaluation = read_json(run.evaluation_file)
-    _check_evaluation(run, evaluation)
+    evaluation = run.evaluation()
     about = evaluation.pop("about", {})
 
     head = _tag(
@@ -185,17 +183,8 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def _check_evaluation(run: Run, evaluation: Any) -> None:  # noqa: ANN401 (any JSON value)
-    sections = [_mapping(evaluation).get(name, {}) for name in ("about", *SECTIONS)]
-    if not all(isinstance(part, dict) for part in (evaluation, *sections)):
-        raise StoreError(
-            f"{run.evaluation_file} is damaged: write it anew with "
-            f"'equipoise evaluate {run.folder}'."
-        )
-
-
 def _content(
-    run: Run, settings: dict[str, Any], evaluation: dict[str, Any], about: dict[str, Any]
+    run: Run, settings: Settings, evaluation: dict[str, Any], about: dict[str, Any]
 ) -> Iterator[Element]:
     """Yield all elements of ``main``, from top to bottom."""
     sections = _sections(run, evaluation)
@@ -240,7 +229,7 @@ def _sections(run: Run, evaluation: dict[str, Any]) -> dict[str, Section]:
     return sections
 
 
-def _summary(run: Run, settings: dict[str, Any]) -> str:
+def _summary(run: Run, settings: Settings) -> str:
     data = settings["data"]
     epochs = run.history()
     shape = " x ".join(map(str, data["shape"]))
@@ -360,7 +349,7 @@ def _row(
     )
 
 
-def _configuration(settings: dict[str, Any], about: dict[str, Any]) -> Iterator[Element]:
+def _configuration(settings: Settings, about: dict[str, Any]) -> Iterator[Element]:
     """Yield the commands that reproduce the run, and tables of all its settings."""
     yield _tag("h2", "Configuration")
 

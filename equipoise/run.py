@@ -1,18 +1,30 @@
 """A run: the folder that a training leaves behind, and everything that can be read from it."""
 
+import hashlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from equipoise.aggregate import GaussianMixture
-from equipoise.config import ConfigError, TrainConfig, make_config
+from equipoise.config import MACHINE, ConfigError, TrainConfig, make_config
 from equipoise.data import Data, load, load_stream
-from equipoise.hub import run_folder
+from equipoise.files import MANIFEST, StoreError, adopt, exclusive
+from equipoise.hub import RUN_FILES, run_folder
 from equipoise.model import VAE
-from equipoise.store import StoreError, load_mixture, load_model, read_json
+from equipoise.records import (
+    EpochRow,
+    Evaluation,
+    Settings,
+    check_format,
+    decode_record,
+    read_bytes,
+    read_record,
+)
+from equipoise.store import load_mixture, load_model, read_digest
 
 Row = dict[str, Any]
 """The figures of one epoch: epoch, stage, seconds, examples_per_second, learning_rate, decision,
@@ -43,14 +55,34 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.figures = self.folder / "figures"
 
-    def settings(self) -> dict[str, Any]:
+    def exclusive(self, job: str) -> AbstractContextManager[None]:
+        """Let one job at a time write into the run folder.
+
+        Files of a run that was copied here without its manifest become the run's own.
+
+        Args:
+            job: What is done, such as "evaluation", for the message to another job.
+
+        Returns:
+            A context, within which the folder is locked.
+
+        Raises:
+            StoreError: on entering it, if another job works there.
+        """
+        if self.config_file.is_file() and not (self.folder / MANIFEST).exists():
+            checkpoints = self.checkpoints.glob("step-*.safetensors")
+            names = (file.relative_to(self.folder).as_posix() for file in checkpoints)
+            adopt(self.folder, (*RUN_FILES, *names))
+        return exclusive(self.folder, job)
+
+    def settings(self) -> Settings:
         """Read ``config.json``: options, data, versions and command.
 
         Returns:
             JSON values.
 
         Raises:
-            StoreError: if the folder is not a run.
+            StoreError: if the folder is not a run, or the file is damaged.
         """
         if not self.config_file.is_file():
             raise StoreError(
@@ -58,8 +90,7 @@ class Run:
                 "Runs are made by 'equipoise train'."
             )
 
-        settings: dict[str, Any] = read_json(self.config_file)
-        return settings
+        return read_record(self.config_file, Settings)
 
     def config(self) -> TrainConfig:
         """Read the options that the run was trained with.
@@ -67,7 +98,21 @@ class Run:
         Returns:
             The configuration.
         """
-        return make_config(self.settings()["options"])
+        try:
+            return make_config(self.settings()["options"])
+        except ConfigError as error:
+            raise StoreError(f"{self.config_file}: options: {error}") from error
+
+    def origin(self) -> str:
+        """Digest of what the run's model comes from: the options, and the data.
+
+        Options that only say where the run is computed are left out. The file of the model carries
+        this digest, so that a model of another run is noticed.
+
+        Returns:
+            SHA-256, hexadecimal.
+        """
+        return origin_of(self.config(), self.settings()["data"]["fingerprint"])
 
     def data(
         self,
@@ -151,15 +196,26 @@ class Run:
                 f"finish it with 'equipoise train --resume {self.folder}'."
             )
 
-        return load_model(self.model_file, encoder, decoder)
+        return load_model(self.model_file, encoder, decoder, self.origin())
 
     def mixture(self) -> GaussianMixture:
         """Load the mixture that was fitted to the aggregate posterior.
 
         Returns:
             The mixture, eq. (13).
+
+        Raises:
+            StoreError: if it was fitted to the codes of another model.
         """
-        return load_mixture(self.mixture_file)[0]
+        mixture, description = load_mixture(self.mixture_file)
+
+        model = read_digest(self.model_file)
+        if description.get("model", model) != model:
+            raise StoreError(
+                f"{self.mixture_file} was fitted to the codes of another model than "
+                f"{self.model_file}: one of the two files belongs to another run."
+            )
+        return mixture
 
     def history(self) -> list[Row]:
         """Read the figures of each epoch from ``metrics.jsonl``.
@@ -168,6 +224,65 @@ class Run:
             One row per epoch.
         """
         return read_rows(self.metrics_file)
+
+    def evaluation(self, file: Path | None = None) -> dict[str, Any]:
+        """Read what :func:`equipoise.evaluate` has written.
+
+        Args:
+            file: Another file than ``evaluation.json``, such as that of other data.
+
+        Returns:
+            "about", and the sections by name, as JSON values. Empty if there is no file.
+
+        Raises:
+            StoreError: if the file is damaged, or is of another model or mixture than the run's.
+        """
+        file = file or self.evaluation_file
+        if not file.is_file():
+            return {}
+
+        evaluation = read_evaluation(file)
+        about = evaluation["about"]
+
+        of_run = (read_digest(self.model_file), read_digest(self.mixture_file))
+        if (about["model"], about["mixture"]) != of_run:
+            raise StoreError(
+                f"{file} is of another model or mixture than those in {self.folder}: "
+                f"write it anew with 'equipoise evaluate {self.folder}', or delete it."
+            )
+        return evaluation
+
+
+def origin_of(config: TrainConfig, fingerprint: str) -> str:
+    """Digest of what a model comes from, see :meth:`Run.origin`.
+
+    Args:
+        config: The options.
+        fingerprint: That of the data.
+
+    Returns:
+        SHA-256, hexadecimal.
+    """
+    options = {name: value for name, value in config.as_dict().items() if name not in MACHINE}
+    text = json.dumps([options, fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_evaluation(file: Path) -> dict[str, Any]:
+    """Read an evaluation by its schema, whatever model it is of.
+
+    Args:
+        file: The file.
+
+    Returns:
+        "about", and the sections by name, as JSON values.
+
+    Raises:
+        StoreError: if there is no such file, or it is damaged.
+    """
+    evaluation = read_record(file, Evaluation)
+    check_format(evaluation["about"]["format"], str(file))
+    return dict(evaluation)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -178,14 +293,16 @@ def read_rows(path: Path) -> list[Row]:
 
     Returns:
         One row per epoch; none if there is no file.
+
+    Raises:
+        StoreError: if another line is damaged.
     """
     if not path.is_file():
         return []
 
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    lines = read_bytes(path).split(b"\n")
+    # What follows the last line break is nothing, or a line that was not written to its end.
+    return [
+        dict(decode_record(line, EpochRow, f"{path}, line {number}"))
+        for number, line in enumerate(lines[:-1], 1)
+    ]

@@ -10,8 +10,9 @@ from equipoise.data.hub import MIRRORS
 from equipoise.glossary import format_figure, leaves, measure, term, title
 from equipoise.hub import PREFIX, RUN_FILES, publish
 from equipoise.noise import NoiseModel, noise_class
+from equipoise.records import JsonObject, ModelDescription, read_record
 from equipoise.run import Run
-from equipoise.store import read_json, read_tensors
+from equipoise.store import read_tensors
 
 
 def push(run: Run, name: str, *, license_id: str | None = None, private: bool = True) -> str:
@@ -46,7 +47,7 @@ def push(run: Run, name: str, *, license_id: str | None = None, private: bool = 
             continue
 
         if path.suffix == ".json":
-            content = _without_folders(read_json(path))
+            content = _without_folders(dict(read_record(path, JsonObject)))
             files[file] = json.dumps(content, indent=2, ensure_ascii=False).encode()
         else:
             files[file] = path
@@ -69,12 +70,10 @@ def model_card(run: Run, name: str, license_id: str | None = None) -> str:
         StoreError: If the run is not finished.
     """
     settings = _without_folders(run.settings())
-    description = read_tensors(run.model_file, "model")[1]
+    description = read_tensors(run.model_file, "model", ModelDescription)[1]
     mixture = run.mixture()
 
-    evaluation = {}
-    if run.evaluation_file.is_file():
-        evaluation = _without_folders(read_json(run.evaluation_file))
+    evaluation = _without_folders(run.evaluation())
 
     header = yaml.safe_dump(_header(settings["data"], license_id), sort_keys=False)
     parts = [
@@ -106,7 +105,7 @@ def _header(data: dict[str, Any], license_id: str | None) -> dict[str, Any]:
     return {key: value for key, value in header.items() if value}
 
 
-def _summary(settings: dict[str, Any], description: dict[str, Any], n_components: int) -> str:
+def _summary(settings: dict[str, Any], description: ModelDescription, n_components: int) -> str:
     """What the model is: a paragraph, and a table of the training."""
     data, versions = settings["data"], settings["versions"]
     kind = "images" if len(data["shape"]) == 3 else "columns"
@@ -146,7 +145,7 @@ def _noise_summary(kind: str) -> str:
         return NoiseModel.summary
 
 
-def _usage(name: str, description: dict[str, Any]) -> str:
+def _usage(name: str, description: ModelDescription) -> str:
     """How to use the model: commands to run."""
     networks = note = ""
     if description["architecture"] is None:

@@ -27,6 +27,7 @@ from equipoise.aggregate import (
 from equipoise.catalogue import SOURCES
 from equipoise.config import ConfigError, TrainConfig
 from equipoise.data import Data, ExampleSet, Stream, batches_of
+from equipoise.files import StoreError
 from equipoise.flow_fit import CodeFlow, FlowEpoch, fit_flow
 from equipoise.gaussian import Gaussian, SharedGenerator
 from equipoise.mixture_fit import EMStep, MixtureFit, fit_mixture, fit_variational_mixture
@@ -34,14 +35,7 @@ from equipoise.model import VAE, encode_all
 from equipoise.processes import ALONE, Processes, choose_device
 from equipoise.randomness import stream
 from equipoise.run import Run
-from equipoise.store import (
-    StoreError,
-    file_checksum,
-    load_flow,
-    load_mixture,
-    save_flow,
-    save_mixture,
-)
+from equipoise.store import load_flow, load_mixture, read_digest, save_flow, save_mixture
 
 ENCODED_AT_ONCE = 500
 VARIATIONAL_COMPONENTS = 32
@@ -459,9 +453,9 @@ def _fitted_file(run: Run, name: str) -> Path:
 
 def _fitted_to(run: Run, row: str) -> dict[str, str]:
     """Checksums of what a fit depends on, which are kept in its file."""
-    checksums = {"model": file_checksum(run.model_file)}
+    checksums = {"model": read_digest(run.model_file)}
     if FITTED[row].starts_from_mixture:
-        checksums["mixture"] = file_checksum(run.mixture_file)
+        checksums["mixture"] = read_digest(run.mixture_file)
     return checksums
 
 

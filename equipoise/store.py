@@ -1,20 +1,18 @@
-"""Reading and writing files: safetensors and JSON, never pickle.
+"""Reading and writing tensors: safetensors with a JSON description, never pickle.
 
 A file appears complete or not at all. The file of a model, ``model.safetensors``, holds its tensors
-and, in the metadata, a JSON description. To load a model, the module is built from the description
-and then filled with the tensors. Names, shapes and dtypes are compared before that, and the error
-names all differences.
+and, in the metadata, a JSON description. To load a model, its shapes are found from the description
+without allocating them, and compared with the tensors. Only then is the module built and filled.
+The error names all differences.
 """
 
-import contextlib
-import errno
 import hashlib
+import itertools
 import json
+import math
 import os
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,102 +20,36 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.files import StoreError, owner_of, whole_file
 from equipoise.flow_fit import CodeFlow
 from equipoise.model import VAE, Scaling
 from equipoise.networks import build_decoder, build_encoder
 from equipoise.noise import GlobalNoise, build_noise
+from equipoise.records import (
+    FORMAT,
+    Digest,
+    FlowDescription,
+    MixtureDescription,
+    ModelDescription,
+    Name,
+    check_format,
+    decode_record,
+)
 
-FORMAT = "equipoise-1"
-"""Format of the tensor files, which is written into their metadata."""
 METADATA_KEY = "equipoise"
 """The one key of a file's metadata, under which everything but the tensors is."""
+MIXTURE_TENSORS = ("weights", "means", "covariances")
+
+T = TypeVar("T")
 
 
-class StoreError(ValueError):
-    """A file cannot be read or written. The message says what to do about it."""
+class Metadata(TypedDict):
+    """What stands in the metadata of a file, beside its tensors."""
 
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Write a file so that it appears complete or not at all.
-
-    The data go to a temporary file in the same folder, are flushed to the disk, and the temporary
-    file is renamed. If the process is killed, the old file or the new one is there. If the disk is
-    full, the old one is there.
-
-    Args:
-        path: Path of the file. Its folder is made if it does not exist.
-
-    Yields:
-        Path of the temporary file to write to. It has the same ending.
-
-    Raises:
-        OSError: If the disk is full or cannot be written to.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
-
-    try:
-        yield temporary
-
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = (
-                f"no space left to write {path}; what was there before is untouched, "
-                "so free some and go on"
-            )
-            raise OSError(error.errno, message) from error
-        raise
-
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a rename in a folder to the disk, on systems that can open folders."""
-    with contextlib.suppress(PermissionError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 (any JSON value)
-    """Write a JSON file, which appears complete or not at all.
-
-    Args:
-        path: Path of the file.
-        value: Any JSON value. NaN and infinite numbers are refused.
-    """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:  # noqa: ANN401 (any JSON value)
-    """Read a JSON file.
-
-    Args:
-        path: Path of the file.
-
-    Returns:
-        The JSON value.
-
-    Raises:
-        StoreError: If the file does not exist or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StoreError(f"There is no {path}.") from error
-    except ValueError as error:
-        raise StoreError(f"{path} is not valid JSON ({error}).") from error
+    format: Name
+    kind: Name
+    description: str
+    sha256: Digest
 
 
 def write_tensors(
@@ -135,7 +67,19 @@ def write_tensors(
         kind: Name of what the file holds, such as "model". :func:`read_tensors` compares it.
         tensors: Tensors by name. They are stored contiguously, and may be on any device.
         description: Any JSON value.
+
+    Raises:
+        StoreError: If another program's file is there.
     """
+    if owner_of(path) is None and path.exists():
+        # No manifest tells whose file it is, but its metadata do.
+        try:
+            _read_metadata(path)
+        except StoreError as error:
+            raise StoreError(
+                f"{path} is there already, and is no file of equipoise's: "
+                "move it away, or choose another name."
+            ) from error
     cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(description, allow_nan=False)
     record = {
@@ -151,12 +95,13 @@ def write_tensors(
         temporary.write_bytes(data)
 
 
-def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
+def read_tensors(path: Path, kind: str, record: type[T]) -> tuple[dict[str, Tensor], T]:
     """Read a file that :func:`write_tensors` wrote.
 
     Args:
         path: Path of the file.
         kind: Name of what the file should hold.
+        record: Schema of the description, see ``records.py``.
 
     Returns:
         Tensors by name, on the CPU, and the description.
@@ -165,60 +110,57 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
         StoreError: If the file does not exist, is damaged, was altered, was not written by
             equipoise, or holds something else.
     """
+    metadata = _read_metadata(path)
+    if metadata["kind"] != kind:
+        raise StoreError(f"{path} holds a {metadata['kind'][:100]}, not a {kind}.")
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"{path} is damaged or not a safetensors file ({error}).") from error
+
+    if metadata["sha256"] != _checksum(kind, metadata["description"], tensors):
+        raise StoreError(f"{path} was altered after it was written: its checksum differs.")
+    return tensors, decode_record(metadata["description"], record, f"{path}, description")
+
+
+def read_digest(path: Path) -> str:
+    """Read the checksum that a file of tensors carries, without reading the tensors.
+
+    Equal content has an equal checksum, by which other files refer to it.
+
+    Args:
+        path: Path of a file that :func:`write_tensors` wrote.
+
+    Returns:
+        SHA-256 over the kind, the description and the tensors, hexadecimal.
+
+    Raises:
+        StoreError: If the file does not exist, is damaged, or was not written by equipoise.
+    """
+    return _read_metadata(path)["sha256"]
+
+
+def _read_metadata(path: Path) -> Metadata:
+    """Read the metadata of a file that equipoise wrote."""
     if not path.is_file():
-        raise StoreError(f"There is no {path}.")
+        what = "is not a regular file" if os.path.lexists(path) else "does not exist"
+        raise StoreError(f"There is no {path} to read: it {what}.")
 
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise StoreError(f"{path} is damaged or not a safetensors file ({error}).") from error
 
     if METADATA_KEY not in metadata:
         raise StoreError(
             f"{path} was not written by equipoise: its metadata has no equipoise format."
         )
-    record = _read_record(path, metadata[METADATA_KEY])
-    if record["kind"] != kind:
-        raise StoreError(f"{path} holds a {record['kind']}, not a {kind}.")
-    if record["sha256"] != _checksum(kind, record["description"], tensors):
-        raise StoreError(f"{path} was altered after it was written: its checksum differs.")
-
-    return tensors, json.loads(record["description"])
-
-
-def _read_record(path: Path, text: str) -> dict[str, str]:
-    """Read the metadata of a file; its format must be ours, and every entry a string."""
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise StoreError(f"{path} was altered after it was written: {error}.") from error
-
-    entries = ("format", "kind", "description", "sha256")
-    is_record = isinstance(record, dict)
-    if not is_record or not all(isinstance(record.get(entry), str) for entry in entries):
-        raise StoreError(f"{path} was altered after it was written: its metadata lack an entry.")
-
-    if record["format"] != FORMAT:
-        raise StoreError(
-            f"{path} has the format {record['format']}, this version of equipoise reads {FORMAT}; "
-            "update equipoise."
-        )
-    return {entry: record[entry] for entry in entries}
-
-
-def file_checksum(path: Path) -> str:
-    """Compute a checksum of a file.
-
-    Args:
-        path: Path of the file.
-
-    Returns:
-        SHA-256 of its bytes, hexadecimal.
-    """
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    record = decode_record(metadata[METADATA_KEY], Metadata, f"{path}, metadata")
+    check_format(record["format"], str(path))
+    return record
 
 
 def _checksum(kind: str, description: str, tensors: dict[str, Tensor]) -> str:
@@ -242,8 +184,26 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
         what: Name of the file, for the error message.
 
     Raises:
-        StoreError: If names, shapes or dtypes differ. The message lists all differences.
+        StoreError: If names, shapes or dtypes differ, or numbers are not finite. The message lists
+            all differences.
     """
+    _compare(module, tensors, what)
+
+    infinite = [
+        name
+        for name, tensor in sorted(tensors.items())
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
+    if infinite:
+        raise StoreError(
+            f"{what} has numbers that are NaN or infinite, in {', '.join(infinite[:5])}; "
+            "the training diverged, or the file was altered."
+        )
+    module.load_state_dict(tensors)
+
+
+def _compare(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    """Refuse tensors whose names, shapes or dtypes are not those of a module."""
     expected = module.state_dict()
     problems = [f"missing: {name}" for name in expected if name not in tensors]
     problems += [f"unexpected: {name}" for name in tensors if name not in expected]
@@ -259,21 +219,28 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
 
     if problems:
         raise StoreError(f"{what} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
-    module.load_state_dict(tensors)
 
 
-def save_model(path: Path, model: VAE) -> None:
+def save_model(path: Path, model: VAE, origin: str | None = None) -> None:
     """Save a model with its networks, its noise model and its scaling.
 
     Args:
         path: Path of the file, usually RUN/model.safetensors.
         model: Any :class:`VAE`, with networks of ``networks.py`` or of the user's own.
+        origin: Digest of the options and the data that it was trained with, by which a run knows
+            its own model.
     """
-    write_tensors(path, "model", model.state_dict(), model.description())
+    description = model.description()
+    if origin is not None:
+        description["origin"] = origin
+    write_tensors(path, "model", model.state_dict(), description)
 
 
 def load_model(
-    path: Path, encoder: nn.Module | None = None, decoder: nn.Module | None = None
+    path: Path,
+    encoder: nn.Module | None = None,
+    decoder: nn.Module | None = None,
+    origin: str | None = None,
 ) -> VAE:
     """Load a model, in evaluation mode, on the CPU.
 
@@ -283,41 +250,93 @@ def load_model(
             replaced.
         decoder: The user's own decoder, built as it was when the model was saved. Its weights are
             replaced.
+        origin: Digest that the model must have been saved with. None takes any.
 
     Returns:
         The model.
 
     Raises:
-        StoreError: If the file is damaged or does not fit, or if the model has networks of the
-            user's own that were not passed.
+        StoreError: If the file is damaged or does not fit, if it has another origin, or if the
+            model has networks of the user's own that were not passed.
     """
-    tensors, description = read_tensors(path, "model")
-    model = build_model(description, encoder, decoder, what=str(path))
-    fill(model, tensors, str(path))
-    return model.eval()
+    tensors, description = read_tensors(path, "model", ModelDescription)
+    if origin is not None and description.get("origin", origin) != origin:
+        raise StoreError(
+            f"{path} was trained with other data or options than those in its folder's "
+            "config.json: one of the two files belongs to another run, or was altered."
+        )
+    return restore_model(description, tensors, encoder, decoder, what=str(path))
 
 
-def build_model(
-    description: dict[str, Any],
+def restore_model(
+    description: ModelDescription,
+    tensors: dict[str, Tensor],
     encoder: nn.Module | None = None,
     decoder: nn.Module | None = None,
     what: str = "the description",
 ) -> VAE:
-    """Build the module that a description is of. Its tensors are filled afterwards.
+    """Build the model that a description is of, and fill it.
 
     Args:
         description: What :meth:`VAE.description` returned.
+        tensors: Tensors by the names of ``model.state_dict()``.
         encoder: The user's own encoder, if the description has no architecture.
         decoder: The user's own decoder, if the description has no architecture.
         what: Name of the description's source, for error messages.
 
     Returns:
-        The model, with meaningless weights.
+        The model, in evaluation mode.
 
     Raises:
         StoreError: If networks of the user's own are needed but not passed, or are passed but not
-            needed, or if the noise model is not known.
+            needed, if the noise model is not known, or if the tensors do not fit.
     """
+    try:
+        _check_sizes(description, tensors, what)
+        model = _build_model(description, encoder, decoder, what)
+    except StoreError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise StoreError(f"{what} cannot be loaded: {error}.") from error
+
+    fill(model, tensors, what)
+    return model.eval()
+
+
+def _check_sizes(description: ModelDescription, tensors: dict[str, Tensor], what: str) -> None:
+    """Refuse a description whose model is larger than the tensors of the file.
+
+    Nothing is allocated for that: the networks are built as shapes alone.
+    """
+    n_values = sum(tensor.numel() for tensor in tensors.values())
+    arguments = description["noise"]["arguments"]
+    shapes = [description["offset_shape"], description["scale_shape"], *arguments.values()]
+
+    for shape in shapes:
+        sides = shape if isinstance(shape, list) else [shape]
+        sizes = [side for side in sides if type(side) is int]
+        if math.prod(sizes) > max(1, n_values):
+            raise StoreError(f"{what}: {shape} is larger than all that the file holds.")
+
+    if description["architecture"] is not None:
+        with torch.device("meta"):
+            encoder, decoder = _build_networks(description, None, None, what)
+        outline = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+        of_networks = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name.startswith(("encoder.", "decoder."))
+        }
+        _compare(outline, of_networks, what)
+
+
+def _build_model(
+    description: ModelDescription,
+    encoder: nn.Module | None,
+    decoder: nn.Module | None,
+    what: str,
+) -> VAE:
+    """Build the module that a description is of, with meaningless weights."""
     encoder, decoder = _build_networks(description, encoder, decoder, what)
     scaling = Scaling(
         torch.zeros(description["offset_shape"]),
@@ -325,9 +344,11 @@ def build_model(
         description["quantum"],
     )
 
-    mean_bounds = description["mean_bounds"]
-    if mean_bounds is not None:
-        mean_bounds = tuple(mean_bounds)
+    bounds: tuple[float, float] | None = None
+    if description["mean_bounds"] is not None:
+        low, high = description["mean_bounds"]
+        bounds = (low, high)
+
     model = VAE(
         encoder,
         decoder,
@@ -337,19 +358,19 @@ def build_model(
         scaling=scaling,
         architecture=description["architecture"],
         width=description["width"],
-        mean_bounds=mean_bounds,
+        mean_bounds=bounds,
         deterministic=description["deterministic"],
     )
-
-    try:
-        model.noise = build_noise(description["noise"], model.blank_variance_network)
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{what} cannot be loaded: {error}.") from error
+    noise = {"kind": description["noise"]["kind"], "arguments": description["noise"]["arguments"]}
+    model.noise = build_noise(noise, model.blank_variance_network)
     return model
 
 
 def _build_networks(
-    description: dict[str, Any], encoder: nn.Module | None, decoder: nn.Module | None, what: str
+    description: ModelDescription,
+    encoder: nn.Module | None,
+    decoder: nn.Module | None,
+    what: str,
 ) -> tuple[nn.Module, nn.Module]:
     """Build the networks that a description is of, or check that the user's own were passed."""
     architecture = description["architecture"]
@@ -390,7 +411,7 @@ def save_mixture(path: Path, mixture: GaussianMixture, description: dict[str, An
         mixture: The mixture, eq. (13).
         description: JSON values that describe how it was fitted.
     """
-    tensors = {name: getattr(mixture, name) for name in ("weights", "means", "covariances")}
+    tensors = {name: getattr(mixture, name) for name in MIXTURE_TENSORS}
     write_tensors(path, "mixture", tensors, description)
 
 
@@ -402,9 +423,37 @@ def load_mixture(path: Path) -> tuple[GaussianMixture, dict[str, Any]]:
 
     Returns:
         The mixture, and the description of how it was fitted.
+
+    Raises:
+        StoreError: If the file is damaged, or does not hold a mixture.
     """
-    tensors, description = read_tensors(path, "mixture")
-    return GaussianMixture(**tensors), description
+    tensors, description = read_tensors(path, "mixture", MixtureDescription)
+    return restore_mixture(tensors, str(path)), dict(description)
+
+
+def restore_mixture(tensors: dict[str, Tensor], what: str) -> GaussianMixture:
+    """Make the mixture that tensors are of.
+
+    Args:
+        tensors: "weights" (K,), "means" (K, d) and "covariances" (K, d, d).
+        what: Name of their source, for error messages.
+
+    Returns:
+        The mixture.
+
+    Raises:
+        StoreError: If they are not those of a mixture.
+    """
+    if set(tensors) != set(MIXTURE_TENSORS):
+        raise StoreError(
+            f"{what} holds {', '.join(sorted(tensors)) or 'nothing'} where a mixture has "
+            f"{', '.join(MIXTURE_TENSORS)}."
+        )
+
+    try:
+        return GaussianMixture(**tensors)
+    except (ValueError, RuntimeError) as error:
+        raise StoreError(f"{what} does not hold a mixture: {error}") from error
 
 
 def save_flow(path: Path, flow: CodeFlow, description: dict[str, Any]) -> None:
@@ -431,15 +480,21 @@ def load_flow(path: Path) -> tuple[CodeFlow, dict[str, Any]]:
         StoreError: If the file is damaged or does not fit.
         ImportError: If the library of the extra ``flow`` is missing.
     """
-    tensors, description = read_tensors(path, "flow")
-    options = description.pop("flow")
-    K = options.pop("n_components")
-    d = options.pop("latent_dim")
+    tensors, description = read_tensors(path, "flow", FlowDescription)
+    sizes = description["flow"]
+    layers = [sizes["latent_dim"], *sizes["hidden"]]
+    n_weights = sizes["n_transforms"] * sum(a * b for a, b in itertools.pairwise(layers))
+    if n_weights > sum(tensor.numel() for tensor in tensors.values()):
+        raise StoreError(f"{path} holds fewer weights than a flow of its description has.")
 
-    weights = torch.full((K,), 1 / K)
-    covariances = torch.eye(d).repeat(K, 1, 1)
-    blank = GaussianMixture(weights, torch.zeros(K, d), covariances)
-    flow = CodeFlow(blank, **options)
+    means = tensors.get("base.means")
+    if means is None or means.shape != (sizes["n_components"], sizes["latent_dim"]):
+        raise StoreError(f"{path} does not hold the mixture of its description.")
+
+    weights = torch.full((sizes["n_components"],), 1 / sizes["n_components"])
+    covariances = torch.eye(sizes["latent_dim"]).repeat(sizes["n_components"], 1, 1)
+    blank = GaussianMixture(weights, torch.zeros_like(means), covariances)
+    flow = CodeFlow(blank, sizes["n_transforms"], sizes["hidden"])
     fill(flow, tensors, str(path))
-
-    return flow.requires_grad_(False).eval(), description
+    others = {name: value for name, value in description.items() if name != "flow"}
+    return flow.requires_grad_(False).eval(), others

@@ -7,15 +7,10 @@ import pytest
 import torch
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.files import StoreError
 from equipoise.model import VAE
-from equipoise.store import (
-    StoreError,
-    load_mixture,
-    load_model,
-    read_tensors,
-    save_mixture,
-    save_model,
-)
+from equipoise.records import JsonObject
+from equipoise.store import load_mixture, load_model, read_tensors, save_mixture, save_model
 from equipoise.training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -36,7 +31,7 @@ def checkpoint_file(path):
 READERS = {
     "mixture": (mixture_file, load_mixture),
     "model": (model_file, load_model),
-    "checkpoint": (checkpoint_file, lambda path: read_tensors(path, "checkpoint")),
+    "checkpoint": (checkpoint_file, lambda path: read_tensors(path, "checkpoint", JsonObject)),
 }
 
 

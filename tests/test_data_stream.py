@@ -14,9 +14,9 @@ from equipoise.cli import main
 from equipoise.config import TrainConfig
 from equipoise.data import Batches, Stream, StreamBatches, Subset, batches_of, load, load_stream
 from equipoise.evaluation import evaluate
+from equipoise.records import JsonObject, read_record
 from equipoise.run import Run
 from equipoise.sources import encode_examples, sample_aggregate
-from equipoise.store import read_json
 from equipoise.training.job import train
 from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
@@ -396,7 +396,7 @@ def test_the_command_streams_and_finds_its_data_again(datasets, tmp_path):
     loading = Run(run).settings()["data"]["load"]
     assert (loading["stream"], loading["source"]) == (True, f"hf:{path}")
     main(["evaluate", str(run), "--sections", "latent", "--quiet"])
-    assert "latent" in read_json(run / "evaluation.json")
+    assert "latent" in read_record(run / "evaluation.json", JsonObject)
 
 
 def test_streaming_says_what_to_install(monkeypatch):

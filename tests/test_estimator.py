@@ -21,8 +21,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from equipoise.config import TrainConfig
 from equipoise.estimator import VAEEstimator
+from equipoise.files import StoreError
 from equipoise.noise import GlobalNoise, PredictedNoise
-from equipoise.store import StoreError, save_model
+from equipoise.store import save_model
 
 QUICK = {
     "latent_dim": 2,

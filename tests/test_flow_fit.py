@@ -8,10 +8,12 @@ import torch
 from torch.autograd.functional import jacobian
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.files import StoreError
 from equipoise.flow_fit import CodeFlow, fit_flow
 from equipoise.gaussian import Gaussian
 from equipoise.mixture_fit import fit_mixture
-from equipoise.store import StoreError, load_flow, read_tensors, save_flow, write_tensors
+from equipoise.records import FlowDescription
+from equipoise.store import load_flow, read_tensors, save_flow, write_tensors
 
 SMALL = {"n_transforms": 3, "hidden": (32,), "batch_size": 256, "learning_rate": 5e-3}
 
@@ -190,7 +192,7 @@ def test_a_file_holds_it_bit_for_bit(ring_fit, tmp_path):
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
-    tensors, description = read_tensors(file, "flow")
+    tensors, description = read_tensors(file, "flow", FlowDescription)
     del tensors["transform.transforms.0.hyper.0.bias"]
     write_tensors(file, "flow", tensors, description)
     with pytest.raises(StoreError, match=r"missing: transform\.transforms\.0\.hyper\.0\.bias"):

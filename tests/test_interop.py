@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn import functional
 
 from equipoise.config import TrainConfig
+from equipoise.files import StoreError
 from equipoise.interop import from_autoencoder_kl, read_pythae
 from equipoise.model import Scaling
 from equipoise.noise import PredictedNoise
 from equipoise.objectives import Elbo
-from equipoise.store import StoreError, load_model, save_model
+from equipoise.store import load_model, save_model
 from equipoise.training.job import train
 from equipoise.training.trainer import Trainer
 

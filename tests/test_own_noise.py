@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import equipoise
+from equipoise.files import StoreError
 from equipoise.noise import NoiseModel, build_noise, describe_noise
-from equipoise.store import StoreError
 from equipoise.training.setup import check_own_noise, make_model, parameter_groups
 from equipoise.training.trainer import Trainer
 

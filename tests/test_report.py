@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from equipoise.files import StoreError, write_json
 from equipoise.glossary import TERMS, format_figure, leaves, measure, term
 from equipoise.report import SECTIONS, write_report
-from equipoise.store import StoreError, write_json
 
 VOID = {"meta", "img"}
 EVIL = "<script>alert('x')</script>&\""

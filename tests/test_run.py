@@ -9,7 +9,7 @@ from PIL import Image
 
 import equipoise
 from equipoise.config import ConfigError
-from equipoise.store import StoreError
+from equipoise.files import StoreError
 
 CONFIG = equipoise.TrainConfig(
     latent_dim=2, width=2, stage_1_epochs=1, stage_2_epochs=0, n_components=1, batch_size=32

@@ -5,10 +5,11 @@ import torch
 
 import equipoise
 from equipoise.aggregate import AggregatePosterior, GaussianMixture, StandardNormal
+from equipoise.files import StoreError
 from equipoise.flow_fit import CodeFlow
 from equipoise.run import Run
 from equipoise.sources import check_source, code_source, encode_examples, file_stem
-from equipoise.store import StoreError, load_mixture, save_model
+from equipoise.store import load_mixture, save_model
 from equipoise.training.job import train
 
 CPU = torch.device("cpu")

@@ -11,19 +11,17 @@ import torch
 from torch import nn
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.files import StoreError, whole_file, write_json
 from equipoise.model import VAE, Scaling
 from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise
+from equipoise.records import JsonObject, ModelDescription, read_record
 from equipoise.residuals import ResidualQuantiles
 from equipoise.store import (
-    StoreError,
     load_mixture,
     load_model,
-    read_json,
     read_tensors,
     save_mixture,
     save_model,
-    whole_file,
-    write_json,
     write_tensors,
 )
 from equipoise.training.checkpoint import load_checkpoint, save_checkpoint
@@ -102,7 +100,7 @@ def test_built_in_networks_are_not_replaced_by_chance(tmp_path):
 def test_every_difference_is_named(tmp_path):
     file = tmp_path / "model.safetensors"
     save_model(file, VAE.build((6,), latent_dim=2, width=1))
-    tensors, description = read_tensors(file, "model")
+    tensors, description = read_tensors(file, "model", ModelDescription)
     tensors["extra"] = torch.zeros(1)
     tensors["encoder.output.bias"] = tensors["encoder.output.bias"].double()
     del tensors["decoder.output.bias"]
@@ -167,7 +165,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
     writing = whole_file(path)
     writing.__enter__().write_text("half")
     assert not writing.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert read_json(path) == {"old": 1}
+    assert read_record(path, JsonObject) == {"old": 1}
     assert os.listdir(tmp_path) == ["value.json"]
 
 
@@ -182,7 +180,7 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left") as caught:
         write_json(path, {"new": 2})
     assert caught.value.errno == errno.ENOSPC
-    assert read_json(path) == {"old": 1}
+    assert read_record(path, JsonObject) == {"old": 1}
     assert os.listdir(tmp_path) == ["value.json"]
 
 
@@ -196,7 +194,7 @@ def test_the_operating_system_reports_a_full_disk_as_we_expect():
 def test_json_that_is_not_json(tmp_path):
     (tmp_path / "c.json").write_text("{")
     with pytest.raises(StoreError, match="not valid JSON"):
-        read_json(tmp_path / "c.json")
+        read_record(tmp_path / "c.json", JsonObject)
     with pytest.raises(ValueError, match="Out of range"):
         write_json(tmp_path / "d.json", float("nan"))
     assert not (tmp_path / "d.json").exists()

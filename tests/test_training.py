@@ -20,13 +20,13 @@ from torch import nn
 
 from equipoise.config import ConfigError, TrainConfig
 from equipoise.data import load
+from equipoise.files import StoreError
 from equipoise.metrics.calibration import NOMINAL_COVERAGE, varying_dimensions
 from equipoise.model import VAE
 from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, PredictedNoise
 from equipoise.objectives import Elbo
 from equipoise.residuals import ResidualVariance
 from equipoise.run import Run, read_rows
-from equipoise.store import StoreError
 from equipoise.training import job as run_module
 from equipoise.training import trainer as trainer_module
 from equipoise.training.checkpoint import load_checkpoint

@@ -5,8 +5,9 @@ import shutil
 import sys
 import textwrap
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -111,6 +112,17 @@ def other_examples(
     from equipoise.data import load_examples
 
     return load_examples(source, shape, data_dir=data_dir, progress=decoding_bar(terminal))
+
+
+def list_written(write: Callable[[], Iterable[Path]], folder: Path) -> list[str]:
+    """Write files into a folder, and say of each whether it replaced an earlier one of ours."""
+    before = set(folder.iterdir()) if folder.is_dir() else set()
+
+    lines = []
+    for path in write():
+        replaced = "  (replaced)" if path in before else ""
+        lines.append(f"{path}{replaced}")
+    return lines
 
 
 @contextmanager

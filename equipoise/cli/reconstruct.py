@@ -8,6 +8,7 @@ from equipoise.cli.command import (
     add_data_dir,
     add_run,
     data_of,
+    list_written,
     open_terminal,
     other_examples,
 )
@@ -53,8 +54,10 @@ def _run(options: Namespace) -> None:
         else:
             examples = other_examples(options.data, model.shape, options.data_dir, terminal)
 
-        files = write_reconstructions(model, examples[: options.n], folder)
-        terminal.message("\n".join(map(str, files)))
+        def write() -> list[Path]:
+            return write_reconstructions(model, examples[: options.n], folder)
+
+        terminal.message("\n".join(list_written(write, folder)))
 
 
 COMMAND = Command(

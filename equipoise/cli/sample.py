@@ -10,6 +10,7 @@ from equipoise.cli.command import (
     add_run,
     data_of,
     list_entries,
+    list_written,
     open_terminal,
 )
 from equipoise.config import ConfigError
@@ -82,8 +83,11 @@ def _run(options: Namespace) -> None:
         )
 
         name = file_stem(options.source)
-        files = write_samples(model, codes, name, folder, generator, noise=options.noise)
-        terminal.message("\n".join(map(str, files)))
+
+        def write() -> list[Path]:
+            return write_samples(model, codes, name, folder, generator, noise=options.noise)
+
+        terminal.message("\n".join(list_written(write, folder)))
 
 
 COMMAND = Command(

@@ -70,6 +70,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Folder to write the run to. The default is runs/NAME, after the name of the data.",
     )
     parser.add_argument(
+        "--force",
+        action="store_true",
+        help="Write the run into a folder that holds other files. None of them is replaced.",
+    )
+    parser.add_argument(
         "--resume",
         metavar="RUN",
         help="Continue an interrupted run, with its own data and options.",
@@ -150,6 +155,7 @@ def _run(options: Namespace) -> None:
             config,
             options.resume or options.out,
             resume=bool(options.resume),
+            force=options.force,
             sinks=[terminal],
             command=["equipoise", *sys.argv[1:]],
             on_mixture=show_mixture,
@@ -160,7 +166,7 @@ def _run(options: Namespace) -> None:
 
 def _refuse_with_resume(options: Namespace) -> None:
     """Refuse data and options that a resumed run has already."""
-    names = ("recipe", "set", "out", "precision", "download", "stream", "strict")
+    names = ("recipe", "set", "out", "force", "precision", "download", "stream", "strict")
     superfluous = [f"--{name}" for name in names if getattr(options, name)]
     if options.data:
         superfluous.append(options.data)

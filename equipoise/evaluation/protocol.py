@@ -4,6 +4,7 @@ import copy
 import datetime
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,15 @@ from equipoise.evaluation.noise import noise_section
 from equipoise.evaluation.outliers import outliers_section
 from equipoise.evaluation.samples import ROWS, samples_section
 from equipoise.evaluation.subject import BATCH, Examples, Progress, Subject
+from equipoise.files import StoreError, is_ours, set_aside, write_json
 from equipoise.model import VAE
 from equipoise.outputs import write_figures
 from equipoise.processes import choose_device
 from equipoise.provenance import versions
-from equipoise.run import Run
+from equipoise.records import FORMAT
+from equipoise.run import Run, read_evaluation
 from equipoise.sources import check_source, code_source
-from equipoise.store import StoreError, file_checksum, read_json, write_json
+from equipoise.store import read_digest
 
 
 class Section(NamedTuple):
@@ -129,44 +132,45 @@ def evaluate(
     # A copy, so that the caller's model stays where it is and as it is.
     model = run.model() if model is None else copy.deepcopy(model).eval().cpu()
     _check_units(model, test, against)
-    write_figures(run, data, model)
+    with run.exclusive("evaluation"):
+        write_figures(run, data, model)
 
-    device = choose_device(config.accelerator)
-    model.place(device)
-    place = run if test.raw is data.test else _Elsewhere(run, test.name)
-    subject = Subject(
-        data=data,
-        model=model,
-        mixture=run.mixture().to(device),
-        sources=_find_sources(run, model, data, chosen, sources, progress),
-        test=test,
-        against=against,
-        features=features,
-        download=download,
-        n_samples=min(n_samples, len(test.raw), len(data.train.at_hand)),
-        importance_samples=0 if brief else importance_samples,
-        seed=seed,
-        device=device,
-        figures=place.figures,
-        progress=progress,
-    )
+        device = choose_device(config.accelerator)
+        model.place(device)
+        place = run if test.raw is data.test else _Elsewhere(run, test.name)
+        subject = Subject(
+            data=data,
+            model=model,
+            mixture=run.mixture().to(device),
+            sources=_find_sources(run, model, data, chosen, sources, progress),
+            test=test,
+            against=against,
+            features=features,
+            download=download,
+            n_samples=min(n_samples, len(test.raw), len(data.train.at_hand)),
+            importance_samples=0 if brief else importance_samples,
+            seed=seed,
+            device=device,
+            figures=place.figures,
+            progress=progress,
+        )
 
-    about = _about(run, subject)
-    evaluation = _earlier(place.evaluation_file, about) or {"about": about}
-    for name in chosen:
-        started = time.perf_counter()
-        with torch.no_grad():
-            evaluation[name] = _as_json(SECTIONS[name].compute(subject))
+        about = _about(run, subject)
+        evaluation = _earlier(place.evaluation_file, about) or {"about": about}
+        for name in chosen:
+            started = time.perf_counter()
+            with torch.no_grad():
+                evaluation[name] = _as_json(SECTIONS[name].compute(subject))
 
-        evaluation["about"]["sections"][name] = {
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - started, 1),
-            "seed": seed,
-            "command": list(command),
-        }
-        write_json(place.evaluation_file, evaluation)
-        on_section(name, evaluation[name])
-    return evaluation
+            evaluation["about"]["sections"][name] = {
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.perf_counter() - started, 1),
+                "seed": seed,
+                "command": list(command),
+            }
+            write_json(place.evaluation_file, evaluation)
+            on_section(name, evaluation[name])
+        return evaluation
 
 
 class _Elsewhere:
@@ -296,6 +300,7 @@ def _about(run: Run, subject: Subject) -> dict[str, Any]:
         sources[name] = {"n_components": density.n_components} if is_mixture else {}
 
     return {
+        "format": FORMAT,
         "data": {
             "name": subject.data.name,
             "fingerprint": subject.data.fingerprint,
@@ -303,8 +308,8 @@ def _about(run: Run, subject: Subject) -> dict[str, Any]:
             "test_sha256": subject.test.raw.sha256(),
             "n_test": len(subject.test.raw),
         },
-        "model": file_checksum(run.model_file),
-        "mixture": file_checksum(run.mixture_file),
+        "model": read_digest(run.model_file),
+        "mixture": read_digest(run.mixture_file),
         "n_components": subject.mixture.n_components,
         "device": str(subject.device),
         "versions": versions(),
@@ -314,19 +319,25 @@ def _about(run: Run, subject: Subject) -> dict[str, Any]:
 
 
 def _earlier(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """Read an earlier evaluation of the same model, mixture and examples; None if there is none."""
-    try:
-        earlier = read_json(file)
-        if any(earlier["about"][key] != about[key] for key in ("model", "mixture", "data")):
-            return None
+    """Read an earlier evaluation of the same model, mixture and examples; None if there is none.
 
-        # What is computed now has today's versions; each section keeps its own date and command.
-        merged = {
-            name: earlier["about"].get(name, {}) | about[name] for name in ("sections", "sources")
-        }
-        return {**earlier, "about": about | merged}
-    except (OSError, StoreError, KeyError, TypeError, ValueError):
+    A file that is damaged is kept under another name.
+    """
+    if not file.is_file():
         return None
+    try:
+        earlier = read_evaluation(file)
+    except StoreError as error:
+        if is_ours(file):
+            warnings.warn(f"{error} It is kept as {set_aside(file)}.", stacklevel=3)
+        return None
+
+    if any(earlier["about"][key] != about[key] for key in ("model", "mixture", "data")):
+        return None
+
+    # What is computed now has today's versions; each section keeps its own date and command.
+    merged = {name: earlier["about"][name] | about[name] for name in ("sections", "sources")}
+    return {**earlier, "about": about | merged}
 
 
 def _as_json(value: Any) -> Any:  # noqa: ANN401 (any record)

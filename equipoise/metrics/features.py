@@ -6,7 +6,6 @@ The features of a table are its standardised columns. Figures in different featu
 compared, so every figure is labelled with the name of its features.
 """
 
-import contextlib
 import hashlib
 import os
 import pkgutil
@@ -23,8 +22,10 @@ from torch import Tensor, nn
 
 from equipoise.data import Data, Subset
 from equipoise.data.cache import default_cache_dir
+from equipoise.files import StoreError
 from equipoise.model import Scaling
-from equipoise.store import StoreError, read_tensors, write_tensors
+from equipoise.records import JsonObject
+from equipoise.store import read_tensors, write_tensors
 
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 EFFICIENTNET_SIZE = 64
@@ -209,8 +210,12 @@ def cached_features(
     file = f"{hashlib.sha256(' '.join(key).encode()).hexdigest()[:32]}.safetensors"
     path = (folder or default_cache_dir() / "features") / file
 
-    with contextlib.suppress(StoreError, OSError):
-        return read_tensors(path, "features")[0]["features"]
+    if path.exists():
+        try:
+            return read_tensors(path, "features", JsonObject)[0]["features"]
+        except (StoreError, KeyError):
+            # A damaged file of the cache is computed anew.
+            path.unlink(missing_ok=True)
 
     features = features_of(extractor, batches)
     if len(features) != len(examples):
@@ -219,7 +224,7 @@ def cached_features(
         )
 
     try:
-        write_tensors(path, "features", {"features": features}, key)
+        write_tensors(path, "features", {"features": features}, {"key": key})
     except OSError as error:
         warnings.warn(
             f"the features {extractor.name!r} could not be stored for the next evaluation "

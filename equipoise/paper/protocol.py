@@ -29,7 +29,6 @@ from equipoise.evaluation import evaluate
 from equipoise.model import VAE
 from equipoise.processes import choose_device
 from equipoise.run import Run
-from equipoise.store import read_json
 from equipoise.training.job import train
 from equipoise.training.logging import Sink
 
@@ -267,8 +266,7 @@ class Lab:
         Returns:
             The content of its ``evaluation.json``.
         """
-        content: dict[str, Any] = read_json(self.run(spec).evaluation_file)
-        return content
+        return self.run(spec).evaluation()
 
     def prepare(self, specs: Iterable[Spec]) -> None:
         """Train and evaluate the models that are missing, and resume those that were interrupted.

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from equipoise.files import whole_file, write_json
 from equipoise.paper import ITEMS
 from equipoise.paper.protocol import Lab
 from equipoise.provenance import data_record, provenance
-from equipoise.store import read_json, whole_file, write_json
+from equipoise.records import JsonObject, read_record
 
 HEAD = """# Results: the paper reproduced
 
@@ -142,7 +143,7 @@ def _contents(out: Path, name: str) -> dict[str, dict[str, Any]]:
     for budget in ("full", "small", "tiny"):
         path = out / f"{name}-{budget}.json"
         if path.is_file():
-            contents[budget] = read_json(path)
+            contents[budget] = dict(read_record(path, JsonObject))
 
     if contents.keys() - {"tiny"}:
         contents.pop("tiny", None)

@@ -131,6 +131,20 @@ class Descent:
             "clipping": self.clipping.state_dict(),
         }
 
+    def layouts(self) -> list[list[int]]:
+        """Memory layouts on which the next step depends, besides the numbers.
+
+        Returns:
+            For each parameter with moments, the strides of the parameter and of its moments, over
+            the dimensions that are longer than 1.
+        """
+        layouts = []
+        for parameter, moments in self.optimizer.state.items():
+            for tensor in (parameter, *moments.values()):
+                sizes_and_strides = zip(tensor.shape, tensor.stride(), strict=True)
+                layouts.append([stride for size, stride in sizes_and_strides if size > 1])
+        return layouts
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand where :meth:`state_dict` was taken.
 

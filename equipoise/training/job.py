@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from torch import nn
 
 from equipoise.config import TrainConfig
 from equipoise.data import Data
+from equipoise.files import StoreError, is_empty, write_json
 from equipoise.mixture_fit import EMStep, MixtureFit
 from equipoise.model import VAE
 from equipoise.noise import NoiseModel, describe_noise
 from equipoise.provenance import data_record, versions
 from equipoise.randomness import stream_seed
-from equipoise.run import Run
+from equipoise.records import FORMAT
+from equipoise.run import Run, origin_of
 from equipoise.sources import describe_mixture, fit_aggregate
-from equipoise.store import StoreError, save_mixture, save_model, write_json
+from equipoise.store import read_digest, save_mixture, save_model
 from equipoise.training.checkpoint import has_checkpoint
 from equipoise.training.engine import in_main_process, launch, make_fabric, processes_of
 from equipoise.training.logging import JsonlSink, Sink
@@ -37,6 +40,7 @@ def train(
     encoder: nn.Module | None = None,
     decoder: nn.Module | None = None,
     noise: NoiseModel | None = None,
+    force: bool = False,
     command: Sequence[str] | None = None,
     on_mixture: Callable[[EMStep], None] | None = None,
 ) -> Run:
@@ -57,6 +61,8 @@ def train(
         encoder: Your own module from (B, \*) to (B, 2 d); give a decoder with it.
         decoder: Your own module from (B, d) to (B, \*); give an encoder with it.
         noise: Your own noise model of stage 1, in place of the option ``noise``.
+        force: Use a folder that holds other files, too. None of them is replaced: where a file of
+            the run would have its name, the training is refused.
         command: The command line, kept in ``config.json``.
         on_mixture: Called with each iteration of the mixture's fit.
 
@@ -64,7 +70,8 @@ def train(
         The run.
 
     Raises:
-        StoreError: if the folder holds a run already, or there is nothing to resume.
+        StoreError: if the folder holds a run or other files already, if there is nothing to resume,
+            or if another job works in the folder.
         Preempted: if SIGTERM came during an epoch. The run goes on from there with
             ``resume=True``.
 
@@ -77,53 +84,71 @@ def train(
     fabric = make_fabric(config)
     launch(fabric)
 
-    folder = in_main_process(fabric, partial(_choose_folder, data, out, resume))
-    run = Run(folder)
     if fabric.broadcast(data.fingerprint) != data.fingerprint:
         raise StoreError(
             f"Process {fabric.global_rank} has found other data in {data.source} than process 0."
         )
 
-    # Everything that can refuse the input has run: only now does a folder appear.
     torch.manual_seed(stream_seed(config.seed, "weights"))
     model = make_model(data, config, encoder, decoder, noise)
+
+    # Everything that can refuse the input has run: only now does a folder appear.
+    run = Run(in_main_process(fabric, partial(_choose_folder, data, out, resume, force)))
     if resume:
         _check_noise(run, model, is_given=noise is not None)
-    all_sinks: list[Sink] = []
-    if fabric.is_global_zero:
-        if not resume:
-            write_json(run.config_file, _settings(data, config, model, command))
-        all_sinks = [JsonlSink(run.metrics_file), *sinks]
-        if config.tracker != "none":
-            all_sinks.append(TRACKERS[config.tracker](run.folder, config.as_dict()))
-    else:
-        # Dropout in a user's own networks shall differ between processes.
-        torch.manual_seed(stream_seed(config.seed, "process", fabric.global_rank))
 
-    trainer = Trainer(model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric)
-    trainer.fit(resume=resume)
-    # Its copy of the training examples on the device goes, too: they are encoded from their source.
-    del trainer
+    with ExitStack() as stack:
 
-    model.eval()
-    processes = processes_of(fabric)
-    fit = fit_aggregate(model, data, config, fabric.device, on_mixture, processes)
-    model.cpu()
+        def begin() -> None:
+            stack.enter_context(run.exclusive("training"))
+            if not resume:
+                # Another training may have come and gone since the folder was chosen.
+                _refuse_run(run)
+                write_json(run.config_file, _settings(data, config, model, command))
 
-    def save() -> None:
-        save_model(run.model_file, model)
-        save_mixture(run.mixture_file, fit.mixture, describe_mixture(fit, config))
+        in_main_process(fabric, begin)
+        all_sinks: list[Sink] = []
+        if fabric.is_global_zero:
+            all_sinks = [JsonlSink(run.metrics_file), *sinks]
+            if config.tracker != "none":
+                all_sinks.append(TRACKERS[config.tracker](run.folder, config.as_dict()))
+        else:
+            # Dropout in a user's own networks shall differ between processes.
+            torch.manual_seed(stream_seed(config.seed, "process", fabric.global_rank))
 
-    in_main_process(fabric, save)
-    for sink in all_sinks:
-        for text in _describe_fit(fit):
-            sink.message(text)
+        trainer = Trainer(
+            model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric
+        )
+        trainer.fit(resume=resume)
+        # Its copy of the training examples on the device goes, too: they are encoded from their
+        # source.
+        del trainer
+
+        model.eval()
+        processes = processes_of(fabric)
+        fit = fit_aggregate(model, data, config, fabric.device, on_mixture, processes)
+        model.cpu()
+
+        in_main_process(fabric, partial(_save, run, model, fit, config, data))
+        for sink in all_sinks:
+            for text in _describe_fit(fit):
+                sink.message(text)
     return run
 
 
-def _choose_folder(data: Data, out: str | Path | None, resume: bool) -> Path:
+def _save(run: Run, model: VAE, fit: MixtureFit, config: TrainConfig, data: Data) -> None:
+    """Write model and mixture, and tie them to each other and to the run."""
+    save_model(run.model_file, model, origin_of(config, data.fingerprint))
+
+    description = {**describe_mixture(fit, config), "model": read_digest(run.model_file)}
+    save_mixture(run.mixture_file, fit.mixture, description)
+
+
+def _choose_folder(data: Data, out: str | Path | None, resume: bool, force: bool) -> str:
     """Choose the folder of a run, and refuse one that cannot be used for it."""
-    run = Run(out) if out else Run(_free_folder(data.name))
+    if not out:
+        return str(_free_folder(data.name))
+    run = Run(out)
 
     if resume:
         run.check_data(data)
@@ -132,11 +157,23 @@ def _choose_folder(data: Data, out: str | Path | None, resume: bool) -> Path:
                 f"{run.folder} is trained and has no checkpoints to go on from; "
                 "train into another --out."
             )
-    elif run.config_file.exists():
+        return str(run.folder)
+
+    _refuse_run(run)
+    if not is_empty(run.folder) and not force:
+        raise StoreError(
+            f"{run.folder} is not empty, and holds no run: choose another --out. With --force the "
+            "run is written beside the files that are there; none of them is replaced."
+        )
+    return str(run.folder)
+
+
+def _refuse_run(run: Run) -> None:
+    """Refuse to train over a run."""
+    if run.config_file.exists():
         raise StoreError(
             f"{run.folder} holds a run already: resume it with --resume, or choose another --out."
         )
-    return run.folder
 
 
 def _check_noise(run: Run, model: VAE, *, is_given: bool) -> None:
@@ -159,14 +196,20 @@ def _check_noise(run: Run, model: VAE, *, is_given: bool) -> None:
 
 
 def _free_folder(name: str) -> Path:
-    """Return runs/NAME, or runs/NAME-2, runs/NAME-3, ... where that is taken."""
+    """Make the folder runs/NAME, or runs/NAME-2, runs/NAME-3, ... where that is taken."""
     base = Path("runs") / name.replace("/", "-")
+    base.parent.mkdir(parents=True, exist_ok=True)
 
     folder, number = base, 2
-    while folder.exists():
-        folder = base.with_name(f"{base.name}-{number}")
-        number += 1
-    return folder
+    while True:
+        try:
+            # Of two trainings that start at once, one alone succeeds.
+            folder.mkdir()
+        except FileExistsError:
+            folder = base.with_name(f"{base.name}-{number}")
+            number += 1
+        else:
+            return folder
 
 
 def _settings(
@@ -174,6 +217,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Everything that ``config.json`` holds."""
     return {
+        "format": FORMAT,
         "command": list(command or []),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "data": {

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from equipoise.files import whole_file
 from equipoise.run import Row
-from equipoise.store import whole_file
 
 
 @runtime_checkable

@@ -15,8 +15,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from equipoise.files import write_json
+from equipoise.records import TrackerRecord, read_record
 from equipoise.run import Row
-from equipoise.store import read_json, write_json
 from equipoise.training.logging import Sink
 
 PROJECT = "equipoise"
@@ -74,7 +75,7 @@ class TrackerSink(Sink):
         file = self.folder / "tracker.json"
         if not file.is_file():
             write_json(file, {"run_id": create()})
-        return str(read_json(file)["run_id"])
+        return str(read_record(file, TrackerRecord)["run_id"])
 
     @abstractmethod
     def open(self, history: list[Row]) -> None:

@@ -22,13 +22,19 @@ from equipoise.config import PLACEMENT, ConfigError, TrainConfig
 from equipoise.data import Data, ExampleSet
 from equipoise.data.batches import examples
 from equipoise.data.varying import varying_mask
+from equipoise.files import StoreError
 from equipoise.model import VAE
 from equipoise.noise import build_noise, describe_noise
 from equipoise.randomness import stream
+from equipoise.records import check_record
 from equipoise.run import Row
 from equipoise.stages import Decision, Stage, StageSchedule, floor_var
-from equipoise.store import StoreError
-from equipoise.training.checkpoint import load_checkpoint, save_checkpoint
+from equipoise.training.checkpoint import (
+    CheckpointState,
+    digest_of,
+    load_checkpoint,
+    save_checkpoint,
+)
 from equipoise.training.compilation import compile_networks, restore_networks
 from equipoise.training.descent import Descent
 from equipoise.training.diagnostics import range_warning, warnings_for
@@ -446,7 +452,24 @@ class Trainer:
             "cuda_generators": cuda_generators,
             "config": self.config.as_dict(),
             "fingerprint": self.data.fingerprint,
+            "digest": self._digest(),
         }
+
+    def _digest(self) -> str:
+        """Digest of everything that the next step computes with, layouts included."""
+        descent = self.descent
+        if self.schedule.stage is Stage.FINISHED:
+            descent = None
+
+        return digest_of(
+            {
+                "model": self.model.state_dict(),
+                "optimal_var": self.optimal_var,
+                "descent": None if descent is None else descent.state_dict(),
+                "layouts": None if descent is None else descent.layouts(),
+                "generator": self.generator.get_state(),
+            }
+        )
 
     def _restore(self) -> bool:
         """Stand where the newest whole checkpoint was taken; False if there is none."""
@@ -462,6 +485,25 @@ class Trainer:
             self._message(f"Passed over a damaged checkpoint: {reason}")
         self._check_state(path, state)
 
+        try:
+            self._take_state(state)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            raise StoreError(f"{path} does not fit this training: {error}") from error
+        if self._digest() != state["digest"]:
+            raise StoreError(
+                f"{path} was read, but weights, optimiser or their memory layout are not as they "
+                "were written, so the run would not go on exactly. Resume it with the versions in "
+                "its config.json, and with networks that are built in the same way."
+            )
+
+        within = ""
+        if self.position.batch:
+            within = f" and {self.position.batch} of {len(self.training)} batches"
+        self._message(f"Resumed {path.name}, after {self.position.epoch} epochs{within}.")
+        return True
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        """Stand where a state was taken."""
         self.position = Position(*state["position"])
         self.schedule.load_state_dict(state["schedule"])
         self.history = state["history"]
@@ -482,14 +524,9 @@ class Trainer:
                 self.descent.load_state_dict(state["descent"])
         self._restore_generators(state)
 
-        within = ""
-        if self.position.batch:
-            within = f" and {self.position.batch} of {len(self.training)} batches"
-        self._message(f"Resumed {path.name}, after {self.position.epoch} epochs{within}.")
-        return True
-
     def _check_state(self, path: Path, state: dict[str, Any]) -> None:
         """Refuse a checkpoint of other data or of other options."""
+        check_record(state, CheckpointState, str(path))
         fingerprint = state["fingerprint"]
         if fingerprint != self.data.fingerprint:
             raise StoreError(
@@ -500,7 +537,7 @@ class Trainer:
         changed = [
             name
             for name, value in self.config.as_dict().items()
-            if state["config"][name] != value and name not in PLACEMENT
+            if state["config"].get(name) != value and name not in PLACEMENT
         ]
         if changed:
             raise StoreError(

@@ -1,0 +1,373 @@
+"""Files and folders that equipoise owns: written whole, listed in a manifest, locked by one job.
+
+A folder that equipoise writes to has a manifest, ``.equipoise.jsonl``. It names every file that was
+written there, one JSON object per line. A file that the manifest does not name belongs to somebody
+else: it is neither replaced nor deleted. A file appears complete or not at all.
+"""
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import re
+import secrets
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+MANIFEST = ".equipoise.jsonl"
+"""The file that makes a folder one of ours, and names what was written there."""
+LOCK = ".equipoise.lock"
+"""The file that the job which works in a folder has locked."""
+HOLDER = ".equipoise.holder.json"
+"""The file that says which job has locked the folder."""
+FOLDER_FORMAT = "equipoise-folder-1"
+MAX_MANIFEST_BYTES = 64_000_000
+
+
+class StoreError(ValueError):
+    """A file cannot be read or written. The message says what to do about it."""
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write a file so that it appears complete or not at all.
+
+    The data go to a temporary file in the same folder, are flushed to the disk, and the temporary
+    file is renamed. If the process is killed, the old file or the new one is there. If the disk is
+    full, the old one is there.
+
+    If the file lies within a folder that has a manifest, it is entered there before it appears.
+
+    Args:
+        path: Path of the file. Its folder is made if it does not exist.
+
+    Yields:
+        Path of the temporary file to write to. It has the same ending.
+
+    Raises:
+        StoreError: If the folder has a manifest, and the file is there but was not written by
+            equipoise.
+        OSError: If the disk is full or cannot be written to. The message names the file.
+    """
+    temporary = path.with_name(f".equipoise-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _claim(path)
+        yield temporary
+
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, _describe_failure(path, error)) from error
+
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _describe_failure(path: Path, error: OSError) -> str:
+    """Say which file could not be written, and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space left to write {path}; what was there before is untouched, "
+            "so free some and go on"
+        )
+
+    return f"cannot write {path}: {error.strerror or error}; what was there before is untouched"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a rename in a folder to the disk, on systems that can open folders."""
+    with contextlib.suppress(PermissionError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 (any JSON value)
+    """Write a JSON file, which appears complete or not at all.
+
+    Args:
+        path: Path of the file.
+        value: Any JSON value. NaN and infinite numbers are refused.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array as an ``.npy`` file, which appears complete or not at all.
+
+    ``np.save`` is not used, because its error says nothing of a full disk.
+
+    Args:
+        path: Path of the file.
+        array: The array, of numbers.
+    """
+    values = np.ascontiguousarray(array)
+    header = np.lib.format.header_data_from_array_1_0(values)
+
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(values.data)
+
+
+def own_folder(folder: Path) -> None:
+    """Make a folder one of ours, by a manifest. Files that are there stay somebody else's.
+
+    Args:
+        folder: Path of the folder. It is made if it does not exist.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError), (folder / MANIFEST).open("x") as file:
+        file.write(json.dumps({"format": FOLDER_FORMAT}) + "\n")
+
+
+def own_outputs(folder: Path) -> None:
+    """Make a folder that outputs go to one of ours, unless it lies within one that is.
+
+    Args:
+        folder: Path of the folder.
+    """
+    if owner_of(folder / "output") is None:
+        own_folder(folder)
+
+
+def adopt(folder: Path, names: Iterable[str]) -> None:
+    """Enter files into the manifest of a folder that another program put there for us.
+
+    Args:
+        folder: Path of the folder. It gets a manifest if it has none.
+        names: Paths of the files, relative to the folder. Those that do not exist are left out.
+    """
+    own_folder(folder)
+    for name in names:
+        if (folder / name).is_file():
+            _append(folder, {"wrote": name})
+
+
+def owner_of(path: Path) -> Path | None:
+    """Find the folder of ours in which a file lies or would lie.
+
+    Args:
+        path: Path of the file, which need not exist.
+
+    Returns:
+        The innermost folder with a manifest. None if there is none.
+    """
+    for folder in path.absolute().parents:
+        if (folder / MANIFEST).is_file():
+            return folder
+    return None
+
+
+def written_names(folder: Path) -> set[str]:
+    """Read the manifest of a folder.
+
+    Lines that cannot be read, such as one that a kill has cut off, are left out.
+
+    Args:
+        folder: Path of the folder.
+
+    Returns:
+        Paths of the files that equipoise has written there, relative to the folder, with "/".
+        Empty if there is no manifest.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file() or manifest.stat().st_size > MAX_MANIFEST_BYTES:
+        return set()
+
+    names = set()
+    for line in manifest.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(entry, dict):
+            continue
+
+        if isinstance(entry.get("wrote"), str):
+            names.add(entry["wrote"])
+        if isinstance(entry.get("removed"), str):
+            names.discard(entry["removed"])
+    return names
+
+
+def is_ours(path: Path) -> bool:
+    """Tell whether equipoise has written a file, by the manifest of its folder.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        True if a manifest names it.
+    """
+    owner = owner_of(path)
+    return owner is not None and _name_in(owner, path) in written_names(owner)
+
+
+def remove(path: Path) -> None:
+    """Delete a file that equipoise has written. A file of somebody else stays.
+
+    Args:
+        path: Path of the file, which need not exist.
+    """
+    owner = owner_of(path)
+    if owner is not None and is_ours(path):
+        path.unlink(missing_ok=True)
+        _append(owner, {"removed": _name_in(owner, path)})
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged file another name, so that it is kept but no longer read.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        Its new path, with the further ending ``.damaged``, and a number if there is one already.
+    """
+    target = path.with_name(f"{path.name}.damaged")
+    number = 2
+    while os.path.lexists(target):
+        target = path.with_name(f"{path.name}.damaged-{number}")
+        number += 1
+
+    path.rename(target)
+    owner = owner_of(path)
+    if owner is not None:
+        _append(owner, {"removed": _name_in(owner, path)})
+    return target
+
+
+def is_empty(folder: Path) -> bool:
+    """Tell whether a folder holds nothing but equipoise's own manifest and lock.
+
+    Args:
+        folder: Path of the folder.
+
+    Returns:
+        True if nothing else is there, or the folder does not exist.
+    """
+    if not folder.is_dir():
+        return not os.path.lexists(folder)
+    return {entry.name for entry in os.scandir(folder)} <= {MANIFEST, LOCK, HOLDER}
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, job: str) -> Iterator[None]:
+    """Let one job at a time work in a folder of ours.
+
+    The operating system releases the lock of a process that dies. Temporary files that such a
+    process has left are removed.
+
+    Args:
+        folder: Path of the folder. It becomes one of ours.
+        job: What is done there, such as "training".
+
+    Yields:
+        None.
+
+    Raises:
+        StoreError: If another job works there. The message names its process and machine.
+    """
+    own_folder(folder)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise StoreError(
+            f"{folder} is in use: {_describe_holder(folder)}. Wait until it has ended, or stop it."
+        ) from error
+
+    try:
+        _remove_leftovers(folder)
+        holder = {
+            "job": job,
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        (folder / HOLDER).write_text(json.dumps(holder), encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _describe_holder(folder: Path) -> str:
+    """Say which job has locked a folder."""
+    try:
+        holder = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        return (
+            f"{holder['job']} in process {holder['process']} on {holder['host']}, "
+            f"since {holder['since']}"
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        # The other process has locked the folder, but has not yet said so.
+        return "another process has just begun there"
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of processes that were killed while they wrote."""
+    for path in folder.rglob(".equipoise-*"):
+        match = re.match(r"\.equipoise-(\d+)-[0-9a-f]{8}(\.|$)", path.name)
+        if match is not None and not _is_alive(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Tell whether a process of this machine may still run."""
+    if os.name == "nt":
+        # There, this call would end the process.
+        return True
+
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _claim(path: Path) -> None:
+    """Enter a file into the manifest of its folder, or refuse to replace somebody else's file."""
+    owner = owner_of(path)
+    if owner is None:
+        return
+
+    name = _name_in(owner, path)
+    if name in written_names(owner):
+        return
+    if os.path.lexists(path):
+        raise StoreError(
+            f"{path} is there already, and equipoise did not write it: "
+            "move it away, or choose another folder with --out."
+        )
+    _append(owner, {"wrote": name})
+
+
+def _name_in(folder: Path, path: Path) -> str:
+    return path.absolute().relative_to(folder).as_posix()
+
+
+def _append(folder: Path, entry: dict[str, str]) -> None:
+    """Add a line to a manifest. A line is short enough to be written in one piece."""
+    with (folder / MANIFEST).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")

@@ -1,0 +1,319 @@
+"""The files of a run that are not tensors, and the descriptions of those that are: their schemas.
+
+Each file has one typed record here, and :func:`read_record` and :func:`check_record` are the only
+ways in. A record says which keys there must be, of which type, and how large a size may be, before
+anything of that size is allocated. Keys that it does not name are kept as they are.
+"""
+
+import stat
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from equipoise.files import StoreError
+
+FORMAT = "equipoise-1"
+"""Format of all files, which is written into each of them."""
+MAX_JSON_BYTES = 256_000_000
+"""Largest JSON file that is read."""
+
+T = TypeVar("T")
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Size = Annotated[int, Meta(ge=1, le=10_000_000)]
+"""A number of dimensions, units or components."""
+Side = Annotated[int, Meta(ge=0, le=10_000_000)]
+Shape = Annotated[list[Side], Meta(max_length=4)]
+Name = Annotated[str, Meta(max_length=4096)]
+Digest = Annotated[str, Meta(max_length=128)]
+Scalar = int | float | str | None
+
+
+class JsonObject(TypedDict):
+    """Any JSON object."""
+
+
+class NoiseRecord(TypedDict):
+    """A noise model: its class, and the arguments from which it is built."""
+
+    kind: Name
+    arguments: dict[str, Any]
+
+
+class DataRecord(TypedDict):
+    """The data that a run was trained on, and how they are loaded again."""
+
+    name: Name
+    fingerprint: Digest
+    n_train: Count
+    n_validation: Count
+    n_test: Count
+    source: Name
+    load: dict[str, Any]
+    shape: Annotated[list[Size], Meta(min_length=1, max_length=3)]
+
+
+class Settings(TypedDict):
+    """``config.json``."""
+
+    format: Name
+    command: list[str]
+    created: Name
+    data: DataRecord
+    noise_model: NoiseRecord
+    options: dict[str, Any]
+    parameters: Count
+    versions: dict[str, str]
+
+
+class EpochRow(TypedDict):
+    """A line of ``metrics.jsonl``."""
+
+    epoch: Count
+    stage: Annotated[int, Meta(ge=1, le=2)]
+    learning_rate: float
+    seconds: float
+    examples_per_second: float
+    train_elbo: float
+    train_log_likelihood: float
+    train_kl: float
+    train_mse: float
+    train_noise_var: float
+    validation_elbo: float
+    validation_log_likelihood: float
+    validation_kl: float
+    validation_mse: float
+    validation_noise_var: float
+    validation_noise_std: float
+    validation_floor_share: float
+    active_units: Count
+    decision: str
+
+
+class EvaluatedData(TypedDict):
+    """The examples of an evaluation."""
+
+    name: Name
+    fingerprint: Digest
+    test: Name
+    test_sha256: Digest
+    n_test: Count
+
+
+class EvaluationAbout(TypedDict):
+    """What ``evaluation.json`` is of."""
+
+    format: Name
+    data: EvaluatedData
+    model: Digest
+    mixture: Digest
+    n_components: Size
+    device: Name
+    versions: dict[str, str]
+    sections: dict[str, dict[str, Any]]
+    sources: dict[str, dict[str, Any]]
+
+
+class Evaluation(TypedDict):
+    """``evaluation.json``: a section for each part of the protocol that was computed."""
+
+    about: EvaluationAbout
+    likelihood: NotRequired[dict[str, Any]]
+    samples: NotRequired[dict[str, Any]]
+    latent: NotRequired[dict[str, Any]]
+    noise: NotRequired[dict[str, Any]]
+    outliers: NotRequired[dict[str, Any]]
+
+
+class TrackerRecord(TypedDict):
+    """``tracker.json``."""
+
+    run_id: Name
+
+
+class ModelDescription(TypedDict):
+    """The description in ``model.safetensors``."""
+
+    shape: Annotated[list[Size], Meta(min_length=1, max_length=3)]
+    latent_dim: Size
+    architecture: str | None
+    width: Annotated[int, Meta(ge=1, le=1_000_000)]
+    mean_bounds: tuple[float, float] | None
+    deterministic: bool
+    encoder: Name
+    decoder: Name
+    quantum: float | None
+    offset_shape: Shape
+    scale_shape: Shape
+    noise: NoiseRecord
+    origin: NotRequired[Digest]
+
+
+class FlowSizes(TypedDict):
+    """The sizes from which a flow is built."""
+
+    latent_dim: Size
+    n_components: Size
+    n_transforms: Annotated[int, Meta(ge=1, le=1000)]
+    hidden: Annotated[list[Size], Meta(max_length=100)]
+
+
+class FlowDescription(TypedDict):
+    """The description in ``flow.safetensors``."""
+
+    flow: FlowSizes
+
+
+class MixtureDescription(TypedDict):
+    """The description in ``aggregate.safetensors`` and of other mixtures."""
+
+    model: NotRequired[Digest]
+    mixture: NotRequired[Digest]
+
+
+class PeerConfig(TypedDict):
+    """``model_config.json`` of another library's model; see ``interop.py``."""
+
+    input_dim: NotRequired[Annotated[list[Size], Meta(min_length=1, max_length=4)] | None]
+    latent_dim: Size
+    uses_default_encoder: NotRequired[bool]
+    uses_default_decoder: NotRequired[bool]
+
+
+class EstimatorDescription(TypedDict):
+    """The description in the file of an estimator."""
+
+    model: ModelDescription
+    options: dict[str, Any]
+    random_state: int | None
+    history: list[dict[str, Scalar]]
+    example_shape: Annotated[list[Size], Meta(min_length=1, max_length=3)]
+    feature_names: list[str]
+
+
+def check_record(value: Any, record: type[T], what: str) -> T:  # noqa: ANN401 (any JSON value)
+    """Compare a JSON value with its schema.
+
+    Args:
+        value: The value.
+        record: A typed record of this module.
+        what: Name of the file, for the error message.
+
+    Returns:
+        The same value, with its further keys.
+
+    Raises:
+        StoreError: If a key is missing, or a value has another type or is out of its bounds. The
+            message names file and key, and says what was expected.
+    """
+    try:
+        msgspec.convert(value, record)
+    except msgspec.ValidationError as error:
+        raise StoreError(_describe(what, error)) from error
+    except RecursionError as error:
+        raise StoreError(f"{what} is nested too deeply; it was damaged or altered.") from error
+
+    checked: T = value
+    return checked
+
+
+def decode_record(text: bytes | str, record: type[T], what: str) -> T:
+    """Decode JSON, and compare it with its schema.
+
+    Args:
+        text: The JSON.
+        record: As for :func:`check_record`.
+        what: Name of the file, for the error message.
+
+    Returns:
+        The value.
+
+    Raises:
+        StoreError: If it is no JSON, or does not fit the schema.
+    """
+    try:
+        value = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise StoreError(f"{what} is not valid JSON ({error}); it was damaged.") from error
+    except RecursionError as error:
+        raise StoreError(f"{what} is nested too deeply; it was damaged or altered.") from error
+
+    return check_record(value, record, what)
+
+
+def read_record(path: Path, record: type[T]) -> T:
+    """Read a JSON file by its schema.
+
+    Args:
+        path: Path of the file.
+        record: As for :func:`check_record`. :class:`JsonObject` takes any JSON object.
+
+    Returns:
+        The value.
+
+    Raises:
+        StoreError: If there is no such file, if it is not a regular file, if it is too large, if it
+            is no JSON, if it does not fit the schema, or if it has a format that this version does
+            not know.
+    """
+    value = decode_record(read_bytes(path), record, str(path))
+    if isinstance(value, dict) and isinstance(value.get("format"), str):
+        check_format(value["format"], str(path))
+    return value
+
+
+def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """Read a regular file as a whole, if it is not too large.
+
+    Args:
+        path: Path of the file.
+        limit: Largest size, in bytes.
+
+    Returns:
+        Its content.
+
+    Raises:
+        StoreError: If there is no such file, if it is not a regular file, or if it is too large.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise StoreError(f"There is no {path}.") from error
+
+    if not stat.S_ISREG(status.st_mode):
+        raise StoreError(f"{path} is not a regular file.")
+    if status.st_size > limit:
+        raise StoreError(
+            f"{path} has {status.st_size:,} bytes, more than the {limit:,} that are read."
+        )
+    return path.read_bytes()
+
+
+def check_format(found: str, what: str) -> None:
+    """Refuse a file of another version.
+
+    Args:
+        found: The format that stands in the file.
+        what: Name of the file, for the error message.
+
+    Raises:
+        StoreError: If it is not the format of this version.
+    """
+    if found != FORMAT:
+        raise StoreError(
+            f"{what} has the format {found[:100]!r}, this version of equipoise reads {FORMAT!r}; "
+            "update equipoise."
+        )
+
+
+def _describe(what: str, error: msgspec.ValidationError) -> str:
+    """Turn an error of the library into a sentence that names file, key and expectation."""
+    text, _, place = str(error).partition(" - at `$")
+    key = place.rstrip("`").lstrip(".")
+    where = f"{what}: {key}" if key else what
+    expectation = text[0].lower() + text[1:]
+    return (
+        f"{where}: {expectation}; the file was damaged or altered, so restore it or make it anew."
+    )
