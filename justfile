@@ -28,6 +28,10 @@ lowest *arguments:
 slow:
     pytest -n 0 -m slow
 
+# Whole jobs killed at every file operation, every call failing once, full disks: hours
+chaos *arguments:
+    python -m tests.chaos {{arguments}}
+
 # The documentation, executed, into docs/_build/html
 docs:
     pip install -q -c constraints.txt -e ".[docs]"

@@ -14,6 +14,7 @@ whoever runs it chooses the seed.
 """
 
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -88,10 +89,12 @@ def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[
     files = []
     for name, part in _parts(model, mixture).items():
         path = folder / f"{name}{form.ending}"
+        # Made in memory, because torch's own writer ends the whole process where the disk is full.
+        content = form.make(_trace(part), part)
         with whole_file(path) as temporary:
-            form.write(_trace(part), part, temporary)
+            temporary.write_bytes(content)
 
-            deviation = _deviation(form.read(temporary), part)
+            deviation = _deviation(form.load(temporary.read_bytes()), part)
             if not deviation <= TOLERANCE:  # also true if the deviation is NaN
                 raise ArithmeticError(
                     f"{path} was not written: it would deviate from the model by {deviation:.2g} "
@@ -195,23 +198,24 @@ Computation = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 
 
 class _Format(NamedTuple):
-    """How a program is written to a file, and how the file is read as a computation."""
+    """How the content of a file is made of a program, and loaded as a computation."""
 
     ending: str
-    write: Callable[[torch.export.ExportedProgram, _Part, Path], None]
-    read: Callable[[Path], Computation]
+    make: Callable[[torch.export.ExportedProgram, _Part], bytes]
+    load: Callable[[bytes], Computation]
 
 
 def _torch_format() -> _Format:
-    def write(program: torch.export.ExportedProgram, part: _Part, path: Path) -> None:
-        with path.open("wb") as file:
-            torch.export.save(program, file)
+    def make(program: torch.export.ExportedProgram, part: _Part) -> bytes:
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        return buffer.getvalue()
 
-    def read(path: Path) -> Computation:
-        module = torch.export.load(path).module()
+    def load(content: bytes) -> Computation:
+        module = torch.export.load(io.BytesIO(content)).module()
         return lambda inputs: module(*inputs.values())
 
-    return _Format(".pt2", write, read)
+    return _Format(".pt2", make, load)
 
 
 def _onnx_format() -> _Format:
@@ -223,7 +227,7 @@ def _onnx_format() -> _Format:
             "ONNX needs libraries that are not installed: pip install 'equipoise[export]'"
         ) from error
 
-    def write(program: torch.export.ExportedProgram, part: _Part, path: Path) -> None:
+    def make(program: torch.export.ExportedProgram, part: _Part) -> bytes:
         with _quiet():
             graph = torch.onnx.export(
                 program,
@@ -233,10 +237,11 @@ def _onnx_format() -> _Format:
                 dynamo=True,
                 verbose=False,
             )
-        cast(torch.onnx.ONNXProgram, graph).save(path, external_data=False)
+        content: bytes = cast(torch.onnx.ONNXProgram, graph).model_proto.SerializeToString()
+        return content
 
-    def read(path: Path) -> Computation:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    def load(content: bytes) -> Computation:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
         def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
             arrays = {name: example.numpy() for name, example in inputs.items()}
@@ -244,7 +249,7 @@ def _onnx_format() -> _Format:
 
         return run
 
-    return _Format(".onnx", write, read)
+    return _Format(".onnx", make, load)
 
 
 FORMATS = {"torch": _torch_format, "onnx": _onnx_format}
