@@ -1,7 +1,7 @@
 """Processes that start in milliseconds: forks of one that has imported everything already.
 
-A start of Python with torch takes seconds, and the chaos driver needs thousands. The parent computes
-nothing, so that it has no threads that a fork would lose.
+A start of Python with torch takes seconds, and the chaos driver needs thousands. The parent
+computes nothing, so that it has no threads that a fork would lose.
 """
 
 import atexit
@@ -129,7 +129,8 @@ def _start(action, folder, outputs, variables, before):
         os.setpgid(0, 0)
         os.dup2(outputs[0], 1)
         os.dup2(outputs[1], 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         os.chdir(folder)
         os.environ |= variables
         if before:
