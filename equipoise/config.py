@@ -9,6 +9,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,6 +24,9 @@ PLACEMENT = ("devices", "num_nodes")
 
 MACHINE = (*PLACEMENT, "accelerator", "compile", "tracker", "checkpoint_seconds")
 """Options that say where and how a run is computed, and not what comes out."""
+
+MAX_RECIPE_BYTES = 100_000
+"""Longest recipe that is read."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": tuple(OBJECTIVES),
@@ -199,6 +203,16 @@ class TrainConfig:
             if isinstance(value, int | float) and value < least:
                 problems.append(f"{name} must be at least {least}, got {value}")
 
+        for name, most in _AT_MOST.items():
+            value = getattr(self, name)
+            if isinstance(value, int | float) and value > most:
+                problems.append(f"{name} must be at most {most}, got {value}")
+
+        for name in TrainConfig.__annotations__:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                problems.append(f"{name} must be a finite number, got {value}")
+
         for name in _POSITIVE:
             value = getattr(self, name)
             # Not the same as value <= 0: NaN is refused, too.
@@ -302,6 +316,19 @@ _AT_LEAST: dict[str, float] = {
     "num_nodes": 1,
     "checkpoint_seconds": 0,
     "image_size": 8,
+}
+_AT_MOST: dict[str, float] = {
+    "latent_dim": 100_000,
+    "width": 100_000,
+    "stage_1_epochs": 1_000_000,
+    "stage_2_epochs": 1_000_000,
+    "patience": 1_000_000,
+    "batch_size": 10_000_000,
+    "n_components": 1_000_000,
+    "seed": 2**32 - 1,
+    "devices": 1024,
+    "num_nodes": 4096,
+    "image_size": 4096,
 }
 _POSITIVE = ("learning_rate", "stage_2_learning_rate", "floor", "noise_var", "beta", "penalty")
 
@@ -478,15 +505,46 @@ def read_recipe(path: Path) -> dict[str, Any]:
                 f"those that come with equipoise are {', '.join(shipped_recipes())}"
             ]
         )
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise ConfigError(
+            [f"recipe {path} is longer than the {MAX_RECIPE_BYTES:,} bytes that are read"]
+        )
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError([f"recipe {path} is not valid YAML: {error}"]) from error
+        text = path.read_text(encoding="utf-8")
+        values = yaml.load(text, _RecipeLoader)  # noqa: S506 (a SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"recipe {path} is not UTF-8 text: {error}"]) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise ConfigError([f"recipe {path} is not valid YAML: {reason}"]) from error
 
     if not isinstance(values, dict):
         raise ConfigError([f"recipe {path} must be a mapping of options, such as 'latent_dim: 16'"])
+
+    problems = [
+        f"recipe {path}: {name!r} must be {'a name' if name == 'data' else 'a number, a word'} "
+        f"{'or a path' if name == 'data' else 'or null'}, got {str(value)[:100]!r}"
+        for name, value in values.items()
+        if not isinstance(value, str if name == "data" else bool | int | float | str | None)
+    ]
+    problems += [
+        f"recipe {path}: the names of options are words, got {name!r}"
+        for name in values
+        if not isinstance(name, str)
+    ]
+    if problems:
+        raise ConfigError(problems)
     return values
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML without aliases, by which a short text may stand for a very long one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 (as in its base)
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -139,8 +139,9 @@ def own_folder(folder: Path) -> None:
         folder: Path of the folder. It is made if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError), (folder / MANIFEST).open("x") as file:
-        file.write(json.dumps({"format": FOLDER_FORMAT}) + "\n")
+    if not (folder / MANIFEST).exists():
+        _append(folder, {"format": FOLDER_FORMAT})
+        _sync_folder(folder)
 
 
 def own_outputs(folder: Path) -> None:
@@ -436,6 +437,11 @@ def _name_in(folder: Path, path: Path) -> str:
 
 
 def _append(folder: Path, entry: dict[str, Any]) -> None:
-    """Add a line to a manifest. A line is short enough to be written in one piece."""
+    """Add a line to a manifest. A line is short enough to be written in one piece.
+
+    It is flushed to the disk, so that after a loss of power no file is there without its claim.
+    """
     with (folder / MANIFEST).open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
