@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin
 
+import msgspec
 import yaml
 
 from equipoise.catalogue import ARCHITECTURES, NOISES, OBJECTIVES
@@ -50,8 +51,8 @@ class TrainConfig:
     fully connected layer."""
 
     objective: str = "elbo"
-    """What training descends. Objectives other than 'elbo' are for comparison. They set noise and
-    stage_2_epochs as they need them."""
+    """What training descends. Objectives other than 'elbo' are for comparison. Recipes, --set and
+    equipoise.make_config() set noise and stage_2_epochs as they need them."""
     beta: float = 1.0
     """Weight of the KL in the loss. The bound has 1. A beta-VAE with a fixed variance has more."""
     penalty: float | None = None
@@ -144,12 +145,23 @@ class TrainConfig:
     """Share of the training examples held out to decide on stages, K and calibration. At most 2,000
     examples are held out."""
 
+    def __post_init__(self) -> None:
+        """Turn NumPy's numbers, such as the seeds of a sweep, into Python's, which JSON knows."""
+        for name in TrainConfig.__annotations__:
+            value = getattr(self, name)
+            if type(value).__module__ == "numpy" and hasattr(value, "item"):
+                object.__setattr__(self, name, value.item())
+
     def problems(self) -> list[str]:
-        """Find every value that is out of its domain or contradicts another.
+        """Find every value that is of another type, out of its domain, or contradicts another.
 
         Returns:
             One sentence for each, with what to do. Empty if all is well.
         """
+        problems_of_types = self._problems_of_types()
+        if problems_of_types:
+            return problems_of_types
+
         return [
             *self._problems_of_values(),
             *self._problems_of_stages(),
@@ -188,6 +200,24 @@ class TrainConfig:
             Values by field name.
         """
         return asdict(self)
+
+    def _problems_of_types(self) -> list[str]:
+        """Find values of another type than that of their option."""
+        problems = []
+        for name, annotation in TrainConfig.__annotations__.items():
+            value = getattr(self, name)
+            try:
+                msgspec.convert(value, annotation)
+            except msgspec.ValidationError:
+                is_wrong = True
+            else:
+                # A whole number of type float would not be read back from the run's file.
+                types = (annotation, *get_args(annotation))
+                is_wrong = isinstance(value, float) and float not in types
+
+            if is_wrong:
+                problems.append(f"{name} must be {type_name(name)}, got {value!r}")
+        return problems
 
     def _problems_of_values(self) -> list[str]:
         """Find values that are out of their own domain."""
@@ -277,8 +307,8 @@ class TrainConfig:
         for option, value in objective.requires.items():
             if option != "stage_2_epochs" and getattr(self, option) != value:
                 problems.append(
-                    f"objective={name} goes with {option}={value}; "
-                    f"leave {option} out, or take objective=elbo"
+                    f"objective={name} goes with {option}={value}, not {getattr(self, option)}; "
+                    f"set that, or leave {option} to equipoise.make_config, or take objective=elbo"
                 )
 
         if self.beta != 1 and not objective.has_beta:

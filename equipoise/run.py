@@ -150,7 +150,7 @@ class Run:
             raise ConfigError(
                 [
                     f"{self.folder} was trained from Python, on {record['source']}: "
-                    "go on with it there"
+                    "go on with it there, and give the data: equipoise.evaluate(run, data)"
                 ]
             )
 

@@ -223,7 +223,7 @@ def _compare(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
         raise StoreError(f"{what} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
 
 
-def save_model(path: Path, model: VAE, origin: str | None = None) -> None:
+def save_model(path: str | Path, model: VAE, origin: str | None = None) -> None:
     """Save a model with its networks, its noise model and its scaling.
 
     Args:
@@ -235,11 +235,11 @@ def save_model(path: Path, model: VAE, origin: str | None = None) -> None:
     description = model.description()
     if origin is not None:
         description["origin"] = origin
-    write_tensors(path, "model", model.state_dict(), description)
+    write_tensors(Path(path), "model", model.state_dict(), description)
 
 
 def load_model(
-    path: Path,
+    path: str | Path,
     encoder: nn.Module | None = None,
     decoder: nn.Module | None = None,
     origin: str | None = None,
@@ -261,7 +261,7 @@ def load_model(
         StoreError: If the file is damaged or does not fit, if it has another origin, or if the
             model has networks of the user's own that were not passed.
     """
-    tensors, description = read_tensors(path, "model", ModelDescription)
+    tensors, description = read_tensors(Path(path), "model", ModelDescription)
     if origin is not None and description.get("origin", origin) != origin:
         raise StoreError(
             f"{path} was trained with other data or options than those in its folder's "
@@ -386,7 +386,7 @@ def _build_networks(
             missing.append("decoder=")
         raise StoreError(
             f"{what} has networks of your own ({description['encoder']}, "
-            f"{description['decoder']}): build them as they were and pass them as "
+            f"{description['decoder']}): build them as they were and, in Python, pass them as "
             f"{' and '.join(missing)}."
         )
 

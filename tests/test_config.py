@@ -1,5 +1,7 @@
+import json
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 from equipoise.catalogue import OBJECTIVES
@@ -194,3 +196,54 @@ def test_a_hostile_recipe_is_refused(tmp_path, content, message):
 def test_values_beyond_reason_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         make_config(values)
+
+
+def unchecked(values):
+    """Options as a program without type checks makes them; the tests check every call."""
+    config = TrainConfig()
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"n_components": 2.0},
+        {"batch_size": 64.0},
+        {"batch_size": True},
+        {"latent_dim": 2.0},
+        {"latent_dim": "x"},
+        {"stage_2_epochs": True},
+        {"seed": None},
+        {"tolerance": None},
+        {"noise": None},
+        {"precision": None},
+        {"compile": None},
+        {"clip": "3"},
+        {"image_size": 8.5},
+        {"accelerator": ["cpu"]},
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_a_problem_from_python_too(values):
+    (name,) = values
+    problems = unchecked(values).problems()
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{name} must be ")
+
+
+@pytest.mark.parametrize("number", [np.int64(3), np.uint8(3), np.float32(3.0), np.float64(3.0)])
+def test_numbers_of_numpy_are_numbers(number):
+    name = "seed" if isinstance(number, np.integer) else "clip"
+    config = unchecked({name: number})
+    config.__post_init__()
+    assert not config.problems()
+    assert json.loads(json.dumps(config.as_dict()))[name] == 3
+
+
+def test_what_is_valid_is_read_back_as_it_was():
+    for values in ({"clip": 3}, {"floor": 2}, {"floor": "quantisation"}, {"noise_var": None}):
+        config = unchecked(values)
+        assert not config.problems()
+        assert make_config(config.as_dict()) == config

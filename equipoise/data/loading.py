@@ -302,6 +302,8 @@ def _record(source: object, **arguments: object) -> dict[str, Any]:
     # A path is never the name of a set, as when the examples were found.
     if source not in NAMES and Path(name).expanduser().exists():
         name = str(Path(name).expanduser().resolve())
+    elif name.startswith("hf:") and Path(name[3:]).expanduser().exists():
+        name = f"hf:{Path(name[3:]).expanduser().resolve()}"
     set_arguments = {
         key: value for key, value in arguments.items() if value is not None and value is not False
     }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from equipoise.config import TrainConfig
+from equipoise.config import ConfigError, TrainConfig
 from equipoise.data import Data
 from equipoise.files import StoreError, discard_if_empty, is_empty, write_json
 from equipoise.mixture_fit import EMStep, MixtureFit
@@ -80,6 +80,7 @@ def train(
         >>> run.model().noise.floor_var  # doctest: +SKIP
     """
     config = config or TrainConfig()
+    _check_arguments(data, config)
     check_fit(data, config)
     fabric = make_fabric(config)
     launch(fabric)
@@ -110,7 +111,7 @@ def train(
             _refuse_run(run)
             try:
                 write_json(run.config_file, _settings(data, config, model, command))
-            except OSError:
+            except Exception:
                 stack.close()
                 discard_if_empty(run.folder)
                 raise
@@ -143,6 +144,21 @@ def train(
             for text in _describe_fit(fit):
                 sink.message(text)
     return run
+
+
+def _check_arguments(data: object, config: object) -> None:
+    """Refuse what is not data or options, and say how they are made."""
+    if not isinstance(data, Data):
+        raise ConfigError(
+            [f"data must come from equipoise.load_data or load_stream, got a {type(data).__name__}"]
+        )
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            [
+                "config must be an equipoise.TrainConfig, as equipoise.make_config makes it of a "
+                f"dictionary, got a {type(config).__name__}"
+            ]
+        )
 
 
 def _save(run: Run, model: VAE, fit: MixtureFit, config: TrainConfig, data: Data) -> None:
