@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(arguments)
         return
 
+    # Torch's own log writes traces of its C++ code beside the exceptions, which say the same.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     INTERRUPTION.watch()
     sys.unraisablehook = _note_unraisable
     threading.excepthook = _note_in_thread
@@ -82,6 +84,8 @@ def _run(arguments: Sequence[str] | None) -> None:
             if INTERRUPTION.received:
                 raise KeyboardInterrupt from error
             message, code = describe(error, name)
+            if getattr(error, "is_told", False):
+                sys.exit(code)  # the first process of the training has told it
             _fail(message, code)
     except KeyboardInterrupt:
         INTERRUPTION.ignore()

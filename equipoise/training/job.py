@@ -20,13 +20,21 @@ from equipoise.run import Run
 from equipoise.sources import describe_mixture, fit_aggregate
 from equipoise.store import StoreError, save_mixture, save_model, write_json
 from equipoise.training.checkpoint import has_checkpoint
-from equipoise.training.engine import in_main_process, launch, make_fabric, processes_of
+from equipoise.training.engine import (
+    broadcast,
+    in_main_process,
+    launch,
+    make_fabric,
+    processes_of,
+)
+from equipoise.training.group import noticing_losses
 from equipoise.training.logging import JsonlSink, Sink
 from equipoise.training.setup import check_fit, make_model
 from equipoise.training.trackers import TRACKERS
 from equipoise.training.trainer import Trainer
 
 
+@noticing_losses
 def train(
     data: Data,
     config: TrainConfig | None = None,
@@ -75,11 +83,16 @@ def train(
     config = config or TrainConfig()
     check_fit(data, config)
     fabric = make_fabric(config)
-    launch(fabric)
+
+    def say(text: str) -> None:
+        for sink in sinks:
+            sink.message(text)
+
+    launch(fabric, say)
 
     folder = in_main_process(fabric, partial(_choose_folder, data, out, resume))
     run = Run(folder)
-    if fabric.broadcast(data.fingerprint) != data.fingerprint:
+    if broadcast(fabric, data.fingerprint) != data.fingerprint:
         raise StoreError(
             f"Process {fabric.global_rank} has found other data in {data.source} than process 0."
         )
