@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import ParamSpec, TypeVar
 
-from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import distributed
 
 P = ParamSpec("P")
@@ -95,7 +96,7 @@ class Group(DDPStrategy):
             # Torch closes the descriptor itself, at the end.
             descriptor = socket.create_server((LOOPBACK, port)).detach()
 
-        store = distributed.TCPStore(
+        store = distributed.TCPStore(  # type: ignore[attr-defined] # documented
             LOOPBACK,
             port,
             self.num_processes,
