@@ -48,7 +48,7 @@ class ImpatientProtocol(H11Protocol):
 
     def is_waiting(self) -> bool:
         """Tell whether no whole request has come since the last answer."""
-        cycle = self.cycle
+        cycle: Any = self.cycle  # None before the first request
         return cycle is None or cycle.response_complete or cycle.more_body
 
     def _look(self) -> None:
