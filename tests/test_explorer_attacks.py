@@ -348,7 +348,7 @@ def test_random_bytes_are_survived(explorer, count):
             else:
                 del content[place : place + rng.randint(1, 9)]
         answer = explorer.ask(bytes(content), is_last=True)
-        assert re.match(rb"HTTP/1\.1 (200|304|4\d\d|501)|$", answer), (bytes(content), answer)
+        assert re.match(rb"HTTP/1\.1 (200|3\d\d|4\d\d|501)|$", answer), (bytes(content), answer)
         assert b"500 Internal" not in answer
     assert explorer.answers()
 

@@ -171,6 +171,25 @@ def test_interruptions_that_libraries_turn_into_other_errors_are_interruptions(t
     assert done.stderr.startswith("equipoise: interrupted; ")
 
 
+def test_interruptions_that_libraries_swallow_are_sent_again(tmp_path):
+    script = (
+        "import signal, sys, time\n"
+        "from equipoise.cli import main\n"
+        "from equipoise.cli.parser import COMMANDS\n"
+        "def run(_):\n"
+        "    try:\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    except BaseException:\n"
+        "        pass\n"
+        "    time.sleep(30)\n"
+        "COMMANDS['report'] = COMMANDS['report']._replace(run=run)\n"
+        "sys.argv = ['equipoise', 'report', 'x']\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (130, 1)
+
+
 def test_interruptions_and_bugs_where_python_cannot_raise_are_told(tmp_path):
     script = (
         "import signal, sys, threading, time\n"
@@ -396,11 +415,12 @@ def test_a_terminal_may_be_as_narrow_as_it_likes(width, into_a_closed_pipe):
 
 @pytest.mark.slow
 def test_a_training_outlives_a_terminal_window_that_is_closed(tmp_path):
-    """The window is closed in the middle of the training, which ignores the hang-up (nohup)."""
+    """The window is closed in the middle of the training, which ignores the hang-up."""
     master, slave = pty.openpty()
     folder = tmp_path / "run"
+    command = [*EQUIPOISE, "train", "--out", str(folder), *QUICK, "stage_1_epochs=10"]
     process = subprocess.Popen(
-        ["nohup", *EQUIPOISE, "train", "--out", str(folder), *QUICK, "stage_1_epochs=10"],
+        ["sh", "-c", f"trap '' HUP; exec {' '.join(command)}"],
         stdin=subprocess.DEVNULL,
         stdout=slave,
         stderr=slave,
@@ -414,6 +434,24 @@ def test_a_training_outlives_a_terminal_window_that_is_closed(tmp_path):
     assert process.wait() == 1
     assert len(Run(folder).history()) == 11
     assert Run(folder).model_file.is_file()
+
+
+def test_a_terminal_window_that_is_closed_stops_a_training_with_a_checkpoint(tmp_path):
+    run = Run(tmp_path / "run")
+    command = [*EQUIPOISE, "train", "--quiet", "--out", str(run.folder), *QUICK]
+    with subprocess.Popen(
+        [*command, "stage_1_epochs=500"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while len(run.history()) < 2:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGHUP)
+        told = process.communicate()[1]
+    assert process.returncode == 143
+    assert re.search(r"with the checkpoint .*step-\d+", told)
 
 
 # ---- what is printed

@@ -1,4 +1,7 @@
-"""The user's interruption (Ctrl-C), which may come at any time and shall not get lost."""
+"""The user's interruption (Ctrl-C), which may come at any time and shall not get lost.
+
+A terminal window that is closed (SIGHUP) is like SIGTERM: a training writes a checkpoint and stops.
+"""
 
 import signal
 import threading
@@ -6,6 +9,11 @@ from types import FrameType
 
 REDELIVERY = 0.01
 """Seconds after which an interruption that Python had to ignore is sent again."""
+PATIENCE = 2.0
+"""Seconds after which an interruption is sent again that has not ended the command.
+
+Some libraries catch every exception while they are imported, that of an interruption included.
+"""
 
 
 class Interruption:
@@ -16,32 +24,44 @@ class Interruption:
     """
 
     received = False
+    is_answered = False
     is_watching = False
 
     def watch(self) -> None:
-        """Take the signal from now on, unless this process was started to ignore it."""
+        """Take the signals from now on, unless this process was started to ignore them."""
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._note)
             self.is_watching = True
 
+        hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hang_up is not None and signal.getsignal(hang_up) is signal.SIG_DFL:
+            signal.signal(hang_up, lambda *_: signal.raise_signal(signal.SIGTERM))
+
     def ignore(self) -> None:
         """Ignore further interruptions, while the first one is answered."""
+        self.is_answered = True
         if self.is_watching:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def let_end(self) -> None:
         """Let an interruption end the process at once and without a word: its work is done."""
+        self.is_answered = True
         if self.is_watching:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def send_again(self) -> None:
-        """Send an interruption again that came when Python could not raise it."""
-        again = threading.Timer(REDELIVERY, _interrupt_main_thread)
+    def send_again(self, delay: float = REDELIVERY) -> None:
+        """Send an interruption again, unless it is answered until then."""
+        again = threading.Timer(delay, self._send)
         again.daemon = True
         again.start()
 
+    def _send(self) -> None:
+        if not self.is_answered:
+            _interrupt_main_thread()
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+        self.send_again(PATIENCE)
         raise KeyboardInterrupt
 
 

@@ -25,6 +25,8 @@ LOOPBACK = "127.0.0.1"
 STARTER = "EQUIPOISE_STARTER"
 """Environment variable that tells a process the id of the one that has started it."""
 GO_ON = "go on from the last checkpoint with 'equipoise train --resume RUN'"
+INTERRUPTED = 130
+"""Exit code of a process that the user has interrupted, as all processes of the terminal."""
 GRACE, PERIOD = 3.0, 0.5
 """Seconds in which a process may find out by itself that another has ended; between two looks."""
 LOST = ("gloo", "nccl", "connection closed by peer", "connection reset", "socket timeout")
@@ -175,7 +177,7 @@ class _Watch:
             print(message, file=sys.stderr, flush=True)  # noqa: T201 (the process ends here)
             for process in processes:
                 process.kill()
-            os._exit(1)
+            os._exit(INTERRUPTED if loss == "interrupted" else 1)
 
 
 def _first_failure(processes: list[subprocess.Popen[bytes]]) -> str | None:
@@ -183,6 +185,8 @@ def _first_failure(processes: list[subprocess.Popen[bytes]]) -> str | None:
     for rank, process in enumerate(processes, 1):
         if process.poll():
             code = process.returncode
+            if code == INTERRUPTED:
+                return "interrupted"
             return f"process {rank} of {len(processes) + 1} has ended with the code {code}"
     return None
 
