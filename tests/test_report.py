@@ -262,6 +262,21 @@ def test_names_from_outside_stay_text(folder):
     assert html.escape("<script>", quote=False) in (folder / "report.html").read_text()
 
 
+def test_names_that_steer_or_are_not_unicode_are_shown_as_escapes(folder):
+    name = "a\x00\x1b[2J\u202eb\udcff" + 5000 * "w"
+    for file, change in (
+        ("config.json", {"data": {"name": name, "source": name}}),
+        ("evaluation.json", {name: {name: name}}),
+    ):
+        value = json.loads((folder / file).read_text())
+        for key, child in change.items():
+            value[key] = value.get(key, {}) | child
+        (folder / file).write_text(json.dumps(value))  # with escapes
+    page = page_of(folder)
+    assert page.text.count("a\\x00\\x1b[2J\\u202eb\\udcffw") >= 4
+    assert not set("\x00\x1b\u202e") & set(page.text)
+
+
 def test_other_figures_and_sections_are_shown_plainly(folder):
     Image.new("RGB", (4, 3)).save(folder / "figures" / "my-own.png")
     edit(folder, "evaluation.json", lambda evaluation: evaluation.update(schema=2))

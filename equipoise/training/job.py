@@ -23,13 +23,21 @@ from equipoise.run import Run, origin_of
 from equipoise.sources import describe_mixture, fit_aggregate
 from equipoise.store import read_digest, save_mixture, save_model
 from equipoise.training.checkpoint import has_checkpoint
-from equipoise.training.engine import in_main_process, launch, make_fabric, processes_of
+from equipoise.training.engine import (
+    broadcast,
+    in_main_process,
+    launch,
+    make_fabric,
+    processes_of,
+)
+from equipoise.training.group import noticing_losses
 from equipoise.training.logging import JsonlSink, Sink
 from equipoise.training.setup import check_fit, check_units, make_model
 from equipoise.training.trackers import TRACKERS
 from equipoise.training.trainer import Trainer
 
 
+@noticing_losses
 def train(
     data: Data,
     config: TrainConfig | None = None,
@@ -83,9 +91,14 @@ def train(
     _check_arguments(data, config)
     check_fit(data, config)
     fabric = make_fabric(config)
-    launch(fabric)
 
-    if fabric.broadcast(data.fingerprint) != data.fingerprint:
+    def say(text: str) -> None:
+        for sink in sinks:
+            sink.message(text)
+
+    launch(fabric, say)
+
+    if broadcast(fabric, data.fingerprint) != data.fingerprint:
         raise StoreError(
             f"Process {fabric.global_rank} has found other data in {data.source} than process 0."
         )
