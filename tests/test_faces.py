@@ -436,6 +436,7 @@ def test_a_training_outlives_a_terminal_window_that_is_closed(tmp_path):
     assert Run(folder).model_file.is_file()
 
 
+@pytest.mark.slow
 def test_a_terminal_window_that_is_closed_stops_a_training_with_a_checkpoint(tmp_path):
     run = Run(tmp_path / "run")
     command = [*EQUIPOISE, "train", "--quiet", "--out", str(run.folder), *QUICK]

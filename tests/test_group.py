@@ -232,7 +232,8 @@ def test_nothing_is_unpickled_and_only_this_machine_is_listened_to(tmp_path):
     assert len(run.history()) == 10
 
 
-@pytest.mark.parametrize("victim", ["first", pytest.param("second", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["first", "second"])
 def test_the_loss_of_a_process_ends_the_other_with_one_line(victim, tmp_path):
     arguments = ["--out", tmp_path / "run", *OPTIONS, "stage_1_epochs=500"]
     with subprocess.Popen(
