@@ -111,8 +111,10 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 (any JSON value)
         value: Any JSON value. NaN and infinite numbers are refused.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # Names of files may hold bytes that are no text, for which "?" is written.
+    content = text.encode(errors="replace")
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:

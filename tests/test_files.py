@@ -246,3 +246,8 @@ def test_a_write_that_fails_within_leaves_no_temporary_file(tmp_path):
     with pytest.raises(ZeroDivisionError):
         write()
     assert names_in(tmp_path) == []
+
+
+def test_a_name_that_is_no_text_can_be_written(tmp_path):
+    write_json(tmp_path / "a.json", {"name": os.fsdecode(b"photo-\xff.png")})
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"name": "photo-?.png"}

@@ -243,13 +243,13 @@ def test_cells():
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"seed": 1}, {"epochs": {"digits": 7}}, {"item": "other"}, {"features": "x"}]
+    "change", [{}, {"seed": 1}, {"epochs": {"mnist": 7}}, {"item": "other"}, {"features": "x"}]
 )
 def test_results_of_other_settings_are_not_replaced(tmp_path, change):
     lab = Lab("tiny", tmp_path / "runs", epochs=1, images=tmp_path / "images")
     out, page = tmp_path / "results", tmp_path / "results.md"
     refuse_to_replace(lab, ["figure-4"], out, page)
-    settings = {"budget": "tiny", "epochs": {"digits": 1}, "seed": 0, "features": lab.features}
+    settings = {"budget": "tiny", "epochs": {"mnist": 1}, "seed": 0, "features": lab.features}
     write_json(out / "figure-4-tiny.json", {"item": "figure-4", **settings, **change})
     if not change:
         refuse_to_replace(lab, ["figure-4"], out, page)
