@@ -192,7 +192,7 @@ class TrainConfig:
         for name in TrainConfig.__annotations__:
             value = getattr(self, name)
             if isinstance(value, str) and value not in _possible_strings(name):
-                problems.append(f"{name} must be {type_name(name)}, got {value!r}")
+                problems.append(f"{name} must be {type_name(name)}, got {_shown(value)}")
 
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
@@ -306,6 +306,18 @@ _AT_LEAST: dict[str, float] = {
 _POSITIVE = ("learning_rate", "stage_2_learning_rate", "floor", "noise_var", "beta", "penalty")
 
 
+LISTED, LONGEST = 20, 1000
+"""Number of problems that an error lists, and the longest of them in characters."""
+VALUE_LENGTH = 80
+"""Characters of a wrong value that an error shows."""
+
+
+def _shown(value: object) -> str:
+    """Write a wrong value, or its beginning if it is long."""
+    text = repr(value)
+    return text if len(text) <= VALUE_LENGTH else f"{text[:VALUE_LENGTH]}..."
+
+
 class ConfigError(ValueError):
     """All problems of a configuration in one message.
 
@@ -316,9 +328,13 @@ class ConfigError(ValueError):
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = list(problems)
 
-        message = self.problems[0]
-        if len(self.problems) > 1:
-            message = "several problems:\n  - " + "\n  - ".join(self.problems)
+        shown = [problem[:LONGEST] for problem in self.problems[:LISTED]]
+        if len(self.problems) > LISTED:
+            shown.append(f"and {len(self.problems) - LISTED} more")
+
+        message = shown[0]
+        if len(shown) > 1:
+            message = "several problems:\n  - " + "\n  - ".join(shown)
         super().__init__(message)
 
 
@@ -356,15 +372,15 @@ def make_config(values: Mapping[str, Any], over: Mapping[str, Any] | None = None
     problems, parsed = [], {}
     for name, value in values.items():
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
+            close = difflib.get_close_matches(str(name)[:VALUE_LENGTH], names, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            problems.append(f"unknown option {name}{hint}")
+            problems.append(f"unknown option {str(name)[:VALUE_LENGTH]}{hint}")
             continue
 
         try:
             parsed[name] = getattr(parser.parse_object({name: value}), name)
         except ArgumentError:
-            problems.append(f"{name} must be {type_name(name)}, got {value!r}")
+            problems.append(f"{name} must be {type_name(name)}, got {_shown(value)}")
 
     config = TrainConfig(**parsed)
     problems += config.problems()

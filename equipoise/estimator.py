@@ -381,6 +381,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             estimator = cls(**description["options"], random_state=description["random_state"])
         except TypeError as error:
             raise StoreError(f"{path}: options: {error}; update equipoise.") from error
+        try:
+            estimator._config(MIN_EXAMPLES)
+        except ValueError as error:
+            raise StoreError(f"{path}: options: {error}") from error
 
         prefix = "mixture."
         mixture_tensors = {

@@ -3,7 +3,7 @@
 A file appears complete or not at all. The file of a model, ``model.safetensors``, holds its tensors
 and, in the metadata, a JSON description. To load a model, its shapes are found from the description
 without allocating them, and compared with the tensors. Only then is the module built and filled.
-The error names all differences.
+The error lists the differences.
 """
 
 import hashlib
@@ -40,6 +40,8 @@ METADATA_KEY = "equipoise"
 """The one key of a file's metadata, under which everything but the tensors is."""
 SMALL = 1_000_000
 """Number of values that may be allocated in any case."""
+LISTED = 10
+"""Number of differences that an error lists."""
 MIXTURE_TENSORS = ("weights", "means", "covariances")
 
 T = TypeVar("T")
@@ -187,9 +189,9 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
 
     Raises:
         StoreError: If names, shapes or dtypes differ, or numbers are not finite. The message lists
-            all differences.
+            the differences.
     """
-    _compare(module, tensors, what)
+    compare(module, tensors, what)
 
     infinite = [
         name
@@ -204,7 +206,7 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
     module.load_state_dict(tensors)
 
 
-def _compare(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+def compare(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
     """Refuse tensors whose names, shapes or dtypes are not those of a module."""
     expected = module.state_dict()
     problems = [f"missing: {name}" for name in expected if name not in tensors]
@@ -220,7 +222,10 @@ def _compare(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
             )
 
     if problems:
-        raise StoreError(f"{what} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
+        shown = [problem[:200] for problem in sorted(problems)[:LISTED]]
+        if len(problems) > LISTED:
+            shown.append(f"and {len(problems) - LISTED} more")
+        raise StoreError(f"{what} does not fit the model:\n  " + "\n  ".join(shown))
 
 
 def save_model(path: Path, model: VAE, origin: str | None = None) -> None:
@@ -327,7 +332,7 @@ def _check_sizes(description: ModelDescription, tensors: dict[str, Tensor], what
 
         n_needed = sum(tensor.numel() for tensor in outline.state_dict().values())
         if n_needed > 2 * n_values + SMALL:
-            _compare(outline, tensors, what)
+            compare(outline, tensors, what)
 
 
 def _build_model(
@@ -446,7 +451,7 @@ def restore_mixture(tensors: dict[str, Tensor], what: str) -> GaussianMixture:
     """
     if set(tensors) != set(MIXTURE_TENSORS):
         raise StoreError(
-            f"{what} holds {', '.join(sorted(tensors)) or 'nothing'} where a mixture has "
+            f"{what} holds {', '.join(sorted(tensors))[:200] or 'nothing'} where a mixture has "
             f"{', '.join(MIXTURE_TENSORS)}."
         )
 

@@ -64,15 +64,18 @@ def _try(valid: Path, cases: list[tuple[str, int]]) -> list[Outcome]:
 def _print_table(names: list[str], outcomes: list[Outcome]) -> bool:
     """Print what became of the cases of each reader; True if there was a fault."""
     counts: Counter[tuple[str, str]] = Counter()
+    seconds: Counter[str] = Counter()
     for outcome in outcomes:
         is_known = outcome.verdict == "fault" and bool(known(outcome))
+        seconds[outcome.reader] += outcome.seconds
         counts[outcome.reader, "known" if is_known else outcome.verdict] += 1
 
     columns = ("read", "refused", "known", "fault")
-    print("reader          cases    " + "".join(f"{column:>9}" for column in columns))
+    print("reader          cases    " + "".join(f"{column:>9}" for column in columns) + "  seconds")
     for name in names:
         figures = [counts[name, column] for column in columns]
-        print(f"{name:15} {sum(figures):6}    " + "".join(f"{figure:9}" for figure in figures))
+        row = "".join(f"{figure:9}" for figure in figures)
+        print(f"{name:15} {sum(figures):6}    {row}{seconds[name]:9.1f}")
     totals = [sum(counts[name, column] for name in names) for column in columns]
     print(f"{'all':15} {sum(totals):6}    " + "".join(f"{total:9}" for total in totals))
     return totals[-1] > 0
