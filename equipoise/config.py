@@ -306,7 +306,7 @@ _AT_LEAST: dict[str, float] = {
 _POSITIVE = ("learning_rate", "stage_2_learning_rate", "floor", "noise_var", "beta", "penalty")
 
 
-LISTED, LONGEST = 20, 1000
+LISTED, LONGEST = 20, 250
 """Number of problems that an error lists, and the longest of them in characters."""
 VALUE_LENGTH = 80
 """Characters of a wrong value that an error shows."""
@@ -379,7 +379,7 @@ def make_config(values: Mapping[str, Any], over: Mapping[str, Any] | None = None
 
         try:
             parsed[name] = getattr(parser.parse_object({name: value}), name)
-        except ArgumentError:
+        except (ArgumentError, OverflowError, RecursionError):
             problems.append(f"{name} must be {type_name(name)}, got {_shown(value)}")
 
     config = TrainConfig(**parsed)

@@ -207,7 +207,16 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
 
 
 def compare(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    """Refuse tensors whose names, shapes or dtypes are not those of a module."""
+    """Compare tensors with what a module holds; it may be on the device "meta".
+
+    Args:
+        module: The module.
+        tensors: Tensors by the names of ``module.state_dict()``.
+        what: Name of the file, for the error message.
+
+    Raises:
+        StoreError: If names, shapes or dtypes differ. The message lists the differences.
+    """
     expected = module.state_dict()
     problems = [f"missing: {name}" for name in expected if name not in tensors]
     problems += [f"unexpected: {name}" for name in tensors if name not in expected]

@@ -19,8 +19,12 @@ SECONDS = 10
 """Longest time that a case may compute. It may take three times as long, on a busy machine."""
 MEMORY = 2**30
 """Largest address space that a case may add to that of an idle process, bytes."""
-MAX_LINES, MAX_CHARACTERS = 25, 4000
+MAX_LINES, MAX_CHARACTERS = 25, 6000
 """Longest message of a refusal."""
+
+
+DATA = (ValueError, OSError, ImportError)
+"""Kinds of errors that are refusals of data."""
 
 
 class Outcome(NamedTuple):
@@ -79,7 +83,8 @@ def run_case(
         try:
             step()
         except BaseException as error:
-            problem = judge(error, allowed)
+            # What is wrong with data has other kinds of errors than what is with a run.
+            problem = judge(error, DATA if name == "data" else allowed)
             if problem:
                 return "fault", f"{name}: {problem}"
             if verdict == "read":
