@@ -314,7 +314,10 @@ VALUE_LENGTH = 80
 
 def _shown(value: object) -> str:
     """Write a wrong value, or its beginning if it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # of nested lists, and of numbers with too many digits
+        text = f"a {type(value).__name__}"
     return text if len(text) <= VALUE_LENGTH else f"{text[:VALUE_LENGTH]}..."
 
 
@@ -377,9 +380,15 @@ def make_config(values: Mapping[str, Any], over: Mapping[str, Any] | None = None
             problems.append(f"unknown option {str(name)[:VALUE_LENGTH]}{hint}")
             continue
 
+        # No option takes more; the parser of YAML, which reads strings, dies of deep nesting.
+        is_long = isinstance(value, str) and len(value) > VALUE_LENGTH
+        if is_long or isinstance(value, Mapping | list | tuple | set):
+            problems.append(f"{name} must be {type_name(name)}, got {_shown(value)}")
+            continue
+
         try:
             parsed[name] = getattr(parser.parse_object({name: value}), name)
-        except (ArgumentError, OverflowError, RecursionError):
+        except (ArgumentError, OverflowError):
             problems.append(f"{name} must be {type_name(name)}, got {_shown(value)}")
 
     config = TrainConfig(**parsed)

@@ -59,6 +59,14 @@ SCALARS: tuple[Any, ...] = (
     "{}",
     "[",
     "a b\nc",
+    "[" * 3000,
+    "{a: " * 20,
+    "9" * 5000,
+    "!!python/name:os.system",
+    "*x",
+    "2001-01-01",
+    "0x10",
+    "1_000",
 )
 SIDES = (0, 1, 2, 3, 7, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 1)
 EXTREMES = tuple(side % 2**64 for side in (*SIDES, -1, -(2**31), 2**15, 255, 128))
@@ -334,8 +342,11 @@ def lie_in_idx(path: Path, rng: random.Random) -> None:
 
     choice = rng.randrange(4)
     if choice == 0 and is_packed:
-        content += bytes(rng.choice((1000, 3_000_000_000 // 2)))
-    elif choice == 1:
+        # A bomb: members of ten million zeros each, in ten thousand bytes.
+        member = gzip.compress(bytes(10_000_000), 9)
+        path.write_bytes(path.read_bytes() + member * rng.choice((1, 150)))
+        return
+    if choice == 1:
         content[:4] = struct.pack(">I", rng.choice((0, 0x0801, 0x0803, 0x0D03, 0x0804, 2**32 - 1)))
     else:
         for axis in range(rng.choice((1, 3))):

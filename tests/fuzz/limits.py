@@ -106,6 +106,8 @@ def _work(
 
     with log.open("a") as lines, log.with_suffix(".trace").open("w") as trace:
         faulthandler.enable(trace)
+        # Pillow's libraries write about damaged images there.
+        os.dup2(trace.fileno(), 2)
         for reader, seed in cases:
             print(json.dumps([reader, seed]), file=lines, flush=True)
             shutil.rmtree(folder, ignore_errors=True)
@@ -180,7 +182,8 @@ def _death(status: int, trace: Path) -> str:
         return f"the process died of {signal.Signals(os.WTERMSIG(status)).name}{where}"
     if "Timeout" in text or os.WIFSIGNALED(status):
         return f"longer than {3 * SECONDS} s{where}"
-    return f"the process ended with the code {os.WEXITSTATUS(status)}{where}"
+    last = (text.splitlines() or [""])[-1]
+    return f"the process ended with the code {os.WEXITSTATUS(status)}: {last}{where}"
 
 
 def rng_of(reader: str, seed: int) -> random.Random:
