@@ -9,6 +9,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -197,13 +198,20 @@ class TrainConfig:
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if isinstance(value, int | float) and value < least:
-                problems.append(f"{name} must be at least {least}, got {value}")
+                problems.append(f"{name} must be at least {least}, got {_shown(value)}")
+
+        for name in TrainConfig.__annotations__:
+            value, most = getattr(self, name), _AT_MOST.get(name, LARGEST)
+            if isinstance(value, int) and value > most:
+                problems.append(f"{name} must be at most {most:,}, got {_shown(value)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                problems.append(f"{name} must be a finite number, got {value}")
 
         for name in _POSITIVE:
             value = getattr(self, name)
             # Not the same as value <= 0: NaN is refused, too.
             if isinstance(value, int | float) and not value > 0:
-                problems.append(f"{name} must be above 0, got {value}")
+                problems.append(f"{name} must be above 0, got {_shown(value)}")
 
         for name in ("warm_up", "ema_decay"):
             value = getattr(self, name)
@@ -281,9 +289,10 @@ class TrainConfig:
 
     def _problems_of_processes(self) -> list[str]:
         """Find what keeps a batch from being divided among the processes that are asked for."""
-        if not isinstance(self.devices, int) or self.devices < 1:
+        numbers = (self.devices, self.num_nodes, self.batch_size)
+        if not all(isinstance(number, int) and 1 <= number <= LARGEST for number in numbers):
             return []
-        return self.problems_of_sharing(self.devices * self.num_nodes)
+        return self.problems_of_sharing(int(self.devices) * self.num_nodes)
 
 
 _AT_LEAST: dict[str, float] = {
@@ -303,6 +312,9 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint_seconds": 0,
     "image_size": 8,
 }
+LARGEST = 2**53
+"""Largest whole number of an option, as in the JSON of a run."""
+_AT_MOST: dict[str, int] = {"latent_dim": 10_000_000, "width": 1_000_000, "image_size": 100_000}
 _POSITIVE = ("learning_rate", "stage_2_learning_rate", "floor", "noise_var", "beta", "penalty")
 
 

@@ -91,13 +91,6 @@ class DataRecord(TypedDict):
     shape: Annotated[list[Size], Meta(min_length=1, max_length=3)]
 
 
-class Versions(TypedDict):
-    """Versions of the libraries that a run was made with; there are more."""
-
-    equipoise: str
-    torch: str
-
-
 class Settings(TypedDict):
     """``config.json``."""
 
@@ -108,7 +101,7 @@ class Settings(TypedDict):
     noise_model: NoiseRecord
     options: dict[str, Any]
     parameters: Count
-    versions: Versions
+    versions: dict[str, str]
 
 
 class EpochRow(TypedDict):

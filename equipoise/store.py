@@ -464,6 +464,10 @@ def restore_mixture(tensors: dict[str, Tensor], what: str) -> GaussianMixture:
             f"{', '.join(MIXTURE_TENSORS)}."
         )
 
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+        raise StoreError(f"{what} does not hold a mixture: its tensors are not of one float type.")
+
     try:
         return GaussianMixture(**tensors)
     except (ValueError, RuntimeError) as error:

@@ -194,7 +194,7 @@ def _alter_tensors(tensors: dict[str, Any], rng: random.Random) -> None:
         tensor = tensors[name]
         floats = tensor.to(torch.float64)
         extreme = rng.choice((float("nan"), float("inf"), -1e38, 1e38, 0.0, 1e-38, -1.0))
-        at_random = floats.clone()
+        at_random = floats.clone(memory_format=torch.contiguous_format)
         if at_random.numel():
             at_random.view(-1)[rng.randrange(at_random.numel())] = extreme
 
