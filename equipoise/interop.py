@@ -81,6 +81,9 @@ def read_pythae(
 
     shape, latent_dim = tuple(input_dim), config["latent_dim"]
     weights = _pythae_weights(weights_file)
+    if math.prod(shape) > sum(tensor.numel() for tensor in weights.values()):
+        raise StoreError(f"{config_file}: input_dim is larger than all that {weights_file} holds.")
+
     with torch.device("meta"):
         # Shapes alone: nothing is allocated before they are those of the weights.
         outline = nn.ModuleDict(

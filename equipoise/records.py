@@ -36,7 +36,6 @@ Digest = Annotated[str, Meta(max_length=128)]
 Scalar = int | float | str | None
 Whole = Annotated[int, Meta(ge=-(2**53), le=2**53)]
 Plain = Whole | float | str | bool | None
-FigureValues = dict[str, Plain | list[Plain]]
 
 
 class JsonObject(TypedDict):
@@ -179,6 +178,12 @@ class Figure(TypedDict):
     n: NotRequired[Count | None]
 
 
+class FigureParts(TypedDict):
+    """A figure with whatever else is known of it."""
+
+    figure: dict[str, Plain | list[Plain]]
+
+
 class TrackerRecord(TypedDict):
     """``tracker.json``."""
 
@@ -289,9 +294,9 @@ def check_figures(value: Any, what: str) -> None:  # noqa: ANN401 (any JSON valu
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, dict):
             check_record(item, Figure, what)
-            check_record(item, FigureValues, what)
+            check_record({"figure": item}, FigureParts, what)
         else:
-            check_record(item, Plain, what)
+            check_record({"value": item}, Figure, what)
 
 
 def decode_record(text: bytes | str, record: type[T], what: str) -> T:

@@ -313,7 +313,9 @@ def restore_model(
     except StoreError:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise StoreError(f"{what} cannot be loaded: {error}.") from error
+        # The first line alone: torch adds a trace of its own functions.
+        reason = str(error).partition("\n")[0]
+        raise StoreError(f"{what} cannot be loaded: {reason}.") from error
 
     fill(model, tensors, what)
     return model.eval()
