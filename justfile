@@ -32,6 +32,10 @@ slow:
 chaos *arguments:
     python -m tests.chaos {{arguments}}
 
+# Damaged files and lies, for every reader: an hour
+fuzz *arguments="--cases 10000":
+    python -m tests.fuzz {{arguments}}
+
 # The documentation, executed, into docs/_build/html
 docs:
     pip install -q -c constraints.txt -e ".[docs]"

@@ -53,7 +53,7 @@ def chaos():
 def fuzz():
     """Damaged files and lies, for each reader."""
     rows = [
-        [row["reader"], *(f"{row[key]:,}" for key in ("cases", "read", "refused", "faults"))]
+        [row["reader"], *(f"{row[key]:,}" for key in ("cases", "read", "refused", "fault"))]
         for row in read("fuzz")["rows"]
     ]
     return table(["reader", "cases", "read", "refused", "faults"], rows)

@@ -226,20 +226,17 @@ class TrainConfig:
         for name in TrainConfig.__annotations__:
             value = getattr(self, name)
             if isinstance(value, str) and value not in _possible_strings(name):
-                problems.append(f"{name} must be {type_name(name)}, got {value!r}")
+                problems.append(f"{name} must be {type_name(name)}, got {_shown(value)}")
 
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if isinstance(value, int | float) and value < least:
-                problems.append(f"{name} must be at least {least}, got {value}")
-
-        for name, most in _AT_MOST.items():
-            value = getattr(self, name)
-            if isinstance(value, int | float) and value > most:
-                problems.append(f"{name} must be at most {most}, got {value}")
+                problems.append(f"{name} must be at least {least}, got {_shown(value)}")
 
         for name in TrainConfig.__annotations__:
-            value = getattr(self, name)
+            value, most = getattr(self, name), _AT_MOST.get(name, LARGEST)
+            if isinstance(value, int) and value > most:
+                problems.append(f"{name} must be at most {most}, got {_shown(value)}")
             if isinstance(value, float) and not math.isfinite(value):
                 problems.append(f"{name} must be a finite number, got {value}")
 
@@ -247,7 +244,7 @@ class TrainConfig:
             value = getattr(self, name)
             # Not the same as value <= 0: NaN is refused, too.
             if isinstance(value, int | float) and not value > 0:
-                problems.append(f"{name} must be above 0, got {value}")
+                problems.append(f"{name} must be above 0, got {_shown(value)}")
 
         for name in ("warm_up", "ema_decay"):
             value = getattr(self, name)
@@ -325,9 +322,10 @@ class TrainConfig:
 
     def _problems_of_processes(self) -> list[str]:
         """Find what keeps a batch from being divided among the processes that are asked for."""
-        if not isinstance(self.devices, int) or self.devices < 1:
+        numbers = (self.devices, self.num_nodes, self.batch_size)
+        if not all(isinstance(number, int) and 1 <= number <= LARGEST for number in numbers):
             return []
-        return self.problems_of_sharing(self.devices * self.num_nodes)
+        return self.problems_of_sharing(int(self.devices) * self.num_nodes)
 
 
 _AT_LEAST: dict[str, float] = {
@@ -347,7 +345,9 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint_seconds": 0,
     "image_size": 8,
 }
-_AT_MOST: dict[str, float] = {
+LARGEST = 2**53
+"""Largest whole number of an option, as in the JSON of a run."""
+_AT_MOST: dict[str, int] = {
     "latent_dim": 100_000,
     "width": 100_000,
     "stage_1_epochs": 1_000_000,
@@ -363,6 +363,21 @@ _AT_MOST: dict[str, float] = {
 _POSITIVE = ("learning_rate", "stage_2_learning_rate", "floor", "noise_var", "beta", "penalty")
 
 
+LISTED, LONGEST = 20, 250
+"""Number of problems that an error lists, and the longest of them in characters."""
+VALUE_LENGTH = 80
+"""Characters of a wrong value that an error shows."""
+
+
+def _shown(value: object) -> str:
+    """Write a wrong value, or its beginning if it is long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # of nested lists, and of numbers with too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= VALUE_LENGTH else f"{text[:VALUE_LENGTH]}..."
+
+
 class ConfigError(ValueError):
     """All problems of a configuration in one message.
 
@@ -373,9 +388,13 @@ class ConfigError(ValueError):
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = list(problems)
 
-        message = self.problems[0]
-        if len(self.problems) > 1:
-            message = "several problems:\n  - " + "\n  - ".join(self.problems)
+        shown = [problem[:LONGEST] for problem in self.problems[:LISTED]]
+        if len(self.problems) > LISTED:
+            shown.append(f"and {len(self.problems) - LISTED} more")
+
+        message = shown[0]
+        if len(shown) > 1:
+            message = "several problems:\n  - " + "\n  - ".join(shown)
         super().__init__(message)
 
 
@@ -413,15 +432,21 @@ def make_config(values: Mapping[str, Any], over: Mapping[str, Any] | None = None
     problems, parsed = [], {}
     for name, value in values.items():
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
+            close = difflib.get_close_matches(str(name)[:VALUE_LENGTH], names, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            problems.append(f"unknown option {name}{hint}")
+            problems.append(f"unknown option {str(name)[:VALUE_LENGTH]}{hint}")
+            continue
+
+        # No option takes more; the parser of YAML, which reads strings, dies of deep nesting.
+        is_long = isinstance(value, str) and len(value) > VALUE_LENGTH
+        if is_long or isinstance(value, Mapping | list | tuple | set):
+            problems.append(f"{name} must be {type_name(name)}, got {_shown(value)}")
             continue
 
         try:
             parsed[name] = getattr(parser.parse_object({name: value}), name)
-        except ArgumentError:
-            problems.append(f"{name} must be {type_name(name)}, got {value!r}")
+        except (ArgumentError, OverflowError):
+            problems.append(f"{name} must be {type_name(name)}, got {_shown(value)}")
 
     config = TrainConfig(**parsed)
     problems += config.problems()
@@ -545,7 +570,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         values = yaml.load(text, _RecipeLoader)  # noqa: S506 (a SafeLoader)
     except UnicodeDecodeError as error:
         raise ConfigError([f"recipe {path} is not UTF-8 text: {error}"]) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # values of impossible dates and tags raise nearly anything
         reason = str(error) or type(error).__name__
         raise ConfigError([f"recipe {path} is not valid YAML: {reason}"]) from error
 

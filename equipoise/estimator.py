@@ -381,6 +381,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             estimator = cls(**description["options"], random_state=description["random_state"])
         except TypeError as error:
             raise StoreError(f"{path}: options: {error}; update equipoise.") from error
+        try:
+            estimator._config(MIN_EXAMPLES)
+        except ValueError as error:
+            raise StoreError(f"{path}: options: {error}") from error
 
         prefix = "mixture."
         mixture_tensors = {
@@ -397,6 +401,15 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         estimator.history_ = description["history"]
         estimator.example_shape_ = tuple(description["example_shape"])
+        # Images may have no channels, or the channels last.
+        channels, *sides = model.shape
+        shapes = [model.shape, (*sides, channels)]
+        if channels == 1 and sides:
+            shapes.append(tuple(sides))
+        n_names = len(description["feature_names"])
+        if estimator.example_shape_ not in shapes or n_names not in (0, math.prod(model.shape)):
+            raise StoreError(f"{path} describes examples of another shape than the model's.")
+
         estimator.n_features_in_ = math.prod(estimator.example_shape_)
         if description["feature_names"]:
             estimator.feature_names_in_ = np.array(description["feature_names"], object)

@@ -16,7 +16,6 @@ Whoever reads the original model again can load the saved one:
 
 import math
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -28,7 +27,7 @@ from equipoise.gaussian import Gaussian
 from equipoise.model import VAE, Scaling
 from equipoise.noise import GlobalNoise
 from equipoise.records import PeerConfig, read_record
-from equipoise.store import fill
+from equipoise.store import compare, fill
 
 PYTHAE_UNITS = 512
 """Width of the hidden layer in pythae's default networks."""
@@ -81,13 +80,27 @@ def read_pythae(
             )
 
     shape, latent_dim = tuple(input_dim), config["latent_dim"]
+    weights = _pythae_weights(weights_file)
+    if math.prod(shape) > sum(tensor.numel() for tensor in weights.values()):
+        raise StoreError(f"{config_file}: input_dim is larger than all that {weights_file} holds.")
+
+    with torch.device("meta"):
+        # Shapes alone: nothing is allocated before they are those of the weights.
+        outline = nn.ModuleDict(
+            {
+                "encoder": encoder or _DefaultEncoder(shape, latent_dim),
+                "decoder": decoder or _DefaultDecoder(shape, latent_dim),
+            }
+        )
+    compare(outline, weights, str(weights_file))
+
     networks = nn.ModuleDict(
         {
             "encoder": encoder or _DefaultEncoder(shape, latent_dim),
             "decoder": decoder or _DefaultDecoder(shape, latent_dim),
         }
     )
-    fill(networks, _pythae_weights(weights_file), str(weights_file))
+    fill(networks, weights, str(weights_file))
 
     return VAE(
         PythaeEncoder(networks["encoder"]),
@@ -107,7 +120,9 @@ def _pythae_weights(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         weights: dict[str, Tensor] = content["model_state_dict"]
-    except (UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+        if not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+            raise TypeError("other values than tensors")
+    except Exception as error:  # torch's reader raises nearly anything on a broken file
         raise StoreError(
             f"{path} is damaged, or holds something else than the weights of a pythae model."
         ) from error

@@ -7,7 +7,7 @@ anything of that size is allocated. Keys that it does not name are kept as they 
 
 import stat
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -18,6 +18,10 @@ FORMAT = "equipoise-1"
 """Format of all files, which is written into each of them."""
 MAX_JSON_BYTES = 256_000_000
 """Largest JSON file that is read."""
+MAX_NAME = 300
+"""Longest name of a place in a file, in an error message."""
+MAX_DEPTH = 200
+"""Deepest nesting of a JSON value; the deepest that is written is the tree of a checkpoint."""
 
 T = TypeVar("T")
 
@@ -25,10 +29,13 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Size = Annotated[int, Meta(ge=1, le=10_000_000)]
 """A number of dimensions, units or components."""
 Side = Annotated[int, Meta(ge=0, le=10_000_000)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Shape = Annotated[list[Side], Meta(max_length=4)]
 Name = Annotated[str, Meta(max_length=4096)]
 Digest = Annotated[str, Meta(max_length=128)]
 Scalar = int | float | str | None
+Whole = Annotated[int, Meta(ge=-(2**53), le=2**53)]
+Plain = Whole | float | str | bool | None
 
 
 class JsonObject(TypedDict):
@@ -40,6 +47,34 @@ class NoiseRecord(TypedDict):
 
     kind: Name
     arguments: dict[str, Any]
+
+
+class LoadArguments(TypedDict):
+    """Arguments of ``data.load``, by which the data of a run are found again."""
+
+    source: Name
+    data_dir: NotRequired[Name]
+    image_size: NotRequired[Size]
+    channels: NotRequired[Literal["grey", "rgb"]]
+    test_fraction: NotRequired[Fraction]
+    validation_fraction: NotRequired[Fraction]
+    strict: NotRequired[bool]
+    download: NotRequired[bool]
+
+
+class StreamArguments(TypedDict):
+    """Arguments of ``data.load_stream``, and the mark by which they are known."""
+
+    source: Name
+    stream: bool
+    count: NotRequired[Count]
+    validation: NotRequired[Count]
+    test: NotRequired[Count]
+    buffer_size: NotRequired[Size]
+    name: NotRequired[Name]
+    column: NotRequired[Name]
+    image_size: NotRequired[Size]
+    channels: NotRequired[Literal["grey", "rgb"]]
 
 
 class DataRecord(TypedDict):
@@ -102,6 +137,12 @@ class EvaluatedData(TypedDict):
     n_test: Count
 
 
+class EvaluatedSection(TypedDict):
+    """How a section of an evaluation was made."""
+
+    command: NotRequired[list[str]]
+
+
 class EvaluationAbout(TypedDict):
     """What ``evaluation.json`` is of."""
 
@@ -112,7 +153,7 @@ class EvaluationAbout(TypedDict):
     n_components: Size
     device: Name
     versions: dict[str, str]
-    sections: dict[str, dict[str, Any]]
+    sections: dict[str, EvaluatedSection]
     sources: dict[str, dict[str, Any]]
 
 
@@ -125,6 +166,22 @@ class Evaluation(TypedDict):
     latent: NotRequired[dict[str, Any]]
     noise: NotRequired[dict[str, Any]]
     outliers: NotRequired[dict[str, Any]]
+
+
+class Figure(TypedDict):
+    """A figure of an evaluation with all that is known of it."""
+
+    value: Plain
+    standard_error: NotRequired[
+        Annotated[float, Meta(ge=0)] | Annotated[int, Meta(ge=0, le=2**53)] | None
+    ]
+    n: NotRequired[Count | None]
+
+
+class FigureParts(TypedDict):
+    """A figure with whatever else is known of it."""
+
+    figure: dict[str, Plain | list[Plain]]
 
 
 class TrackerRecord(TypedDict):
@@ -219,6 +276,29 @@ def check_record(value: Any, record: type[T], what: str) -> T:  # noqa: ANN401 (
     return checked
 
 
+def check_figures(value: Any, what: str) -> None:  # noqa: ANN401 (any JSON value)
+    """Compare a section of an evaluation, or a part of one, with what a report can show.
+
+    Args:
+        value: A dictionary of parts, a figure, a list of figures, or a plain value.
+        what: Its name, for the error message.
+
+    Raises:
+        StoreError: If it is something else.
+    """
+    if isinstance(value, dict) and "value" not in value:
+        for key, child in value.items():
+            check_figures(child, f"{what}.{key}"[:MAX_NAME])
+        return
+
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, dict):
+            check_record(item, Figure, what)
+            check_record({"figure": item}, FigureParts, what)
+        else:
+            check_record({"value": item}, Figure, what)
+
+
 def decode_record(text: bytes | str, record: type[T], what: str) -> T:
     """Decode JSON, and compare it with its schema.
 
@@ -240,7 +320,24 @@ def decode_record(text: bytes | str, record: type[T], what: str) -> T:
     except RecursionError as error:
         raise StoreError(f"{what} is nested too deeply; it was damaged or altered.") from error
 
+    _check_depth(value, what)
     return check_record(value, record, what)
+
+
+def _check_depth(value: Any, what: str) -> None:  # noqa: ANN401 (any JSON value)
+    """Refuse a value that is nested too deeply for what goes through it."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        children = (
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        )
+        level = list(children)
+        if not level:
+            return
+    raise StoreError(f"{what} is nested too deeply; it was damaged or altered.")
 
 
 def read_record(path: Path, record: type[T]) -> T:

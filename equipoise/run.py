@@ -18,8 +18,12 @@ from equipoise.model import VAE
 from equipoise.records import (
     EpochRow,
     Evaluation,
+    LoadArguments,
     Settings,
+    StreamArguments,
+    check_figures,
     check_format,
+    check_record,
     decode_record,
     read_bytes,
     read_record,
@@ -145,7 +149,7 @@ class Run:
             StoreError: if the data are no longer those of the run.
         """
         record = self.settings()["data"]
-        loading = dict(record["load"])
+        loading: dict[str, Any] = dict(record["load"])
         if not loading:
             raise ConfigError(
                 [
@@ -154,6 +158,7 @@ class Run:
                 ]
             )
 
+        self._check_loading(loading)
         source = Path(loading["source"])
         if source.is_absolute() and not source.exists():
             raise StoreError(
@@ -170,6 +175,16 @@ class Run:
 
         self.check_data(data)
         return data
+
+    def _check_loading(self, loading: dict[str, Any]) -> None:
+        """Refuse arguments that the functions which load data do not have."""
+        record = StreamArguments if loading.get("stream") else LoadArguments
+        what = f"{self.config_file}: data.load"
+        check_record(loading, record, what)
+
+        unknown = sorted(loading.keys() - record.__annotations__.keys())
+        if unknown:
+            raise StoreError(f"{what} has {unknown[0][:100]!r}, which this version does not know.")
 
     def check_data(self, data: Data) -> None:
         """Refuse other data than the run was trained on.
@@ -294,6 +309,14 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     """
     evaluation = read_record(file, Evaluation)
     check_format(evaluation["about"]["format"], str(file))
+
+    sections: dict[str, Any] = {key: part for key, part in evaluation.items() if key != "about"}
+    for name, section in sections.items():
+        if not isinstance(section, dict) or "value" in section:
+            raise StoreError(
+                f"{file}: {name[:100]} is no section of figures; the file was altered."
+            )
+        check_figures(section, f"{file}: {name[:100]}")
     return dict(evaluation)
 
 

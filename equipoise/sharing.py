@@ -137,7 +137,8 @@ def _header(data: dict[str, Any], license_id: str | None) -> dict[str, Any]:
 
 def _summary(settings: dict[str, Any], description: ModelDescription, n_components: int) -> str:
     """What the model is: a paragraph, and a table of the training."""
-    data, versions = settings["data"], settings["versions"]
+    data = settings["data"]
+    versions = {name: settings["versions"].get(name, "unknown") for name in ("equipoise", "torch")}
     kind = "images" if len(data["shape"]) == 3 else "columns"
     shape = " x ".join(map(str, data["shape"]))
 

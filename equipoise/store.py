@@ -3,7 +3,7 @@
 A file appears complete or not at all. The file of a model, ``model.safetensors``, holds its tensors
 and, in the metadata, a JSON description. To load a model, its shapes are found from the description
 without allocating them, and compared with the tensors. Only then is the module built and filled.
-The error names all differences.
+The error lists the differences.
 """
 
 import hashlib
@@ -40,6 +40,8 @@ METADATA_KEY = "equipoise"
 """The one key of a file's metadata, under which everything but the tensors is."""
 SMALL = 1_000_000
 """Number of values that may be allocated in any case."""
+LISTED = 10
+"""Number of differences that an error lists."""
 MIXTURE_TENSORS = ("weights", "means", "covariances")
 
 T = TypeVar("T")
@@ -187,9 +189,9 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
 
     Raises:
         StoreError: If names, shapes or dtypes differ, or numbers are not finite. The message lists
-            all differences.
+            the differences.
     """
-    _compare(module, tensors, what)
+    compare(module, tensors, what)
 
     infinite = [
         name
@@ -204,8 +206,17 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
     module.load_state_dict(tensors)
 
 
-def _compare(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    """Refuse tensors whose names, shapes or dtypes are not those of a module."""
+def compare(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    """Compare tensors with what a module holds; it may be on the device "meta".
+
+    Args:
+        module: The module.
+        tensors: Tensors by the names of ``module.state_dict()``.
+        what: Name of the file, for the error message.
+
+    Raises:
+        StoreError: If names, shapes or dtypes differ. The message lists the differences.
+    """
     expected = module.state_dict()
     problems = [f"missing: {name}" for name in expected if name not in tensors]
     problems += [f"unexpected: {name}" for name in tensors if name not in expected]
@@ -220,7 +231,10 @@ def _compare(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
             )
 
     if problems:
-        raise StoreError(f"{what} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
+        shown = [problem[:200] for problem in sorted(problems)[:LISTED]]
+        if len(problems) > LISTED:
+            shown.append(f"and {len(problems) - LISTED} more")
+        raise StoreError(f"{what} does not fit the model:\n  " + "\n  ".join(shown))
 
 
 def save_model(path: str | Path, model: VAE, origin: str | None = None) -> None:
@@ -299,7 +313,9 @@ def restore_model(
     except StoreError:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise StoreError(f"{what} cannot be loaded: {error}.") from error
+        # The first line alone: torch adds a trace of its own functions.
+        reason = str(error).partition("\n")[0]
+        raise StoreError(f"{what} cannot be loaded: {reason}.") from error
 
     fill(model, tensors, what)
     return model.eval()
@@ -327,7 +343,7 @@ def _check_sizes(description: ModelDescription, tensors: dict[str, Tensor], what
 
         n_needed = sum(tensor.numel() for tensor in outline.state_dict().values())
         if n_needed > 2 * n_values + SMALL:
-            _compare(outline, tensors, what)
+            compare(outline, tensors, what)
 
 
 def _build_model(
@@ -446,9 +462,13 @@ def restore_mixture(tensors: dict[str, Tensor], what: str) -> GaussianMixture:
     """
     if set(tensors) != set(MIXTURE_TENSORS):
         raise StoreError(
-            f"{what} holds {', '.join(sorted(tensors)) or 'nothing'} where a mixture has "
+            f"{what} holds {', '.join(sorted(tensors))[:200] or 'nothing'} where a mixture has "
             f"{', '.join(MIXTURE_TENSORS)}."
         )
+
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+        raise StoreError(f"{what} does not hold a mixture: its tensors are not of one float type.")
 
     try:
         return GaussianMixture(**tensors)

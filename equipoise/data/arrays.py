@@ -4,6 +4,7 @@ All sources end here. A folder or an idx file is only a way to get an array of s
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,8 @@ MIN_EXAMPLES = 10
 MIN_SIDE = 8
 """Smallest side of an image in pixels."""
 
+MAX_DIMENSIONS = 10_000_000
+"""Most values of an example."""
 CHUNK_BYTES = 1 << 24
 """Bytes of an array that are read at a time."""
 
@@ -31,14 +34,13 @@ class Summary(NamedTuple):
         digest: SHA-256 over shape, dtype and values, in hexadecimal.
         low: Smallest value.
         high: Largest value.
-        constant: Dimensions that have the same value in all examples. They are counted in C order
-            within an example.
+        n_constant: Number of dimensions that have the same value in all examples.
     """
 
     digest: str
     low: float
     high: float
-    constant: tuple[int, ...]
+    n_constant: int
 
 
 class Part(NamedTuple):
@@ -128,8 +130,8 @@ def prepare(
         part.summary or summarise(view, content.source)
         for part, view in zip(parts, views, strict=True)
     ]
-    constant = summaries[0].constant
-    if for_training and len(constant) == np.prod(shape):
+    n_constant = summaries[0].n_constant
+    if for_training and n_constant == np.prod(shape):
         raise ValueError(
             f"{content.source}: all training examples are the same; there is nothing to learn"
         )
@@ -147,9 +149,9 @@ def prepare(
         high = max(summary.high for summary in summaries)
         unit = image_unit(views[0].dtype, low, high, content.white)
 
-        if constant:
+        if n_constant:
             notes.append(
-                f"pixel values that are the same in all images: {len(constant)} of {np.prod(shape)}"
+                f"pixel values that are the same in all images: {n_constant} of {np.prod(shape)}"
             )
     else:
         kind = "table"
@@ -240,6 +242,11 @@ def examples(values: Array, source: str) -> Array:
             f"{source}: images of {values.shape[3]}x{values.shape[2]}; each side must be at least "
             f"{MIN_SIDE} (reshape to (N, D) to use the values as a table)"
         )
+    if math.prod(values.shape[1:]) > MAX_DIMENSIONS:
+        raise ValueError(
+            f"{source}: examples of {math.prod(values.shape[1:]):,} values; a model takes at most "
+            f"{MAX_DIMENSIONS:,}"
+        )
     if 0 in values.shape:
         raise ValueError(f"{source}: an array of shape {values.shape} holds no values")
     return values
@@ -289,8 +296,8 @@ def summarise(values: Array, source: str) -> Summary:
             f"index {first_bad}; remove those examples or replace the values"
         )
 
-    constant = tuple(map(int, np.flatnonzero(low == high)))
-    return Summary(digest.hexdigest(), float(low.min()), float(high.max()), constant)
+    n_constant = int(np.count_nonzero(low == high))
+    return Summary(digest.hexdigest(), float(low.min()), float(high.max()), n_constant)
 
 
 def image_unit(dtype: np.dtype[Any], low: float, high: float, white: int = 255) -> Unit:

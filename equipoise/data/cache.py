@@ -30,7 +30,7 @@ class CachedPart(TypedDict):
     digest: str
     low: float
     high: float
-    constant: list[int]
+    n_constant: int
     notes: list[str]
 
 
@@ -57,11 +57,11 @@ def read_part(folder: Path, key: str) -> Part | None:
         about = read_record(folder / f"{key}.json", CachedPart)
         values = read_npy(folder / f"{key}.npy")
         summary = summarise(values, key)
-    except (OSError, ValueError):
+    except (OSError, ValueError, IndexError):
         return None
 
     # All of it, so that a flipped bit is noticed: this takes far less time than the decoding.
-    recorded = Summary(about["digest"], about["low"], about["high"], tuple(about["constant"]))
+    recorded = Summary(about["digest"], about["low"], about["high"], about["n_constant"])
     return Part(values, summary, tuple(about["notes"])) if summary == recorded else None
 
 

@@ -25,7 +25,7 @@ from equipoise.files import written_names
 EXTENSIONS = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-FORMAT = "1"
+FORMAT = "2"
 """Part of every cache key. It has to change whenever the decoded pixels change."""
 
 IN_FLIGHT = 1024

@@ -4,6 +4,9 @@ A file may claim to be larger than it is. What it claims is bounded here, before
 size is allocated.
 """
 
+import contextlib
+import ctypes
+import functools
 import gzip
 import os
 import stat
@@ -24,9 +27,13 @@ from equipoise.data.dataset import Array
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """The only formats in which images are read. Others, such as EPS, would start other programs."""
-BYTES_PER_PIXEL = 12
-"""Memory to decode a pixel: four bytes, and two copies of them."""
+BYTES_PER_PIXEL = 16
+"""Memory to decode a pixel: four bytes, and three copies of them."""
+RETURNED_BYTES = 50_000_000
+"""Memory that is given back to the system after an image."""
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+MAX_HEADER_BYTES = 10_000
+"""Longest header of an ``.npy`` file, as in NumPy."""
 ENCRYPTED = 1
 """Bit of a zip member's flags."""
 
@@ -77,6 +84,17 @@ def check_regular(path: Path) -> None:
         raise ValueError(f"{path} is not a regular file")
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def _return_memory() -> None:
+    """Give memory that was freed back to the system: glibc keeps it for each thread."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        _libc().malloc_trim(0)
+
+
 class ByteBudget:
     """Memory that threads take and give back. One alone may always go on, whatever it takes.
 
@@ -107,6 +125,8 @@ class ByteBudget:
         try:
             yield
         finally:
+            if size > RETURNED_BYTES:
+                _return_memory()
             with self.changed:
                 self.taken -= size
                 self.changed.notify_all()
@@ -135,6 +155,11 @@ def open_image(file: Path | BytesIO, limits: Limits = DEFAULT_LIMITS) -> Iterato
 
     try:
         opened = Image.open(file, formats=IMAGE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"it has more pixels than any limit allows ({error}); make it smaller, or raise "
+            "max_pixels as far as that"
+        ) from error
     except UnidentifiedImageError as error:
         raise ValueError(
             f"no image that can be read; expected {', '.join(IMAGE_FORMATS)}"
@@ -163,6 +188,7 @@ def read_npy(path: Path) -> Array:
         ValueError: If it is no such file, holds Python objects, or is shorter than it claims.
     """
     check_regular(path)
+    _check_header_length(path)
     try:
         # A pickle is never loaded, because it would run code from the file.
         content = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -173,6 +199,16 @@ def read_npy(path: Path) -> Array:
         content.close()
         raise ValueError("it is an .npz archive; give it the ending .npz")
     return content
+
+
+def _check_header_length(path: Path) -> None:
+    """Refuse a header of gigabytes, all of which NumPy would read."""
+    with path.open("rb") as file:
+        start = file.read(12)
+
+    is_long_form = start[6:7] > b"\x01"
+    if is_long_form and int.from_bytes(start[8:12], "little") > MAX_HEADER_BYTES:
+        raise ValueError(f"its header announces more than {MAX_HEADER_BYTES} bytes of itself")
 
 
 @contextmanager

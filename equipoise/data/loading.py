@@ -29,6 +29,9 @@ MAX_TEST = 10_000
 This is enough for the distances between sets of images.
 """
 
+MAX_IMAGE_SIZE = 4096
+"""Longest side, in pixels, to which images are resized."""
+
 POSSIBLE = f"one of {', '.join(NAMES)}, a folder of images, an .npy or .npz file, or hf:owner/name"
 
 
@@ -96,8 +99,8 @@ def load(
         >>> load(np.random.default_rng(0).normal(size=(100, 3))).train
         Subset(shape=(81, 3), dtype=float32)
     """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1 pixel, not {image_size}")
+    if image_size is not None and not 1 <= image_size <= MAX_IMAGE_SIZE:
+        raise ValueError(f"image_size must be from 1 to {MAX_IMAGE_SIZE} pixels, not {image_size}")
     if channels not in {None, "grey", "rgb"}:
         raise ValueError(f"channels must be 'grey', 'rgb' or None, not {channels!r}")
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from equipoise.data.arrays import Found, Part
 from equipoise.data.encoded import ImageReader, Listing, list_images
-from equipoise.data.gate import DEFAULT_LIMITS, Limits
+from equipoise.data.gate import DEFAULT_LIMITS, Limits, check_regular
 from equipoise.data.idx import read_idx_images
 
 NAMES = ("digits", "mnist", "fashion-mnist", "celeba")
@@ -157,8 +157,14 @@ def _celeba_parts(listing: Listing) -> Sequence[list[str]]:
 
 def _read_partition(path: Path) -> dict[str, str]:
     """Number of the part to which each file of CelebA belongs."""
+    check_regular(path)
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text ({error}); fetch it again") from error
+
     partition = {}
-    for line in path.read_text().replace(",", " ").splitlines():
+    for line in text.replace(",", " ").splitlines():
         fields = line.split()
         if len(fields) == 2:
             file_name, number = fields

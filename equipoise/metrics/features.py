@@ -71,6 +71,7 @@ def load_features(
     Args:
         features: one of
 
+            - ``"auto"``: the next for images, ``"columns"`` for tables;
             - ``"efficientnet-lite0"`` for images: 1280 channels before the classifier, at 64x64
               pixels, averaged over space (Tan and Le, 2019, *EfficientNet: Rethinking Model Scaling
               for Convolutional Neural Networks*);
@@ -96,6 +97,8 @@ def load_features(
         >>> load_features("efficientnet-lite0", equipoise.load_data("digits")).dimension
         1280
     """
+    if features == "auto":
+        features = "efficientnet-lite0" if data.kind == "image" else "columns"
     name, network = _load_network(features, data, download)
 
     scaling = Scaling(torch.as_tensor(data.offset), torch.as_tensor(data.scale), data.quantum)

@@ -488,7 +488,8 @@ class Trainer:
         try:
             self._take_state(state)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-            raise StoreError(f"{path} does not fit this training: {error}") from error
+            reason = str(error).partition("\n")[0]
+            raise StoreError(f"{path} does not fit this training: {reason}") from error
         if self._digest() != state["digest"]:
             raise StoreError(
                 f"{path} was read, but weights, optimiser or their memory layout are not as they "
