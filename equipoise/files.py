@@ -31,7 +31,7 @@ HOLDER = ".equipoise.holder.json"
 FOLDER_FORMAT = "equipoise-folder-1"
 CHECKED = (".json", ".jsonl")
 """Endings of files whose digest stands in the manifest. Files of tensors carry their own."""
-MAX_MANIFEST_BYTES = 64_000_000
+MAX_MANIFEST_BYTES = 50_000_000
 
 
 class StoreError(ValueError):

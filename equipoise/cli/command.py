@@ -57,7 +57,7 @@ def add_limits(parser: ArgumentParser) -> None:
         "--max-pixels",
         type=int,
         metavar="N",
-        help="Skip image files of more pixels than this. The default is 64 million.",
+        help="Skip image files of more pixels than this. The default is 50 million.",
     )
     parser.add_argument(
         "--max-bytes",

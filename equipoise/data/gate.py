@@ -47,7 +47,7 @@ class Limits:
         max_bytes: Most bytes that a compressed file may unpack to, besides twice its size.
     """
 
-    max_pixels: int = 64_000_000
+    max_pixels: int = 50_000_000
     max_bytes: int = 1_000_000_000
 
     def check_unpacked(self, path: Path, claimed: int) -> None:

@@ -76,7 +76,7 @@ def load(
             Hugging Face hub.
         cache_dir: Folder for decoded images. None means $EQUIPOISE_CACHE, or ~/.cache/equipoise.
         progress: Function that is called often with (done, total) while images are decoded.
-        max_pixels: Most pixels of an image file; 64 million if None. A larger one is skipped.
+        max_pixels: Most pixels of an image file; 50 million if None. A larger one is skipped.
         max_bytes: Most bytes that a compressed file may unpack to, besides twice its size; 1 GB if
             None.
 
