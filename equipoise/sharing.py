@@ -197,8 +197,10 @@ def _figures(evaluation: dict[str, Any]) -> str:
         for keys, figure in leaves(section):
             n = figure.get("n") if isinstance(figure, dict) else None
             count = f"{n:,}" if n else ""
-            unit = term(measure(keys)[0]).unit
-            lines.append(f"| {title(keys)} | {format_figure(figure)} | {count} | {unit} |")
+            unit = term(measure(keys or (name,))[0]).unit
+            lines.append(
+                f"| {title(keys or (name,))} | {format_figure(figure)} | {count} | {unit} |"
+            )
 
         lines.append("")
 

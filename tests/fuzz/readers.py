@@ -536,7 +536,7 @@ KNOWN: dict[str, dict[str, str]] = {
     "recipe": {
         "UnicodeDecodeError in config": "text that is not UTF-8",
         "(RecursionError|SIGSEGV|longer than|of computing|memory).*config": "nesting, aliases",
-        "(ValueError|TypeError|AttributeError|OverflowError|IndexError) in config": "impossible YAML values",
+        "(Value|Type|Attribute|Overflow|Index)Error in config": "impossible YAML values",
     },
     "npy": {
         "TokenError in loading": "a header that is no Python",

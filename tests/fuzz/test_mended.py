@@ -13,13 +13,12 @@ from equipoise.config import ConfigError, make_config
 from equipoise.files import StoreError
 from equipoise.interop import read_pythae
 from equipoise.records import decode_record
+from equipoise.report import write_report
 from equipoise.run import Run, read_evaluation
 from equipoise.sharing import model_card
 from equipoise.store import METADATA_KEY, load_mixture
 from tests.fuzz.hostile import write_sealed
 from tests.fuzz.readers import READERS
-
-FIGURE = {"value": 1.5, "standard_error": 0.1, "n": 3}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +50,14 @@ def changed(value, keys, new):
         (("likelihood", "elbo", "of"), {"a": 1}),
         (("likelihood", "elbo"), [{"a": 1}]),
         (("likelihood", "elbo"), [[1]]),
-        (("likelihood",), FIGURE),
-        (("new section",), 3),
+        (("likelihood", "elbo", "value"), "-1.5"),
+        (("likelihood", "noise_floor_var"), "0.1"),
+        (("likelihood", "noise_var"), 0.1),
+        (("samples", "feature_dimension"), "3"),
+        (("latent", "memorisation"), [1]),
+        (("latent", "memorisation", "n_training"), -1),
+        (("latent",), [1]),
+        (("new section",), [[1]]),
         (("about", "sections", "likelihood", "command"), [1]),
     ],
 )
@@ -62,6 +67,18 @@ def test_figures_of_other_types_are_refused_by_their_place(valid, tmp_path, keys
     path.write_text(json.dumps(changed(evaluation, keys, new)))
     with pytest.raises(StoreError, match=r"evaluation\.json"):
         read_evaluation(path)
+
+
+@pytest.mark.parametrize("section", [3, "x", None, {"value": 1.5}, [1, 2], [{"value": 1}], {}])
+def test_plain_sections_are_shown(valid, tmp_path, section):
+    run = tmp_path / "run"
+    shutil.copytree(valid / "config" / "valid", run)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    distances = {"a": {"frechet_distance": 3}, "b": {"frechet_distance": {"n": {"x": 1}}}}
+    altered = changed({**evaluation, "new section": section}, ("samples",), distances)
+    (run / "evaluation.json").write_text(json.dumps(altered))
+    assert "New section" in model_card(Run(run), "owner/name")
+    assert "New section" in write_report(run).read_text()
 
 
 def test_nesting_is_limited_whatever_the_schema():
