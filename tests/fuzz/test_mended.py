@@ -75,7 +75,8 @@ def test_plain_sections_are_shown(valid, tmp_path, section):
     shutil.copytree(valid / "config" / "valid", run)
     evaluation = json.loads((run / "evaluation.json").read_text())
     distances = {"a": {"frechet_distance": 3}, "b": {"frechet_distance": {"n": {"x": 1}}}}
-    altered = changed({**evaluation, "new section": section}, ("samples",), distances)
+    evaluation |= {"new section": section, "value": section}
+    altered = changed(evaluation, ("samples",), distances)
     (run / "evaluation.json").write_text(json.dumps(altered))
     assert "New section" in model_card(Run(run), "owner/name")
     assert "New section" in write_report(run).read_text()
