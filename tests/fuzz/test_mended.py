@@ -16,7 +16,7 @@ from equipoise.records import decode_record
 from equipoise.report import write_report
 from equipoise.run import Run, read_evaluation
 from equipoise.sharing import model_card
-from equipoise.store import METADATA_KEY, load_mixture
+from equipoise.store import METADATA_KEY, load_flow, load_mixture
 from tests.fuzz.hostile import write_sealed
 from tests.fuzz.readers import READERS
 
@@ -27,7 +27,7 @@ def valid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("valid")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few rows
-        for name in ("config", "mixture", "estimator", "pythae"):
+        for name in ("config", "mixture", "flow", "estimator", "pythae"):
             READERS[name].prepare(folder / name)
     return folder
 
@@ -131,6 +131,27 @@ def test_a_mixture_has_floats_of_one_type(valid, tmp_path, dtype, names):
     write_sealed(path, "mixture", tensors, "{}")
     with pytest.raises(StoreError, match="float"):
         load_mixture(path)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda tensors: tensors["base.weights"].neg_(),
+        lambda tensors: tensors["base.covariances"].neg_(),
+        lambda tensors: tensors.update({"base.means": tensors["base.means"].long()}),
+        lambda tensors: tensors.update({"base.means": tensors["base.means"].double()}),
+        lambda tensors: tensors.pop("base.covariances"),
+    ],
+)
+def test_the_base_of_a_flow_is_a_mixture(valid, tmp_path, alter):
+    path = tmp_path / "flow.safetensors"
+    with safe_open(valid / "flow" / "valid" / path.name, framework="pt") as file:
+        record = json.loads(file.metadata()[METADATA_KEY])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    alter(tensors)
+    write_sealed(path, "flow", tensors, record["description"])
+    with pytest.raises(StoreError, match=r"flow\.safetensors"):
+        load_flow(path)
 
 
 @pytest.mark.parametrize(
