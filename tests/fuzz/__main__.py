@@ -40,7 +40,7 @@ def main() -> None:
             print(*attempt(valid, names[0], int(options.case.rpartition(":")[2]), folder))
             return
         per_reader = max(1, -(-options.cases // len(names)))
-        counts = {name: max(1, per_reader // SLOW.get(name, 1)) for name in names}
+        counts = {name: max(3, per_reader // SLOW.get(name, 1)) for name in names}
         cases = [(name, options.seed + i) for name in names for i in range(counts[name])]
         outcomes = _try(valid, cases)
     finally:
