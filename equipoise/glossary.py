@@ -389,11 +389,9 @@ def warnings_of(evaluation: dict[str, Any]) -> Iterator[str]:
         )
 
     samples = evaluation.get("samples", {})
-    counts = [
-        row["frechet_distance"]["n"]
-        for row in samples.values()
-        if isinstance(row, dict) and "frechet_distance" in row
-    ]
+    distances = [row.get("frechet_distance") for row in samples.values() if isinstance(row, dict)]
+    numbers = [distance.get("n") for distance in distances if isinstance(distance, dict)]
+    counts = [n for n in numbers if isinstance(n, int)]
     n_features = samples.get("feature_dimension", 0)
     if counts and min(counts) <= n_features:
         yield (

@@ -35,6 +35,8 @@ Name = Annotated[str, Meta(max_length=4096)]
 Digest = Annotated[str, Meta(max_length=128)]
 Scalar = int | float | str | None
 Whole = Annotated[int, Meta(ge=-(2**53), le=2**53)]
+Number = Whole | float
+Positive = Annotated[float, Meta(ge=0)] | Annotated[int, Meta(ge=0, le=2**53)]
 Plain = Whole | float | str | bool | None
 
 
@@ -157,24 +159,18 @@ class EvaluationAbout(TypedDict):
     sources: dict[str, dict[str, Any]]
 
 
-class Evaluation(TypedDict):
-    """``evaluation.json``: a section for each part of the protocol that was computed."""
-
-    about: EvaluationAbout
-    likelihood: NotRequired[dict[str, Any]]
-    samples: NotRequired[dict[str, Any]]
-    latent: NotRequired[dict[str, Any]]
-    noise: NotRequired[dict[str, Any]]
-    outliers: NotRequired[dict[str, Any]]
-
-
 class Figure(TypedDict):
-    """A figure of an evaluation with all that is known of it."""
+    """A figure of an evaluation: its value, how certain it is, and from how many examples."""
 
     value: Plain
-    standard_error: NotRequired[
-        Annotated[float, Meta(ge=0)] | Annotated[int, Meta(ge=0, le=2**53)] | None
-    ]
+    n: NotRequired[Count | None]
+
+
+class Estimate(TypedDict):
+    """A figure with a standard error."""
+
+    value: Number
+    standard_error: NotRequired[Positive | None]
     n: NotRequired[Count | None]
 
 
@@ -182,6 +178,42 @@ class FigureParts(TypedDict):
     """A figure with whatever else is known of it."""
 
     figure: dict[str, Plain | list[Plain]]
+
+
+class LikelihoodFigures(TypedDict):
+    """What a report computes with, of the section "likelihood"."""
+
+    noise_var: NotRequired[Estimate]
+    noise_floor_var: NotRequired[Number]
+
+
+class SamplesFigures(TypedDict):
+    """What a report computes with, of the section "samples"."""
+
+    feature_dimension: NotRequired[Count]
+
+
+class Memorisation(TypedDict):
+    """What a report computes with, of the search for copies."""
+
+    n_training: NotRequired[Count]
+
+
+class LatentFigures(TypedDict):
+    """What a report computes with, of the section "latent"."""
+
+    memorisation: NotRequired[Memorisation]
+
+
+class Evaluation(TypedDict):
+    """``evaluation.json``: a section for each part of the protocol that was computed."""
+
+    about: EvaluationAbout
+    likelihood: NotRequired[LikelihoodFigures]
+    samples: NotRequired[SamplesFigures]
+    latent: NotRequired[LatentFigures]
+    noise: NotRequired[dict[str, Any]]
+    outliers: NotRequired[dict[str, Any]]
 
 
 class TrackerRecord(TypedDict):
@@ -293,7 +325,7 @@ def check_figures(value: Any, what: str) -> None:  # noqa: ANN401 (any JSON valu
 
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, dict):
-            check_record(item, Figure, what)
+            check_record(item, Estimate if item.get("standard_error") else Figure, what)
             check_record({"figure": item}, FigureParts, what)
         else:
             check_record({"value": item}, Figure, what)

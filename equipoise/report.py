@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element, tostring
 from PIL import Image
 
 from equipoise.files import whole_file
-from equipoise.glossary import Keys, format_figure, leaves, measure, term, warnings_of
+from equipoise.glossary import CURVES, Keys, format_figure, leaves, measure, term, warnings_of
 from equipoise.records import Settings
 from equipoise.run import Run
 from equipoise.text import visible
@@ -202,7 +202,12 @@ def _content(
     if warnings:
         yield _tag("aside", *warnings, aria_label="Warnings")
 
-    figures = dict(leaves(evaluation))
+    figures = {
+        keys: figure
+        for name, part in evaluation.items()
+        if name not in CURVES
+        for keys, figure in leaves(part, name)
+    }
     main_figures = {path: figures[path] for path in MAIN_FIGURES if path in figures}
     if main_figures:
         yield _figure_table("Main results", main_figures)

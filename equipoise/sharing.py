@@ -232,9 +232,9 @@ def _figures(evaluation: dict[str, Any]) -> str:
         for keys, figure in leaves(section):
             n = figure.get("n") if isinstance(figure, dict) else None
             count = f"{n:,}" if n else ""
-            unit = term(measure(keys)[0]).unit
+            unit = term(measure(keys or (name,))[0]).unit
             value = plain(format_figure(figure))
-            lines.append(f"| {plain(title(keys))} | {value} | {count} | {unit} |")
+            lines.append(f"| {plain(title(keys or (name,)))} | {value} | {count} | {unit} |")
 
         lines.append("")
 

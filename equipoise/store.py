@@ -511,10 +511,14 @@ def load_flow(path: Path) -> tuple[CodeFlow, dict[str, Any]]:
     if means is None or means.shape != (sizes["n_components"], sizes["latent_dim"]):
         raise StoreError(f"{path} does not hold the mixture of its description.")
 
-    weights = torch.full((sizes["n_components"],), 1 / sizes["n_components"])
-    covariances = torch.eye(sizes["latent_dim"]).repeat(sizes["n_components"], 1, 1)
-    blank = GaussianMixture(weights, torch.zeros_like(means), covariances)
-    flow = CodeFlow(blank, sizes["n_transforms"], sizes["hidden"])
+    prefix = "base."
+    base_tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    base = restore_mixture(base_tensors, str(path))
+    flow = CodeFlow(base.float(), sizes["n_transforms"], sizes["hidden"])
     fill(flow, tensors, str(path))
     others = {name: value for name, value in description.items() if name != "flow"}
     return flow.requires_grad_(False).eval(), others

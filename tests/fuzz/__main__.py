@@ -12,7 +12,7 @@ from pathlib import Path
 
 from equipoise.provenance import provenance
 from tests.fuzz.limits import Outcome, try_all
-from tests.fuzz.readers import OWN_READERS, READERS, attempt, prepare
+from tests.fuzz.readers import OWN_READERS, READERS, SLOW, attempt, prepare
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--readers", nargs="+", choices=list(READERS), default=list(READERS))
     parser.add_argument("--own", action="store_true", help="only readers of equipoise's own files")
-    parser.add_argument("--cases", type=int, default=1000, help="cases in all")
+    parser.add_argument("--cases", type=int, default=1000, help="cases in all, if none is slow")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--json", type=Path, help="file for the table")
     parser.add_argument("--case", help="one case again, as READER:SEED, without limits")
@@ -43,8 +43,9 @@ def main() -> None:
             print(*attempt(valid, names[0], int(options.case.rpartition(":")[2]), folder))
             return
         per_reader = max(1, -(-options.cases // len(names)))
-        seeds = range(options.seed, options.seed + per_reader)
-        outcomes = _try(valid, [(name, seed) for name in names for seed in seeds])
+        counts = {name: max(3, per_reader // SLOW.get(name, 1)) for name in names}
+        cases = [(name, options.seed + i) for name in names for i in range(counts[name])]
+        outcomes = _try(valid, cases)
     finally:
         shutil.rmtree(valid, ignore_errors=True)
     sys.exit(int(_print_table(names, outcomes, options)))

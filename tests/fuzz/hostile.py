@@ -88,9 +88,11 @@ def hostile(rng: random.Random, before: Any = None) -> Any:
         return rng.choice(lists)
     if isinstance(before, bool | str | None):
         return {"value": before, "standard_error": rng.choice(SCALARS), "n": rng.choice(SCALARS)}
-    if isinstance(before, int | float):
+    if isinstance(before, int | float) and abs(before) < 1e300:
         return rng.choice((-before, str(before), [before], float(before), before * 10, before + 1))
-    return rng.choice((list(before), dict.fromkeys(map(str, before), 1)))
+    if isinstance(before, dict | list):
+        return rng.choice((list(before), dict.fromkeys(map(str, before), 1)))
+    return str(before)
 
 
 def lie(value: Any, rng: random.Random) -> Any:

@@ -529,4 +529,6 @@ READERS: dict[str, Reader] = {
     "image-cache": Reader(_prepare_image_cache, ("cache/*",), _read_image, DATA, False),
 }
 
+SLOW = {"config": 8, "run-tensors": 8, "checkpoint": 8, "options": 8}
+"""Readers that take longer, and by how much fewer cases each of them has therefore."""
 OWN_READERS = [name for name, reader in READERS.items() if reader.is_own]

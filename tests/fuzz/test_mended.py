@@ -13,13 +13,12 @@ from equipoise.config import ConfigError, make_config
 from equipoise.files import StoreError
 from equipoise.interop import read_pythae
 from equipoise.records import decode_record
+from equipoise.report import write_report
 from equipoise.run import Run, read_evaluation
 from equipoise.sharing import model_card
-from equipoise.store import METADATA_KEY, load_mixture
+from equipoise.store import METADATA_KEY, load_flow, load_mixture
 from tests.fuzz.hostile import write_sealed
 from tests.fuzz.readers import READERS
-
-FIGURE = {"value": 1.5, "standard_error": 0.1, "n": 3}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def valid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("valid")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few rows
-        for name in ("config", "mixture", "estimator", "pythae"):
+        for name in ("config", "mixture", "flow", "estimator", "pythae"):
             READERS[name].prepare(folder / name)
     return folder
 
@@ -51,8 +50,14 @@ def changed(value, keys, new):
         (("likelihood", "elbo", "of"), {"a": 1}),
         (("likelihood", "elbo"), [{"a": 1}]),
         (("likelihood", "elbo"), [[1]]),
-        (("likelihood",), FIGURE),
-        (("new section",), 3),
+        (("likelihood", "elbo", "value"), "-1.5"),
+        (("likelihood", "noise_floor_var"), "0.1"),
+        (("likelihood", "noise_var"), 0.1),
+        (("samples", "feature_dimension"), "3"),
+        (("latent", "memorisation"), [1]),
+        (("latent", "memorisation", "n_training"), -1),
+        (("latent",), [1]),
+        (("new section",), [[1]]),
         (("about", "sections", "likelihood", "command"), [1]),
     ],
 )
@@ -62,6 +67,19 @@ def test_figures_of_other_types_are_refused_by_their_place(valid, tmp_path, keys
     path.write_text(json.dumps(changed(evaluation, keys, new)))
     with pytest.raises(StoreError, match=r"evaluation\.json"):
         read_evaluation(path)
+
+
+@pytest.mark.parametrize("section", [3, "x", None, {"value": 1.5}, [1, 2], [{"value": 1}], {}])
+def test_plain_sections_are_shown(valid, tmp_path, section):
+    run = tmp_path / "run"
+    shutil.copytree(valid / "config" / "valid", run)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    distances = {"a": {"frechet_distance": 3}, "b": {"frechet_distance": {"n": {"x": 1}}}}
+    evaluation |= {"new section": section, "value": section}
+    altered = changed(evaluation, ("samples",), distances)
+    (run / "evaluation.json").write_text(json.dumps(altered))
+    assert "New section" in model_card(Run(run), "owner/name")
+    assert "New section" in write_report(run).read_text()
 
 
 def test_nesting_is_limited_whatever_the_schema():
@@ -113,6 +131,27 @@ def test_a_mixture_has_floats_of_one_type(valid, tmp_path, dtype, names):
     write_sealed(path, "mixture", tensors, "{}")
     with pytest.raises(StoreError, match="float"):
         load_mixture(path)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda tensors: tensors["base.weights"].neg_(),
+        lambda tensors: tensors["base.covariances"].neg_(),
+        lambda tensors: tensors.update({"base.means": tensors["base.means"].long()}),
+        lambda tensors: tensors.update({"base.means": tensors["base.means"].double()}),
+        lambda tensors: tensors.pop("base.covariances"),
+    ],
+)
+def test_the_base_of_a_flow_is_a_mixture(valid, tmp_path, alter):
+    path = tmp_path / "flow.safetensors"
+    with safe_open(valid / "flow" / "valid" / path.name, framework="pt") as file:
+        record = json.loads(file.metadata()[METADATA_KEY])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    alter(tensors)
+    write_sealed(path, "flow", tensors, record["description"])
+    with pytest.raises(StoreError, match=r"flow\.safetensors"):
+        load_flow(path)
 
 
 @pytest.mark.parametrize(
