@@ -28,10 +28,10 @@ from tests.chaos import children, jobs
 from tests.chaos.calls import ERRORS, Calls, events_of, install
 
 KILLS = ("before", "torn", "term", "unsynced")
-"""Ways to kill at a file operation: before it; after it, its file cut in half; by SIGTERM; as a loss
-of power does, which undoes what was not flushed to the disk."""
+"""Ways to kill at a file operation: before it; what it wrote is cut in half; SIGTERM; as a
+loss of power does, which undoes what was not flushed to the disk."""
 FULL = ("limit", "full")
-"""Real limits, which native code meets, too: a largest size of a file; a file system that is full."""
+"""Real limits, which native code meets, too: a largest size of files; a full file system."""
 FAULTS = (*KILLS, "calls", *FULL)
 GRACE = "30"
 """Seconds from SIGTERM to SIGKILL."""

@@ -1,11 +1,12 @@
 """Processes that start in milliseconds: forks of one that has imported everything already.
 
-A start of Python with torch takes seconds, and the chaos driver needs thousands. The parent computes
-nothing, so that it has no threads that a fork would lose.
+A start of Python with torch takes seconds, and the chaos driver needs thousands. The parent
+computes nothing, so that it has no threads that a fork would lose.
 """
 
 import atexit
 import gc
+import io
 import os
 import signal
 import socket
@@ -129,7 +130,8 @@ def _start(action, folder, outputs, variables, before):
         os.setpgid(0, 0)
         os.dup2(outputs[0], 1)
         os.dup2(outputs[1], 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
         os.chdir(folder)
         os.environ |= variables
         if before:

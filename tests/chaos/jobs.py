@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +13,18 @@ from safetensors import safe_open
 
 VOLATILE = {"seconds", "examples_per_second", "created", "date", "train_seconds"}
 """Figures that differ between any two runs."""
-TINY = (
-    "--quiet --set latent_dim=2 stage_1_epochs=2 stage_2_epochs=2 batch_size=16 n_components=2 "
-    "tolerance=0 learning_rate=0.01 accelerator=cpu"
-).split()
+TINY = [
+    "--quiet",
+    "--set",
+    "latent_dim=2",
+    "stage_1_epochs=2",
+    "stage_2_epochs=2",
+    "batch_size=16",
+    "n_components=2",
+    "tolerance=0",
+    "learning_rate=0.01",
+    "accelerator=cpu",
+]
 
 
 class Job(NamedTuple):
@@ -72,21 +79,41 @@ JOBS = {
     "train-two": _training("table", "width=1", processes=2),
     "train-images-two": _training("images", "architecture=conv", "width=2", processes=2),
     "evaluate": Job(
-        "evaluate run --quiet -n 20 --importance-samples 2 --from mixture=2".split(),
+        [
+            "evaluate",
+            "run",
+            "--quiet",
+            "-n",
+            "20",
+            "--importance-samples",
+            "2",
+            "--from",
+            "mixture=2",
+        ],
         needs=("train",),
     ),
     "evaluate-images": Job(
-        "evaluate run --quiet --importance-samples 2 --sections likelihood latent noise".split(),
+        [
+            "evaluate",
+            "run",
+            "--quiet",
+            "--importance-samples",
+            "2",
+            "--sections",
+            "likelihood",
+            "latent",
+            "noise",
+        ],
         "images",
         needs=("train-images",),
     ),
-    "sample": Job("sample run -n 8 --from mixture=3".split(), needs=("train",)),
-    "sample-images": Job("sample run -n 8".split(), "images", needs=("train-images",)),
-    "reconstruct": Job("reconstruct run".split(), needs=("train",)),
-    "reconstruct-images": Job("reconstruct run".split(), "images", needs=("train-images",)),
-    "report": Job("report run".split(), needs=("train", "evaluate")),
-    "export-torch": Job("export run --to torch".split(), needs=("train",)),
-    "export-onnx": Job("export run --to onnx".split(), needs=("train",), is_slow=True),
+    "sample": Job(["sample", "run", "-n", "8", "--from", "mixture=3"], needs=("train",)),
+    "sample-images": Job(["sample", "run", "-n", "8"], "images", needs=("train-images",)),
+    "reconstruct": Job(["reconstruct", "run"], needs=("train",)),
+    "reconstruct-images": Job(["reconstruct", "run"], "images", needs=("train-images",)),
+    "report": Job(["report", "run"], needs=("train", "evaluate")),
+    "export-torch": Job(["export", "run", "--to", "torch"], needs=("train",)),
+    "export-onnx": Job(["export", "run", "--to", "onnx"], needs=("train",), is_slow=True),
     "estimator-fit": Job(_fit_estimator),
     "estimator-save": Job(_save_estimator, needs=("estimator-fit",)),
 }
@@ -158,7 +185,7 @@ def newest_checkpoint(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 file.metadata()
-        except Exception:  # noqa: S112 (a damaged one does not count, in whatever way)
+        except Exception:
             continue
         return path.name
     return None
@@ -259,7 +286,7 @@ def differences(result, expected):
         One line for each of the first differences.
     """
     lines = [
-        f"{name}: {result.get(name, 'absent')!s:.200} instead of {expected.get(name, 'nothing')!s:.200}"
+        f"{name}: {result.get(name)!s:.200} instead of {expected.get(name)!s:.200}"
         for name in sorted(result.keys() | expected.keys())
         if result.get(name) != expected.get(name)
     ]
