@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from equipoise.aggregate import GaussianMixture as GaussianMixture
     from equipoise.aggregate import StandardNormal as StandardNormal
     from equipoise.config import TrainConfig as TrainConfig
+    from equipoise.config import make_config as make_config
     from equipoise.data import Data as Data
     from equipoise.data import load as load_data  # noqa: F401 (re-exported under a clearer name)
     from equipoise.data import load_stream as load_stream
     from equipoise.estimator import VAEEstimator as VAEEstimator
+    from equipoise.evaluation import Examples as Examples
     from equipoise.evaluation import evaluate as evaluate
     from equipoise.gaussian import Gaussian as Gaussian
     from equipoise.interop import from_autoencoder_kl as from_autoencoder_kl
@@ -46,10 +48,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "equipoise.aggregate": ("AggregatePosterior", "GaussianMixture", "StandardNormal"),
-    "equipoise.config": ("TrainConfig",),
+    "equipoise.config": ("TrainConfig", "make_config"),
     "equipoise.data": ("Data", "load_data", "load_stream"),
     "equipoise.estimator": ("VAEEstimator",),
-    "equipoise.evaluation": ("evaluate",),
+    "equipoise.evaluation": ("Examples", "evaluate"),
     "equipoise.gaussian": ("Gaussian",),
     "equipoise.interop": ("from_autoencoder_kl", "read_pythae"),
     "equipoise.mixture_fit": ("fit_mixture",),

@@ -9,11 +9,13 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin
 
+import msgspec
 import yaml
 
 from equipoise.catalogue import ARCHITECTURES, NOISES, OBJECTIVES
@@ -23,6 +25,9 @@ PLACEMENT = ("devices", "num_nodes")
 
 MACHINE = (*PLACEMENT, "accelerator", "compile", "tracker", "checkpoint_seconds")
 """Options that say where and how a run is computed, and not what comes out."""
+
+MAX_RECIPE_BYTES = 100_000
+"""Longest recipe that is read."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": tuple(OBJECTIVES),
@@ -46,8 +51,8 @@ class TrainConfig:
     fully connected layer."""
 
     objective: str = "elbo"
-    """What training descends. Objectives other than 'elbo' are for comparison. They set noise and
-    stage_2_epochs as they need them."""
+    """What training descends. Objectives other than 'elbo' are for comparison. Recipes, --set and
+    equipoise.make_config() set noise and stage_2_epochs as they need them."""
     beta: float = 1.0
     """Weight of the KL in the loss. The bound has 1. A beta-VAE with a fixed variance has more."""
     penalty: float | None = None
@@ -140,12 +145,23 @@ class TrainConfig:
     """Share of the training examples held out to decide on stages, K and calibration. At most 2,000
     examples are held out."""
 
+    def __post_init__(self) -> None:
+        """Turn NumPy's numbers, such as the seeds of a sweep, into Python's, which JSON knows."""
+        for name in TrainConfig.__annotations__:
+            value = getattr(self, name)
+            if type(value).__module__ == "numpy" and hasattr(value, "item"):
+                object.__setattr__(self, name, value.item())
+
     def problems(self) -> list[str]:
-        """Find every value that is out of its domain or contradicts another.
+        """Find every value that is of another type, out of its domain, or contradicts another.
 
         Returns:
             One sentence for each, with what to do. Empty if all is well.
         """
+        problems_of_types = self._problems_of_types()
+        if problems_of_types:
+            return problems_of_types
+
         return [
             *self._problems_of_values(),
             *self._problems_of_stages(),
@@ -185,6 +201,24 @@ class TrainConfig:
         """
         return asdict(self)
 
+    def _problems_of_types(self) -> list[str]:
+        """Find values of another type than that of their option."""
+        problems = []
+        for name, annotation in TrainConfig.__annotations__.items():
+            value = getattr(self, name)
+            try:
+                msgspec.convert(value, annotation)
+            except msgspec.ValidationError:
+                is_wrong = True
+            else:
+                # A whole number of type float would not be read back from the run's file.
+                types = (annotation, *get_args(annotation))
+                is_wrong = isinstance(value, float) and float not in types
+
+            if is_wrong:
+                problems.append(f"{name} must be {type_name(name)}, got {value!r}")
+        return problems
+
     def _problems_of_values(self) -> list[str]:
         """Find values that are out of their own domain."""
         problems = []
@@ -198,6 +232,16 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, int | float) and value < least:
                 problems.append(f"{name} must be at least {least}, got {value}")
+
+        for name, most in _AT_MOST.items():
+            value = getattr(self, name)
+            if isinstance(value, int | float) and value > most:
+                problems.append(f"{name} must be at most {most}, got {value}")
+
+        for name in TrainConfig.__annotations__:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                problems.append(f"{name} must be a finite number, got {value}")
 
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -263,8 +307,8 @@ class TrainConfig:
         for option, value in objective.requires.items():
             if option != "stage_2_epochs" and getattr(self, option) != value:
                 problems.append(
-                    f"objective={name} goes with {option}={value}; "
-                    f"leave {option} out, or take objective=elbo"
+                    f"objective={name} goes with {option}={value}, not {getattr(self, option)}; "
+                    f"set that, or leave {option} to equipoise.make_config, or take objective=elbo"
                 )
 
         if self.beta != 1 and not objective.has_beta:
@@ -302,6 +346,19 @@ _AT_LEAST: dict[str, float] = {
     "num_nodes": 1,
     "checkpoint_seconds": 0,
     "image_size": 8,
+}
+_AT_MOST: dict[str, float] = {
+    "latent_dim": 100_000,
+    "width": 100_000,
+    "stage_1_epochs": 1_000_000,
+    "stage_2_epochs": 1_000_000,
+    "patience": 1_000_000,
+    "batch_size": 10_000_000,
+    "n_components": 1_000_000,
+    "seed": 2**32 - 1,
+    "devices": 1024,
+    "num_nodes": 4096,
+    "image_size": 4096,
 }
 _POSITIVE = ("learning_rate", "stage_2_learning_rate", "floor", "noise_var", "beta", "penalty")
 
@@ -478,15 +535,46 @@ def read_recipe(path: Path) -> dict[str, Any]:
                 f"those that come with equipoise are {', '.join(shipped_recipes())}"
             ]
         )
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise ConfigError(
+            [f"recipe {path} is longer than the {MAX_RECIPE_BYTES:,} bytes that are read"]
+        )
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError([f"recipe {path} is not valid YAML: {error}"]) from error
+        text = path.read_text(encoding="utf-8")
+        values = yaml.load(text, _RecipeLoader)  # noqa: S506 (a SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"recipe {path} is not UTF-8 text: {error}"]) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise ConfigError([f"recipe {path} is not valid YAML: {reason}"]) from error
 
     if not isinstance(values, dict):
         raise ConfigError([f"recipe {path} must be a mapping of options, such as 'latent_dim: 16'"])
+
+    problems = [
+        f"recipe {path}: {name!r} must be {'a name' if name == 'data' else 'a number, a word'} "
+        f"{'or a path' if name == 'data' else 'or null'}, got {str(value)[:100]!r}"
+        for name, value in values.items()
+        if not isinstance(value, str if name == "data" else bool | int | float | str | None)
+    ]
+    problems += [
+        f"recipe {path}: the names of options are words, got {name!r}"
+        for name in values
+        if not isinstance(name, str)
+    ]
+    if problems:
+        raise ConfigError(problems)
     return values
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML without aliases, by which a short text may stand for a very long one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 (as in its base)
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -8,6 +8,7 @@ else: it is neither replaced nor deleted. A file appears complete or not at all.
 import contextlib
 import datetime
 import errno
+import hashlib
 import json
 import os
 import re
@@ -28,6 +29,8 @@ LOCK = ".equipoise.lock"
 HOLDER = ".equipoise.holder.json"
 """The file that says which job has locked the folder."""
 FOLDER_FORMAT = "equipoise-folder-1"
+CHECKED = (".json", ".jsonl")
+"""Endings of files whose digest stands in the manifest. Files of tensors carry their own."""
 MAX_MANIFEST_BYTES = 64_000_000
 
 
@@ -65,6 +68,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        if path.suffix in CHECKED:
+            # Before the file appears: whichever of old and new a kill leaves, its digest is known.
+            record_digest(path, temporary.read_bytes())
         temporary.replace(path)
         _sync_folder(path.parent)
 
@@ -105,8 +111,10 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 (any JSON value)
         value: Any JSON value. NaN and infinite numbers are refused.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # Names of files may hold bytes that are no text, for which "?" is written.
+    content = text.encode(errors="replace")
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
@@ -133,8 +141,9 @@ def own_folder(folder: Path) -> None:
         folder: Path of the folder. It is made if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError), (folder / MANIFEST).open("x") as file:
-        file.write(json.dumps({"format": FOLDER_FORMAT}) + "\n")
+    if not (folder / MANIFEST).exists():
+        _append(folder, {"format": FOLDER_FORMAT})
+        _sync_folder(folder)
 
 
 def own_outputs(folder: Path) -> None:
@@ -187,24 +196,76 @@ def written_names(folder: Path) -> set[str]:
         Paths of the files that equipoise has written there, relative to the folder, with "/".
         Empty if there is no manifest.
     """
-    manifest = folder / MANIFEST
-    if not manifest.is_file() or manifest.stat().st_size > MAX_MANIFEST_BYTES:
-        return set()
-
     names = set()
-    for line in manifest.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(entry, dict):
-            continue
-
+    for entry in _entries(folder):
         if isinstance(entry.get("wrote"), str):
             names.add(entry["wrote"])
         if isinstance(entry.get("removed"), str):
             names.discard(entry["removed"])
     return names
+
+
+def _entries(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a manifest that can be read."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file() or manifest.stat().st_size > MAX_MANIFEST_BYTES:
+        return
+
+    for line in manifest.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict):
+            yield entry
+
+
+def record_digest(path: Path, content: bytes, *, grows: bool = False) -> None:
+    """Enter the digest of a file's content into the manifest of its folder, if there is one.
+
+    Args:
+        path: Path of the file.
+        content: What it is about to hold or, if it ``grows``, what it holds.
+        grows: Whether the file is appended to, so that more may follow this content.
+    """
+    owner = owner_of(path)
+    if owner is not None:
+        digest = hashlib.sha256(content).hexdigest()
+        entry = {"digest_of": _name_in(owner, path), "sha256": digest, "bytes": len(content)}
+        _append(owner, {**entry, "grows": grows})
+
+
+def check_digest(path: Path, content: bytes) -> None:
+    """Refuse a file of ours that was damaged or altered after it was written.
+
+    Args:
+        path: Path of the file.
+        content: What it holds.
+
+    Raises:
+        StoreError: If the manifest of its folder has a digest of it, and the content is another.
+    """
+    owner = owner_of(path)
+    if owner is None:
+        return
+
+    name = _name_in(owner, path)
+    recorded = [entry for entry in _entries(owner) if entry.get("digest_of") == name]
+    # A digest is entered before the file is replaced: after a kill, the one before may hold.
+    for position, entry in enumerate(reversed(recorded[-2:])):
+        size, grows = entry.get("bytes"), entry.get("grows") is True
+        is_possible = type(size) is int and (len(content) == size or (grows and position == 0))
+        if is_possible and hashlib.sha256(content[:size]).hexdigest() == entry.get("sha256"):
+            return
+        if grows:
+            break
+
+    if recorded:
+        raise StoreError(
+            f"{path} was altered after it was written: its checksum differs from the one in "
+            f"{owner / MANIFEST}. Restore it; if you have changed it on purpose, delete the lines "
+            f"of {MANIFEST} that begin with the digest of {name}."
+        )
 
 
 def is_ours(path: Path) -> bool:
@@ -248,10 +309,20 @@ def set_aside(path: Path) -> Path:
         number += 1
 
     path.rename(target)
-    owner = owner_of(path)
-    if owner is not None:
-        _append(owner, {"removed": _name_in(owner, path)})
     return target
+
+
+def discard_if_empty(folder: Path) -> None:
+    """Remove a folder in which nothing was written but equipoise's own manifest and lock.
+
+    Args:
+        folder: Path of the folder.
+    """
+    if folder.is_dir() and is_empty(folder):
+        with contextlib.suppress(OSError):
+            for name in (MANIFEST, LOCK, HOLDER):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def is_empty(folder: Path) -> bool:
@@ -367,7 +438,12 @@ def _name_in(folder: Path, path: Path) -> str:
     return path.absolute().relative_to(folder).as_posix()
 
 
-def _append(folder: Path, entry: dict[str, str]) -> None:
-    """Add a line to a manifest. A line is short enough to be written in one piece."""
+def _append(folder: Path, entry: dict[str, Any]) -> None:
+    """Add a line to a manifest. A line is short enough to be written in one piece.
+
+    It is flushed to the disk, so that after a loss of power no file is there without its claim.
+    """
     with (folder / MANIFEST).open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

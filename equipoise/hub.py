@@ -50,7 +50,7 @@ def run_folder(address: str | Path) -> Path:
         return Path(address)
 
     name, _, revision = str(address).removeprefix(PREFIX).partition("@")
-    _check_name(name)
+    check_name(name)
 
     folder = Path("runs", name)
     if revision:
@@ -77,7 +77,7 @@ def publish(name: str, files: Mapping[str, bytes | Path], *, private: bool = Tru
         HubError: If the name is malformed, no one is logged in, or the hub refuses.
         ImportError: If the library of the extra ``hub`` is missing.
     """
-    _check_name(name)
+    check_name(name)
     with _explained(name):
         from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
@@ -116,8 +116,16 @@ def _lacks(folder: Path) -> list[str]:
     return [file for file in NEEDED if not (folder / file).is_file()]
 
 
-def _check_name(name: str) -> None:
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+def check_name(name: str) -> None:
+    """Refuse what is not the name of a repository.
+
+    Args:
+        name: Should be "owner/name".
+
+    Raises:
+        HubError: If it is something else.
+    """
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise HubError(f"expected the name of a repository as owner/name, got {name!r}")
 
 

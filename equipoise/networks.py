@@ -115,7 +115,10 @@ def start_at_data(encoder: nn.Module, decoder: nn.Module, mean: Tensor, std: Ten
     standardise = getattr(encoder, "standardise", None)
     output = getattr(decoder, "output", None)
     if not isinstance(standardise, Standardise) or not isinstance(output, nn.Module):
-        raise ValueError("start_at_data knows the networks of networks.py only.")
+        raise ValueError(
+            "Networks of an architecture need a layer 'standardise', a Standardise, in the "
+            "encoder, and a layer 'output' with weight and bias in the decoder."
+        )
 
     standardise.mean.copy_(mean.mean())
     standardise.std.copy_(std)

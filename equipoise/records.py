@@ -12,7 +12,7 @@ from typing import Annotated, Any, NotRequired, TypedDict, TypeVar
 import msgspec
 from msgspec import Meta
 
-from equipoise.files import StoreError
+from equipoise.files import StoreError, check_digest
 
 FORMAT = "equipoise-1"
 """Format of all files, which is written into each of them."""
@@ -275,7 +275,8 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
         Its content.
 
     Raises:
-        StoreError: If there is no such file, if it is not a regular file, or if it is too large.
+        StoreError: If there is no such file, if it is not a regular file, if it is too large, or if
+            the manifest of its folder says that it was altered.
     """
     try:
         status = path.stat()
@@ -288,7 +289,10 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
         raise StoreError(
             f"{path} has {status.st_size:,} bytes, more than the {limit:,} that are read."
         )
-    return path.read_bytes()
+
+    content = path.read_bytes()
+    check_digest(path, content)
+    return content
 
 
 def check_format(found: str, what: str) -> None:

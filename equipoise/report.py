@@ -17,6 +17,7 @@ from equipoise.files import whole_file
 from equipoise.glossary import Keys, format_figure, leaves, measure, term, warnings_of
 from equipoise.records import Settings
 from equipoise.run import Run
+from equipoise.text import visible
 
 LARGEST_PNG = 350_000
 """Largest size of a figure that is embedded as PNG, bytes.
@@ -398,9 +399,10 @@ def _tag(name: str, /, *children: Element | str, **attributes: str) -> Element:
     """An HTML element.
 
     Text is escaped when the page is written, so that no text from a file can become markup.
+    Characters that steer or cannot be written, such as marks of direction, are shown as escapes.
     """
     html_attributes = {
-        key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()
+        key.rstrip("_").replace("_", "-"): visible(value) for key, value in attributes.items()
     }
     element = Element(name, html_attributes)
 
@@ -408,8 +410,8 @@ def _tag(name: str, /, *children: Element | str, **attributes: str) -> Element:
         if isinstance(child, Element):
             element.append(child)
         elif len(element):
-            element[-1].tail = (element[-1].tail or "") + child
+            element[-1].tail = (element[-1].tail or "") + visible(child)
         else:
-            element.text = (element.text or "") + child
+            element.text = (element.text or "") + visible(child)
 
     return element

@@ -32,6 +32,18 @@ and elbo, log_likelihood, kl, mse and noise_var of both splits as ``train_elbo``
 ``validation_elbo`` and so on."""
 
 
+OUTPUTS = (
+    "checkpoints/step-*.safetensors",
+    "evaluation-*.json",
+    "figures/**/*.*",
+    "flow.safetensors",
+    "mixture-*.safetensors",
+    "report.html",
+    "tracker.json",
+)
+"""Names of the files in a run folder, besides those that are published."""
+
+
 class Run:
     """A run folder, and what is in it.
 
@@ -70,8 +82,8 @@ class Run:
             StoreError: on entering it, if another job works there.
         """
         if self.config_file.is_file() and not (self.folder / MANIFEST).exists():
-            checkpoints = self.checkpoints.glob("step-*.safetensors")
-            names = (file.relative_to(self.folder).as_posix() for file in checkpoints)
+            files = [file for pattern in OUTPUTS for file in self.folder.glob(pattern)]
+            names = [file.relative_to(self.folder).as_posix() for file in files]
             adopt(self.folder, (*RUN_FILES, *names))
         return exclusive(self.folder, job)
 
@@ -138,7 +150,7 @@ class Run:
             raise ConfigError(
                 [
                     f"{self.folder} was trained from Python, on {record['source']}: "
-                    "go on with it there"
+                    "go on with it there, and give the data: equipoise.evaluate(run, data)"
                 ]
             )
 

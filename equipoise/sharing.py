@@ -6,20 +6,26 @@ from typing import Any
 
 import yaml
 
+from equipoise.anonymity import without_paths
 from equipoise.data.hub import MIRRORS
+from equipoise.files import StoreError
 from equipoise.glossary import format_figure, leaves, measure, term, title
-from equipoise.hub import PREFIX, RUN_FILES, publish
+from equipoise.hub import PREFIX, RUN_FILES, check_name, publish
+from equipoise.markdown import code, plain
 from equipoise.noise import NoiseModel, noise_class
 from equipoise.records import JsonObject, ModelDescription, read_record
 from equipoise.run import Run
 from equipoise.store import read_tensors
 
+KINDS = {"model.safetensors": "model", "aggregate.safetensors": "mixture"}
+"""What the files of tensors that are published hold."""
+
 
 def push(run: Run, name: str, *, license_id: str | None = None, private: bool = True) -> str:
     """Publish a run on the Hugging Face hub.
 
-    It uploads safetensors, JSON and a model card, but no data, pictures or checkpoints. Absolute
-    paths in the JSON are cut down to their last part.
+    It uploads safetensors, JSON and a model card, but no data, pictures or checkpoints. Paths are
+    cut down to their last part, see :mod:`equipoise.anonymity`.
 
     Args:
         run: A finished training.
@@ -47,12 +53,34 @@ def push(run: Run, name: str, *, license_id: str | None = None, private: bool = 
             continue
 
         if path.suffix == ".json":
-            content = _without_folders(dict(read_record(path, JsonObject)))
-            files[file] = json.dumps(content, indent=2, ensure_ascii=False).encode()
+            content = dict(read_record(path, JsonObject))
+            files[file] = _as_json(without_paths(content), indent=2)
+        elif path.suffix == ".jsonl":
+            files[file] = b"".join(_as_json(without_paths(row)) + b"\n" for row in run.history())
         else:
+            _refuse_paths(path)
             files[file] = path
 
     return publish(name, files, private=private)
+
+
+def _as_json(value: object, indent: int | None = None) -> bytes:
+    """Write a JSON value.
+
+    A name that is not Unicode has characters that UTF-8 lacks; their escapes are valid JSON.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return text.encode(errors="backslashreplace")
+
+
+def _refuse_paths(path: Path) -> None:
+    """Refuse a file whose description holds a path, since the file is published as it is."""
+    description = read_tensors(path, KINDS[path.name], JsonObject)[1]
+    if without_paths(description) != description:
+        raise StoreError(
+            f"{path} describes itself with a path of this machine, probably in the arguments of a "
+            "noise model of your own; publish a model that was built without one."
+        )
 
 
 def model_card(run: Run, name: str, license_id: str | None = None) -> str:
@@ -67,13 +95,15 @@ def model_card(run: Run, name: str, license_id: str | None = None) -> str:
         Markdown with a YAML header.
 
     Raises:
+        HubError: If the name is malformed.
         StoreError: If the run is not finished.
     """
-    settings = _without_folders(run.settings())
+    check_name(name)
+    settings = without_paths(run.settings())
     description = read_tensors(run.model_file, "model", ModelDescription)[1]
     mixture = run.mixture()
 
-    evaluation = _without_folders(run.evaluation())
+    evaluation = without_paths(run.evaluation())
 
     header = yaml.safe_dump(_header(settings["data"], license_id), sort_keys=False)
     parts = [
@@ -111,14 +141,19 @@ def _summary(settings: dict[str, Any], description: ModelDescription, n_componen
     kind = "images" if len(data["shape"]) == 3 else "columns"
     shape = " x ".join(map(str, data["shape"]))
 
-    networks = description["architecture"]
+    networks = plain(description["architecture"] or "")
     if not networks:
-        networks = f"{description['encoder']} and {description['decoder']}, the author's own"
+        encoder, decoder = (
+            code(description[part], in_table=True) for part in ("encoder", "decoder")
+        )
+        networks = f"{encoder} and {decoder}, the author's own"
 
-    fingerprint = data["fingerprint"][:12]
-    date = settings["created"][:10]
+    name = code(data["name"], in_table=True)
+    fingerprint = code(data["fingerprint"][:12], in_table=True)
+    date = plain(settings["created"][:10])
+    of_equipoise, of_torch = plain(versions["equipoise"]), plain(versions["torch"])
     return f"""\
-A variational autoencoder of {shape} {kind}, trained on `{data["name"]}` with \
+A variational autoencoder of {shape} {kind}, trained on {code(data["name"])} with \
 equipoise. {_noise_summary(description["noise"]["kind"])}; new codes are drawn from \
 a mixture of {n_components} Gaussians, fitted to the aggregate posterior. \
 Method: Lin, Roberts, Trigoni and Clark \
@@ -127,11 +162,11 @@ Method: Lin, Roberts, Trigoni and Clark \
 
 | | |
 |---|---|
-| Training data | {data["n_train"]:,} examples of `{data["name"]}`, fingerprint `{fingerprint}` |
+| Training data | {data["n_train"]:,} examples of {name}, fingerprint {fingerprint} |
 | Latent units | {description["latent_dim"]} |
 | Networks | {networks} |
 | Parameters | {settings["parameters"]:,} |
-| Trained | {date}, equipoise {versions["equipoise"]}, torch {versions["torch"]} |
+| Trained | {date}, equipoise {of_equipoise}, torch {of_torch} |
 
 All options are in `config.json`, the course of the training in `metrics.jsonl`.
 """
@@ -151,8 +186,8 @@ def _usage(name: str, description: ModelDescription) -> str:
     if description["architecture"] is None:
         networks = "encoder=..., decoder=..."
         note = (
-            f"\nThe networks are the author's own: build `{description['encoder']}` and "
-            f"`{description['decoder']}` as they were, and pass them to `run.model`.\n"
+            f"\nThe networks are the author's own: build {code(description['encoder'])} and "
+            f"{code(description['decoder'])} as they were, and pass them to `run.model`.\n"
         )
 
     return f"""\
@@ -182,7 +217,7 @@ def _figures(evaluation: dict[str, Any]) -> str:
         return "## Figures\n\nNone yet: `equipoise evaluate` has not run.\n"
 
     data = evaluation["about"]["data"]
-    name_of_test = "the test set" if data["test"] == "test" else f"`{data['test']}`"
+    name_of_test = "the test set" if data["test"] == "test" else code(data["test"])
     lines = [
         "## Figures\n",
         f"By equipoise's fixed protocol on {name_of_test} ({data['n_test']:,} examples), ± one "
@@ -192,12 +227,13 @@ def _figures(evaluation: dict[str, Any]) -> str:
     ]
 
     for name, section in sections.items():
-        lines.append(f"| {name.capitalize()} | value | N | unit |\n|---|---:|---:|---|")
+        lines.append(f"| {plain(name.capitalize())} | value | N | unit |\n|---|---:|---:|---|")
         for keys, figure in leaves(section):
             n = figure.get("n") if isinstance(figure, dict) else None
             count = f"{n:,}" if n else ""
             unit = term(measure(keys)[0]).unit
-            lines.append(f"| {title(keys)} | {format_figure(figure)} | {count} | {unit} |")
+            value = plain(format_figure(figure))
+            lines.append(f"| {plain(title(keys))} | {value} | {count} | {unit} |")
 
         lines.append("")
 
@@ -215,21 +251,3 @@ and may come close to single training examples.
 look at the other figures as well.
 - The licence of this model, if the header names one, says nothing about that of the training data.
 """
-
-
-def _without_folders(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
-    """Cut absolute paths down to their last part.
-
-    The rest says where files lie on this machine, which others need not know.
-    """
-    if isinstance(value, dict):
-        return {key: _without_folders(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(child) for child in value]
-    if isinstance(value, str):
-        option, equals, text = value.rpartition("=")
-        path = Path(text)
-        if path.is_absolute() or text.startswith("~"):
-            return f"{option}{equals}{path.name}"
-
-    return value

@@ -5,9 +5,9 @@
 in the run folder (:data:`FITTED`). The exact aggregate posterior, eq. (12), is encoded anew.
 """
 
-import contextlib
 import re
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +27,7 @@ from equipoise.aggregate import (
 from equipoise.catalogue import SOURCES
 from equipoise.config import ConfigError, TrainConfig
 from equipoise.data import Data, ExampleSet, Stream, batches_of
-from equipoise.files import StoreError
+from equipoise.files import StoreError, is_ours, set_aside
 from equipoise.flow_fit import CodeFlow, FlowEpoch, fit_flow
 from equipoise.gaussian import Gaussian, SharedGenerator
 from equipoise.mixture_fit import EMStep, MixtureFit, fit_mixture, fit_variational_mixture
@@ -462,11 +462,19 @@ def _fitted_to(run: Run, row: str) -> dict[str, str]:
 def _load_fitted(run: Run, name: str) -> LatentDistribution | None:
     """Load a density that was fitted to this very model; None if there is none that can be read."""
     row = check_source(name)
-    with contextlib.suppress(StoreError):
-        density, description = FITTED[row].load(_fitted_file(run, name))
-        if description.items() >= _fitted_to(run, row).items():
-            return density
-    return None
+    file = _fitted_file(run, name)
+    if not file.exists():
+        return None
+
+    try:
+        density, description = FITTED[row].load(file)
+    except StoreError as error:
+        if is_ours(file):
+            warnings.warn(f"{error} It is kept as {set_aside(file)}.", stacklevel=3)
+        return None
+
+    is_of_run = description.items() >= _fitted_to(run, row).items()
+    return density if is_of_run else None
 
 
 def draw_codes(

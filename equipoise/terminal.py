@@ -17,6 +17,7 @@ from rich.table import Table
 
 from equipoise.glossary import format_figure, leaves, measure, term, title
 from equipoise.run import Row
+from equipoise.text import visible
 
 SECONDS_BETWEEN_LINES = 2.0
 """Shortest time between two lines about epochs."""
@@ -25,7 +26,8 @@ SECONDS_BETWEEN_LINES = 2.0
 class PlainTerminal:
     """Plain lines, for pipes, logs and ``--quiet``.
 
-    It prints messages, and the figures of an epoch at most every two seconds.
+    It prints messages, and the figures of an epoch at most every two seconds. A stream that cannot
+    be written any more, such as a closed pipe, never stops the job: nothing more is printed.
 
     Args:
         stream: Where to print; standard output if None.
@@ -34,10 +36,22 @@ class PlainTerminal:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
         self.last = -float("inf")
+        self.is_lost = False
 
     def message(self, text: str) -> None:
         """Print a line."""
-        print(text, file=self.stream, flush=True)
+        if self.is_lost:
+            return
+
+        text = visible(text)
+        try:
+            try:
+                print(text, file=self.stream, flush=True)
+            except UnicodeEncodeError:
+                text = text.encode("ascii", "backslashreplace").decode()
+                print(text, file=self.stream, flush=True)
+        except (OSError, ValueError):  # ValueError if Python itself has closed the stream
+            self.is_lost = True
 
     def progress(self, label: str, done: int, total: int | None, text: str) -> None:
         """Print nothing: only live bars show a position."""
@@ -91,7 +105,7 @@ class LiveTerminal:
 
     def message(self, text: str) -> None:
         """Print a line above the bars."""
-        self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.bars.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, label: str, done: int, total: int | None, text: str) -> None:
         """Move the bar of a job. Labels with the same first word share a bar.

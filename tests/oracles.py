@@ -1,4 +1,6 @@
-"""Closed forms for tests: probabilistic principal component analysis, the limit of a linear VAE.
+"""Closed forms for tests, and records as a run writes them.
+
+The closed form is probabilistic principal component analysis, the limit of a linear VAE.
 
 The model is x = W z + b + e with e ~ N(0, var I). At the maximum of the likelihood, var is the mean
 of the discarded eigenvalues of the covariance.
@@ -6,6 +8,7 @@ of the discarded eigenvalues of the covariance.
 Source: Tipping and Bishop (1999), *Probabilistic principal component analysis*.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from equipoise.gaussian import Gaussian
 from equipoise.model import VAE
 from equipoise.noise import NoiseModel
+from equipoise.store import read_digest
 
 
 class Ppca(NamedTuple):
@@ -76,3 +80,46 @@ def linear_gaussian_data(
     z = torch.randn(n, latent_dim, generator=generator, dtype=torch.float64)
     noise = torch.randn(n, dimensions, generator=generator, dtype=torch.float64)
     return z @ weight.T + noise_std * noise + 2.0
+
+
+def epoch_row(epoch: int = 1, **figures: object) -> dict[str, object]:
+    """A line of metrics.jsonl, with every key that it must have."""
+    splits = {
+        f"{split}_{name}": 1.0
+        for split in ("train", "validation")
+        for name in ("elbo", "log_likelihood", "kl", "mse", "noise_var")
+    }
+    return {
+        "epoch": epoch,
+        "stage": 1,
+        "learning_rate": 0.001,
+        "seconds": 1.0,
+        "examples_per_second": 10.0,
+        **splits,
+        "validation_noise_std": 1.0,
+        "validation_floor_share": 0.0,
+        "active_units": 1,
+        "decision": "",
+        **figures,
+    }
+
+
+def evaluation_about(folder: Path) -> dict[str, object]:
+    """What evaluation.json says of itself, for the model and the mixture in a run folder."""
+    return {
+        "format": "equipoise-1",
+        "data": {
+            "name": "mnist",
+            "fingerprint": "f1ea",
+            "test": "test",
+            "test_sha256": "0",
+            "n_test": 180,
+        },
+        "model": read_digest(folder / "model.safetensors"),
+        "mixture": read_digest(folder / "aggregate.safetensors"),
+        "n_components": 1,
+        "device": "cpu",
+        "versions": {},
+        "sections": {},
+        "sources": {},
+    }

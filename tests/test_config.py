@@ -1,5 +1,7 @@
+import json
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 from equipoise.catalogue import OBJECTIVES
@@ -147,3 +149,101 @@ def test_an_objective_brings_what_it_needs():
         make_config({"objective": "vae", "stage_2_epochs": 5})
     for name in OBJECTIVES:
         assert make_config({}, {"objective": name}).problems() == []
+
+
+HOSTILE_RECIPES = [
+    (b"1: 2", "names of options are words, got 1"),
+    (b"null: 3", "names of options are words, got None"),
+    (b"a: &x [1,2]\nb: *x", "aliases"),
+    (b"[", "not valid YAML"),
+    (b"[" * 5000, "not valid YAML"),
+    (b"data: [1]", "'data' must be a name or a path"),
+    (b"data: null", "'data' must be a name or a path"),
+    (b"latent_dim: 2020-01-01", "must be a number, a word or null"),
+    (b"latent_dim: [1, 2]", "must be a number, a word or null"),
+    (b"{a: {b: {c: 1}}}", "must be a number, a word or null"),
+    (b"\xff\xfe\x00", "not UTF-8"),
+    (b"a: !!python/object:os.system x", "not valid YAML"),
+    (b"? [a]\n: 1", "not valid YAML"),
+    (b"2020-99-99: 1", "not valid YAML"),
+    (b"x" * 200_000, "longer than the 100,000 bytes"),
+    (b"- 1", "must be a mapping"),
+    (b"", "must be a mapping"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), HOSTILE_RECIPES, ids=range(len(HOSTILE_RECIPES)))
+def test_a_hostile_recipe_is_refused(tmp_path, content, message):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": 2**32}, "seed must be at most 4294967295"),
+        ({"width": 10**9}, "width must be at most"),
+        ({"image_size": "100000"}, "image_size must be at most 4096"),
+        ({"num_nodes": 10**9}, "num_nodes must be at most"),
+        ({"stage_1_epochs": 10**12}, "stage_1_epochs must be at most"),
+        ({"learning_rate": "inf"}, "learning_rate must be"),
+        ({"weight_decay": float("inf")}, "weight_decay must be"),
+        ({"tolerance": float("nan")}, "tolerance must be"),
+    ],
+    ids=str,
+)
+def test_values_beyond_reason_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(values)
+
+
+def unchecked(values):
+    """Options as a program without type checks makes them; the tests check every call."""
+    config = TrainConfig()
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"n_components": 2.0},
+        {"batch_size": 64.0},
+        {"batch_size": True},
+        {"latent_dim": 2.0},
+        {"latent_dim": "x"},
+        {"stage_2_epochs": True},
+        {"seed": None},
+        {"tolerance": None},
+        {"noise": None},
+        {"precision": None},
+        {"compile": None},
+        {"clip": "3"},
+        {"image_size": 8.5},
+        {"accelerator": ["cpu"]},
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_a_problem_from_python_too(values):
+    (name,) = values
+    problems = unchecked(values).problems()
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{name} must be ")
+
+
+@pytest.mark.parametrize("number", [np.int64(3), np.uint8(3), np.float32(3.0), np.float64(3.0)])
+def test_numbers_of_numpy_are_numbers(number):
+    name = "seed" if isinstance(number, np.integer) else "clip"
+    config = unchecked({name: number})
+    config.__post_init__()
+    assert not config.problems()
+    assert json.loads(json.dumps(config.as_dict()))[name] == 3
+
+
+def test_what_is_valid_is_read_back_as_it_was():
+    for values in ({"clip": 3}, {"floor": 2}, {"floor": "quantisation"}, {"noise_var": None}):
+        config = unchecked(values)
+        assert not config.problems()
+        assert make_config(config.as_dict()) == config

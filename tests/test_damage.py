@@ -1,16 +1,30 @@
-"""Damaged files: every bit of a description, and every truncation, of each kind of tensor file."""
+"""Damaged files: every bit of a description, and every truncation, of each kind of file."""
 
+import functools
 import json
 import struct
+import warnings
 
+import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
 
+import equipoise
 from equipoise.aggregate import GaussianMixture
 from equipoise.files import StoreError
+from equipoise.flow_fit import CodeFlow
 from equipoise.model import VAE
 from equipoise.records import JsonObject
-from equipoise.store import load_mixture, load_model, read_tensors, save_mixture, save_model
+from equipoise.store import (
+    load_flow,
+    load_mixture,
+    load_model,
+    read_tensors,
+    save_flow,
+    save_mixture,
+    save_model,
+)
 from equipoise.training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -28,7 +42,32 @@ def checkpoint_file(path):
     save_checkpoint(path.parent, 1, state).replace(path)
 
 
+def flow_file(path):
+    mixture = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
+    save_flow(path, CodeFlow(mixture, n_transforms=1, hidden=(2,)), {"seconds": 1.5})
+
+
+def estimator_file(path):
+    fitted_estimator().save(path)
+
+
+@functools.cache
+def fitted_estimator():
+    table = np.random.default_rng(0).normal(size=(40, 3))
+    options = {"latent_dim": 1, "width": 1, "stage_1_epochs": 1, "stage_2_epochs": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return equipoise.VAEEstimator(**options, n_components=1).fit(table)
+
+
+def load_estimator(path):
+    estimator = equipoise.VAEEstimator.load(path)
+    return [estimator.model_, estimator.mixture_, estimator.history_, estimator.get_params()]
+
+
 READERS = {
+    "flow": (flow_file, load_flow),
+    "estimator": (estimator_file, load_estimator),
     "mixture": (mixture_file, load_mixture),
     "model": (model_file, load_model),
     "checkpoint": (checkpoint_file, lambda path: read_tensors(path, "checkpoint", JsonObject)),
@@ -93,6 +132,48 @@ def test_bits_of_tensors_and_truncations_are_refused(tmp_path, kind):
         path.write_bytes(content[:length])
         with pytest.raises(StoreError):
             read(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose JSON files are whole, and how each is read."""
+    folder = tmp_path_factory.mktemp("damage")
+    table = np.random.default_rng(0).normal(size=(40, 3))
+    config = equipoise.TrainConfig(
+        latent_dim=1, width=1, stage_1_epochs=2, stage_2_epochs=0, n_components=1
+    )
+    data = equipoise.load_data(table)
+    run = equipoise.train(data, config, folder / "run")
+    equipoise.evaluate(run, data, sections=["likelihood"])
+    return run
+
+
+JSON_FILES = {
+    "config.json": lambda run: run.settings(),
+    "metrics.jsonl": lambda run: run.history(),
+    "evaluation.json": lambda run: run.evaluation(),
+}
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_every_bit_and_every_truncation_of_a_json_file_is_noticed(run, name):
+    path, read = run.folder / name, JSON_FILES[name]
+    content, before = path.read_bytes(), read(run)
+    n_bits = 8 * len(content)
+    try:
+        for position in range(0, n_bits, max(1, n_bits // 2000)):
+            damaged = bytearray(content)
+            damaged[position // 8] ^= 1 << position % 8
+            path.write_bytes(damaged)
+            with pytest.raises(StoreError, match=name):
+                read(run)
+        for length in range(0, len(content), max(1, len(content) // 300)):
+            path.write_bytes(content[:length])
+            with pytest.raises(StoreError, match=name):
+                read(run)
+    finally:
+        path.write_bytes(content)
+    assert read(run) == before
 
 
 @pytest.mark.parametrize("bit", range(0, 4000, 97))

@@ -235,8 +235,8 @@ def test_strict_refuses_what_only_decoding_finds(folder):
 
 
 def test_a_header_that_lies_about_the_size_is_skipped(folder, monkeypatch):
-    def lie(file):
-        header = encoded_read_header(file)
+    def lie(file, limits):
+        header = encoded_read_header(file, limits)
         return header._replace(width=10, height=12)
 
     encoded_read_header = encoded.read_header

@@ -25,7 +25,6 @@ from equipoise.noise import GlobalNoise, PredictedNoise
 from equipoise.objectives import Elbo
 from equipoise.run import Run
 from equipoise.stages import Stage
-from equipoise.training.engine import in_main_process
 from equipoise.training.figures import RunningMeans
 from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
@@ -164,12 +163,8 @@ class SecondOfTwo(Fabric):
 
     world_size, is_global_zero = 2, False
 
-    def __init__(self, sent=None):
+    def __init__(self):
         super().__init__(accelerator="cpu", devices=1)
-        self.sent = sent
-
-    def broadcast(self, obj, src=0):
-        return self.sent
 
 
 def test_a_number_of_processes_chosen_by_torchrun_is_checked_too():
@@ -234,16 +229,6 @@ def test_running_means_survive_a_checkpoint_exactly_and_a_change_of_processes():
         n
     )
     assert read(joined)["elbo"] == pytest.approx(expected, rel=1e-12)
-
-
-def test_an_error_of_the_main_process_is_raised_in_all():
-    def never():
-        raise AssertionError("process 1 has nothing to do")
-
-    full = OSError(28, "No space left on device", "file")
-    with pytest.raises(OSError, match="No space left on device: 'file'"):
-        in_main_process(SecondOfTwo((None, full)), never)
-    assert in_main_process(SecondOfTwo(("path", None)), never) == "path"
 
 
 @pytest.mark.slow

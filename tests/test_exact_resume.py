@@ -1,5 +1,9 @@
 """Resuming is the run: bit for bit, for every architecture, layout and kind of data."""
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +12,11 @@ import torch
 from torch import nn
 
 import equipoise
+from equipoise.files import StoreError
+from equipoise.training import trainer as trainer_module
+from equipoise.training.checkpoint import load_checkpoint
+from equipoise.training.descent import Descent
+from equipoise.training.preemption import Preempted
 from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 
@@ -81,6 +90,10 @@ def assert_resumes(data, config, folder, stop, **options):
     resumed = trainer_of(data, config, folder=folder, **options)
     resumed_rows = resumed.fit(resume=True)
 
+    assert_same(resumed, resumed_rows, whole, rows)
+
+
+def assert_same(resumed, resumed_rows, whole, rows):
     for ours, theirs in zip(resumed_rows, rows, strict=True):
         for name in theirs.keys() - {"seconds", "examples_per_second"}:
             assert ours[name] == theirs[name], name
@@ -101,6 +114,9 @@ def assert_resumes(data, config, folder, stop, **options):
         ((3, 31, 45), "conv"),
         ((3, 28, 28), "residual"),
         ((64, 64), "conv"),
+        ((1, 8, 8), "conv"),
+        ((3, 8, 8), "residual"),
+        ((4, 31, 45), "mlp"),
     ],
 )
 def test_each_shape_and_architecture(tmp_path, shape, architecture, stop):
@@ -128,3 +144,113 @@ def test_each_option_that_keeps_a_state(tmp_path, options):
 @pytest.mark.parametrize("stop", [2, 4])
 def test_networks_of_ones_own(tmp_path, stop):
     assert_resumes(data_of((3, 12, 20)), CONFIG, tmp_path, stop, own=True)
+
+
+class StopWithin(Stop):
+    """Sends SIGTERM to its own process at a step within an epoch, as a cluster does."""
+
+    def __init__(self, step):
+        self.step_to_stop = step
+
+    def epoch(self, row): ...
+
+    def step(self, done_steps, total_steps, label, figures):
+        if done_steps == self.step_to_stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [2, 6, 14])
+@pytest.mark.parametrize("shape", [(7,), (28, 28), (3, 31, 45)])
+def test_a_stop_within_an_epoch(tmp_path, monkeypatch, shape, step):
+    """Of three steps an epoch: in the first, in the last of stage 1's, in stage 2."""
+    monkeypatch.setattr(trainer_module, "DISPLAY_SECONDS", -1.0)
+    data = data_of(shape)
+    whole = trainer_of(data, CONFIG)
+    rows = whole.fit()
+
+    stopped = trainer_of(data, CONFIG, folder=tmp_path, sinks=[StopWithin(step)])
+    with pytest.raises(Preempted):
+        stopped.fit()
+    assert stopped.position.step < whole.position.step
+    resumed = trainer_of(data, CONFIG, folder=tmp_path)
+    assert_same(resumed, resumed.fit(resume=True), whole, rows)
+
+
+def test_moments_in_another_layout_are_refused(tmp_path, monkeypatch):
+    """The fault that this guard is for: moments that come back in the order of the file."""
+    data = data_of((28, 28))
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(data, CONFIG, folder=tmp_path, sinks=[Stop(2)]).fit()
+    monkeypatch.setattr(Descent, "_lay_out_moments", lambda self: None)
+    with pytest.raises(StoreError, match="memory layout are not as they were written"):
+        trainer_of(data, CONFIG, folder=tmp_path).fit(resume=True)
+
+
+@pytest.mark.parametrize("part", ["model", "descent", "optimal_var", "generator"])
+def test_a_state_that_came_back_otherwise_is_refused(tmp_path, monkeypatch, part):
+    data = data_of((7,))
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(data, CONFIG, folder=tmp_path, sinks=[Stop(4)]).fit()
+
+    def altered(folder):
+        checkpoint = load_checkpoint(folder)
+        node = checkpoint.state
+        path = {"descent": ["descent", "optimizer", "state", 0, "exp_avg"], "model": ["model"]}
+        keys = path.get(part, [part])
+        for key in keys[:-1]:
+            node = node[key]
+        if part == "model":
+            node, keys = node["model"], [next(iter(node["model"]))]
+        node[keys[-1]] = node[keys[-1]].clone()
+        node[keys[-1]].view(-1)[0] += 1
+        return checkpoint
+
+    monkeypatch.setattr(trainer_module, "load_checkpoint", altered)
+    with pytest.raises(StoreError, match="not as they were written"):
+        trainer_of(data, CONFIG, folder=tmp_path).fit(resume=True)
+
+
+TWO_PROCESSES = """
+import sys
+import numpy as np
+import equipoise
+from equipoise.config import make_config
+out, mode, shape = sys.argv[1], sys.argv[2], tuple(map(int, sys.argv[3].split("x")))
+rng = np.random.default_rng(0)
+data = equipoise.load_data(rng.integers(0, 256, (60, *shape)).astype(np.uint8))
+config = make_config(dict(
+    latent_dim=3, width=4, stage_1_epochs=2, stage_2_epochs=2, batch_size=16, tolerance=0.0,
+    n_components=1, accelerator="cpu", devices=2,
+))
+
+class Stop:
+    def start(self, total_steps, done_steps, history): ...
+    def step(self, done_steps, total_steps, label, figures): ...
+    def message(self, text): ...
+    def close(self): ...
+    def epoch(self, row):
+        if mode == "stop" and row["epoch"] == 4:
+            raise RuntimeError("stopped here")
+
+equipoise.train(data, config, out, resume=mode == "resume", sinks=[Stop()])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["28x28", "3x31x45"])
+def test_two_processes(tmp_path, shape):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+
+    def run(folder, mode):
+        call = [sys.executable, str(script), str(tmp_path / folder), mode, shape]
+        return subprocess.run(call, capture_output=True, text=True, check=False, timeout=300)
+
+    assert run("whole", "new").returncode == 0
+    assert run("stopped", "stop").returncode != 0
+    done = run("stopped", "resume")
+    assert done.returncode == 0, done.stderr
+    for name in ("model.safetensors", "aggregate.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (
+            tmp_path / "stopped" / name
+        ).read_bytes()

@@ -20,10 +20,12 @@ from torch import nn
 
 from equipoise.config import TrainConfig
 from equipoise.data import load
+from equipoise.files import MANIFEST
 from equipoise.hub import RUN_FILES, HubError, publish, run_folder
 from equipoise.run import Run
 from equipoise.sharing import model_card, push
 from equipoise.training.job import train
+from tests.oracles import evaluation_about
 
 COMMIT = 40 * "a"
 QUICK = TrainConfig(
@@ -162,8 +164,8 @@ def trained(tmp_path_factory):
     run.evaluation_file.write_text(
         json.dumps(
             {
-                "about": {
-                    "data": {"test": "test", "n_test": 180},
+                "about": evaluation_about(run.folder)
+                | {
                     "command": ["equipoise", "evaluate", str(run.folder)],
                 },
                 "likelihood": {"elbo": estimate},
@@ -219,7 +221,7 @@ def test_other_files_of_a_repository_are_not_fetched(trained, hub):
     hub.files["ada/digits"]["model.pkl"] = b"anything"
     folder = run_folder("hf:ada/digits@main")
     assert str(folder) == "runs/ada/digits@main"
-    assert {path.name for path in folder.iterdir()} - {".cache"} == set(RUN_FILES)
+    assert {path.name for path in folder.iterdir()} - {".cache", MANIFEST} == set(RUN_FILES)
     assert not (folder / "model.pkl").exists()
     assert not any("pkl" in path for path in hub.asked)
 

@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import equipoise
+from equipoise.config import ConfigError
 from equipoise.files import StoreError
-from equipoise.noise import NoiseModel, build_noise, describe_noise
+from equipoise.noise import GlobalNoise, NoiseModel, build_noise, describe_noise
 from equipoise.training.setup import check_own_noise, make_model, parameter_groups
 from equipoise.training.trainer import Trainer
 
@@ -245,3 +247,77 @@ def test_a_resume_keeps_the_noise_model_that_the_run_began_with(digits, tmp_path
             equipoise.train(digits, CONFIG, folder, resume=True)
         run = equipoise.train(digits, CONFIG, folder, resume=True, noise=BrightnessNoise(2))
     assert isinstance(run.model().noise, BrightnessNoise)
+
+
+def class_of(constant):
+    class Twin(NoiseModel):
+        def __init__(self):
+            super().__init__()
+            self.log_var = nn.Parameter(torch.zeros(()))
+
+        def forward(self, z):
+            return self.log_var + constant
+
+        def description(self):
+            return {}
+
+    return Twin
+
+
+class PerColumnFloor(GlobalNoise):
+    @property
+    def floor_var(self):
+        return torch.full((4,), 0.1)
+
+
+class DoublePrecision(GlobalNoise):
+    def __init__(self, update="closed-form", memory=100):
+        super().__init__(update, memory)
+        self.extra = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+
+class Forgetful(NoiseModel):
+    """Its state is a Python number, which no file holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_var = 0.0
+
+    def forward(self, z):
+        return torch.full((len(z), 1), self.log_var)
+
+    def update(self, residual, all_reduce=None):
+        self.log_var = 1.0
+
+    def description(self):
+        return {}
+
+
+class ForTwoRows(NoiseModel):
+    def __init__(self):
+        super().__init__()
+        self.log_var = nn.Parameter(torch.zeros(2, 4))
+
+    def forward(self, z):
+        return self.log_var
+
+    def description(self):
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: (class_of(-3.0)(), class_of(5.0))[0], "another one of the same name has replaced"),
+        (PerColumnFloor, "floor_var of the shape"),
+        (DoublePrecision, r"type torch\.float64"),
+        (Forgetful, "other variances after it was saved"),
+        (ForTwoRows, "do not broadcast"),
+    ],
+    ids=["twin", "floor", "double", "forgetful", "two rows"],
+)
+def test_what_would_fail_later_is_refused_before_a_folder_appears(tmp_path, make, message):
+    data = equipoise.load_data(np.random.default_rng(0).normal(size=(60, 4)))
+    with pytest.raises(ConfigError, match=message):
+        equipoise.train(data, CONFIG, tmp_path / "run", noise=make())
+    assert not (tmp_path / "run").exists()

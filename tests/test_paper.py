@@ -12,6 +12,7 @@ import torch
 from equipoise.cli.paper import PAPER_ITEMS
 from equipoise.config import ConfigError
 from equipoise.data import Batches
+from equipoise.files import write_json
 from equipoise.objectives import (
     BatchVarianceElbo,
     DetachedVarianceElbo,
@@ -24,7 +25,7 @@ from equipoise.objectives import (
 from equipoise.paper import ITEMS
 from equipoise.paper.markdown import cell, table
 from equipoise.paper.protocol import BUDGETS, METHODS, PAPERS_FIVE, TITLES, Lab, Spec
-from equipoise.paper.results import make_items, write_page
+from equipoise.paper.results import make_items, refuse_to_replace, write_page
 from equipoise.stages import Stage
 from equipoise.training.setup import make_model, make_objective, parameter_groups
 
@@ -239,6 +240,22 @@ def test_cells():
     assert cell("text") == "text"
     assert cell({"value": 65.32, "standard_error": 1.46, "n": 10_000}) == "65.3 ±\u00a01.5"
     assert table(["a", "b"], [[1, None]]).splitlines() == ["| a | b |", "|---|---|", "| 1 | – |"]  # noqa: RUF001
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"seed": 1}, {"epochs": {"mnist": 7}}, {"item": "other"}, {"features": "x"}]
+)
+def test_results_of_other_settings_are_not_replaced(tmp_path, change):
+    lab = Lab("tiny", tmp_path / "runs", epochs=1, images=tmp_path / "images")
+    out, page = tmp_path / "results", tmp_path / "results.md"
+    refuse_to_replace(lab, ["figure-4"], out, page)
+    settings = {"budget": "tiny", "epochs": {"mnist": 1}, "seed": 0, "features": lab.features}
+    write_json(out / "figure-4-tiny.json", {"item": "figure-4", **settings, **change})
+    if not change:
+        refuse_to_replace(lab, ["figure-4"], out, page)
+        page.write_text("mine")
+    with pytest.raises(ConfigError, match="--force to replace it"):
+        refuse_to_replace(lab, ["figure-4"], out, page)
 
 
 @pytest.mark.slow

@@ -7,11 +7,16 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from equipoise.aggregate import GaussianMixture
 from equipoise.files import StoreError, write_json
 from equipoise.glossary import TERMS, format_figure, leaves, measure, term
+from equipoise.model import VAE
 from equipoise.report import SECTIONS, write_report
+from equipoise.store import save_mixture, save_model
+from tests.oracles import epoch_row, evaluation_about
 
 VOID = {"meta", "img"}
 EVIL = "<script>alert('x')</script>&\""
@@ -21,7 +26,7 @@ def estimate(value, standard_error=0.01, n=10_000):
     return {"value": value, "standard_error": standard_error, "n": n}
 
 
-def full_evaluation():
+def full_evaluation(folder):
     sets = ("real", "reconstruction", "prior", "gaussian", "mixture")
     noise = ("coverage_1", "coverage_2", "coverage_3", "normalised_calibration_error")
     scores = ("negative_elbo", "standardised_residual", "negative_mixture_log_prob", "combined")
@@ -39,8 +44,8 @@ def full_evaluation():
         for i, name in enumerate(sets)
     }
     evaluation = {
-        "about": {
-            "model": "c0ffee",
+        "about": evaluation_about(folder)
+        | {
             "sections": {
                 "noise": {"command": ["equipoise", "evaluate", "runs/a b"], "seconds": 12.5}
             },
@@ -88,6 +93,8 @@ def folder(tmp_path):
     folder = tmp_path / "run"
     (folder / "figures").mkdir(parents=True)
     settings = {
+        "format": "equipoise-1",
+        "noise_model": {"kind": "GlobalNoise", "arguments": {}},
         "command": ["equipoise", "train", "mnist", "--out", "runs/a b"],
         "created": "2026-01-02T03:04:05+00:00",
         "data": {
@@ -103,10 +110,12 @@ def folder(tmp_path):
         "versions": {"torch": "2.6.0"},
     }
     write_json(folder / "config.json", settings)
-    write_json(folder / "evaluation.json", full_evaluation())
-    (folder / "metrics.jsonl").write_text(
-        '{"epoch": 1, "seconds": 2.5}\n{"epoch": 2, "seconds": 3.5}\n'
-    )
+    save_model(folder / "model.safetensors", VAE.build((2,), latent_dim=1, width=1))
+    mixture = GaussianMixture(torch.ones(1), torch.zeros(1, 1), torch.ones(1, 1, 1))
+    save_mixture(folder / "aggregate.safetensors", mixture, {})
+    write_json(folder / "evaluation.json", full_evaluation(folder))
+    rows = [epoch_row(1, seconds=2.5), epoch_row(2, seconds=3.5)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for section in SECTIONS.values():
         for stem in section.figures:
             Image.new("RGB", (400, 300)).save(folder / "figures" / f"{stem}.png")
@@ -157,15 +166,15 @@ def edit(folder, name, change):
 
 def test_everything_that_was_evaluated_is_shown(folder):
     page = page_of(folder)
-    evaluation = full_evaluation()
-    del evaluation["about"]
+    evaluation = full_evaluation(folder)
+    model = evaluation.pop("about")["model"]
     for keys, figure in leaves(evaluation):
         key, case = measure(keys[1:])
         assert format_figure(figure) in page.text, keys
         assert term(key).title in page.text
         assert term(key).meaning in page.text
         assert ", ".join(term(part).title for part in case) in page.text
-    for shown in ("c0ffee", "12.5", "f1ea", "2.6.0", "273,465", "mnist", "2 epochs", "6 s"):
+    for shown in (model, "12.5", "f1ea", "2.6.0", "273,465", "mnist", "2 epochs", "6 s"):
         assert shown in page.text
     assert "equipoise train mnist --out 'runs/a b'" in page.text
     assert "equipoise evaluate 'runs/a b'" in page.text
@@ -226,7 +235,8 @@ def test_sections_that_are_missing_are_named_with_their_command(folder):
     text = page_of(folder).text
     assert text.count("Not evaluated yet") == 5
     assert f"equipoise evaluate {folder} --against DATA" in text
-    write_json(folder / "evaluation.json", {"likelihood": {"elbo": estimate(1.0)}})
+    evaluation = {"about": evaluation_about(folder), "likelihood": {"elbo": estimate(1.0)}}
+    write_json(folder / "evaluation.json", evaluation)
     assert page_of(folder).text.count("Not evaluated yet") == 4
 
 
@@ -250,6 +260,21 @@ def test_names_from_outside_stay_text(folder):
     assert not page.all("b")
     assert page.text.count("alert('x')") >= 6
     assert html.escape("<script>", quote=False) in (folder / "report.html").read_text()
+
+
+def test_names_that_steer_or_are_not_unicode_are_shown_as_escapes(folder):
+    name = "a\x00\x1b[2J\u202eb\udcff" + 5000 * "w"
+    for file, change in (
+        ("config.json", {"data": {"name": name, "source": name}}),
+        ("evaluation.json", {name: {name: name}}),
+    ):
+        value = json.loads((folder / file).read_text())
+        for key, child in change.items():
+            value[key] = value.get(key, {}) | child
+        (folder / file).write_text(json.dumps(value))  # with escapes
+    page = page_of(folder)
+    assert page.text.count("a\\x00\\x1b[2J\\u202eb\\udcffw") >= 4
+    assert not set("\x00\x1b\u202e") & set(page.text)
 
 
 def test_other_figures_and_sections_are_shown_plainly(folder):
@@ -366,9 +391,18 @@ def test_the_glossary_speaks_to_people():
 
 
 def test_a_damaged_evaluation_is_named_as_such(folder):
-    for damaged in ([], {"likelihood": [1]}):
+    about = evaluation_about(folder)
+    for damaged in ([], {}, {"about": about, "likelihood": [1]}, {"about": {**about, "model": 1}}):
         write_json(folder / "evaluation.json", damaged)
-        with pytest.raises(StoreError, match="damaged: write it anew with 'equipoise evaluate"):
+        with pytest.raises(StoreError, match=r"evaluation\.json: .* damaged or altered"):
+            write_report(folder)
+
+
+def test_an_evaluation_of_another_model_or_mixture_is_refused(folder):
+    for key in ("model", "mixture"):
+        about = {**evaluation_about(folder), key: "0" * 64}
+        write_json(folder / "evaluation.json", {"about": about})
+        with pytest.raises(StoreError, match=r"of another model or mixture .* write it anew"):
             write_report(folder)
 
 

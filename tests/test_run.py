@@ -107,3 +107,32 @@ def test_an_image_size_of_none_at_all_is_refused(tmp_path):
     np.save(tmp_path / "x.npy", levels(60, 8, 8))
     with pytest.raises(ValueError, match="image_size must be at least 1 pixel, not 0"):
         equipoise.load_data(tmp_path / "x.npy", image_size=0)
+
+
+def test_own_networks_that_share_a_tensor_or_are_double_are_refused(tmp_path):
+    data = equipoise.load_data(np.random.default_rng(0).normal(size=(60, 4)))
+    shared = torch.nn.Linear(2, 2)
+    encoder = torch.nn.Sequential(torch.nn.Linear(4, 2), shared, torch.nn.Linear(2, 4))
+    decoder = torch.nn.Sequential(shared, torch.nn.Linear(2, 4))
+    for pair in ((encoder, decoder), (torch.nn.Linear(4, 4), torch.nn.Linear(2, 4).double())):
+        with pytest.raises(ConfigError, match=r"under two names|torch\.float64"):
+            equipoise.train(data, CONFIG, tmp_path / "run", encoder=pair[0], decoder=pair[1])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_and_no_data_are_enough_to_evaluate(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(60, 4)))
+    run = equipoise.train(equipoise.load_data(tmp_path / "x.npy"), CONFIG, tmp_path / "run")
+    evaluation = equipoise.evaluate(str(run.folder), sections=["likelihood"])
+    assert evaluation["likelihood"] == run.evaluation()["likelihood"]
+    equipoise.save_model(str(tmp_path / "copy.safetensors"), run.model())
+    assert equipoise.load_model(str(tmp_path / "copy.safetensors")).latent_dim == 2
+
+
+def test_features_are_refused_before_anything_is_computed(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(60, 4)))
+    run = equipoise.train(equipoise.load_data(tmp_path / "x.npy"), CONFIG, tmp_path / "run")
+    for features in ("inception", "a.b:c", "os.path:join"):
+        with pytest.raises(ValueError, match=r"of images|unknown features|cannot be called"):
+            equipoise.evaluate(run, features=features)
+    assert not run.evaluation_file.exists()

@@ -9,7 +9,7 @@ from equipoise.files import StoreError
 from equipoise.flow_fit import CodeFlow
 from equipoise.run import Run
 from equipoise.sources import check_source, code_source, encode_examples, file_stem
-from equipoise.store import load_mixture, save_model
+from equipoise.store import load_mixture, save_mixture, save_model
 from equipoise.training.job import train
 
 CPU = torch.device("cpu")
@@ -98,7 +98,9 @@ def test_a_fit_is_kept_until_the_model_changes(run, data, name):
     assert torch.equal(again.sample(9, torch.Generator()), first.sample(9, torch.Generator()))
     # Damaged: fitted anew, to the same bits but for the seconds it took.
     file.write_bytes(kept[:1000])
-    again = code_source(run, run.model(), name, lambda: data)
+    with pytest.warns(UserWarning, match="kept as"):
+        again = code_source(run, run.model(), name, lambda: data)
+    assert file.with_name(f"{file.name}.damaged").read_bytes() == kept[:1000]
     assert torch.equal(again.sample(9, torch.Generator()), first.sample(9, torch.Generator()))
     # Another model: codes twice as far out.
     model = run.model()
@@ -106,6 +108,7 @@ def test_a_fit_is_kept_until_the_model_changes(run, data, name):
         for parameter in model.encoder.output.parameters():
             parameter[: model.latent_dim] *= 2
     save_model(run.model_file, model)
+    save_mixture(run.mixture_file, load_mixture(run.mixture_file)[0], {})
     stale = file.read_bytes()
     moved = code_source(run, run.model(), name, lambda: data)
     assert file.read_bytes() != stale

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from equipoise.aggregate import GaussianMixture
-from equipoise.files import StoreError, whole_file, write_json
+from equipoise.files import MANIFEST, StoreError, whole_file, write_json
 from equipoise.model import VAE, Scaling
 from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise
 from equipoise.records import JsonObject, ModelDescription, read_record
@@ -225,6 +225,7 @@ def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, {"step": step})
     assert sorted(os.listdir(tmp_path)) == [
+        MANIFEST,
         "step-000000002.safetensors",
         "step-000000003.safetensors",
     ]
@@ -233,6 +234,9 @@ def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_
     found = load_checkpoint(tmp_path)
     assert found.state == {"step": 2}
     assert len(found.refused) == 1
+    aside = tmp_path / "step-000000003.safetensors.damaged"
+    assert str(aside) in found.refused[0]
+    assert aside.is_file()
     (tmp_path / "step-000000002.safetensors").write_bytes(b"")
     with pytest.raises(StoreError, match="Every checkpoint is damaged"):
         load_checkpoint(tmp_path)

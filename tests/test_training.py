@@ -37,7 +37,7 @@ from equipoise.training.logging import JsonlSink
 from equipoise.training.preemption import Preempted
 from equipoise.training.setup import make_model, parameter_groups
 from equipoise.training.trainer import Trainer
-from tests.oracles import Ppca, linear_gaussian_data
+from tests.oracles import Ppca, epoch_row, linear_gaussian_data
 
 QUICK = TrainConfig(
     latent_dim=4,
@@ -309,7 +309,7 @@ def test_sigterm_in_trouble_keeps_the_checkpoint_before(
     with pytest.raises((OSError, NotFiniteError), match=r"no space left|at step 16"):
         trainer.fit()
     monkeypatch.undo()
-    assert [file.stem for file in tmp_path.iterdir()] == ["step-000000012"]
+    assert [file.stem for file in tmp_path.glob("[!.]*")] == ["step-000000012"]
     assert_same_standing(standing(resume(digits, QUICK, tmp_path)), standing(fit(digits, QUICK)[1]))
 
 
@@ -729,11 +729,11 @@ def test_the_history_follows_the_checkpoint(tmp_path):
     sink = JsonlSink(path)
     sink.start(30, 0, [])
     for epoch in (1, 2, 3):
-        sink.epoch({"epoch": epoch})
+        sink.epoch(epoch_row(epoch))
     with path.open("a") as file:
         file.write('{"epoch": 4, "tr')  # a kill in the middle of a line
     assert [row["epoch"] for row in read_rows(path)] == [1, 2, 3]
-    JsonlSink(path).start(30, 20, [{"epoch": 1}, {"epoch": 2}])
+    JsonlSink(path).start(30, 20, [epoch_row(1), epoch_row(2)])
     assert [row["epoch"] for row in read_rows(path)] == [1, 2]
 
 

@@ -1,113 +1,121 @@
 """The command line: parses, calls, prints, and decides nothing.
 
-Each command is a file of its own. Only the options are imported at the top, so that ``equipoise
---help`` does not wait for torch.
+Each command is a file of its own. Hardly anything is imported at the top, so that an interruption
+during the imports is answered like any other.
 """
 
-import errno
+import os
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from equipoise import __version__
-from equipoise.cli import evaluate, explore, export, paper, push, reconstruct, report, sample, train
-from equipoise.cli.command import add_help
+from equipoise.bugs import bug_report
+from equipoise.cli.failures import INTERRUPTED, describe
+from equipoise.cli.interruption import Interruption
+from equipoise.cli.streams import lasting_streams
+from equipoise.text import visible
 from equipoise.training.preemption import EXIT_CODE as PREEMPTED
 from equipoise.training.preemption import Preempted
 
-USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
-"""Exit codes."""
+if TYPE_CHECKING:
+    from threading import ExceptHookArgs
 
-COMMANDS = {
-    "train": train.COMMAND,
-    "evaluate": evaluate.COMMAND,
-    "report": report.COMMAND,
-    "sample": sample.COMMAND,
-    "reconstruct": reconstruct.COMMAND,
-    "explore": explore.COMMAND,
-    "export": export.COMMAND,
-    "paper": paper.COMMAND,
-    "push": push.COMMAND,
-}
+INTERRUPTION = Interruption()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
-    The exit code is 0 if all went well, 2 for wrong input, 1 for a failure on the way, 130 if the
-    user interrupted the command, and 143 if SIGTERM stopped a training.
+    The exit code is
+
+    - 0 if all went well,
+    - 1 for a failure on the way, such as a full disk, too little memory or a lost partner process,
+    - 2 for wrong input,
+    - 70 for a bug of equipoise, whose traceback is in a file that the message names,
+    - 130 if the user interrupted the command,
+    - 141 if all went well, but the output went into a pipe that was closed,
+    - 143 if SIGTERM stopped a training.
+
+    Output that cannot be printed never stops the work; see :mod:`equipoise.cli.streams`.
 
     Args:
-        arguments: Arguments without the program's name. None takes those of the process.
+        arguments: Arguments without the program's name. None takes those of the process, whose
+            streams and signals are then cared for, too.
     """
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help()
+    if arguments is not None:
+        _run(arguments)
         return
-    command = COMMANDS[options.command]
 
+    # Torch's own log writes traces of its C++ code beside the exceptions, which say the same.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    INTERRUPTION.watch()
+    sys.unraisablehook = _note_unraisable
+    threading.excepthook = _note_in_thread
+    with lasting_streams():
+        try:
+            _run(None)
+        finally:
+            INTERRUPTION.let_end()
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    """Run a command, and end with one message and its code if it fails."""
+    name, after_interruption = None, "nothing was done"
     try:
-        command.run(options)
+        try:
+            from equipoise.cli.parser import COMMANDS, make_parser
+
+            parser = make_parser()
+            options = parser.parse_args(arguments)
+            name = options.command
+            if name is None:
+                parser.print_help()
+                return
+
+            command = COMMANDS[name]
+            after_interruption = command.after_interruption
+            command.run(options)
+        except Preempted as error:
+            # Of several processes, only the first has this code. The others end without a message.
+            if error.code == PREEMPTED:
+                _fail(f"{error}; {after_interruption}", PREEMPTED)
+        except Exception as error:
+            if INTERRUPTION.received:
+                raise KeyboardInterrupt from error
+            message, code = describe(error, name)
+            if getattr(error, "is_told", False):
+                sys.exit(code)  # the first process of the training has told it
+            _fail(message, code)
     except KeyboardInterrupt:
-        _fail(f"interrupted; {command.after_interruption}", INTERRUPTED)
-    except Preempted as error:
-        # Of several processes, only the first has this code. The others end without a message.
-        if error.code == PREEMPTED:
-            _fail(f"{error}; {command.after_interruption}", PREEMPTED)
-    except ArithmeticError as error:
-        _fail(str(error), FAILURE)
-    except (ValueError, ImportError) as error:
-        _fail(str(error), USAGE_ERROR)
-    except OSError as error:
-        is_disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        _fail(_describe_os_error(error), FAILURE if is_disk_full else USAGE_ERROR)
+        INTERRUPTION.ignore()
+        # The terminal interrupts all processes of a training at once: the first speaks for all.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(INTERRUPTED)
+        _fail(f"interrupted; {after_interruption}", INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> None:
     """Print an error message, and end the process."""
-    print(f"equipoise: {message}", file=sys.stderr)  # noqa: T201 (the terminal)
+    print(f"equipoise: {visible(message)}", file=sys.stderr)  # noqa: T201 (the terminal)
     sys.exit(code)
 
 
-def _describe_os_error(error: OSError) -> str:
-    """Say what the operating system refused, and for which file."""
-    if error.filename:
-        return f"{error.strerror}: {error.filename}"
-    return error.strerror or str(error)
+def _note_unraisable(event: "sys.UnraisableHookArgs") -> None:
+    """Answer an exception that Python cannot raise, such as one in the removal of an object."""
+    if isinstance(event.exc_value, KeyboardInterrupt):
+        INTERRUPTION.send_again()
+    elif event.exc_value is not None:
+        _note_bug(event.exc_value)
 
 
-def make_parser() -> ArgumentParser:
-    """Make the parser of all commands.
+def _note_in_thread(event: "ExceptHookArgs") -> None:
+    """Answer an exception that has ended a thread."""
+    if event.exc_value is not None:
+        _note_bug(event.exc_value)
 
-    Returns:
-        The parser.
-    """
-    parser = ArgumentParser(
-        prog="equipoise",
-        description="Variational autoencoders that balance themselves. The noise variance is "
-        "learned, and samples come from a mixture that is fitted to the aggregate posterior.",
-        add_help=False,
-        epilog="'equipoise train' alone trains a model on 8x8 digits, in about a minute and "
-        "without a download. 'equipoise COMMAND --help' explains a command.",
-    )
-    add_help(parser)
-    parser.add_argument(
-        "--version",
-        action="version",
-        version=f"equipoise {__version__}",
-        help="Print the version and exit.",
-    )
 
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for name, command in COMMANDS.items():
-        command_parser = commands.add_parser(
-            name,
-            help=command.summary,
-            description=command.summary,
-            formatter_class=RawDescriptionHelpFormatter,
-            add_help=False,
-        )
-        add_help(command_parser)
-        command.add_arguments(command_parser)
-    return parser
+def _note_bug(error: BaseException) -> None:
+    """Print where the traceback of an exception is that ends nothing but itself."""
+    message = bug_report(error, ["equipoise", *sys.argv[1:]])
+    print(f"equipoise: {visible(message)}", file=sys.stderr)  # noqa: T201 (the terminal)

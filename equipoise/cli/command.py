@@ -51,6 +51,23 @@ def add_data_dir(parser: ArgumentParser) -> None:
     )
 
 
+def add_limits(parser: ArgumentParser) -> None:
+    """Describe the limits on what a file may claim."""
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="Skip image files of more pixels than this. The default is 64 million.",
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        metavar="N",
+        help="Refuse compressed files that unpack to more bytes than this, besides twice their "
+        "size. The default is 1000000000.",
+    )
+
+
 def add_quiet(parser: ArgumentParser) -> None:
     """Describe ``--quiet``."""
     parser.add_argument(
@@ -106,12 +123,19 @@ def data_of(run: "Run", terminal: "Terminal", data_dir: str | None) -> "Data":
 
 
 def other_examples(
-    source: str, shape: tuple[int, ...], data_dir: str | None, terminal: "Terminal"
+    source: str, shape: tuple[int, ...], options: Namespace, terminal: "Terminal"
 ) -> "Subset":
     """Load examples for a model of this shape, and show how far that is."""
     from equipoise.data import load_examples
 
-    return load_examples(source, shape, data_dir=data_dir, progress=decoding_bar(terminal))
+    return load_examples(
+        source,
+        shape,
+        data_dir=options.data_dir,
+        max_pixels=options.max_pixels,
+        max_bytes=options.max_bytes,
+        progress=decoding_bar(terminal),
+    )
 
 
 def list_written(write: Callable[[], Iterable[Path]], folder: Path) -> list[str]:

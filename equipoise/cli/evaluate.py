@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from equipoise.cli.command import (
     Command,
     add_data_dir,
+    add_limits,
     add_quiet,
     add_run,
     data_of,
@@ -87,6 +88,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Download the weights of --features inception if they are missing.",
     )
     add_data_dir(parser)
+    add_limits(parser)
     add_quiet(parser)
 
     parser.epilog = paragraph(
@@ -112,7 +114,7 @@ def _run(options: Namespace) -> None:
         def load_examples(source: str | None) -> Examples | None:
             if not source:
                 return None
-            return Examples(source, other_examples(source, model.shape, options.data_dir, terminal))
+            return Examples(source, other_examples(source, model.shape, options, terminal))
 
         test = load_examples(options.data)
         against = load_examples(options.against)

@@ -59,15 +59,21 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        default="results",
         metavar="FOLDER",
-        help="Folder for the figures as JSON. The default is results.",
+        help="Folder for the figures as JSON. The default is results, or RUNS/tiny/results for the "
+        "budget tiny.",
     )
     parser.add_argument(
         "--page",
-        default="docs/results.md",
         metavar="FILE",
-        help="Page to write. The default is docs/results.md.",
+        help="Page to write. The default is docs/results.md, or RUNS/tiny/docs/results.md for the "
+        "budget tiny.",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="Replace figures that were made with other epochs, another seed or other features, "
+        "and files that are not results.",
     )
 
     parser.add_argument(
@@ -92,7 +98,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     about_items = paragraph(
         "Models that are missing are trained, interrupted trainings are continued, and all models "
         "are evaluated by one fixed protocol. Items share their models. The figures are written to "
-        "results/ITEM-BUDGET.json, and the page with its pictures to docs/results.md."
+        "ITEM-BUDGET.json in the folder of results, and from these the page with its pictures."
     )
     items = paragraph(f"Items: {', '.join(PAPER_ITEMS)}, all.")
     budgets = {
@@ -122,10 +128,12 @@ def _run(options: Namespace) -> None:
         raise ConfigError(problems)
 
     from equipoise.paper.protocol import Lab
-    from equipoise.paper.results import make_items, summary, write_page
+    from equipoise.paper.results import make_items, refuse_to_replace, summary, write_page
 
-    page = Path(options.page)
-    results = Path(options.out)
+    # A trial must not replace results that took hours.
+    home = Path(options.runs, "tiny") if options.budget == "tiny" else Path()
+    page = Path(options.page or home / "docs" / "results.md")
+    results = Path(options.out or home / "results")
     with open_terminal(options.quiet) as terminal:
         lab = Lab(
             budget=options.budget,
@@ -139,6 +147,8 @@ def _run(options: Namespace) -> None:
             sinks=(terminal,),
             message=terminal.message,
         )
+        if not options.force:
+            refuse_to_replace(lab, names, results, page)
         files = make_items(lab, names, results)
 
         terminal.close()

@@ -6,6 +6,7 @@ from pathlib import Path
 from equipoise.cli.command import (
     Command,
     add_data_dir,
+    add_limits,
     add_run,
     data_of,
     list_written,
@@ -32,6 +33,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Number of examples to reconstruct, from the first on. The default is all examples.",
     )
     add_data_dir(parser)
+    add_limits(parser)
     parser.add_argument(
         "--out", metavar="FOLDER", help="Folder to write to. The default is RUN/reconstructions."
     )
@@ -52,7 +54,7 @@ def _run(options: Namespace) -> None:
         if options.data is None:
             examples = data_of(run, terminal, options.data_dir).test
         else:
-            examples = other_examples(options.data, model.shape, options.data_dir, terminal)
+            examples = other_examples(options.data, model.shape, options, terminal)
 
         def write() -> list[Path]:
             return write_reconstructions(model, examples[: options.n], folder)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from equipoise.cli.command import (
     Command,
     add_data_dir,
+    add_limits,
     add_quiet,
     decoding_bar,
     list_entries,
@@ -86,6 +87,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         parser.add_argument(flag, metavar=metavar, help=f"The same as --set {name}={metavar}.")
 
     add_data_dir(parser)
+    add_limits(parser)
     parser.add_argument(
         "--download",
         action="store_true",
@@ -166,8 +168,11 @@ def _run(options: Namespace) -> None:
 
 def _refuse_with_resume(options: Namespace) -> None:
     """Refuse data and options that a resumed run has already."""
-    names = ("recipe", "set", "out", "force", "precision", "download", "stream", "strict")
-    superfluous = [f"--{name}" for name in names if getattr(options, name)]
+    names = [
+        *("recipe", "set", "out", "force", "precision", "download", "stream", "strict"),
+        *("max_pixels", "max_bytes"),
+    ]
+    superfluous = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
     if options.data:
         superfluous.append(options.data)
 
@@ -234,6 +239,8 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
         test_fraction=config.test_fraction,
         validation_fraction=config.validation_fraction,
         progress=decoding_bar(terminal),
+        max_pixels=options.max_pixels,
+        max_bytes=options.max_bytes,
     )
 
 

@@ -6,16 +6,32 @@ A part is written as a whole or not at all. The cache may be deleted at any time
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypedDict
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from equipoise.data.arrays import Part, Summary, summarise
 from equipoise.data.dataset import Array
+from equipoise.data.gate import read_npy
+from equipoise.records import read_record
+
+SILENT_SECONDS = 5.0
+"""How long a lock is waited for without a word."""
+
+
+class CachedPart(TypedDict):
+    """The description of a part in the cache."""
+
+    digest: str
+    low: float
+    high: float
+    constant: list[int]
+    notes: list[str]
 
 
 def default_cache_dir() -> Path:
@@ -35,17 +51,18 @@ def read_part(folder: Path, key: str) -> Part | None:
         key: Key of the part.
 
     Returns:
-        The part, memory-mapped. None if it does not exist or cannot be read.
+        The part, memory-mapped. None if it does not exist, or is not what was written.
     """
     try:
-        about = json.loads((folder / f"{key}.json").read_text())
-        values = np.load(folder / f"{key}.npy", mmap_mode="r", allow_pickle=False)
-
-        constant = tuple(about["constant"])
-        summary = Summary(about["digest"], about["low"], about["high"], constant)
-        return Part(values, summary, tuple(about["notes"]))
-    except (OSError, ValueError, KeyError):
+        about = read_record(folder / f"{key}.json", CachedPart)
+        values = read_npy(folder / f"{key}.npy")
+        summary = summarise(values, key)
+    except (OSError, ValueError):
         return None
+
+    # All of it, so that a flipped bit is noticed: this takes far less time than the decoding.
+    recorded = Summary(about["digest"], about["low"], about["high"], tuple(about["constant"]))
+    return Part(values, summary, tuple(about["notes"])) if summary == recorded else None
 
 
 @contextmanager
@@ -69,7 +86,15 @@ def one_writer(folder: Path, key: str) -> Iterator[None]:
     with _advice(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{key}.lock")
-        lock.acquire()
+        try:
+            lock.acquire(timeout=SILENT_SECONDS)
+        except Timeout:
+            warnings.warn(
+                f"waiting for another process that decodes the same images into {folder}; "
+                f"it has locked {lock.lock_file}",
+                stacklevel=3,
+            )
+            lock.acquire()
 
     try:
         yield
@@ -121,7 +146,7 @@ def write_part(
     values_path = folder / f"{key}.npy"
     with _advice(folder):
         _write_whole(values_path, write_rows)
-        values = np.load(values_path, mmap_mode="r", allow_pickle=False)
+        values = read_npy(values_path)
         summary = summarise(values, str(values_path))
 
         about = {**summary._asdict(), "notes": notes()}

@@ -18,7 +18,9 @@ from PIL import UnidentifiedImageError
 from equipoise.data.arrays import Part
 from equipoise.data.cache import default_cache_dir, one_writer, read_part, write_part
 from equipoise.data.dataset import Array, Channels
+from equipoise.data.gate import DEFAULT_LIMITS, Limits, is_special
 from equipoise.data.images import Header, decode, make_plan, plan_notes, read_header
+from equipoise.files import written_names
 
 EXTENSIONS = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -112,35 +114,58 @@ def list_images(folder: Path) -> Listing:
     """
     names: list[str] = []
     others: list[str] = []
+    special: list[str] = []
+    outputs: list[str] = []
     stamp = hashlib.sha256()
 
-    def walk(inside: str) -> None:
-        # os.listdir, because a million entries of os.scandir take a gigabyte of memory.
-        for name in sorted(os.listdir(folder / inside)):
-            if name.startswith("."):
-                continue
+    for path, status, is_output in _walk(folder):
+        if is_output:
+            outputs.append(path)
+        elif os.path.splitext(path)[1].lower() not in EXTENSIONS:
+            others.append(path)
+        elif is_special(folder / path):
+            special.append(path)
+        else:
+            names.append(path)
+            stamp.update(os.fsencode(f"{path}\0{_version(folder / path, status)}\0"))
 
-            path = inside + name
-            status = os.lstat(folder / path)
-            if stat.S_ISDIR(status.st_mode):
-                walk(path + "/")
-            elif os.path.splitext(name)[1].lower() not in EXTENSIONS:
-                others.append(path)
-            else:
-                names.append(path)
-                stamp.update(os.fsencode(f"{path}\0{_version(folder / path, status)}\0"))
-
-    walk("")
     if not names:
         content = f"it holds {_first(others)}" if others else "it is empty"
         raise ValueError(
             f"{folder}: no image files ({' '.join(sorted(EXTENSIONS))}) in this folder; {content}"
         )
 
-    notes: tuple[str, ...] = ()
-    if others:
-        notes = (f"other files ignored: {len(others)} ({_first(others)})",)
+    ignored = {
+        "other files ignored": others,
+        "pipes, devices and sockets ignored": special,
+        "files that equipoise has written ignored": outputs,
+    }
+    notes = tuple(
+        f"{what}: {len(files)} ({_first(files)})" for what, files in ignored.items() if files
+    )
     return Listing(folder, names, stamp.hexdigest(), notes)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result, bool]]:
+    """Go through a folder and its subfolders, in sorted order, without hidden files.
+
+    Yields the path of each file, its status, and whether equipoise has written it.
+    """
+    ours: set[str] = set()
+    waiting = [""]
+    while waiting:
+        path = waiting.pop()
+        if path and not path.endswith("/"):
+            yield path, os.lstat(folder / path), path in ours
+            continue
+
+        ours.update(path + name for name in written_names(folder / path))
+        # os.listdir, because a million entries of os.scandir take a gigabyte of memory.
+        for name in sorted(os.listdir(folder / path), reverse=True):
+            if name.startswith("."):
+                continue
+            is_folder = stat.S_ISDIR(os.lstat(folder / path / name).st_mode)
+            waiting.append(path + name + ("/" if is_folder else ""))
 
 
 def _version(path: Path, status: os.stat_result) -> str:
@@ -168,6 +193,7 @@ class ImageReader:
         cache_dir: Folder for decoded images.
         progress: Function that is called with (done, total). Each image counts twice: once for
             its header and once for its pixels.
+        limits: The most that an image may claim.
     """
 
     image_size: int | None = None
@@ -176,6 +202,7 @@ class ImageReader:
     strict: bool = False
     cache_dir: Path = field(default_factory=default_cache_dir)
     progress: Progress | None = None
+    limits: Limits = DEFAULT_LIMITS
 
     def read(self, images: Encoded) -> Part:
         """Read images from the cache, or decode them into it.
@@ -195,14 +222,17 @@ class ImageReader:
         key = hashlib.sha256(options.encode()).hexdigest()
 
         part = read_part(self.cache_dir, key)
+        damaged: tuple[str, ...] = ()
         if part is None:
+            if (self.cache_dir / f"{key}.json").exists():
+                damaged = ("the decoded images in the cache were damaged, and are decoded anew",)
             with one_writer(self.cache_dir, key):
                 # Another process may have written the part while this one waited.
                 part = read_part(self.cache_dir, key) or self._decode(images, key)
         elif self.strict and len(part.values) < images.count:
             raise ValueError(f"{images.source}: {part.notes[0]}")
 
-        return part._replace(notes=(*part.notes, *images.notes))
+        return part._replace(notes=(*damaged, *part.notes, *images.notes))
 
     def _decode(self, images: Encoded, key: str) -> Part:
         skipped: list[str] = []
@@ -211,7 +241,8 @@ class ImageReader:
             readable = array("q")  # a list would take four times as much memory
             headers: Counter[Header] = Counter()
             all_indices = range(images.count)
-            for index, header in self._each(pool, images, all_indices, read_header, skipped, 0):
+            header_of = partial(read_header, limits=self.limits)
+            for index, header in self._each(pool, images, all_indices, header_of, skipped, 0):
                 readable.append(index)
                 headers[header] += 1
 
@@ -221,7 +252,7 @@ class ImageReader:
 
             def rows() -> Iterator[Array]:
                 n_done = 2 * images.count - len(readable)
-                to_pixels = partial(decode, plan=plan)
+                to_pixels = partial(decode, plan=plan, limits=self.limits)
                 for _, pixels in self._each(pool, images, readable, to_pixels, skipped, n_done):
                     yield pixels
 
@@ -277,7 +308,7 @@ def _no_readable_image(images: Encoded, skipped: list[str]) -> ValueError:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
+    if isinstance(error.__cause__, UnidentifiedImageError):
         return "not an image"
     return str(error) or type(error).__name__
 

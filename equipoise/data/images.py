@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from equipoise.data.arrays import MIN_SIDE
 from equipoise.data.dataset import Channels
+from equipoise.data.gate import BYTES_PER_PIXEL, DECODING, DEFAULT_LIMITS, Limits, open_image
 
 AS_THEY_ARE = 128
 """Longest side, in pixels, of images that are used without cropping or resizing."""
@@ -46,16 +47,17 @@ class Plan(NamedTuple):
     crop: float | None = None
 
 
-def read_header(file: Path | BytesIO) -> Header:
+def read_header(file: Path | BytesIO, limits: Limits = DEFAULT_LIMITS) -> Header:
     """Read the header of an image.
 
     Args:
         file: Path or content of the image file.
+        limits: The most that it may claim.
 
     Returns:
         Size, mode and transparency of the image.
     """
-    with Image.open(file) as image:
+    with open_image(file, limits) as image:
         width, height = image.size
         # The orientation is read only if it precedes the pixels. Pillow would have to decode a
         # PNG to find one that follows them.
@@ -150,7 +152,9 @@ def plan_notes(headers: Counter[Header], plan: Plan) -> tuple[str, ...]:
     return tuple(f"{effect}: {count}" for effect, count in counts.items() if count)
 
 
-def decode(file: Path | BytesIO, plan: Plan) -> UInt8[np.ndarray, "channel height width"]:
+def decode(
+    file: Path | BytesIO, plan: Plan, limits: Limits = DEFAULT_LIMITS
+) -> UInt8[np.ndarray, "channel height width"]:
     """Decode an image to 8-bit pixels.
 
     The image is turned upright, transparency is laid on white, and the image is cropped and
@@ -159,6 +163,7 @@ def decode(file: Path | BytesIO, plan: Plan) -> UInt8[np.ndarray, "channel heigh
     Args:
         file: Path or content of the image file.
         plan: The format of the result.
+        limits: The most that it may claim.
 
     Returns:
         The pixels, with the shape ``plan.shape``.
@@ -167,38 +172,44 @@ def decode(file: Path | BytesIO, plan: Plan) -> UInt8[np.ndarray, "channel heigh
         ValueError: If the pixels cannot be reduced to 8 bits, or the image does not have the size
             of the plan.
     """
-    depth, height, width = plan.shape
-    with Image.open(file) as image:
+    with open_image(file, limits) as image:
         if plan.resize:
             # A JPEG decodes faster at 1/2, 1/4 or 1/8 of its size. Twice the final size is
             # enough, because the quality then depends only on the resampling below.
-            factor = 2 * height / _side(image.size, plan.crop)
+            factor = 2 * plan.shape[1] / _side(image.size, plan.crop)
             image.draft(None, (int(image.width * factor), int(image.height * factor)))
 
-        ImageOps.exif_transpose(image, in_place=True)
-        picture = _eight_bits(image)
+        with DECODING.take(BYTES_PER_PIXEL * image.width * image.height):
+            return _pixels(image, plan)
 
-        if picture.has_transparency_data:
-            layer = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        picture = picture.convert("L" if depth == 1 else "RGB")
 
-        if plan.resize:
-            side = _side(picture.size, plan.crop)
-            left = (picture.width - side) // 2
-            top = (picture.height - side) // 2
-            # The square is cut out before resizing, because a box that is passed to resize lets
-            # pixels from outside it contribute.
-            square = picture.crop((left, top, left + side, top + side))
-            # Pillow widens the kernel when it shrinks an image, so there is no aliasing.
-            picture = square.resize((width, height), Image.Resampling.BICUBIC)
+def _pixels(image: Image.Image, plan: Plan) -> UInt8[np.ndarray, "channel height width"]:
+    """Decode an open image."""
+    depth, height, width = plan.shape
+    ImageOps.exif_transpose(image, in_place=True)
+    picture = _eight_bits(image)
 
-        if picture.size != (width, height):
-            raise ValueError(
-                f"is {picture.width}x{picture.height} where its header and the others say "
-                f"{width}x{height}"
-            )
-        return np.asarray(picture).reshape(height, width, depth).transpose(2, 0, 1)
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    picture = picture.convert("L" if depth == 1 else "RGB")
+
+    if plan.resize:
+        side = _side(picture.size, plan.crop)
+        left = (picture.width - side) // 2
+        top = (picture.height - side) // 2
+        # The square is cut out before resizing, because a box that is passed to resize lets
+        # pixels from outside it contribute.
+        square = picture.crop((left, top, left + side, top + side))
+        # Pillow widens the kernel when it shrinks an image, so there is no aliasing.
+        picture = square.resize((width, height), Image.Resampling.BICUBIC)
+
+    if picture.size != (width, height):
+        raise ValueError(
+            f"is {picture.width}x{picture.height} where its header and the others say "
+            f"{width}x{height}"
+        )
+    return np.asarray(picture).reshape(height, width, depth).transpose(2, 0, 1)
 
 
 def _side(size: tuple[int, int], crop: float | None) -> int:

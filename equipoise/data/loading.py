@@ -2,8 +2,6 @@
 
 import difflib
 import hashlib
-import zipfile
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from equipoise.data.arrays import MIN_EXAMPLES, Found, Part, as_array, prepare
 from equipoise.data.cache import default_cache_dir
 from equipoise.data.dataset import MAX_VALIDATION, Array, Channels, Data, Subset
 from equipoise.data.encoded import ImageReader, Progress, list_images
+from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
 from equipoise.data.named import NAMES, celeba, digits, idx_set
 from equipoise.data.stream import Stream, first_examples, reader
@@ -45,6 +44,8 @@ def load(
     download: bool = False,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
+    max_pixels: int | None = None,
+    max_bytes: int | None = None,
 ) -> Data:
     """Load examples, check them and split them into three parts.
 
@@ -72,6 +73,9 @@ def load(
             Hugging Face hub.
         cache_dir: Folder for decoded images. None means $EQUIPOISE_CACHE, or ~/.cache/equipoise.
         progress: Function that is called often with (done, total) while images are decoded.
+        max_pixels: Most pixels of an image file; 64 million if None. A larger one is skipped.
+        max_bytes: Most bytes that a compressed file may unpack to, besides twice its size; 1 GB if
+            None.
 
     Returns:
         The data. The three parts are views, so that a memory map is not copied.
@@ -97,7 +101,8 @@ def load(
     if channels not in {None, "grey", "rgb"}:
         raise ValueError(f"channels must be 'grey', 'rgb' or None, not {channels!r}")
 
-    reader = _reader(image_size, channels, strict, cache_dir, progress)
+    limits = _limits(max_pixels, max_bytes)
+    reader = _reader(image_size, channels, strict, cache_dir, progress, limits)
     content = _find(source, data_dir, reader, download)
     data = prepare(content, test_fraction, validation_fraction)
 
@@ -118,6 +123,8 @@ def load(
             validation_fraction=validation_fraction,
             strict=strict,
             download=download,
+            max_pixels=max_pixels,
+            max_bytes=max_bytes,
         ),
     )
 
@@ -295,6 +302,8 @@ def _record(source: object, **arguments: object) -> dict[str, Any]:
     # A path is never the name of a set, as when the examples were found.
     if source not in NAMES and Path(name).expanduser().exists():
         name = str(Path(name).expanduser().resolve())
+    elif name.startswith("hf:") and Path(name[3:]).expanduser().exists():
+        name = f"hf:{Path(name[3:]).expanduser().resolve()}"
     set_arguments = {
         key: value for key, value in arguments.items() if value is not None and value is not False
     }
@@ -309,6 +318,8 @@ def load_examples(
     strict: bool = False,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
+    max_pixels: int | None = None,
+    max_bytes: int | None = None,
 ) -> Subset:
     """Load examples to which a trained model is applied, in the order of the source.
 
@@ -322,6 +333,8 @@ def load_examples(
         strict: Whether an unreadable image is an error. If False, it is skipped.
         cache_dir: Folder for decoded images.
         progress: Function that is called with (done, total) while images are decoded.
+        max_pixels: Most pixels of an image file, as in :func:`load`.
+        max_bytes: Most bytes that a compressed file may unpack to, as in :func:`load`.
 
     Returns:
         The test part if the source has its own, otherwise all examples.
@@ -340,7 +353,8 @@ def load_examples(
         if height == width:
             image_size = height
 
-    reader = _reader(image_size, channels, strict, cache_dir, progress)
+    limits = _limits(max_pixels, max_bytes)
+    reader = _reader(image_size, channels, strict, cache_dir, progress, limits)
     content = _find(source, data_dir, reader, download=False)
     data = prepare(content, test_fraction=0.0, validation_fraction=0.0, for_training=False)
 
@@ -359,9 +373,26 @@ def _reader(
     strict: bool,
     cache_dir: str | Path | None,
     progress: Progress | None,
+    limits: Limits,
 ) -> ImageReader:
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
-    return ImageReader(image_size, channels, strict=strict, cache_dir=folder, progress=progress)
+    return ImageReader(
+        image_size,
+        channels,
+        strict=strict,
+        cache_dir=folder,
+        progress=progress,
+        limits=limits,
+    )
+
+
+def _limits(max_pixels: int | None, max_bytes: int | None) -> Limits:
+    """The limits of a user, or the usual ones where none is given."""
+    given = {"max_pixels": max_pixels, "max_bytes": max_bytes}
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    return replace(DEFAULT_LIMITS, **{k: v for k, v in given.items() if v is not None})
 
 
 def _has_format(data: Data, image_size: int | None, channels: Channels | None) -> bool:
@@ -430,7 +461,7 @@ def _load_named(name: str, data_dir: Path | None, reader: ImageReader, download:
     try:
         if name == "celeba":
             return celeba(data_dir, reader)
-        return idx_set(name, data_dir)
+        return idx_set(name, data_dir, reader.limits)
     except FileNotFoundError:
         if not download or name not in MIRRORS:
             raise
@@ -453,15 +484,11 @@ def _load_path(path: Path, reader: ImageReader) -> Found:
         raise ValueError(f"{source} is a file of a type that cannot be read; expected {POSSIBLE}")
 
     try:
-        if path.suffix == ".npz" and not zipfile.is_zipfile(path):
-            raise ValueError("it is damaged or no .npz archive")
-        # A pickle is never loaded, because it would run code from the file.
-        content = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return Found(path.stem, source, Part(content))
-        with content:
-            arrays = {key: content[key] for key in _npz_keys(content.files)}
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
+        if path.suffix == ".npy":
+            return Found(path.stem, source, Part(read_npy(path)))
+        with open_npz(path, reader.limits) as archive:
+            arrays = {key: archive.read(key) for key in _npz_keys(archive.names)}
+    except (OSError, ValueError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
 
     train, validation, test = (_npz_part(arrays, keys) for keys in NPZ_KEYS)

@@ -9,6 +9,7 @@ import numpy as np
 
 from equipoise.data.arrays import Found, Part
 from equipoise.data.encoded import ImageReader, Listing, list_images
+from equipoise.data.gate import DEFAULT_LIMITS, Limits
 from equipoise.data.idx import read_idx_images
 
 NAMES = ("digits", "mnist", "fashion-mnist", "celeba")
@@ -34,12 +35,13 @@ def digits() -> Found:
     return Found("digits", "sklearn.datasets.load_digits", Part(images), white=16)
 
 
-def idx_set(name: str, data_dir: Path | None) -> Found:
+def idx_set(name: str, data_dir: Path | None, limits: Limits = DEFAULT_LIMITS) -> Found:
     """Load MNIST or Fashion-MNIST from plain or gzipped idx files, with their own test part.
 
     Args:
         name: "mnist" or "fashion-mnist".
         data_dir: The first folder in which the files are looked for.
+        limits: The most that a compressed file may unpack to.
 
     Returns:
         The images, (60000, 28, 28) and (10000, 28, 28).
@@ -62,8 +64,8 @@ def idx_set(name: str, data_dir: Path | None) -> Found:
         return Found(
             name,
             str(folder),
-            train=Part(read_idx_images(train)),
-            test=Part(read_idx_images(test)),
+            train=Part(read_idx_images(train, limits)),
+            test=Part(read_idx_images(test, limits)),
         )
 
     advice = f"put {' and '.join(IDX_FILES)} (plain or .gz) in one of these"

@@ -23,6 +23,7 @@ from equipoise.evaluation.outliers import outliers_section
 from equipoise.evaluation.samples import ROWS, samples_section
 from equipoise.evaluation.subject import BATCH, Examples, Progress, Subject
 from equipoise.files import StoreError, is_ours, set_aside, write_json
+from equipoise.metrics.features import load_features
 from equipoise.model import VAE
 from equipoise.outputs import write_figures
 from equipoise.processes import choose_device
@@ -40,16 +41,18 @@ class Section(NamedTuple):
         compute: Computes it, as records and JSON values, and draws its pictures.
         min_examples: Fewest examples and samples that it needs.
         needs_sources: Whether further sources of codes are judged in it.
+        needs_features: Whether samples are compared in features.
     """
 
     compute: Callable[[Subject], dict[str, Any]]
     min_examples: int
     needs_sources: bool = False
+    needs_features: bool = False
 
 
 SECTIONS: dict[str, Section] = {
     "likelihood": Section(likelihood_section, min_examples=2),
-    "samples": Section(samples_section, min_examples=4, needs_sources=True),
+    "samples": Section(samples_section, min_examples=4, needs_sources=True, needs_features=True),
     "latent": Section(latent_section, min_examples=2, needs_sources=True),
     "noise": Section(noise_section, min_examples=1),
     "outliers": Section(outliers_section, min_examples=2),
@@ -67,8 +70,8 @@ def _keep_silent(name: str, section: dict[str, Any]) -> None:
 
 
 def evaluate(
-    run: Run,
-    data: Data,
+    run: Run | str | Path,
+    data: Data | None = None,
     *,
     test: Examples | None = None,
     against: Examples | None = None,
@@ -91,8 +94,8 @@ def evaluate(
     done. Sections of an earlier evaluation of the same model on the same examples are kept, too.
 
     Args:
-        run: A run that has finished training.
-        data: The data that it was trained on.
+        run: A run that has finished training, or its folder.
+        data: The data that it was trained on. None loads them as they were loaded then.
         test: Other examples to judge it on. None takes the data's own test part.
         against: Examples of another kind, for the section ``outliers``.
         sections: Some of :data:`SECTIONS`. If empty, all; ``outliers`` only with ``against``.
@@ -120,6 +123,14 @@ def evaluate(
         ConfigError: if an argument is out of its domain.
         ImportError: if a source of codes needs a library that is missing.
     """
+    if not isinstance(run, Run):
+        run = Run(run)
+    if data is None:
+        data = run.data()
+    for name, examples in (("test", test), ("against", against)):
+        if examples is not None and not isinstance(examples, Examples):
+            raise ConfigError([f"{name} must be equipoise.Examples(name, data.test), or the like"])
+
     config = run.config()
     seed = config.seed if seed is None else seed
     test = test or Examples("test", data.test)
@@ -128,6 +139,10 @@ def evaluate(
         chosen = tuple(name for name in SECTIONS if name != "outliers" or against is not None)
 
     run.check_data(data)
+    needs_features = any(SECTIONS[name].needs_features for name in chosen if name in SECTIONS)
+    if needs_features:
+        # Before the other sections are computed, which take minutes.
+        load_features(features, data, download=download)
     _refuse(chosen, sources, test, against, data, n_samples, importance_samples, seed)
     # A copy, so that the caller's model stays where it is and as it is.
     model = run.model() if model is None else copy.deepcopy(model).eval().cpu()

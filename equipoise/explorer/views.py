@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Num
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from equipoise.aggregate import GaussianMixture, single_gaussian
 from equipoise.data import Batches, Data
+from equipoise.data.gate import Limits
 from equipoise.data.images import Plan, decode
 from equipoise.gaussian import Gaussian
 from equipoise.metrics.latent import LatentPlane, latent_plane
@@ -44,7 +44,6 @@ MAX_CODES = 64
 """Largest number of codes that are decoded in one answer."""
 MAX_PIXELS = 40_000_000
 """Largest number of pixels of an uploaded image: enough for a camera, too few to fill memory."""
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 POINT_LOG_VAR = -20.0
 """Log-variance of codes that stand for themselves, without a posterior around them."""
 
@@ -283,24 +282,12 @@ class View:
 
     def _read_image(self, upload: bytes) -> Array:
         channels, height, width = self.model.shape
-        try:
-            with Image.open(io.BytesIO(upload), formats=IMAGE_FORMATS) as image:
-                size = image.size
-        except Exception as error:  # Pillow's readers raise nearly anything on a broken file
-            raise ValueError(
-                f"no image that can be read ({error}); expected {', '.join(IMAGE_FORMATS)}"
-            ) from error
-
-        if math.prod(size) > MAX_PIXELS:
-            raise ValueError(
-                f"the image has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}; "
-                "make it smaller"
-            )
-
         plan = Plan((channels, height, width), resize=height == width)
         try:
-            pixels = decode(io.BytesIO(upload), plan)
-        except Exception as error:
+            pixels = decode(io.BytesIO(upload), plan, Limits(max_pixels=MAX_PIXELS))
+        except Exception as error:  # Pillow's readers raise nearly anything on a broken file
+            if str(error).startswith("no image"):
+                raise
             raise ValueError(
                 f"the image cannot be used ({error}); save it as PNG or JPEG of {width} x {height}"
             ) from error

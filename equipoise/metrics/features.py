@@ -421,7 +421,13 @@ def _resolve(name: str) -> nn.Module:
 
     # A module is callable too, so it is not called here.
     if not isinstance(module, nn.Module) and callable(module):
-        module = module()
+        try:
+            module = module()
+        except Exception as error:  # code of a user may raise anything
+            raise ValueError(
+                f"{name} cannot be called without arguments ({error}): name a torch.nn.Module, or "
+                "a function that returns one"
+            ) from error
 
     if not isinstance(module, nn.Module):
         raise ValueError(

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from equipoise.files import whole_file, write_json
+from equipoise.config import ConfigError
+from equipoise.files import StoreError, whole_file, write_json
 from equipoise.paper import ITEMS
 from equipoise.paper.protocol import Lab
 from equipoise.provenance import data_record, provenance
@@ -34,6 +35,54 @@ It says what differs from the paper, and why.
 """
 WIDTH = 120
 """Width of the lines of the page, in characters."""
+
+
+def refuse_to_replace(lab: Lab, names: Sequence[str], out: Path, page: Path) -> None:
+    """Refuse to replace figures of other settings, and files that are not results.
+
+    Args:
+        lab: The budget, and the places of data and runs.
+        names: Some of the names in :data:`equipoise.paper.ITEMS`.
+        out: The folder of the JSON.
+        page: The file of the page.
+
+    Raises:
+        ConfigError: with each of them.
+    """
+    problems = []
+    for name in names:
+        file = out / f"{name}-{lab.budget}.json"
+        if not file.exists():
+            continue
+
+        try:
+            content = dict(read_record(file, JsonObject))
+        except StoreError:
+            content = {}
+        settings = _settings(lab, name)
+        differing = [key for key, value in settings.items() if content.get(key) != value]
+        if content.get("item") != name:
+            problems.append(f"{file} is there, and holds no figures of {name}")
+        elif differing:
+            problems.append(f"{file} holds figures with other {' and '.join(differing)}")
+
+    if page.exists() and not page.read_bytes().startswith(HEAD.splitlines()[0].encode()):
+        problems.append(f"{page} is there, and is no page of results")
+    if problems:
+        advice = "choose another --out and --page, or give --force to replace it"
+        raise ConfigError([f"{problem}; {advice}" for problem in problems])
+
+
+def _settings(lab: Lab, name: str) -> dict[str, Any]:
+    """What distinguishes the figures of an item from those of another call."""
+    specs = [spec for spec in ITEMS[name].specs(lab) if spec.data in lab.sets]
+    sets = list(dict.fromkeys(spec.data for spec in specs))
+    return {
+        "budget": lab.budget,
+        "epochs": {data: lab.epochs_of(data) for data in sets},
+        "seed": lab.seed,
+        "features": lab.features,
+    }
 
 
 def make_items(lab: Lab, names: Sequence[str], out: Path) -> list[Path]:
@@ -76,10 +125,7 @@ def _about(lab: Lab, name: str, started: float) -> dict[str, Any]:
     return provenance() | {
         "command": command,
         "item": name,
-        "budget": lab.budget,
-        "epochs": {data: lab.epochs_of(data) for data in sets},
-        "seed": lab.seed,
-        "features": lab.features,
+        **_settings(lab, name),
         "data": {data: data_record(lab.data(data)) for data in sets},
         "options": {spec.name: lab.config(spec).as_dict() for spec in specs},
         "seconds": {

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from equipoise.config import TrainConfig
 from equipoise.processes import Processes, choose_device
+from equipoise.training.exchange import MAX_BYTES, Message, blank_tensors, pack, unpack
+from equipoise.training.group import STARTER, Group
 
 T = TypeVar("T")
 
@@ -48,18 +50,30 @@ def make_fabric(config: TrainConfig) -> Fabric:
         devices=devices,
         num_nodes=num_nodes,
         precision=config.precision,
-        strategy="ddp" if devices * num_nodes > 1 else "auto",
+        strategy=Group() if devices * num_nodes > 1 else "auto",
     )
 
 
-def launch(fabric: Fabric) -> None:
+def launch(fabric: Fabric, say: Callable[[str], None] = lambda text: None) -> None:
     """Start the other processes on this machine, and connect to those on other machines.
 
     Each of them runs the command of this program. ``fabric run`` has started them already.
 
     Args:
         fabric: The engine.
+        say: Called with a sentence about the machines that this one waits for.
+
+    Raises:
+        TimeoutError: If not all processes have come in time.
+        ConnectionError: If the processes cannot reach each other.
     """
+    if isinstance(fabric.strategy, Group):
+        waits_for = fabric.strategy.waits_for()
+        if waits_for and fabric.strategy.local_rank == 0:
+            say(waits_for)
+        if "LOCAL_RANK" not in os.environ:
+            os.environ[STARTER] = str(os.getpid())
+
     if "LT_CLI_USED" not in os.environ:
         fabric.launch()
     if fabric.world_size > 1:
@@ -115,6 +129,52 @@ def processes_of(fabric: Fabric) -> Processes:
     return Processes(fabric.global_rank, fabric.world_size, partial(all_reduce, fabric))
 
 
+def broadcast(fabric: Fabric, value: T) -> T:
+    """Tell all processes a value of process 0.
+
+    ``Fabric.broadcast`` is not used, because it unpickles what comes from the network.
+
+    Args:
+        fabric: The engine.
+        value: Plain values and tensors, see :func:`equipoise.training.exchange.pack`. Those of
+            other processes than process 0 are not looked at.
+
+    Returns:
+        The value of process 0, in all processes.
+    """
+    if fabric.world_size == 1:
+        return value
+
+    message = pack(value) if fabric.is_global_zero else Message(b"", [])
+    length = _send(fabric, torch.tensor([len(message.text)]))
+    n_bytes = int(length.item())
+    if not 0 < n_bytes <= MAX_BYTES:
+        raise ConnectionError(f"process 0 has sent a message of {n_bytes:,} bytes")
+
+    text = torch.zeros(n_bytes, dtype=torch.uint8)
+    if fabric.is_global_zero:
+        text = torch.frombuffer(bytearray(message.text), dtype=torch.uint8)
+    content = _send(fabric, text).numpy().tobytes()
+
+    tensors = message.tensors if fabric.is_global_zero else blank_tensors(content)
+    received = [_send(fabric, tensor) for tensor in tensors]
+    if fabric.is_global_zero:
+        return value
+    told: T = unpack(Message(content, received))
+    return told
+
+
+def _send(fabric: Fabric, tensor: Tensor) -> Tensor:
+    """Send a tensor of process 0; in the others, it gives the type and shape."""
+    if tensor.numel() == 0:
+        return tensor
+
+    # As bytes, because not every type can be sent.
+    whole = tensor.reshape(-1).view(torch.uint8).to(fabric.device)
+    torch.distributed.broadcast(whole, src=0)
+    return whole.to(tensor.device).view(tensor.dtype).reshape(tensor.shape)
+
+
 def in_main_process(fabric: Fabric, action: Callable[[], T]) -> T:
     """Call a function in process 0 only.
 
@@ -122,7 +182,8 @@ def in_main_process(fabric: Fabric, action: Callable[[], T]) -> T:
 
     Args:
         fabric: The engine.
-        action: The function.
+        action: The function. Its result can be told to other processes, see
+            :func:`equipoise.training.exchange.pack`.
 
     Returns:
         The result of the function, in all processes.
@@ -138,7 +199,10 @@ def in_main_process(fabric: Fabric, action: Callable[[], T]) -> T:
         except Exception as exception:
             error = exception
 
-    result, error = fabric.broadcast((result, error))
+    told, told_error = broadcast(fabric, (result, error))
     if error is not None:
-        raise error
-    return result  # type: ignore[return-value] # None only if the function has returned None
+        raise error  # as it was raised, with its traceback
+    if told_error is not None:
+        told_error.is_told = True  # type: ignore[attr-defined] # by process 0, to the user
+        raise told_error
+    return told  # type: ignore[return-value] # None only if the function has returned None

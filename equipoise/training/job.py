@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from equipoise.config import TrainConfig
+from equipoise.config import ConfigError, TrainConfig
 from equipoise.data import Data
-from equipoise.files import StoreError, is_empty, write_json
+from equipoise.files import StoreError, discard_if_empty, is_empty, write_json
 from equipoise.mixture_fit import EMStep, MixtureFit
 from equipoise.model import VAE
 from equipoise.noise import NoiseModel, describe_noise
@@ -23,13 +23,21 @@ from equipoise.run import Run, origin_of
 from equipoise.sources import describe_mixture, fit_aggregate
 from equipoise.store import read_digest, save_mixture, save_model
 from equipoise.training.checkpoint import has_checkpoint
-from equipoise.training.engine import in_main_process, launch, make_fabric, processes_of
+from equipoise.training.engine import (
+    broadcast,
+    in_main_process,
+    launch,
+    make_fabric,
+    processes_of,
+)
+from equipoise.training.group import noticing_losses
 from equipoise.training.logging import JsonlSink, Sink
-from equipoise.training.setup import check_fit, make_model
+from equipoise.training.setup import check_fit, check_units, make_model
 from equipoise.training.trackers import TRACKERS
 from equipoise.training.trainer import Trainer
 
 
+@noticing_losses
 def train(
     data: Data,
     config: TrainConfig | None = None,
@@ -80,17 +88,25 @@ def train(
         >>> run.model().noise.floor_var  # doctest: +SKIP
     """
     config = config or TrainConfig()
+    _check_arguments(data, config)
     check_fit(data, config)
     fabric = make_fabric(config)
-    launch(fabric)
 
-    if fabric.broadcast(data.fingerprint) != data.fingerprint:
+    def say(text: str) -> None:
+        for sink in sinks:
+            sink.message(text)
+
+    launch(fabric, say)
+
+    if broadcast(fabric, data.fingerprint) != data.fingerprint:
         raise StoreError(
             f"Process {fabric.global_rank} has found other data in {data.source} than process 0."
         )
 
     torch.manual_seed(stream_seed(config.seed, "weights"))
     model = make_model(data, config, encoder, decoder, noise)
+
+    check_units(model, data)
 
     # Everything that can refuse the input has run: only now does a folder appear.
     run = Run(in_main_process(fabric, partial(_choose_folder, data, out, resume, force)))
@@ -101,10 +117,17 @@ def train(
 
         def begin() -> None:
             stack.enter_context(run.exclusive("training"))
-            if not resume:
-                # Another training may have come and gone since the folder was chosen.
-                _refuse_run(run)
+            if resume:
+                return
+
+            # Another training may have come and gone since the folder was chosen.
+            _refuse_run(run)
+            try:
                 write_json(run.config_file, _settings(data, config, model, command))
+            except Exception:
+                stack.close()
+                discard_if_empty(run.folder)
+                raise
 
         in_main_process(fabric, begin)
         all_sinks: list[Sink] = []
@@ -134,6 +157,21 @@ def train(
             for text in _describe_fit(fit):
                 sink.message(text)
     return run
+
+
+def _check_arguments(data: object, config: object) -> None:
+    """Refuse what is not data or options, and say how they are made."""
+    if not isinstance(data, Data):
+        raise ConfigError(
+            [f"data must come from equipoise.load_data or load_stream, got a {type(data).__name__}"]
+        )
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            [
+                "config must be an equipoise.TrainConfig, as equipoise.make_config makes it of a "
+                f"dictionary, got a {type(config).__name__}"
+            ]
+        )
 
 
 def _save(run: Run, model: VAE, fit: MixtureFit, config: TrainConfig, data: Data) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from equipoise.files import whole_file
+from equipoise.files import record_digest, whole_file
 from equipoise.run import Row
 
 
@@ -42,6 +42,7 @@ class JsonlSink:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.content = b""
 
     def start(self, total_steps: int, done_steps: int, history: list[Row]) -> None:
         """Write the rows of the checkpoint.
@@ -49,8 +50,10 @@ class JsonlSink:
         If the process was killed, the file may have one row more or less than the checkpoint.
         """
         rows = "".join(json.dumps(row) + "\n" for row in history)
+        self.content = rows.encode()
         with whole_file(self.path) as temporary:
-            temporary.write_text(rows, encoding="utf-8")
+            temporary.write_bytes(self.content)
+        record_digest(self.path, self.content, grows=True)
 
     def step(
         self, done_steps: int, total_steps: int, label: str, figures: dict[str, float]
@@ -59,8 +62,12 @@ class JsonlSink:
 
     def epoch(self, row: Row) -> None:
         """Append the row."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        with self.path.open("ab") as file:
+            file.write(line)
+
+        self.content += line
+        record_digest(self.path, self.content, grows=True)
 
     def message(self, text: str) -> None:
         """Do nothing, because the file holds figures only."""

@@ -20,6 +20,7 @@ from equipoise.noise import (
     NoiseOptions,
     build_noise,
     describe_noise,
+    noise_class,
 )
 from equipoise.objectives import OBJECTIVE_CLASSES, DetachedVarianceElbo, Objective
 from equipoise.residuals import ResidualVariance
@@ -30,6 +31,8 @@ MIN_TRAIN = 20
 """Fewer training examples than this do not make a mixture, let alone a model."""
 MAX_MEMORY = 100
 """Most batches over which the running estimate of the noise variance extends."""
+CHECKED_AT_ONCE = 1000
+"""Examples whose units are compared together."""
 SCALE_EXAMPLES = 10_000
 """Examples that give the mean and std at which untrained networks start."""
 
@@ -75,6 +78,9 @@ def make_model(
         check_own_noise(noise, data, config)
 
     if encoder is not None and decoder is not None:
+        problem = _problem_of_tensors(nn.ModuleList([encoder, decoder]))
+        if problem:
+            raise ConfigError([f"the pair of encoder and decoder {problem}"])
         return VAE(encoder, decoder, noise, shape=data.shape, latent_dim=latent_dim, **traits)
 
     architecture = config.architecture
@@ -85,6 +91,30 @@ def make_model(
     sample = scaling(examples(data.train, SCALE_EXAMPLES))
     model.start_at_data(sample.mean(0), sample.std())
     return model
+
+
+def check_units(model: VAE, data: Data) -> None:
+    """Refuse data of which a part cannot be in the units of the model, before it is trained.
+
+    Otherwise its own test set would be refused after the training.
+
+    Args:
+        model: The untrained model.
+        data: The data.
+
+    Raises:
+        ConfigError: with the part, and what is wrong.
+    """
+    problems = []
+    parts = {"training": data.train.at_hand, "validation": data.validation, "test": data.test}
+    for name, part in parts.items():
+        try:
+            for first in range(0, len(part), CHECKED_AT_ONCE):
+                model.scaling.check(torch.from_numpy(part[first : first + CHECKED_AT_ONCE]))
+        except ValueError as error:
+            problems.append(f"the {name} examples of {data.source} do not fit the others: {error}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_own_noise(noise: object, data: Data, config: TrainConfig) -> None:
@@ -132,17 +162,33 @@ def check_own_noise(noise: object, data: Data, config: TrainConfig) -> None:
 @torch.no_grad()
 def _problem_of_own_noise(noise: NoiseModel, data: Data, config: TrainConfig) -> str | None:
     """Try a noise model as training, saving and loading would; None if all is well."""
-    latent_dim, batch = choose_latent_dim(data, config), (2, *data.shape)
-    log_var = noise(torch.zeros(2, latent_dim))
-    try:
-        is_of_batch = torch.zeros(batch).add(log_var).shape == batch
-    except RuntimeError:
-        is_of_batch = False
-    if not is_of_batch:
-        return f"gives log-variances {tuple(log_var.shape)}, which do not broadcast to {batch}"
-    if not bool(log_var.isfinite().all()):
-        return "gives log-variances that are not finite, for codes of zero"
+    name = type(noise).__name__
+    if noise_class(name) is not type(noise):
+        return (
+            "was made by a class that another one of the same name has replaced since; models are "
+            "built again by this name, so give each class a name of its own"
+        )
 
+    latent_dim = choose_latent_dim(data, config)
+    for n in (2, 3):
+        batch = (n, *data.shape)
+        log_var = noise(torch.zeros(n, latent_dim))
+        try:
+            is_of_batch = torch.zeros(batch).add(log_var).shape == batch
+        except RuntimeError:
+            is_of_batch = False
+        if not is_of_batch:
+            return f"gives log-variances {tuple(log_var.shape)}, which do not broadcast to {batch}"
+        if not bool(log_var.isfinite().all()):
+            return "gives log-variances that are not finite, for codes of zero"
+
+    if noise.floor_var.numel() != 1:
+        return f"has a floor_var of the shape {tuple(noise.floor_var.shape)}; it must be one number"
+    problem = _problem_of_tensors(noise)
+    if problem:
+        return problem
+
+    batch = (2, *data.shape)
     statistic = ResidualVariance(noise.statistic_shape)
     statistic.update(torch.ones(batch))
     noise.update(torch.ones(batch))
@@ -175,9 +221,25 @@ def _problem_of_own_noise(noise: NoiseModel, data: Data, config: TrainConfig) ->
             f"{', '.join(differ)}. Register buffers in the constructor, with their shapes"
         )
 
-    addresses = [tensor.data_ptr() for tensor in expected.values() if tensor.numel()]
+    again.load_state_dict(expected)
+    code = torch.linspace(-1, 1, 2 * latent_dim).reshape(2, latent_dim)
+    if not torch.equal(noise(code), again(code)):
+        return (
+            "gives other variances after it was saved and loaded: keep everything that it learns "
+            "in parameters and buffers"
+        )
+    return None
+
+
+def _problem_of_tensors(module: nn.Module) -> str | None:
+    """What keeps a module of a user's own from being trained and saved; None if all is well."""
+    addresses = [tensor.data_ptr() for tensor in module.state_dict().values() if tensor.numel()]
     if len(set(addresses)) < len(addresses):
         return "has a tensor under two names, which no file can hold; keep one of the names"
+
+    for name, parameter in module.named_parameters():
+        if parameter.dtype != torch.float32:
+            return f"has the parameter {name} of the type {parameter.dtype}; convert it by .float()"
     return None
 
 

@@ -24,14 +24,15 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+from equipoise.provenance import provenance
 from tests.chaos import children, jobs
 from tests.chaos.calls import ERRORS, Calls, events_of, install
 
 KILLS = ("before", "torn", "term", "unsynced")
-"""Ways to kill at a file operation: before it; what it wrote is cut in half; SIGTERM; as a
+"""Ways to kill at a file operation: before it; after it, its file cut in half; by SIGTERM; as a
 loss of power does, which undoes what was not flushed to the disk."""
 FULL = ("limit", "full")
-"""Real limits, which native code meets, too: a largest size of files; a full file system."""
+"""Real limits, which native code meets, too: a largest size of a file; a full file system."""
 FAULTS = (*KILLS, "calls", *FULL)
 GRACE = "30"
 """Seconds from SIGTERM to SIGKILL."""
@@ -334,6 +335,7 @@ def main():
     parser.add_argument("--total", type=int, help="points in all, evenly spread over the others")
     parser.add_argument("--offset", type=int, default=0, help="which points are sampled")
     parser.add_argument("--point", help="one point, for example 17 or 17,ENOSPC; kept in --work")
+    parser.add_argument("--json", type=Path, help="file for the table")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to work in, which is kept")
     options = parser.parse_args()
@@ -401,10 +403,10 @@ def _try_all(options, work):
     for worker in range(options.workers):
         lines = (work / f"outcomes-{worker}.jsonl").read_text().splitlines()
         outcomes += map(json.loads, lines)
-    return _print_table(outcomes, len(points)) or any(codes)
+    return _print_table(outcomes, len(points), options) or any(codes)
 
 
-def _print_table(outcomes, expected):
+def _print_table(outcomes, expected, options):
     """Print how many points of each job and fault survived; True if one did not."""
     tried, survived, happened = Counter(), Counter(), {}
     for name, fault, _, _, problems, what in outcomes:
@@ -416,6 +418,14 @@ def _print_table(outcomes, expected):
     for key, count in tried.items():
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(happened[key].items()))
         print(f"{key[0]:20} {key[1]:9} {survived[key]:5} of {count:5} survived ({kinds})")
+    if options.json:
+        rows = [
+            {"job": job, "fault": fault, "tried": count, "survived": survived[job, fault]}
+            for (job, fault), count in tried.items()
+        ]
+        content = {**provenance(), "sample": options.sample, "rows": rows}
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+
     total = survived.total()
     print(f"{total} of {expected} survived")
     return total < expected

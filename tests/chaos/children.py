@@ -130,8 +130,8 @@ def _start(action, folder, outputs, variables, before):
         os.setpgid(0, 0)
         os.dup2(outputs[0], 1)
         os.dup2(outputs[1], 2)
-        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
-        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         os.chdir(folder)
         os.environ |= variables
         if before:

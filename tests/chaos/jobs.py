@@ -286,7 +286,8 @@ def differences(result, expected):
         One line for each of the first differences.
     """
     lines = [
-        f"{name}: {result.get(name)!s:.200} instead of {expected.get(name)!s:.200}"
+        f"{name}: {result.get(name, 'absent')!s:.200} "
+        f"instead of {expected.get(name, 'nothing')!s:.200}"
         for name in sorted(result.keys() | expected.keys())
         if result.get(name) != expected.get(name)
     ]

@@ -1,0 +1,55 @@
+"""The parser of all commands. Only their options are imported, so that help is fast."""
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+from equipoise import __version__
+from equipoise.cli import evaluate, explore, export, paper, push, reconstruct, report, sample, train
+from equipoise.cli.command import add_help
+
+COMMANDS = {
+    "train": train.COMMAND,
+    "evaluate": evaluate.COMMAND,
+    "report": report.COMMAND,
+    "sample": sample.COMMAND,
+    "reconstruct": reconstruct.COMMAND,
+    "explore": explore.COMMAND,
+    "export": export.COMMAND,
+    "paper": paper.COMMAND,
+    "push": push.COMMAND,
+}
+
+
+def make_parser() -> ArgumentParser:
+    """Make the parser of all commands.
+
+    Returns:
+        The parser.
+    """
+    parser = ArgumentParser(
+        prog="equipoise",
+        description="Variational autoencoders that balance themselves. The noise variance is "
+        "learned, and samples come from a mixture that is fitted to the aggregate posterior.",
+        add_help=False,
+        epilog="'equipoise train' alone trains a model on 8x8 digits, in about a minute and "
+        "without a download. 'equipoise COMMAND --help' explains a command.",
+    )
+    add_help(parser)
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"equipoise {__version__}",
+        help="Print the version and exit.",
+    )
+
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, command in COMMANDS.items():
+        command_parser = commands.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary,
+            formatter_class=RawDescriptionHelpFormatter,
+            add_help=False,
+        )
+        add_help(command_parser)
+        command.add_arguments(command_parser)
+    return parser

@@ -1,0 +1,321 @@
+"""One gate for untrusted input: what may be opened, and how much it may unpack to.
+
+A file may claim to be larger than it is. What it claims is bounded here, before anything of that
+size is allocated.
+"""
+
+import gzip
+import os
+import stat
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from equipoise.data.dataset import Array
+
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""The only formats in which images are read. Others, such as EPS, would start other programs."""
+BYTES_PER_PIXEL = 12
+"""Memory to decode a pixel: four bytes, and two copies of them."""
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+ENCRYPTED = 1
+"""Bit of a zip member's flags."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a file may claim.
+
+    Args:
+        max_pixels: Most pixels of an image file.
+        max_bytes: Most bytes that a compressed file may unpack to, besides twice its size.
+    """
+
+    max_pixels: int = 64_000_000
+    max_bytes: int = 1_000_000_000
+
+    def check_unpacked(self, path: Path, claimed: int) -> None:
+        """Refuse a compressed file that would unpack to too much.
+
+        Args:
+            path: Path of the file.
+            claimed: Bytes that it would unpack to.
+
+        Raises:
+            ValueError: If they are more than the limit.
+        """
+        limit = 2 * path.stat().st_size + self.max_bytes
+        if claimed > limit:
+            raise ValueError(
+                f"unpacks to {claimed:,} bytes, from a file of {path.stat().st_size:,}; if that "
+                f"is right, give max_bytes={claimed}"
+            )
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is not a regular file, such as a pipe, on which reading would wait for ever.
+
+    Args:
+        path: Path of the file. A link is followed.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is not a regular file")
+
+
+class ByteBudget:
+    """Memory that threads take and give back. One alone may always go on, whatever it takes.
+
+    Args:
+        total: Bytes that may be taken at a time.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.taken = 0
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def take(self, size: int) -> Iterator[None]:
+        """Wait until so much memory is free, and give it back at the end.
+
+        Args:
+            size: Bytes.
+
+        Yields:
+            None.
+        """
+        size = min(size, self.total)
+        with self.changed:
+            self.changed.wait_for(lambda: self.taken + size <= self.total)
+            self.taken += size
+
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.taken -= size
+                self.changed.notify_all()
+
+
+DECODING = ByteBudget(800_000_000)
+"""Memory that all threads together may take to decode images."""
+
+
+@contextmanager
+def open_image(file: Path | BytesIO, limits: Limits = DEFAULT_LIMITS) -> Iterator[Image.Image]:
+    """Open an image whose pixels are not yet decoded.
+
+    Args:
+        file: Path or content of the image file.
+        limits: The most that it may claim.
+
+    Yields:
+        The image.
+
+    Raises:
+        ValueError: If it is not a regular file, no image, or claims more pixels than the limit.
+    """
+    if isinstance(file, Path):
+        check_regular(file)
+
+    try:
+        opened = Image.open(file, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"no image that can be read; expected {', '.join(IMAGE_FORMATS)}"
+        ) from error
+
+    with opened as image:
+        width, height = image.size
+        if width * height > limits.max_pixels:
+            raise ValueError(
+                f"it has {width} x {height} pixels, more than {limits.max_pixels:,}; "
+                "make it smaller, or raise max_pixels"
+            )
+        yield image
+
+
+def read_npy(path: Path) -> Array:
+    """Open an ``.npy`` file as a memory map.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        The array, memory-mapped.
+
+    Raises:
+        ValueError: If it is no such file, holds Python objects, or is shorter than it claims.
+    """
+    check_regular(path)
+    try:
+        # A pickle is never loaded, because it would run code from the file.
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a header that cannot be parsed may cause any exception
+        raise ValueError(_reason(error)) from error
+
+    if not isinstance(content, np.ndarray):
+        content.close()
+        raise ValueError("it is an .npz archive; give it the ending .npz")
+    return content
+
+
+@contextmanager
+def open_npz(path: Path, limits: Limits = DEFAULT_LIMITS) -> Iterator["Archive"]:
+    """Open an ``.npz`` archive.
+
+    Args:
+        path: Path of the file.
+        limits: The most that it may unpack to.
+
+    Yields:
+        The archive.
+
+    Raises:
+        ValueError: If it is damaged, or no such archive.
+    """
+    check_regular(path)
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:  # a patched directory may cause any exception
+        raise ValueError(f"it is damaged or no .npz archive ({_reason(error)})") from error
+
+    with archive:
+        yield Archive(path, archive, limits)
+
+
+class Archive:
+    """An open ``.npz`` archive, of which single arrays are read.
+
+    Args:
+        path: Path of the file.
+        archive: The open zip file.
+        limits: The most that all arrays together may unpack to.
+
+    Raises:
+        ValueError: If two arrays have the same name.
+    """
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile, limits: Limits) -> None:
+        self.path = path
+        self.archive = archive
+        self.limits = limits
+        self.unpacked = 0
+
+        self.names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("two of its arrays have the same name")
+
+    def read(self, name: str) -> Array:
+        """Read an array.
+
+        Args:
+            name: One of :attr:`names`.
+
+        Returns:
+            The array.
+
+        Raises:
+            ValueError: If it is encrypted, compressed in an unusual way, damaged, too large, or not
+                an array of numbers.
+        """
+        info = self.archive.infolist()[self.names.index(name)]
+        if info.flag_bits & ENCRYPTED:
+            raise ValueError(f"{name} is encrypted; save it without a password")
+        if info.compress_type not in ZIP_METHODS:
+            raise ValueError(f"{name} is compressed in an unusual way; save it by np.savez")
+
+        self.unpacked += info.file_size
+        self.limits.check_unpacked(self.path, self.unpacked)
+
+        try:
+            with self.archive.open(info) as file:
+                _check_claim(cast(zipfile.ZipExtFile, file), info.file_size)
+            with self.archive.open(info) as file:
+                array: Array = np.lib.format.read_array(file, allow_pickle=False)
+        except Exception as error:  # a damaged member may cause any exception
+            raise ValueError(f"{name}: {_reason(error)}") from error
+        return array
+
+
+def _check_claim(file: zipfile.ZipExtFile, size: int) -> None:
+    """Refuse an array whose header announces more than its member of the archive holds."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    else:
+        raise ValueError(f"its format has the version {version}")
+
+    claimed = dtype.itemsize
+    for side in shape:
+        claimed *= side
+    if not 0 <= claimed <= size:
+        raise ValueError(f"its header announces {claimed:,} bytes, where {size:,} are there")
+
+
+def read_gzip(
+    path: Path, n_header: int, size_of: Callable[[bytes], int], limits: Limits = DEFAULT_LIMITS
+) -> bytes:
+    """Unpack a gzip file, if it may hold as much as the header of its content announces.
+
+    Args:
+        path: Path of the file.
+        n_header: Number of bytes of the header.
+        size_of: Returns the number of bytes that a header announces, with the header itself.
+        limits: The most that it may unpack to.
+
+    Returns:
+        The content: as much as announced, one byte more if there is more, or less if it ends
+        before.
+
+    Raises:
+        ValueError: If it is damaged, or too large.
+    """
+    check_regular(path)
+    try:
+        with gzip.open(path) as file:
+            header = file.read(n_header)
+            n_left = max(0, size_of(header) - len(header))
+            limits.check_unpacked(path, n_left)
+            return header + file.read(n_left + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"is damaged or incomplete ({error})") from error
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line what is wrong with a file."""
+    text = " ".join(str(error).split())[:300]
+    return text or type(error).__name__
+
+
+def is_special(path: str | Path) -> bool:
+    """Tell whether a path is a pipe, a device or a socket.
+
+    Args:
+        path: The path. A link is followed.
+
+    Returns:
+        False also for a broken link, which is reported when it is opened.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

@@ -1,0 +1,335 @@
+"""Untrusted input: what claims too much, is no file, or starts other programs is refused."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import equipoise
+from equipoise.data import load
+from equipoise.data.cache import one_writer, read_part
+from equipoise.data.encoded import ImageReader, list_images
+from equipoise.data.gate import DECODING, ByteBudget, Limits, open_image
+from equipoise.data.idx import read_idx_images
+from equipoise.files import MANIFEST, own_folder, write_json
+
+
+def pictures(folder, n=12, size=(10, 9)):
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for number in range(n):
+        pixels = rng.integers(0, 256, (*size[::-1], 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    return folder
+
+
+def png_that_claims(width, height):
+    """A PNG of a few hundred bytes whose header announces any size."""
+    content = io.BytesIO()
+    Image.new("L", (8, 8)).save(content, "png")
+    whole = bytearray(content.getvalue())
+    whole[16:24] = struct.pack(">II", width, height)
+    import zlib
+
+    whole[29:33] = struct.pack(">I", zlib.crc32(bytes(whole[12:29])))
+    return bytes(whole)
+
+
+def npy_bytes(array):
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+NPY_HEADERS = [
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (3,",
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,)}",
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (-3, 5)}",
+    b"{'descr': '|O', 'fortran_order': False, 'shape': (3,)}",
+    b"{'descr': 'nonsense', 'fortran_order': False, 'shape': (3,)}",
+    b"{'descr': '<f4', 'fortran_order': 1, 'shape': [3]}",
+    b"(" * 4000,
+    b"'''",
+    b"\xff\xfe",
+    b"",
+]
+
+
+@pytest.mark.parametrize("header", NPY_HEADERS, ids=range(len(NPY_HEADERS)))
+@pytest.mark.parametrize("ending", [".npy", ".npz"])
+def test_a_header_that_lies_or_cannot_be_parsed(tmp_path, header, ending):
+    content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header + b"\n" + bytes(40)
+    path = tmp_path / f"x{ending}"
+    if ending == ".npy":
+        path.write_bytes(content)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.npy", content)
+    with pytest.raises(ValueError, match=f"x{ending} cannot be read") as caught:
+        load(path)
+    assert len(str(caught.value)) < 600
+
+
+def zip_of(path, flags=0, method=zipfile.ZIP_DEFLATED, size=None):
+    """An archive with one array whose entries in the directory are then patched."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("x.npy", npy_bytes(np.zeros((50, 4), np.float32)))
+    content = bytearray(path.read_bytes())
+    for signature, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = content.index(signature)
+        content[start + at] |= flags
+        if size is not None:
+            content[start + at + 16 : start + at + 20] = struct.pack("<I", size)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flags": 1}, "encrypted"),
+        ({"method": zipfile.ZIP_BZIP2}, "compressed in an unusual way"),
+        ({"method": zipfile.ZIP_LZMA}, "compressed in an unusual way"),
+        ({"size": 4_000_000_000}, "unpacks to 4,000,000,000 bytes"),
+        ({"size": 10}, "x: "),
+    ],
+)
+def test_archives_that_were_patched(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(zip_of(tmp_path / "x.npz", **options))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_arrays_of_one_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        for _ in range(2):
+            archive.writestr("x.npy", npy_bytes(np.zeros((50, 4), np.float32)))
+    with pytest.raises(ValueError, match="two of its arrays have the same name"):
+        load(tmp_path / "x.npz")
+
+
+def test_what_unpacks_to_too_much_is_refused_and_may_be_allowed(tmp_path):
+    path = tmp_path / "x.npz"
+    table = np.tile(np.random.default_rng(0).normal(size=(100, 10)), (200, 1)).astype(np.float32)
+    np.savez_compressed(path, x=table)
+    with pytest.raises(ValueError, match=r"give max_bytes=\d+"):
+        load(path, max_bytes=1000)
+    assert load(path, max_bytes=table.nbytes + 1000).shape == (10,)
+
+
+def test_a_gzip_that_announces_more_than_it_may(tmp_path):
+    path = tmp_path / "x.gz"
+    for shape in ((2**31, 2, 2), (2**32 - 1,) * 3):
+        path.write_bytes(gzip.compress(struct.pack(">4I", 0x0803, *shape) + bytes(100)))
+        with pytest.raises(ValueError, match="unpacks to"):
+            read_idx_images(path)
+
+
+def test_a_gzip_is_unpacked_as_far_as_announced(tmp_path):
+    """A bomb behind a small header: what follows is not unpacked."""
+    path = tmp_path / "x.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(struct.pack(">4I", 0x0803, 2, 3, 4))
+        for _ in range(50):
+            file.write(bytes(10_000_000))
+    with pytest.raises(ValueError, match="holds 41 bytes where its header"):
+        read_idx_images(path)
+
+
+@pytest.mark.parametrize("side", [9000, 13_000, 2**31 - 1])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_that_claims_many_pixels_is_skipped(tmp_path, side):
+    folder = pictures(tmp_path / "photos")
+    (folder / "bomb.png").write_bytes(png_that_claims(side, side))
+    data = load(folder, image_size=8, cache_dir=tmp_path / "cache")
+    assert any("unreadable files skipped: 1 (bomb.png" in note for note in data.notes)
+    assert len(data.train) + len(data.validation) + len(data.test) == 12
+
+
+def test_a_limit_of_ones_own(tmp_path):
+    folder = pictures(tmp_path / "photos")
+    with pytest.raises(ValueError, match="more than 50; make it smaller, or raise max_pixels"):
+        load(folder, image_size=8, cache_dir=tmp_path / "cache", max_pixels=50)
+    data = load(folder, image_size=8, cache_dir=tmp_path / "cache", max_pixels=90)
+    assert data.loading["max_pixels"] == 90
+
+
+@pytest.mark.parametrize("name", ["eps", "PostScript in a .png"])
+def test_postscript_is_never_started(tmp_path, name):
+    folder = pictures(tmp_path / "photos")
+    content = io.BytesIO()
+    Image.new("RGB", (10, 9)).save(content, "eps")
+    (folder / "evil.png").write_bytes(content.getvalue())
+    data = load(folder, cache_dir=tmp_path / "cache")
+    assert any("skipped: 1 (evil.png: not an image" in note for note in data.notes)
+    with pytest.raises(ValueError, match="no image that can be read"):
+        open_image(io.BytesIO(content.getvalue())).__enter__()
+
+
+def test_pipes_devices_and_sockets_are_left_out_by_name(tmp_path):
+    folder = pictures(tmp_path / "photos")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "null.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "s.png"))
+        data = load(folder, cache_dir=tmp_path / "cache")
+    (note,) = [note for note in data.notes if "pipes" in note]
+    assert note == "pipes, devices and sockets ignored: 3 (null.jpg, pipe.png, s.png)"
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_a_pipe_in_place_of_a_file_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        load(tmp_path / name)
+
+
+def test_deep_folders_and_circles_of_links(tmp_path):
+    folder = pictures(tmp_path / "photos", n=3)
+    (folder / "circle").symlink_to(folder)
+    inside = str(folder)
+    for _ in range(1100):
+        inside += "/d"
+        os.mkdir(inside)
+    shutil.copy(folder / "00.png", inside + "/deep.png")
+    try:
+        listing = list_images(folder)
+        assert len(listing.names) == 4
+        assert sum(name.endswith("deep.png") for name in listing.names) == 1
+    finally:
+        # pytest would recurse.
+        subprocess.run(["rm", "-rf", str(folder / "d")], check=True)
+
+
+def test_the_order_of_a_listing(tmp_path):
+    for name in ("b.png", "a/z.png", "a/b/c.png", "a.png", "c/a.png", ".hidden/x.png", "a-b.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    assert list_images(tmp_path).names == [
+        "a/b/c.png",
+        "a/z.png",
+        "a-b.png",
+        "a.png",
+        "b.png",
+        "c/a.png",
+    ]
+
+
+def test_what_equipoise_wrote_is_not_trained_on(tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "photos", n=30, size=(12, 12))
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
+    call = [sys.executable, "-m", "equipoise", "train", ".", "--set", "width=1", "latent_dim=2"]
+    call += ["stage_1_epochs=1", "stage_2_epochs=0", "n_components=1", "batch_size=8"]
+    for _ in range(2):
+        done = subprocess.run(call, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    first, second = (equipoise.Run(folder / "runs" / name) for name in ("photos", "photos-2"))
+    assert list(first.figures.glob("*.png"))
+    assert second.settings()["data"]["fingerprint"] == first.settings()["data"]["fingerprint"]
+    assert "files that equipoise has written ignored" in done.stdout
+
+
+def test_a_users_file_in_a_folder_of_ours_is_data(tmp_path):
+    folder = pictures(tmp_path / "photos")
+    own_folder(folder)
+    write_json(folder / "a.json", 1)
+    with (folder / MANIFEST).open("a") as manifest:
+        manifest.write('{"wrote": "00.png"}\n')
+    listing = list_images(folder)
+    assert "00.png" not in listing.names
+    assert len(listing.names) == 11
+
+
+@pytest.mark.parametrize("damage", ["values", "digest", "types", "shape", "json"])
+def test_a_damaged_cache_is_noticed_and_made_anew(tmp_path, damage):
+    folder, cache = pictures(tmp_path / "photos"), tmp_path / "cache"
+    before = load(folder, cache_dir=cache)
+    (values,), (about,) = cache.glob("*.npy"), cache.glob("*.json")
+    content = bytearray(values.read_bytes())
+    record = json.loads(about.read_text())
+    if damage == "values":
+        content[-5] ^= 1
+        values.write_bytes(content)
+    elif damage == "shape":
+        np.save(values, np.load(values)[:-1])
+    elif damage == "json":
+        about.write_text(about.read_text()[:-3])
+    else:
+        record |= {"digest": "0"} if damage == "digest" else {"notes": 3}
+        about.write_text(json.dumps(record))
+
+    assert read_part(cache, values.stem) is None
+    again = load(folder, cache_dir=cache)
+    assert again.fingerprint == before.fingerprint
+    assert "the decoded images in the cache were damaged, and are decoded anew" in again.notes
+    assert load(folder, cache_dir=cache).notes == before.notes
+
+
+def test_a_held_lock_is_waited_for_with_a_word(tmp_path, monkeypatch):
+    monkeypatch.setattr("equipoise.data.cache.SILENT_SECONDS", 0.1)
+    is_held, may_go = threading.Event(), threading.Event()
+
+    def hold():
+        with one_writer(tmp_path, "key"):
+            is_held.set()
+            may_go.wait(10)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    is_held.wait(10)
+    threading.Timer(0.5, may_go.set).start()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with one_writer(tmp_path, "key"):
+            pass
+    holder.join()
+    assert "waiting for another process that decodes the same images" in str(caught[0].message)
+
+
+def test_the_memory_of_all_threads_is_bounded():
+    budget, taken, most = ByteBudget(100), [], []
+    lock = threading.Lock()
+
+    def work(size):
+        with budget.take(size):
+            with lock:
+                taken.append(min(size, 100))
+                most.append(sum(taken))
+            threading.Event().wait(0.002)
+            with lock:
+                taken.remove(min(size, 100))
+
+    threads = [threading.Thread(target=work, args=(size,)) for size in (30, 60, 50, 500, 10) * 8]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert max(most) <= 100
+    assert budget.taken == 0
+    assert len(most) == len(threads)
+
+
+def test_a_failing_decoder_gives_its_memory_back(tmp_path):
+    path = tmp_path / "cut.png"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40))
+    Image.fromarray(noise.astype(np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:300])
+    reader = ImageReader(image_size=8, cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match="none of the images can be read"):
+        reader.read(list_images(tmp_path).encoded())
+    assert DECODING.taken == 0
+    assert Limits().max_pixels == 64_000_000
