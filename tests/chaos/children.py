@@ -6,7 +6,6 @@ computes nothing, so that it has no threads that a fork would lose.
 
 import atexit
 import gc
-import io
 import os
 import signal
 import socket
