@@ -59,11 +59,7 @@ def samples_section(subject: Subject) -> dict[str, Any]:
 
 
 def _load_extractor(subject: Subject) -> FeatureExtractor:
-    features = subject.features
-    if features == "auto":
-        features = "efficientnet-lite0" if subject.is_image else "columns"
-
-    extractor = load_features(features, subject.data, download=subject.download)
+    extractor = load_features(subject.features, subject.data, download=subject.download)
     extractor.module.to(subject.device)
     return extractor
 
