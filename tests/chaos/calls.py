@@ -2,7 +2,7 @@
 
 :func:`install` replaces ``open`` and the functions of ``os`` in this process. It is meant for a
 process that was forked for it: nothing is put back. Files that native code writes by itself are not
-seen; a real full file system stands in for that, see :mod:`tests.chaos.full`.
+seen; real limits stand in for that, the faults "limit" and "full".
 """
 
 import builtins
