@@ -139,8 +139,6 @@ def evaluate(
         chosen = tuple(name for name in SECTIONS if name != "outliers" or against is not None)
 
     run.check_data(data)
-    if features == "auto":
-        features = "efficientnet-lite0" if data.kind == "image" else "columns"
     needs_features = any(SECTIONS[name].needs_features for name in chosen if name in SECTIONS)
     if needs_features:
         # Before the other sections are computed, which take minutes.
