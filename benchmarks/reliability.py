@@ -59,6 +59,15 @@ def fuzz():
     return table(["reader", "cases", "read", "refused", "faults"], rows)
 
 
+def tests():
+    """Faults that are tried by tests, each of which asserts that all are survived."""
+    rows = [
+        [row["fault"], f"{row['tried']:,}", f"{row['survived']:,}", f"`{row['command']}`"]
+        for row in read("tests")["rows"]
+    ]
+    return table(["fault", "tried", "survived", "command"], rows)
+
+
 def table(head, rows):
     """Lay rows out in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
@@ -66,4 +75,4 @@ def table(head, rows):
 
 
 if __name__ == "__main__":
-    print("\n\n".join(make() for make in (damage, chaos, fuzz)))
+    print("\n\n".join(make() for make in (damage, chaos, fuzz, tests)))

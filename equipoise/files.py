@@ -154,6 +154,8 @@ def own_outputs(folder: Path) -> None:
     """
     if owner_of(folder / "output") is None:
         own_folder(folder)
+    if folder.is_dir():
+        _remove_leftovers(folder.glob(".equipoise-*"))
 
 
 def adopt(folder: Path, names: Iterable[str]) -> None:
@@ -326,7 +328,7 @@ def discard_if_empty(folder: Path) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Tell whether a folder holds nothing but equipoise's own manifest and lock.
+    """Tell whether a folder holds nothing but equipoise's manifest, lock and temporary files.
 
     Args:
         folder: Path of the folder.
@@ -336,7 +338,7 @@ def is_empty(folder: Path) -> bool:
     """
     if not folder.is_dir():
         return not os.path.lexists(folder)
-    return {entry.name for entry in os.scandir(folder)} <= {MANIFEST, LOCK, HOLDER}
+    return all(name.startswith(".equipoise") for name in os.listdir(folder))
 
 
 @contextlib.contextmanager
@@ -366,14 +368,15 @@ def exclusive(folder: Path, job: str) -> Iterator[None]:
         ) from error
 
     try:
-        _remove_leftovers(folder)
+        _remove_leftovers(folder.rglob(".equipoise-*"))
         holder = {
             "job": job,
             "process": os.getpid(),
             "host": socket.gethostname(),
             "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        (folder / HOLDER).write_text(json.dumps(holder), encoding="utf-8")
+        with _named(folder / HOLDER):
+            (folder / HOLDER).write_text(json.dumps(holder), encoding="utf-8")
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -394,9 +397,9 @@ def _describe_holder(folder: Path) -> str:
         return "another process has just begun there"
 
 
-def _remove_leftovers(folder: Path) -> None:
+def _remove_leftovers(temporaries: Iterable[Path]) -> None:
     """Remove temporary files of processes that were killed while they wrote."""
-    for path in folder.rglob(".equipoise-*"):
+    for path in temporaries:
         match = re.match(r"\.equipoise-(\d+)-[0-9a-f]{8}(\.|$)", path.name)
         if match is not None and not _is_alive(int(match[1])):
             path.unlink(missing_ok=True)
@@ -443,7 +446,17 @@ def _append(folder: Path, entry: dict[str, Any]) -> None:
 
     It is flushed to the disk, so that after a loss of power no file is there without its claim.
     """
-    with (folder / MANIFEST).open("a", encoding="utf-8") as file:
+    manifest = folder / MANIFEST
+    with _named(manifest), manifest.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in the error of a write, which says nothing of it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, _describe_failure(path, error)) from error

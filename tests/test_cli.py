@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 
 from equipoise.aggregate import single_gaussian
 from equipoise.cli import main
+from equipoise.files import LOCK, MANIFEST
 from equipoise.run import Run
 from equipoise.store import load_mixture
 
@@ -83,7 +84,8 @@ def test_the_main_job_tells_what_it_does_and_where_to_look(trained):
     for name in ("training.png", "mixture.png", "reconstructions.png"):
         with Image.open(folder.figures / name) as image:
             assert np.asarray(image.convert("L")).std() > 10
-    assert not list(folder.folder.rglob(".*"))  # no temporary left
+    hidden = {path.name for path in folder.folder.rglob(".*")}
+    assert hidden == {MANIFEST, LOCK}, "no temporary file is left"
 
 
 def test_the_test_figures_are_in_the_evaluation(trained):

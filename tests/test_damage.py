@@ -100,14 +100,15 @@ def comparable(content):
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_every_bit_of_a_header_matters_or_is_refused(tmp_path, kind):
+def test_bits_of_a_header_matter_or_are_refused(tmp_path, kind):
     """A flip is refused by a StoreError, or it changed nothing that is read, such as a blank."""
     write, read = READERS[kind]
     path = tmp_path / "file.safetensors"
     write(path)
     content, before = path.read_bytes(), comparable(read(path))
     survived = 0
-    for position in range(8 * header_size(content)):
+    stride = max(1, 8 * header_size(content) // 4000)
+    for position in range(0, 8 * header_size(content), stride):
         damaged = bytearray(content)
         damaged[position // 8] ^= 1 << position % 8
         path.write_bytes(damaged)

@@ -15,6 +15,7 @@ from equipoise.data import Subset
 from equipoise.evaluation import SECTIONS, Examples, evaluate
 from equipoise.evaluation.samples import ROWS
 from equipoise.evaluation.subject import BATCH
+from equipoise.files import write_json
 from equipoise.glossary import leaves, warnings_of
 from equipoise.model import encode_all
 from equipoise.store import save_mixture
@@ -144,14 +145,14 @@ def test_figures_of_another_model_or_mixture_are_not_kept_nor_those_of_a_torn_fi
             before.replace(found["about"]["model"], "0" * 64),
             before.replace(found["about"]["mixture"], "0" * 64),
         ):
-            run.evaluation_file.write_text(other)
+            write_json(run.evaluation_file, json.loads(other))
             assert set(evaluate(run, digits, sections=["noise"])) == {"about", "noise"}
         for damaged in (before[:1000], "[]"):
             run.evaluation_file.write_text(damaged)
-            with pytest.warns(UserWarning, match=r"damaged.* kept as"):
+            with pytest.warns(UserWarning, match=r"altered.* kept as"):
                 assert set(evaluate(run, digits, sections=["noise"])) == {"about", "noise"}
     finally:
-        run.evaluation_file.write_text(before)
+        write_json(run.evaluation_file, json.loads(before))
 
 
 def test_other_examples_are_judged_beside_the_runs_own(run, digits, found):

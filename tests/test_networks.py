@@ -159,5 +159,5 @@ def test_wrong_shapes_say_what_to_do(arguments, message):
 
 def test_only_our_networks_are_started_at_the_data():
     linear = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="start_at_data knows"):
+    with pytest.raises(ValueError, match="need a layer 'standardise'"):
         start_at_data(linear, linear, torch.zeros(2), torch.ones(()))

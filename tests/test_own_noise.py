@@ -272,7 +272,7 @@ class PerColumnFloor(GlobalNoise):
 
 class DoublePrecision(GlobalNoise):
     def __init__(self, update="closed-form", memory=100):
-        super().__init__(update, memory)
+        super().__init__(update=update, memory=memory)
         self.extra = nn.Parameter(torch.zeros((), dtype=torch.float64))
 
 

@@ -247,3 +247,18 @@ def test_outputs_lie_within_a_run_as_its_own(run):
     main(["report", str(run.folder)])
     for path in (Path("samples/mixture.npy"), Path("report.html"), Path("figures/training.png")):
         assert is_ours(run.folder / path), path
+
+
+def test_a_training_that_was_killed_while_it_wrote_its_first_file_starts_again(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    (folder / f".equipoise-{dead}-0123abcd.json").write_text("{")
+    run = equipoise.train(equipoise.load_data(table()), CONFIG, folder)
+    assert run.mixture().n_components == 1
+    assert not list(folder.glob(".equipoise-*"))

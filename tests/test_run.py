@@ -105,7 +105,7 @@ def test_data_that_are_gone_are_named(tmp_path):
 
 def test_an_image_size_of_none_at_all_is_refused(tmp_path):
     np.save(tmp_path / "x.npy", levels(60, 8, 8))
-    with pytest.raises(ValueError, match="image_size must be at least 1 pixel, not 0"):
+    with pytest.raises(ValueError, match="image_size must be from 1 to 4096 pixels, not 0"):
         equipoise.load_data(tmp_path / "x.npy", image_size=0)
 
 

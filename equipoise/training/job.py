@@ -116,7 +116,11 @@ def train(
     with ExitStack() as stack:
 
         def begin() -> None:
-            stack.enter_context(run.exclusive("training"))
+            try:
+                stack.enter_context(run.exclusive("training"))
+            except OSError:
+                discard_if_empty(run.folder)
+                raise
             if resume:
                 return
 

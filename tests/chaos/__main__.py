@@ -423,7 +423,10 @@ def _print_table(outcomes, expected, options):
             {"job": job, "fault": fault, "tried": count, "survived": survived[job, fault]}
             for (job, fault), count in tried.items()
         ]
-        content = {**provenance(), "sample": options.sample, "rows": rows}
+        command = "python -m tests.chaos"
+        if options.sample:
+            command += f" --sample {options.sample} --offset {options.offset}"
+        content = {**provenance(), "command": command, "rows": rows}
         options.json.write_text(json.dumps(content, indent=2) + "\n")
 
     total = survived.total()

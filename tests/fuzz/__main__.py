@@ -88,7 +88,8 @@ def _print_table(names: list[str], outcomes: list[Outcome], options: argparse.Na
             | {column: counts[name, column] for column in columns}
             for name in names
         ]
-        content = {**provenance(), "first_seed": options.seed, "rows": rows}
+        command = f"python -m tests.fuzz --cases {options.cases} --seed {options.seed}"
+        content = {**provenance(), "command": command, "rows": rows}
         options.json.write_text(json.dumps(content, indent=2) + "\n")
     return totals[-1] > 0
 
