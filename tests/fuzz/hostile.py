@@ -333,7 +333,7 @@ def lie_in_npz(path: Path, rng: random.Random) -> None:
 
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for member, content in members.items():
-            archive.writestr(member, content)
+            archive.writestr(member or "x", content)
 
 
 def lie_in_idx(path: Path, rng: random.Random) -> None:
