@@ -62,6 +62,8 @@ class LoadArguments(TypedDict):
     validation_fraction: NotRequired[Fraction]
     strict: NotRequired[bool]
     download: NotRequired[bool]
+    max_pixels: NotRequired[Annotated[int, Meta(ge=1, le=2**53)]]
+    max_bytes: NotRequired[Annotated[int, Meta(ge=1, le=2**53)]]
 
 
 class StreamArguments(TypedDict):

@@ -136,3 +136,26 @@ def test_features_are_refused_before_anything_is_computed(tmp_path):
         with pytest.raises(ValueError, match=r"of images|unknown features|cannot be called"):
             equipoise.evaluate(run, features=features)
     assert not run.evaluation_file.exists()
+
+
+def test_limits_of_ones_own_come_back(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number, pixels in enumerate(levels(40, 9, 10, 3)):
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    options = {"cache_dir": tmp_path / "cache", "max_pixels": 90, "max_bytes": 1000}
+    data = equipoise.load_data(tmp_path / "photos", **options)
+    run = equipoise.train(data, CONFIG, tmp_path / "run")
+    assert_same_data(run.data(), data)
+
+
+def test_a_raised_limit_takes_in_what_was_skipped(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(30):
+        side = 20 if number < 3 else 10
+        pixels = levels(side, side, 3, seed=number)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    options = {"cache_dir": tmp_path / "cache", "image_size": 8}
+    few = equipoise.load_data(tmp_path / "photos", **options, max_pixels=100)
+    all_of_them = equipoise.load_data(tmp_path / "photos", **options, max_pixels=400)
+    counts = [len(d.train) + len(d.validation) + len(d.test) for d in (few, all_of_them)]
+    assert counts == [27, 30]

@@ -219,6 +219,7 @@ class ImageReader:
                 or if the user has to choose a size.
         """
         options = f"{FORMAT} {self.image_size} {self.channels} {self.crop} {images.stamp}"
+        options += f" {self.limits.max_pixels}"
         key = hashlib.sha256(options.encode()).hexdigest()
 
         part = read_part(self.cache_dir, key)
