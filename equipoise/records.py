@@ -26,6 +26,7 @@ MAX_DEPTH = 200
 T = TypeVar("T")
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
+Limit = Annotated[int, Meta(ge=1, le=2**53)]
 Size = Annotated[int, Meta(ge=1, le=10_000_000)]
 """A number of dimensions, units or components."""
 Side = Annotated[int, Meta(ge=0, le=10_000_000)]
@@ -62,8 +63,8 @@ class LoadArguments(TypedDict):
     validation_fraction: NotRequired[Fraction]
     strict: NotRequired[bool]
     download: NotRequired[bool]
-    max_pixels: NotRequired[Annotated[int, Meta(ge=1, le=2**53)]]
-    max_bytes: NotRequired[Annotated[int, Meta(ge=1, le=2**53)]]
+    max_pixels: NotRequired[Limit]
+    max_bytes: NotRequired[Limit]
 
 
 class StreamArguments(TypedDict):
@@ -79,6 +80,7 @@ class StreamArguments(TypedDict):
     column: NotRequired[Name]
     image_size: NotRequired[Size]
     channels: NotRequired[Literal["grey", "rgb"]]
+    max_pixels: NotRequired[Limit]
 
 
 class DataRecord(TypedDict):

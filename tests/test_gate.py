@@ -1,6 +1,7 @@
 """Untrusted input: what claims too much, is no file, or starts other programs is refused."""
 
 import gzip
+import inspect
 import io
 import json
 import os
@@ -18,12 +19,13 @@ import pytest
 from PIL import Image
 
 import equipoise
-from equipoise.data import load
+from equipoise.data import load, load_stream
 from equipoise.data.cache import one_writer, read_part
 from equipoise.data.encoded import ImageReader, list_images
 from equipoise.data.gate import DECODING, ByteBudget, Limits, open_image
 from equipoise.data.idx import read_idx_images
-from equipoise.files import MANIFEST, own_folder, write_json
+from equipoise.files import MANIFEST, StoreError, own_folder, write_json
+from equipoise.records import LoadArguments, StreamArguments, check_record
 
 
 def pictures(folder, n=12, size=(10, 9)):
@@ -164,6 +166,90 @@ def test_a_limit_of_ones_own(tmp_path):
         load(folder, image_size=8, cache_dir=tmp_path / "cache", max_pixels=50)
     data = load(folder, image_size=8, cache_dir=tmp_path / "cache", max_pixels=90)
     assert data.loading["max_pixels"] == 90
+
+
+def test_a_limit_that_is_raised_lets_in_what_was_skipped(tmp_path):
+    """The cache knows with which limit its images were chosen."""
+    folder, cache = pictures(tmp_path / "photos"), tmp_path / "cache"
+    Image.new("RGB", (100, 100)).save(folder / "big.png")
+
+    def count(**limits):
+        data = load(folder, image_size=8, cache_dir=cache, **limits)
+        return len(data.train) + len(data.validation) + len(data.test)
+
+    assert [count(max_pixels=5000), count(), count(max_pixels=5000)] == [12, 13, 12]
+
+
+def test_a_run_finds_its_data_again_with_its_own_limits(tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "photos", n=30)
+    Image.new("RGB", (100, 100)).save(folder / "big.png")
+    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
+    call = [sys.executable, "-m", "equipoise", "train", folder, "--out", tmp_path / "run"]
+    call += ["--max-pixels", "5000", "--max-bytes", "1000000", "--set", "image_size=8", "width=1"]
+    call += ["latent_dim=2", "stage_1_epochs=1", "stage_2_epochs=0", "n_components=1"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    run = equipoise.Run(tmp_path / "run")
+    data = run.data()
+    assert data.fingerprint == run.settings()["data"]["fingerprint"]
+    assert data.loading["max_pixels"] == 5000
+    assert data.loading["max_bytes"] == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("function", "record", "own"),
+    [(load, LoadArguments, {"source"}), (load_stream, StreamArguments, {"source", "stream"})],
+)
+def test_whatever_is_recorded_of_a_loading_can_be_read_back(function, record, own):
+    """A new argument that its record lacks would make runs that no command can read."""
+    of_the_moment = {"cache_dir", "progress"}
+    arguments = set(inspect.signature(function).parameters) - of_the_moment
+    assert arguments | own == set(record.__annotations__)
+
+
+def test_a_recorded_limit_that_was_altered_is_refused(tmp_path):
+    for value in (0, -1, "many", 2.5, True, 10**30):
+        with pytest.raises(StoreError, match="max_pixels"):
+            check_record({"source": "digits", "max_pixels": value}, LoadArguments, "config.json")
+
+
+def test_a_stream_of_batches_has_no_limit_on_pixels():
+    with pytest.raises(ValueError, match="max_pixels are for Hugging Face data"):
+        load_stream(lambda: iter([np.zeros((20, 3))]), max_pixels=10)
+
+
+def test_a_limit_that_a_stream_does_not_have_is_refused():
+    call = [sys.executable, "-m", "equipoise", "train", "hf:x", "--stream", "--max-bytes", "5"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--max-bytes is for .npz and .gz files" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("content", ["large", "broken", "none"])
+def test_an_image_that_a_stream_cannot_read_is_named(tmp_path, content):
+    datasets = pytest.importorskip("datasets", reason="the extra 'hub' is not installed")
+    cells = []
+    for side in (10,) * 30:
+        file = io.BytesIO()
+        Image.new("L", (side, side)).save(file, "png")
+        cells.append({"bytes": file.getvalue(), "path": None})
+    cells[7] = {
+        "large": {"bytes": png_that_claims(9000, 9000), "path": None},
+        "broken": {"bytes": b"\x89PNG\r\n\x1a\n" + b"x" * 50, "path": None},
+        "none": None,
+    }[content]
+
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    table = datasets.Dataset.from_dict({"image": cells}, features=features)
+    table = table.cast_column("image", datasets.Image())
+    with pytest.raises(ValueError, match="the image in row 7 cannot be read"):
+        load_stream(table, image_size=8)
+    if content == "large":
+        with pytest.raises(ValueError, match="the image in row 0 cannot be read: it has 10 x 10"):
+            load_stream(table, image_size=8, max_pixels=50)
 
 
 @pytest.mark.parametrize("name", ["eps", "PostScript in a .png"])

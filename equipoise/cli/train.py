@@ -227,7 +227,16 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
     from equipoise.data import load, load_stream
 
     if options.stream:
-        return load_stream(source, image_size=config.image_size, channels=config.channels)
+        if options.max_bytes is not None:
+            raise ConfigError(
+                ["--max-bytes is for .npz and .gz files, which --stream does not read; leave it out"]
+            )
+        return load_stream(
+            source,
+            image_size=config.image_size,
+            channels=config.channels,
+            max_pixels=options.max_pixels,
+        )
 
     return load(
         source,

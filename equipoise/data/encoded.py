@@ -218,8 +218,11 @@ class ImageReader:
             ValueError: If no image is readable, if an image is unreadable and ``strict`` is True,
                 or if the user has to choose a size.
         """
-        options = f"{FORMAT} {self.image_size} {self.channels} {self.crop} {images.stamp}"
-        options += f" {self.limits.max_pixels}"
+        # The limit is part of the key, because it decides which images are skipped.
+        options = (
+            f"{FORMAT} {self.image_size} {self.channels} {self.crop} "
+            f"{self.limits.max_pixels} {images.stamp}"
+        )
         key = hashlib.sha256(options.encode()).hexdigest()
 
         part = read_part(self.cache_dir, key)

@@ -14,7 +14,8 @@ import numpy as np
 from equipoise.data.arrays import Found, Part
 from equipoise.data.dataset import Array, Channels
 from equipoise.data.encoded import Encoded, ImageReader
-from equipoise.data.images import Plan, decode, make_plan, plan_notes, read_header
+from equipoise.data.gate import DEFAULT_LIMITS, Limits
+from equipoise.data.images import Header, Plan, decode, make_plan, plan_notes, read_header
 
 MIRRORS = {"mnist": "ylecun/mnist", "fashion-mnist": "zalando-datasets/fashion_mnist"}
 """Addresses of named sets that are not on this machine and that the user allows to download."""
@@ -123,6 +124,7 @@ def hub_passes(
     column: str | None = None,
     image_size: int | None = None,
     channels: Channels | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> HubPasses:
     """Stream a data set from the hub, from local files, or from an object of the library.
 
@@ -132,13 +134,15 @@ def hub_passes(
         image_size: Side in pixels of the square that each image becomes. None keeps the common
             size of the images.
         channels: "grey" or "rgb". None means grey if the first images are grey, otherwise RGB.
+        limits: The most that an image may claim.
 
     Returns:
         The passes.
 
     Raises:
         ImportError: If ``datasets`` is not installed.
-        ValueError: If the data set cannot be loaded, or the column to use is not clear.
+        ValueError: If the data set cannot be loaded, if the column to use is not clear, or if one
+            of the first images cannot be read.
     """
     datasets = _library(str(source))
     splits: dict[str, Any] = {}
@@ -183,7 +187,7 @@ def hub_passes(
     plan: Plan | None = None
     if is_image:
         first = list(islice(chain.from_iterable(rows(train)), PLANNED_FROM))
-        headers = Counter(read_header(_content(cell)) for cell in first)
+        headers = Counter(_headers(first, label, limits))
 
         plan = make_plan(headers, image_size, channels, None, label)
         effects = plan_notes(headers, plan)
@@ -196,7 +200,7 @@ def hub_passes(
     def read(table: Any) -> Iterator[Array]:  # noqa: ANN401
         if plan is None:
             return map(np.asarray, rows(table))
-        return _decoded(rows(table), plan, label)
+        return _decoded(rows(table), plan, label, limits)
 
     validation = _validation_of(splits)
     test = splits.get("test")
@@ -211,10 +215,24 @@ def hub_passes(
     )
 
 
-def _decoded(batches: Iterable[list[Any]], plan: Plan, label: str) -> Iterator[Array]:
+def _headers(cells: Iterable[Any], label: str, limits: Limits) -> Iterator[Header]:
+    """Read the headers of images at the beginning of a stream."""
+    for row, cell in enumerate(cells):
+        try:
+            yield read_header(_content(cell), limits)
+        except Exception as error:  # a broken file may cause any exception in Pillow
+            raise ValueError(
+                f"{label}: the image in row {row} cannot be read: {error}. Streams leave nothing "
+                "out: filter it out beforehand, or load the set without streaming"
+            ) from error
+
+
+def _decoded(
+    batches: Iterable[list[Any]], plan: Plan, label: str, limits: Limits
+) -> Iterator[Array]:
     """Decode batches of images in threads."""
     before = 0
-    to_pixels = partial(decode, plan=plan)
+    to_pixels = partial(decode, plan=plan, limits=limits)
 
     with ThreadPoolExecutor() as pool:
         for cells in batches:
@@ -231,6 +249,8 @@ def _decoded(batches: Iterable[list[Any]], plan: Plan, label: str) -> Iterator[A
 
 def _content(cell: dict[str, Any]) -> Path | BytesIO:
     """Content or path of an encoded image."""
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        raise ValueError("there is no image")
     if cell["bytes"] is not None:
         return BytesIO(cell["bytes"])
     return Path(cell["path"])

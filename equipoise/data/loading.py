@@ -143,6 +143,7 @@ def load_stream(
     column: str | None = None,
     image_size: int | None = None,
     channels: Channels | None = None,
+    max_pixels: int | None = None,
 ) -> Data:
     r"""Load examples that do not fit into memory: they are read in batches, again in each epoch.
 
@@ -179,6 +180,8 @@ def load_stream(
         image_size: Side in pixels of the square that each image of a Hugging Face data set
             becomes, as in :func:`load`.
         channels: Channels of the images of a Hugging Face data set, as in :func:`load`.
+        max_pixels: Most pixels of an image of a Hugging Face data set; 50 million if None. A larger
+            one is refused, because a stream leaves nothing out.
 
     Returns:
         The data, in which ``train`` is a :class:`Stream`. Its ``fingerprint`` covers the examples
@@ -201,6 +204,7 @@ def load_stream(
     if buffer_size < 1:
         raise ValueError(f"buffer_size must be at least 1, not {buffer_size}")
 
+    limits = _limits(max_pixels, None)
     loading: dict[str, Any] = {}
     if isinstance(validation, int | None) and isinstance(test, int | None):
         loading = _record(
@@ -214,12 +218,13 @@ def load_stream(
             column=column,
             image_size=image_size,
             channels=channels,
+            max_pixels=max_pixels,
         )
 
     label = f"a stream of type {type(source).__name__}"
     notes: list[str] = []
     if is_hub_table(source) or (isinstance(source, str) and source.startswith("hf:")):
-        passes = hub_passes(source, column, image_size, channels)
+        passes = hub_passes(source, column, image_size, channels, limits)
         source = passes.train
         label = passes.source
         notes.extend(passes.notes)
@@ -240,10 +245,10 @@ def load_stream(
             "in memory already. Expected an iterable of batches, a function that makes one, or "
             "hf:owner/name"
         )
-    elif column or image_size or channels:
+    elif column or image_size or channels or max_pixels:
         raise ValueError(
-            f"{label}: column, image_size and channels are for Hugging Face data; convert the "
-            "batches"
+            f"{label}: column, image_size, channels and max_pixels are for Hugging Face data; "
+            "convert the batches"
         )
 
     read = reader(source, label)
