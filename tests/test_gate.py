@@ -113,6 +113,46 @@ def test_archives_that_were_patched(tmp_path, options, message):
         load(zip_of(tmp_path / "x.npz", **options))
 
 
+def test_a_header_of_hundreds_of_megabytes_is_not_read(tmp_path):
+    """It deflates to less than a megabyte, and NumPy would read all of it before it refuses."""
+    n_bytes = 300_000_000
+    with (
+        zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("x.npy", "w", force_zip64=True) as file,
+    ):
+        file.write(b"\x93NUMPY\x02\x00" + struct.pack("<I", n_bytes))
+        for _ in range(30):
+            file.write(b" " * (n_bytes // 30))
+
+    with pytest.raises(ValueError, match="announces more than 10000 bytes of itself"):
+        load(tmp_path / "x.npz")
+
+
+def test_names_in_an_archive_do_not_fill_the_screen(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("a\n\x1b[31mb.npy", b"")
+        for number in range(3000):
+            archive.writestr(f"{'n' * 500}{number}.npy", b"")
+    with pytest.raises(ValueError, match=r"it holds a\\n\\x1b\[31mb, nnn") as caught:
+        load(tmp_path / "x.npz")
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("kind", ["pipe", "large", "no text"])
+def test_a_list_of_parts_that_cannot_be_read(tmp_path, kind):
+    folder = pictures(tmp_path / "celeba" / "img_align_celeba")
+    path = folder / "list_eval_partition.txt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(b"\xff\xfe")
+    if kind == "large":
+        os.truncate(path, 10_000_000_000)
+    message = {"pipe": "not a regular file", "large": "more than", "no text": "is no text"}[kind]
+    with pytest.raises(ValueError, match=message):
+        load("celeba", data_dir=tmp_path, cache_dir=tmp_path / "cache")
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_arrays_of_one_name(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
@@ -297,6 +337,68 @@ def test_deep_folders_and_circles_of_links(tmp_path):
     finally:
         # pytest would recurse.
         subprocess.run(["rm", "-rf", str(folder / "d")], check=True)
+
+
+def test_folders_deeper_than_a_path_can_say(tmp_path):
+    folder = pictures(tmp_path / "photos")
+    handle = os.open(folder, os.O_RDONLY)
+    for _ in range(30):
+        os.mkdir("d" * 200, dir_fd=handle)
+        inner = os.open("d" * 200, os.O_RDONLY, dir_fd=handle)
+        os.close(handle)
+        handle = inner
+    os.close(handle)
+
+    try:
+        data = load(folder, cache_dir=tmp_path / "cache")
+        (note,) = [note for note in data.notes if "cannot be read" in note]
+        assert note.startswith("files and folders that cannot be read ignored: 1 (ddd")
+        assert note.endswith("File name too long)")
+        assert len(note) < 500
+        with pytest.raises(ValueError, match="cannot read ddd"):
+            load(folder, cache_dir=tmp_path / "cache", strict=True)
+    finally:
+        subprocess.run(["rm", "-rf", str(folder / ("d" * 200))], check=True)
+
+
+@pytest.mark.parametrize("call", ["listdir", "lstat"])
+def test_what_cannot_be_entered_or_has_gone_is_named(tmp_path, monkeypatch, call):
+    folder = pictures(tmp_path / "photos")
+    pictures(folder / "locked", n=2)
+    original = getattr(os, call)
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, call, refuse)
+    listing = list_images(folder)
+    assert len(listing.names) == 12
+    assert listing.unreadable == ("locked: Permission denied",)
+    assert listing.notes == (
+        "files and folders that cannot be read ignored: 1 (locked: Permission denied)",
+    )
+
+
+def test_a_name_with_a_line_end_stays_on_its_line(tmp_path):
+    folder = pictures(tmp_path / "photos")
+    (folder / "a\nequipoise: all is well.png").write_bytes(b"x")
+    data = load(folder, cache_dir=tmp_path / "cache")
+    assert all("\n" not in note for note in data.notes)
+    assert any("a\\nequipoise: all is well.png: not an image" in note for note in data.notes)
+
+
+def test_a_manifest_that_is_a_pipe_or_no_manifest(tmp_path):
+    os.mkfifo(pictures(tmp_path / "pipe") / MANIFEST)
+    (pictures(tmp_path / "link") / MANIFEST).symlink_to("/dev/zero")
+    deep = b'{"wrote":' + b"[" * 100_000
+    for number, content in enumerate(
+        (b"\xff\xfe", b"[1]", b'{"wrote": 3}', deep, b'{"wrote": "../x"}')
+    ):
+        (pictures(tmp_path / str(number)) / MANIFEST).write_bytes(content)
+    for folder in tmp_path.iterdir():
+        assert len(list_images(folder).names) == 12
 
 
 def test_the_order_of_a_listing(tmp_path):

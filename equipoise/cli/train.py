@@ -229,7 +229,7 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
     if options.stream:
         if options.max_bytes is not None:
             raise ConfigError(
-                ["--max-bytes is for .npz and .gz files, which --stream does not read; leave it out"]
+                ["--max-bytes is for .npz and .gz files; leave it out, because --stream reads none"]
             )
         return load_stream(
             source,

@@ -28,6 +28,12 @@ EXTENSIONS = frozenset(
 FORMAT = "2"
 """Part of every cache key. It has to change whenever the decoded pixels change."""
 
+UNREADABLE = "files and folders that cannot be read ignored"
+"""What the note on them says."""
+
+LONGEST_ENTRY = 300
+"""Longest entry of a note, in characters."""
+
 IN_FLIGHT = 1024
 """Number of images that are submitted to the threads at a time."""
 
@@ -46,6 +52,7 @@ class Encoded:
         stamp: A string that changes whenever the images change.
         source: Name of the images as a whole in messages.
         notes: Sentences that a user should read.
+        unreadable: Files and folders in which there may be more images.
     """
 
     count: int
@@ -54,6 +61,7 @@ class Encoded:
     stamp: str
     source: str
     notes: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 class Listing(NamedTuple):
@@ -66,12 +74,14 @@ class Listing(NamedTuple):
             because reading all files would take nearly as long as the decoding that the cache
             saves.
         notes: Sentences that a user should read.
+        unreadable: Files and folders that cannot be read, with the reason.
     """
 
     folder: Path
     names: list[str]
     stamp: str
     notes: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     def encoded(self, names: list[str] | None = None) -> Encoded:
         """Make encoded images of some of these files.
@@ -94,6 +104,7 @@ class Listing(NamedTuple):
             stamp.hexdigest(),
             str(self.folder),
             self.notes,
+            self.unreadable,
         )
 
 
@@ -116,9 +127,10 @@ def list_images(folder: Path) -> Listing:
     others: list[str] = []
     special: list[str] = []
     outputs: list[str] = []
+    unreadable: list[str] = []
     stamp = hashlib.sha256()
 
-    for path, status, is_output in _walk(folder):
+    for path, status, is_output in _walk(folder, unreadable):
         if is_output:
             outputs.append(path)
         elif os.path.splitext(path)[1].lower() not in EXTENSIONS:
@@ -131,6 +143,8 @@ def list_images(folder: Path) -> Listing:
 
     if not names:
         content = f"it holds {_first(others)}" if others else "it is empty"
+        if unreadable:
+            content += f"; not readable: {_first(unreadable)}"
         raise ValueError(
             f"{folder}: no image files ({' '.join(sorted(EXTENSIONS))}) in this folder; {content}"
         )
@@ -139,33 +153,43 @@ def list_images(folder: Path) -> Listing:
         "other files ignored": others,
         "pipes, devices and sockets ignored": special,
         "files that equipoise has written ignored": outputs,
+        UNREADABLE: unreadable,
     }
     notes = tuple(
         f"{what}: {len(files)} ({_first(files)})" for what, files in ignored.items() if files
     )
-    return Listing(folder, names, stamp.hexdigest(), notes)
+    return Listing(folder, names, stamp.hexdigest(), notes, tuple(unreadable))
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result, bool]]:
+def _walk(folder: Path, unreadable: list[str]) -> Iterator[tuple[str, os.stat_result, bool]]:
     """Go through a folder and its subfolders, in sorted order, without hidden files.
 
-    Yields the path of each file, its status, and whether equipoise has written it.
+    Yields the path of each file, its status, and whether equipoise has written it. What cannot be
+    entered, or has gone in the meantime, is appended to ``unreadable`` with the reason.
     """
     ours: set[str] = set()
     waiting = [""]
     while waiting:
         path = waiting.pop()
-        if path and not path.endswith("/"):
-            yield path, os.lstat(folder / path), path in ours
+        inside = f"{path}/" if path else ""
+        try:
+            status = os.lstat(folder / path) if path else os.stat(folder)
+            is_folder = stat.S_ISDIR(status.st_mode)
+            if is_folder:
+                ours.update(inside + name for name in written_names(folder / path))
+                # os.listdir, because a million entries of os.scandir take a gigabyte of memory.
+                names = os.listdir(folder / path)
+        except OSError as error:
+            if not path:
+                raise
+            unreadable.append(f"{path}: {error.strerror or error}")
             continue
 
-        ours.update(path + name for name in written_names(folder / path))
-        # os.listdir, because a million entries of os.scandir take a gigabyte of memory.
-        for name in sorted(os.listdir(folder / path), reverse=True):
-            if name.startswith("."):
-                continue
-            is_folder = stat.S_ISDIR(os.lstat(folder / path / name).st_mode)
-            waiting.append(path + name + ("/" if is_folder else ""))
+        if is_folder:
+            visible_names = (name for name in names if not name.startswith("."))
+            waiting.extend(inside + name for name in sorted(visible_names, reverse=True))
+        else:
+            yield path, status, path in ours
 
 
 def _version(path: Path, status: os.stat_result) -> str:
@@ -225,6 +249,9 @@ class ImageReader:
         )
         key = hashlib.sha256(options.encode()).hexdigest()
 
+        if self.strict and images.unreadable:
+            raise ValueError(f"{images.source}: cannot read {_first(images.unreadable)}")
+
         part = read_part(self.cache_dir, key)
         damaged: tuple[str, ...] = ()
         if part is None:
@@ -233,7 +260,8 @@ class ImageReader:
             with one_writer(self.cache_dir, key):
                 # Another process may have written the part while this one waited.
                 part = read_part(self.cache_dir, key) or self._decode(images, key)
-        elif self.strict and len(part.values) < images.count:
+
+        if self.strict and len(part.values) < images.count:
             raise ValueError(f"{images.source}: {part.notes[0]}")
 
         return part._replace(notes=(*damaged, *part.notes, *images.notes))
@@ -319,7 +347,16 @@ def _reason(error: Exception) -> str:
 
 def _first(names: Sequence[str]) -> str:
     """The first three names, and an ellipsis if there are more."""
-    listed = ", ".join(names[:3])
+    # A line end in a name would look like a line of its own.
+    listed = ", ".join(_cut(name).replace("\n", "\\n") for name in names[:3])
     if len(names) > 3:
         listed += ", ..."
     return listed
+
+
+def _cut(text: str) -> str:
+    """A text without its middle, if it is long: the name of a file, or what is wrong with it."""
+    if len(text) <= LONGEST_ENTRY:
+        return text
+    half = LONGEST_ENTRY // 2
+    return f"{text[:half]}…{text[-half:]}"

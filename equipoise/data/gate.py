@@ -34,6 +34,8 @@ RETURNED_BYTES = 50_000_000
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 MAX_HEADER_BYTES = 10_000
 """Longest header of an ``.npy`` file, as in NumPy."""
+N_START = 12
+"""Bytes of an ``.npy`` file up to the length of its header."""
 ENCRYPTED = 1
 """Bit of a zip member's flags."""
 
@@ -188,7 +190,8 @@ def read_npy(path: Path) -> Array:
         ValueError: If it is no such file, holds Python objects, or is shorter than it claims.
     """
     check_regular(path)
-    _check_header_length(path)
+    with path.open("rb") as file:
+        _check_header_length(file.read(N_START))
     try:
         # A pickle is never loaded, because it would run code from the file.
         content = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -201,11 +204,8 @@ def read_npy(path: Path) -> Array:
     return content
 
 
-def _check_header_length(path: Path) -> None:
-    """Refuse a header of gigabytes, all of which NumPy would read."""
-    with path.open("rb") as file:
-        start = file.read(12)
-
+def _check_header_length(start: bytes) -> None:
+    """Refuse a header of gigabytes, all of which NumPy would read, by the start of the file."""
     is_long_form = start[6:7] > b"\x01"
     if is_long_form and int.from_bytes(start[8:12], "little") > MAX_HEADER_BYTES:
         raise ValueError(f"its header announces more than {MAX_HEADER_BYTES} bytes of itself")
@@ -280,6 +280,8 @@ class Archive:
         self.limits.check_unpacked(self.path, self.unpacked)
 
         try:
+            with self.archive.open(info) as file:
+                _check_header_length(file.read(N_START))
             with self.archive.open(info) as file:
                 _check_claim(cast(zipfile.ZipExtFile, file), info.file_size)
             with self.archive.open(info) as file:

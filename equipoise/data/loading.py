@@ -16,6 +16,7 @@ from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
 from equipoise.data.named import NAMES, celeba, digits, idx_set
 from equipoise.data.stream import Stream, first_examples, reader
+from equipoise.text import visible
 
 NPZ_KEYS = (("train", "x_train"), ("validation", "x_validation", "x_val"), ("test", "x_test"))
 NPZ_SINGLE_KEYS = ("x", "data", "images")
@@ -28,6 +29,9 @@ MAX_TEST = 10_000
 
 This is enough for the distances between sets of images.
 """
+
+LISTED_ARRAYS, LONGEST_ARRAY_NAME = 20, 50
+"""Number of arrays that an error lists, and the longest of their names in characters."""
 
 MAX_IMAGE_SIZE = 4096
 """Longest side, in pixels, to which images are resized."""
@@ -529,11 +533,19 @@ def _npz_keys(names: list[str]) -> list[str]:
     single = [key for key in NPZ_SINGLE_KEYS if key in names]
     if len(single) != 1:
         raise ValueError(
-            f"it holds {', '.join(names) or 'no arrays'}; expected a single array, one called "
+            f"it holds {_listed(names) or 'no arrays'}; expected a single array, one called "
             f"{', '.join(NPZ_SINGLE_KEYS)}, or train (and validation, test) or x_train (and "
             "x_val, x_test)"
         )
     return single
+
+
+def _listed(names: list[str]) -> str:
+    """The first names, each cut where it is long."""
+    shown = [visible(name, LONGEST_ARRAY_NAME) for name in names[:LISTED_ARRAYS]]
+    if len(names) > LISTED_ARRAYS:
+        shown.append("...")
+    return ", ".join(shown).replace("\n", "\\n")
 
 
 def _npz_part(arrays: dict[str, Array], keys: tuple[str, ...]) -> Part | None:

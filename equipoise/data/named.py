@@ -9,8 +9,9 @@ import numpy as np
 
 from equipoise.data.arrays import Found, Part
 from equipoise.data.encoded import ImageReader, Listing, list_images
-from equipoise.data.gate import DEFAULT_LIMITS, Limits, check_regular
+from equipoise.data.gate import DEFAULT_LIMITS, Limits
 from equipoise.data.idx import read_idx_images
+from equipoise.records import read_bytes
 
 NAMES = ("digits", "mnist", "fashion-mnist", "celeba")
 
@@ -21,6 +22,8 @@ TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 CELEBA_FOLDERS = ("", "img_align_celeba", "celeba/img_align_celeba")
 CELEBA_CROP = 140 / 178
 """Side of the usual centre crop as a share of the width: 140 of 178 pixels at full size."""
+MAX_PARTITION_BYTES = 100_000_000
+"""Longest list of CelebA's parts that is read. The usual one has 5 MB."""
 
 
 def digits() -> Found:
@@ -157,9 +160,9 @@ def _celeba_parts(listing: Listing) -> Sequence[list[str]]:
 
 def _read_partition(path: Path) -> dict[str, str]:
     """Number of the part to which each file of CelebA belongs."""
-    check_regular(path)
+    content = read_bytes(path, MAX_PARTITION_BYTES)
     try:
-        text = path.read_text()
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text ({error}); fetch it again") from error
 
