@@ -347,9 +347,10 @@ _AT_LEAST: dict[str, float] = {
 }
 LARGEST = 2**53
 """Largest whole number of an option, as in the JSON of a run."""
+# A covariance has latent_dim^2 values, the largest layer 128 width^2: both stay below 10^9.
 _AT_MOST: dict[str, int] = {
-    "latent_dim": 100_000,
-    "width": 100_000,
+    "latent_dim": 10_000,
+    "width": 2048,
     "stage_1_epochs": 1_000_000,
     "stage_2_epochs": 1_000_000,
     "patience": 1_000_000,
@@ -560,13 +561,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
                 f"those that come with equipoise are {', '.join(shipped_recipes())}"
             ]
         )
-    if path.stat().st_size > MAX_RECIPE_BYTES:
+    # Not by the size that the system tells, which is 0 for some files that never end.
+    with path.open("rb") as file:
+        content = file.read(MAX_RECIPE_BYTES + 1)
+    if len(content) > MAX_RECIPE_BYTES:
         raise ConfigError(
             [f"recipe {path} is longer than the {MAX_RECIPE_BYTES:,} bytes that are read"]
         )
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
         values = yaml.load(text, _RecipeLoader)  # noqa: S506 (a SafeLoader)
     except UnicodeDecodeError as error:
         raise ConfigError([f"recipe {path} is not UTF-8 text: {error}"]) from error
@@ -577,14 +581,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError([f"recipe {path} must be a mapping of options, such as 'latent_dim: 16'"])
 
-    problems = [
-        f"recipe {path}: {name!r} must be {'a name' if name == 'data' else 'a number, a word'} "
-        f"{'or a path' if name == 'data' else 'or null'}, got {str(value)[:100]!r}"
-        for name, value in values.items()
-        if not isinstance(value, str if name == "data" else bool | int | float | str | None)
-    ]
+    problems = []
+    for name, value in values.items():
+        if name == "data" and not isinstance(value, str):
+            expected = "a name or a path"
+        elif name != "data" and not isinstance(value, bool | int | float | str | None):
+            expected = "a number, a word or null"
+        else:
+            continue
+        problems.append(f"recipe {path}: {_shown(name)} must be {expected}, got {_shown(value)}")
     problems += [
-        f"recipe {path}: the names of options are words, got {name!r}"
+        f"recipe {path}: the names of options are words, got {_shown(name)}"
         for name in values
         if not isinstance(name, str)
     ]
@@ -594,12 +601,25 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML without aliases, by which a short text may stand for a very long one."""
+    """YAML in which each value stands where it is meant, and each key once.
+
+    By aliases, a short text may stand for a very long one. Of two values of one key, YAML would
+    take the last without a word.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 (as in its base)
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed")
+        if getattr(self.peek_event(), "anchor", None) is not None:
+            raise yaml.YAMLError("anchors (&name) and aliases (*name) are not allowed")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: ANN401
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise yaml.YAMLError(f"{_shown(repeated)} stands there more than once; keep one")
+
+        values: dict[Any, Any] = super().construct_mapping(node, deep)
+        return values
 
 
 def shipped_recipes() -> dict[str, Path]:

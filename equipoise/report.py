@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, tostring
 
-from PIL import Image
-
-from equipoise.files import whole_file
+from equipoise.data.gate import open_image
+from equipoise.files import StoreError, whole_file
 from equipoise.glossary import CURVES, Keys, format_figure, leaves, measure, term, warnings_of
 from equipoise.records import Settings
 from equipoise.run import Run
@@ -276,13 +275,18 @@ def _picture(path: Path, alt: str) -> Element:
     """
     data = path.read_bytes()
     kind = "png"
-    with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        if len(data) > LARGEST_PNG:
-            kind = "jpeg"
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, kind, quality=85)
-            data = buffer.getvalue()
+    try:
+        with open_image(io.BytesIO(data)) as image:
+            width, height = image.size
+            if len(data) > LARGEST_PNG:
+                kind = "jpeg"
+                buffer = io.BytesIO()
+                image.convert("RGB").save(buffer, kind, quality=85)
+                data = buffer.getvalue()
+    except Exception as error:  # Pillow's readers raise nearly anything on a broken file
+        raise StoreError(
+            f"{path} cannot be shown ({error}); delete it, or have it drawn again"
+        ) from error
 
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     style = f"min-width: min(40rem, {0.6 * width:.0f}px)"

@@ -1,5 +1,6 @@
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,6 +168,17 @@ HOSTILE_RECIPES = [
     (b"? [a]\n: 1", "not valid YAML"),
     (b"2020-99-99: 1", "not valid YAML"),
     (b"x" * 200_000, "longer than the 100,000 bytes"),
+    (b"seed: 1\nwidth: 2\nseed: 2", "'seed' stands there more than once"),
+    (b'seed: 1\n"seed": 2', "'seed' stands there more than once"),
+    (b"? 0x" + b"f" * 5000 + b"\n: 1", "names of options are words, got a int"),
+    (b"seed: [0x" + b"f" * 5000 + b"]", "must be a number, a word or null, got a list"),
+    (b"seed: &a 8", "anchors"),
+    (b"seed: !!set {a}", "must be a number, a word or null"),
+    (b"seed: !!binary aGk=", "must be a number, a word or null"),
+    (b"a: " + b"[" * 90_000, "not valid YAML"),
+    (b"{a: " * 20_000, "not valid YAML"),
+    (b"a\x1bb: 1", "not valid YAML"),
+    (b"--- 1\n--- 2", "not valid YAML"),
     (b"- 1", "must be a mapping"),
     (b"", "must be a mapping"),
 ]
@@ -179,11 +191,25 @@ def test_a_hostile_recipe_is_refused(tmp_path, content, message):
         read_recipe(tmp_path / "recipe.yaml")
 
 
+def test_a_file_that_hides_its_size_is_not_read_to_its_end():
+    """The system says that this one has 0 bytes; it has gigabytes."""
+    endless = Path("/proc/self/pagemap")
+    if not endless.exists():
+        pytest.skip("only where there is /proc")
+    with pytest.raises(ConfigError, match="longer than the 100,000 bytes"):
+        read_recipe(endless)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"seed": 2**32}, "seed must be at most 4294967295"),
-        ({"width": 10**9}, "width must be at most"),
+        ({"width": 10**9}, "width must be at most 2048"),
+        ({"latent_dim": 10_001}, "latent_dim must be at most 10000"),
+        ({"batch_size": 10**9}, "batch_size must be at most"),
+        ({"n_components": 10**9}, "n_components must be at most"),
+        ({"devices": 10**9}, "devices must be at most"),
+        ({"seed": "0x" + "f" * 70}, "seed must be at most 4294967295"),
         ({"image_size": "100000"}, "image_size must be at most 4096"),
         ({"num_nodes": 10**9}, "num_nodes must be at most"),
         ({"stage_1_epochs": 10**12}, "stage_1_epochs must be at most"),

@@ -3,6 +3,7 @@ import html
 import json
 import os
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.data.gate import Limits, open_image
 from equipoise.files import StoreError, write_json
 from equipoise.glossary import TERMS, format_figure, leaves, measure, term
 from equipoise.model import VAE
@@ -319,6 +321,21 @@ def test_large_figures_stay_below_5_mb(folder):
     page = page_of(folder)
     assert (folder / "report.html").stat().st_size < 5e6
     assert all(image["src"].startswith("data:image/jpeg") for image in page.all("img"))
+
+
+@pytest.mark.parametrize("kind", ["eps", "cut", "large"])
+def test_a_figure_that_is_no_picture_is_named(folder, monkeypatch, kind):
+    path = folder / "figures" / "training.png"
+    if kind == "cut":
+        noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+        path.write_bytes(path.read_bytes()[:400_000])
+    elif kind == "eps":
+        Image.new("RGB", (10, 9)).save(path, "eps")
+    else:
+        monkeypatch.setattr("equipoise.report.open_image", partial(open_image, limits=Limits(50)))
+    with pytest.raises(StoreError, match=r"training\.png cannot be shown"):
+        page_of(folder)
 
 
 @pytest.mark.parametrize(
