@@ -608,15 +608,18 @@ class _RecipeLoader(yaml.SafeLoader):
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 (as in its base)
-        if getattr(self.peek_event(), "anchor", None) is not None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "anchor", None) is not None:
             raise yaml.YAMLError("anchors (&name) and aliases (*name) are not allowed")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: ANN401
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        repeated = next((name for name in names if names.count(name) > 1), None)
-        if repeated is not None:
-            raise yaml.YAMLError(f"{_shown(repeated)} stands there more than once; keep one")
+        names = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in names:
+                    raise yaml.YAMLError(f"{_shown(key.value)} stands there more than once")
+                names.add(key.value)
 
         values: dict[Any, Any] = super().construct_mapping(node, deep)
         return values

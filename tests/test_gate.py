@@ -13,6 +13,7 @@ import sys
 import threading
 import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -43,8 +44,6 @@ def png_that_claims(width, height):
     Image.new("L", (8, 8)).save(content, "png")
     whole = bytearray(content.getvalue())
     whole[16:24] = struct.pack(">II", width, height)
-    import zlib
-
     whole[29:33] = struct.pack(">I", zlib.crc32(bytes(whole[12:29])))
     return bytes(whole)
 
@@ -320,6 +319,80 @@ def test_a_pipe_in_place_of_a_file_is_refused(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(ValueError, match="is not a regular file"):
         load(tmp_path / name)
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path):
+    folder = pictures(tmp_path / "photos")
+    (folder / "broken.png").symlink_to(folder / "none")
+    (folder / "self.png").symlink_to(folder / "self.png")
+    (folder / "folder.png").symlink_to(folder)
+    data = load(folder, cache_dir=tmp_path / "cache")
+    (note,) = [note for note in data.notes if "unreadable" in note]
+    assert note.startswith("unreadable files skipped: 3 (broken.png: ")
+    assert "folder.png: " in note
+    assert "self.png: " in note
+    assert len(data.train) + len(data.validation) + len(data.test) == 12
+
+
+def test_a_photo_of_several_pictures_is_read(tmp_path):
+    """Cameras write such files (MPO) with the ending of JPEG."""
+    folder = pictures(tmp_path / "photos")
+    picture = Image.new("RGB", (10, 9), "red")
+    picture.save(folder / "99.jpg", "mpo", save_all=True, append_images=[picture])
+    assert load(folder, cache_dir=tmp_path / "cache").notes == ()
+
+
+def png_of(*chunks):
+    """A grey PNG of 10 x 9 pixels with further chunks before its pixels."""
+
+    def chunk(kind, content):
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    rows = b"".join(bytes(11) for _ in range(9))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 10, 9, 8, 0, 0, 0, 0))
+        + b"".join(chunk(kind, content) for kind, content in chunks)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def tiff_of(*entries):
+    """A TIFF of nothing but a directory."""
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + directory + bytes(404)
+
+
+BOMB = zlib.compress(bytes(20_000_000))
+LYING = {
+    "iccp.png": png_of((b"iCCP", b"x\0\0" + BOMB)),
+    "ztxt.png": png_of(*[(b"zTXt", b"x\0\0" + BOMB)] * 20),
+    "itxt.png": png_of(*[(b"iTXt", b"x\0\1\0\0\0" + BOMB)] * 20),
+    "frame.gif": b"GIF89a"
+    + struct.pack("<HH", 10, 9)
+    + b"\x80\0\0\0\0\0\xff\xff\xff,"
+    + struct.pack("<HHHH", 0, 0, 65535, 65535)
+    + b"\0\2\2\x44\1\0;",
+    "short.ppm": b"P5 7000 7000 255\n" + bytes(100),
+    "comment.ppm": b"P1 7000 7000\n# " + b"x" * 5_000_000,
+    "digits.ppm": b"P2 10 9 255\n" + b"9" * 3_000_000,
+    "short.bmp": b"BM"
+    + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 7000, -7000, 1, 8, 1, 0, 0, 0, 0, 0),
+    "circle.tif": b"II*\0\x08\0\0\0" + struct.pack("<HHHIII", 1, 256, 4, 1, 10, 8),
+    "tags.tif": tiff_of((256, 4, 1, 10), (257, 4, 1, 9), (258, 3, 0xFFFFFF, 8), (277, 3, 1, 65535)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", LYING)
+def test_a_picture_that_unpacks_to_more_than_it_shows_is_skipped(tmp_path, name):
+    folder = pictures(tmp_path / "photos")
+    (folder / name).write_bytes(LYING[name])
+    data = load(folder, image_size=8, cache_dir=tmp_path / "cache")
+    assert any(f"unreadable files skipped: 1 ({name}: " in note for note in data.notes)
+    assert DECODING.taken == 0
 
 
 def test_deep_folders_and_circles_of_links(tmp_path):

@@ -247,7 +247,7 @@ def _decoded(
             before += len(cells)
 
 
-def _content(cell: dict[str, Any]) -> Path | BytesIO:
+def _content(cell: dict[str, Any] | None) -> Path | BytesIO:
     """Content or path of an encoded image."""
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise ValueError("there is no image")
