@@ -13,14 +13,12 @@ import json
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import equipoise
 from equipoise.files import StoreError
 from equipoise.provenance import provenance
 from equipoise.training.checkpoint import load_checkpoint, save_checkpoint
-from tests.test_damage import JSON_FILES, READERS, header_size
+from tests.test_damage import JSON_FILES, READERS, evaluated_run, header_size
 
 
 def count(path, content, read, every, n_header):
@@ -68,13 +66,7 @@ def tensor_files(folder, every):
 
 def json_files(folder, every):
     """Damage each JSON file of a run."""
-    table = np.random.default_rng(0).normal(size=(40, 3))
-    config = equipoise.TrainConfig(
-        latent_dim=1, width=1, stage_1_epochs=2, stage_2_epochs=0, n_components=1
-    )
-    data = equipoise.load_data(table)
-    run = equipoise.train(data, config, folder / "run")
-    equipoise.evaluate(run, data, sections=["likelihood"])
+    run = evaluated_run(folder)
 
     rows = {}
     for name, read in JSON_FILES.items():

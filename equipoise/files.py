@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,24 +63,31 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".equipoise-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _claim(path)
-        yield temporary
+        with _named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _claim(path)
+            yield temporary
 
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        if path.suffix in CHECKED:
-            # Before the file appears: whichever of old and new a kill leaves, its digest is known.
-            record_digest(path, temporary.read_bytes())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-
-    except OSError as error:
-        raise OSError(error.errno or errno.EIO, _describe_failure(path, error)) from error
-
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            if path.suffix in CHECKED:
+                # Before the file appears: whichever of old and new a kill leaves, its digest is
+                # known.
+                record_digest(path, temporary.read_bytes())
+            temporary.replace(path)
+            _sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in the error of a write, which says nothing of it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, _describe_failure(path, error)) from error
 
 
 def _describe_failure(path: Path, error: OSError) -> str:
@@ -132,6 +140,23 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         file.write(values.data)
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is not a regular file, such as a pipe, on which reading would wait for ever.
+
+    Args:
+        path: Path of the file. A link is followed.
+
+    Raises:
+        StoreError: If it is something else, or does not exist.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise StoreError(f"There is no {path}.") from error
+    if not stat.S_ISREG(mode):
+        raise StoreError(f"{path} is not a regular file")
 
 
 def own_folder(folder: Path) -> None:
@@ -198,28 +223,83 @@ def written_names(folder: Path) -> set[str]:
         Paths of the files that equipoise has written there, relative to the folder, with "/".
         Empty if there is no manifest.
     """
-    names = set()
-    for entry in _entries(folder):
-        if isinstance(entry.get("wrote"), str):
-            names.add(entry["wrote"])
-        if isinstance(entry.get("removed"), str):
-            names.discard(entry["removed"])
-    return names
+    return set(_manifest_of(folder).names)
 
 
-def _entries(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a manifest that can be read."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file() or manifest.stat().st_size > MAX_MANIFEST_BYTES:
-        return
+class _Manifest:
+    """What has been read of a manifest.
 
-    for line in manifest.read_text(encoding="utf-8", errors="replace").splitlines():
+    It is only ever appended to, so that the next reading begins where this one has ended. A run of
+    a thousand epochs has a manifest of thousands of lines, and looks into it at each of them.
+
+    Args:
+        path: Path of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names: set[str] = set()
+        self.digests: dict[str, list[dict[str, Any]]] = {}
+        """The last two digests of each file that has some."""
+        self.n_read = 0
+        self.last_line = b""
+
+    def continues(self) -> bool:
+        """Tell whether what was read is still how the file begins."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.n_read - len(self.last_line))
+                return file.read(len(self.last_line)) == self.last_line
+        except OSError:
+            return False
+
+    def read(self) -> None:
+        """Read the lines that were added. One that a kill has cut off is left out."""
+        if self.path.stat().st_size > MAX_MANIFEST_BYTES:
+            return
+
+        with self.path.open("rb") as file:
+            file.seek(self.n_read)
+            lines = file.read().splitlines(keepends=True)
+        for line in lines:
+            if line.endswith(b"\n"):
+                self._take(line)
+                self.n_read += len(line)
+                self.last_line = line
+
+    def _take(self, line: bytes) -> None:
+        """Take in a line, unless it cannot be read."""
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict):
-            yield entry
+            return
+        if not isinstance(entry, dict):
+            return
+
+        if isinstance(entry.get("wrote"), str):
+            self.names.add(entry["wrote"])
+        if isinstance(entry.get("removed"), str):
+            self.names.discard(entry["removed"])
+        if isinstance(entry.get("digest_of"), str):
+            before = self.digests.get(entry["digest_of"], [])
+            self.digests[entry["digest_of"]] = [*before[-1:], entry]
+
+
+_MANIFESTS: dict[Path, _Manifest] = {}
+
+
+def _manifest_of(folder: Path) -> _Manifest:
+    """Read the manifest of a folder, as far as it has not been read before."""
+    path = folder.absolute() / MANIFEST
+    if not path.is_file():
+        return _Manifest(path)
+
+    manifest = _MANIFESTS.get(path)
+    if manifest is None or not manifest.continues():
+        manifest = _MANIFESTS[path] = _Manifest(path)
+
+    manifest.read()
+    return manifest
 
 
 def record_digest(path: Path, content: bytes, *, grows: bool = False) -> None:
@@ -252,9 +332,9 @@ def check_digest(path: Path, content: bytes) -> None:
         return
 
     name = _name_in(owner, path)
-    recorded = [entry for entry in _entries(owner) if entry.get("digest_of") == name]
+    recorded = _manifest_of(owner).digests.get(name, [])
     # A digest is entered before the file is replaced: after a kill, the one before may hold.
-    for position, entry in enumerate(reversed(recorded[-2:])):
+    for position, entry in enumerate(reversed(recorded)):
         size, grows = entry.get("bytes"), entry.get("grows") is True
         is_possible = type(size) is int and (len(content) == size or (grows and position == 0))
         if is_possible and hashlib.sha256(content[:size]).hexdigest() == entry.get("sha256"):
@@ -447,16 +527,13 @@ def _append(folder: Path, entry: dict[str, Any]) -> None:
     It is flushed to the disk, so that after a loss of power no file is there without its claim.
     """
     manifest = folder / MANIFEST
-    with _named(manifest), manifest.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    with _named(manifest), manifest.open("ab+") as file:
+        # A line that a kill has cut off would spoil this one.
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+        is_line_whole = file.read(1) in (b"\n", b"")
+
+        line = json.dumps(entry).encode() + b"\n"
+        file.write(line if is_line_whole else b"\n" + line)
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Name the file in the error of a write, which says nothing of it."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno or errno.EIO, _describe_failure(path, error)) from error

@@ -5,14 +5,13 @@ ways in. A record says which keys there must be, of which type, and how large a 
 anything of that size is allocated. Keys that it does not name are kept as they are.
 """
 
-import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from equipoise.files import StoreError, check_digest
+from equipoise.files import StoreError, check_digest, check_regular
 
 FORMAT = "equipoise-1"
 """Format of all files, which is written into each of them."""
@@ -37,7 +36,7 @@ Digest = Annotated[str, Meta(max_length=128)]
 Scalar = int | float | str | None
 Whole = Annotated[int, Meta(ge=-(2**53), le=2**53)]
 Number = Whole | float
-Positive = Annotated[float, Meta(ge=0)] | Annotated[int, Meta(ge=0, le=2**53)]
+NonNegative = Annotated[float, Meta(ge=0)] | Annotated[int, Meta(ge=0, le=2**53)]
 Plain = Whole | float | str | bool | None
 
 
@@ -174,7 +173,7 @@ class Estimate(TypedDict):
     """A figure with a standard error."""
 
     value: Number
-    standard_error: NotRequired[Positive | None]
+    standard_error: NotRequired[NonNegative | None]
     n: NotRequired[Count | None]
 
 
@@ -411,17 +410,10 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
         StoreError: If there is no such file, if it is not a regular file, if it is too large, or if
             the manifest of its folder says that it was altered.
     """
-    try:
-        status = path.stat()
-    except FileNotFoundError as error:
-        raise StoreError(f"There is no {path}.") from error
-
-    if not stat.S_ISREG(status.st_mode):
-        raise StoreError(f"{path} is not a regular file.")
-    if status.st_size > limit:
-        raise StoreError(
-            f"{path} has {status.st_size:,} bytes, more than the {limit:,} that are read."
-        )
+    check_regular(path)
+    size = path.stat().st_size
+    if size > limit:
+        raise StoreError(f"{path} has {size:,} bytes, more than the {limit:,} that are read.")
 
     content = path.read_bytes()
     check_digest(path, content)

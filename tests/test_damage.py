@@ -137,8 +137,11 @@ def test_bits_of_tensors_and_truncations_are_refused(tmp_path, kind):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run whose JSON files are whole, and how each is read."""
-    folder = tmp_path_factory.mktemp("damage")
+    return evaluated_run(tmp_path_factory.mktemp("damage"))
+
+
+def evaluated_run(folder):
+    """A run whose JSON files are whole."""
     table = np.random.default_rng(0).normal(size=(40, 3))
     config = equipoise.TrainConfig(
         latent_dim=1, width=1, stage_1_epochs=2, stage_2_epochs=0, n_components=1

@@ -251,3 +251,31 @@ def test_a_write_that_fails_within_leaves_no_temporary_file(tmp_path):
 def test_a_name_that_is_no_text_can_be_written(tmp_path):
     write_json(tmp_path / "a.json", {"name": os.fsdecode(b"photo-\xff.png")})
     assert json.loads((tmp_path / "a.json").read_bytes()) == {"name": "photo-?.png"}
+
+
+def test_a_line_that_was_cut_off_does_not_spoil_the_next(tmp_path):
+    own_folder(tmp_path)
+    write_json(tmp_path / "a.json", 1)
+    manifest = tmp_path / MANIFEST
+    whole = manifest.read_bytes()
+    for length in range(len(whole)):
+        manifest.write_bytes(whole[:length])
+        path = tmp_path / f"{length}.txt"
+        with whole_file(path) as temporary:
+            temporary.write_text("")
+        assert is_ours(path)
+
+
+def test_what_another_process_adds_or_rewrites_is_seen(tmp_path):
+    own_folder(tmp_path)
+    for number in range(50):
+        write_json(tmp_path / f"{number}.json", number)
+    assert len(written_names(tmp_path)) == 50
+    manifest = tmp_path / MANIFEST
+    with manifest.open("a") as file:
+        file.write('{"wrote": "other.json"}\n{"removed": "3.json"}\n{"wrote": "half')
+    assert written_names(tmp_path) == {f"{n}.json" for n in range(50) if n != 3} | {"other.json"}
+    manifest.write_text("\n" * 10_000 + '{"wrote": "new.json"}\n')
+    assert written_names(tmp_path) == {"new.json"}
+    manifest.unlink()
+    assert written_names(tmp_path) == set()

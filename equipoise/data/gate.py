@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from equipoise.data.dataset import Array
+from equipoise.files import check_regular
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """The only formats in which images are read. Others, such as EPS, would start other programs."""
@@ -71,19 +72,6 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
-
-
-def check_regular(path: Path) -> None:
-    """Refuse what is not a regular file, such as a pipe, on which reading would wait for ever.
-
-    Args:
-        path: Path of the file. A link is followed.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{path} is not a regular file")
 
 
 @functools.cache
@@ -159,8 +147,7 @@ def open_image(file: Path | BytesIO, limits: Limits = DEFAULT_LIMITS) -> Iterato
         opened = Image.open(file, formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"it has more pixels than any limit allows ({error}); make it smaller, or raise "
-            "max_pixels as far as that"
+            f"it has more pixels than Pillow reads ({error}); make it smaller"
         ) from error
     except UnidentifiedImageError as error:
         raise ValueError(

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from equipoise.data.gate import DEFAULT_LIMITS, Limits, check_regular, read_gzip
+from equipoise.data.gate import DEFAULT_LIMITS, Limits, read_gzip
+from equipoise.files import check_regular
 
 N_HEADER = 16
 """Bytes of the header: what the file holds, and the length of its three axes."""

@@ -23,7 +23,7 @@ from equipoise.evaluation.outliers import outliers_section
 from equipoise.evaluation.samples import ROWS, samples_section
 from equipoise.evaluation.subject import BATCH, Examples, Progress, Subject
 from equipoise.files import StoreError, is_ours, set_aside, write_json
-from equipoise.metrics.features import load_features
+from equipoise.metrics.features import FeatureExtractor, load_features
 from equipoise.model import VAE
 from equipoise.outputs import write_figures
 from equipoise.processes import choose_device
@@ -139,14 +139,16 @@ def evaluate(
         chosen = tuple(name for name in SECTIONS if name != "outliers" or against is not None)
 
     run.check_data(data)
-    needs_features = any(SECTIONS[name].needs_features for name in chosen if name in SECTIONS)
-    if needs_features:
-        # Before the other sections are computed, which take minutes.
-        load_features(features, data, download=download)
     _refuse(chosen, sources, test, against, data, n_samples, importance_samples, seed)
+    extractor: FeatureExtractor | None = None
+    if any(SECTIONS[name].needs_features for name in chosen):
+        # Before the other sections are computed, which take minutes.
+        extractor = load_features(features, data, download=download)
+
     # A copy, so that the caller's model stays where it is and as it is.
     model = run.model() if model is None else copy.deepcopy(model).eval().cpu()
     _check_units(model, test, against)
+
     with run.exclusive("evaluation"):
         write_figures(run, data, model)
 
@@ -160,8 +162,7 @@ def evaluate(
             sources=_find_sources(run, model, data, chosen, sources, progress),
             test=test,
             against=against,
-            features=features,
-            download=download,
+            extractor=extractor,
             n_samples=min(n_samples, len(test.raw), len(data.train.at_hand)),
             importance_samples=0 if brief else importance_samples,
             seed=seed,

@@ -14,7 +14,7 @@ from equipoise.data import Batches, Subset
 from equipoise.evaluation.subject import BATCH, Subject
 from equipoise.gaussian import Gaussian
 from equipoise.glossary import term
-from equipoise.metrics.features import FeatureExtractor, cached_features, features_of, load_features
+from equipoise.metrics.features import FeatureExtractor, cached_features, features_of
 from equipoise.metrics.samples import sample_quality
 from equipoise.sources import ready_source
 
@@ -33,7 +33,11 @@ def samples_section(subject: Subject) -> dict[str, Any]:
     Returns:
         Distances by row: real training data, reconstructions, and samples of each source.
     """
-    extractor = _load_extractor(subject)
+    extractor = subject.extractor
+    if extractor is None:
+        raise ValueError("the section samples needs features to compare samples in")
+    extractor.module.to(subject.device)
+
     test = subject.some(subject.test.raw, subject.n_samples)
     reference = _real_features(subject, extractor, "test", test)
     section: dict[str, Any] = {
@@ -56,12 +60,6 @@ def samples_section(subject: Subject) -> dict[str, Any]:
     if subject.is_image:
         _draw_samples(subject)
     return section
-
-
-def _load_extractor(subject: Subject) -> FeatureExtractor:
-    extractor = load_features(subject.features, subject.data, download=subject.download)
-    extractor.module.to(subject.device)
-    return extractor
 
 
 def _row_features(subject: Subject, extractor: FeatureExtractor, row: str) -> Tensor:

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from equipoise.aggregate import GaussianMixture, LatentDistribution
 from equipoise.data import Batches, Data, Subset
+from equipoise.metrics.features import FeatureExtractor
 from equipoise.model import VAE
 from equipoise.randomness import stream
 
@@ -44,9 +45,7 @@ class Subject:
         sources: More densities of codes to judge, by name, on the device.
         test: Examples to judge the model on.
         against: Examples of another kind, for the section ``outliers``.
-        features: Features that samples are compared in, see
-            :func:`equipoise.metrics.features.load_features`.
-        download: Whether the weights of features may be fetched.
+        extractor: Features that samples are compared in. None if no section compares any.
         n_samples: Number of samples in each row of the section ``samples``.
         importance_samples: K of the importance-weighted bound over the whole test set. 0 leaves it
             out.
@@ -62,8 +61,7 @@ class Subject:
     sources: dict[str, LatentDistribution]
     test: Examples
     against: Examples | None
-    features: str | nn.Module
-    download: bool
+    extractor: FeatureExtractor | None
     n_samples: int
     importance_samples: int
     seed: int
