@@ -26,6 +26,9 @@ PLACEMENT = ("devices", "num_nodes")
 MACHINE = (*PLACEMENT, "accelerator", "compile", "tracker", "checkpoint_seconds")
 """Options that say where and how a run is computed, and not what comes out."""
 
+EARLIER_VALUES: dict[str, Any] = {"variance_from": "training"}
+"""Values that options had in effect before there were such options, for runs of that time."""
+
 MAX_RECIPE_BYTES = 100_000
 """Longest recipe that is read."""
 
@@ -64,6 +67,11 @@ class TrainConfig:
     usual VAE has 0.5."""
     noise_update: Literal["closed-form", "gradient"] = "closed-form"
     """How the learned variance of stage 1 moves: by eq. (10), or by gradient."""
+    variance_from: Literal["held-out", "training"] = "held-out"
+    """Whose residuals the learned variance is the mean square of, eq. (10). Those of the training
+    examples, as in the paper, shrink as the networks learn them by heart. 'held-out' takes those of
+    the validation set at the end of a stage. Within an epoch it multiplies those of the training by
+    the ratio of the two after the epoch before."""
     floor: float | Literal["quantisation"] = 1.0
     """Smallest variance in stage 2. A number is a multiple of stage 1's optimum, and 1.0 is the
     paper's choice. 'quantisation' is the variance of rounding to grey levels."""

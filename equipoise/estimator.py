@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
-from equipoise.config import TrainConfig, make_config
+from equipoise.config import EARLIER_VALUES, TrainConfig, make_config
 from equipoise.data import load, load_examples
 from equipoise.data.arrays import MIN_EXAMPLES
 from equipoise.data.dataset import Array
@@ -84,6 +84,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         width: Width of the networks.
         noise: Noise variance of stage 1, "global", "channel", "dimension" or "fixed".
         noise_var: The variance if ``noise="fixed"``, in squared model units.
+        variance_from: Whose residuals eq. (10) is taken over, "held-out" or "training".
         floor: Smallest variance in stage 2, as a multiple of the optimum of stage 1, or
             "quantisation".
         recalibrate: How the predicted std is rescaled on held-out examples, "none", "scale",
@@ -98,8 +99,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             search.
         n_components: Number of components of the mixture. "auto" chooses it by the likelihood of
             held-out codes.
-        validation_fraction: Share of the examples that are held out to choose the mixture and to
-            recalibrate.
+        validation_fraction: Share of the examples that are held out: for the noise variance, to
+            choose the mixture, and to recalibrate.
         accelerator: Device to train on, "cpu", "cuda" or "auto". A fitted model is on the CPU.
         random_state: Seed or source of randomness. An int gives the same model from the same data.
             With a RandomState or None, each fit gives another model.
@@ -112,6 +113,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise_var_: Variance of stage 1, eq. (10), in squared model units. For standardised columns
             it is the share of their variance that the model leaves unexplained. It is an array if
             ``noise`` is "channel" or "dimension", and a number otherwise.
+        overfitting_: How many times as large as that of the training examples the squared error of
+            held-out examples is, at the end of stage 1. It is 1 if nothing was learned by heart, or
+            if ``variance_from="training"``.
         history_: Figures of each epoch, as in ``metrics.jsonl`` of a run.
         n_features_in_: Number of features or of pixel values of an example.
         feature_names_in_: Names of the columns of a data frame, if they are strings.
@@ -133,6 +137,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         width: int = 32,
         noise: Literal["global", "channel", "dimension", "fixed"] = "global",
         noise_var: float | None = None,
+        variance_from: Literal["held-out", "training"] = "held-out",
         floor: float | Literal["quantisation"] = 1.0,
         recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none",
         stage_1_epochs: int | Literal["auto"] = "auto",
@@ -150,6 +155,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.width = width
         self.noise = noise
         self.noise_var = noise_var
+        self.variance_from = variance_from
         self.floor = floor
         self.recalibrate = recalibrate
         self.stage_1_epochs = stage_1_epochs
@@ -181,7 +187,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         trainer = self._train(examples, config, None)
 
         figures = trainer.figures(trainer.validation)
-        for text in warnings_for(figures, trainer.data_var, trainer.model.noise.depends_on_code):
+        depends_on_code = trainer.model.noise.depends_on_code
+        overfitting = trainer.overfitting
+        for text in warnings_for(figures, trainer.data_var, depends_on_code, overfitting):
             warnings.warn(text, ConvergenceWarning, stacklevel=2)
 
         return self._finish(trainer)
@@ -378,7 +386,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         tensors, description = read_tensors(Path(path), "estimator", EstimatorDescription)
         try:
-            estimator = cls(**description["options"], random_state=description["random_state"])
+            options = EARLIER_VALUES | description["options"]
+            estimator = cls(**options, random_state=description["random_state"])
         except TypeError as error:
             raise StoreError(f"{path}: options: {error}; update equipoise.") from error
         try:
@@ -505,6 +514,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             shared_log_var = torch.tensor(self.history_[-1]["validation_noise_var"]).log()
 
         self.noise_var_ = shared_log_var.detach().exp().numpy()[()]
+        # Estimators of earlier releases have no such figure.
+        self.overfitting_ = float(self.history_[-1].get("overfitting", 1.0))
         return self
 
     def _array(self, x: object, *, reset: bool) -> Array:

@@ -49,6 +49,10 @@ class NoiseModel(nn.Module, ABC):
     depends_on_code: ClassVar[bool] = False
     """Whether the variance differs between inputs, so that there is a map of it to look at."""
 
+    overfitting: float = 1.0
+    """Ratio of the variance of held-out residuals to that of training residuals, by which the
+    closed form multiplies the latter within an epoch. The training loop sets it after each."""
+
     _classes: ClassVar[dict[str, type["NoiseModel"]]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401 (of any metaclass)
@@ -311,9 +315,10 @@ class _SharedNoise(NoiseModel):
         r"""Set sigma^2 to the closed form (10), after each step on the networks (Algorithm 1).
 
         Within an epoch the sum over all N examples is a running one over about the last ``memory``
-        batches, because older residuals belong to older networks. Under ``update="gradient"`` only
-        the very first batch counts: it puts the parameter at the optimum, from which gradients then
-        move it.
+        batches, because older residuals belong to older networks. It is multiplied by
+        :attr:`overfitting`, which makes it that of held-out examples. Under ``update="gradient"``
+        only the very first batch counts: it puts the parameter at the optimum, from which gradients
+        then move it.
 
         Args:
             residual: x - m(z) with z sampled from q(z|x), (B, \*).
@@ -321,7 +326,7 @@ class _SharedNoise(NoiseModel):
         """
         if self.update_rule == "closed-form":
             self.running.update(residual, 1 - 1 / self.memory, all_reduce)
-            self.set_var(self.running.var)
+            self.set_var(self.overfitting * self.running.var)
         elif not self.running.count:
             self.running.update(residual, all_reduce=all_reduce)
             self.set_var(self.running.var)

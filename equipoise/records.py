@@ -128,6 +128,7 @@ class EpochRow(TypedDict):
     validation_noise_var: float
     validation_noise_std: float
     validation_floor_share: float
+    overfitting: NotRequired[float]
     active_units: Count
     decision: str
 

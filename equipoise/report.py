@@ -240,11 +240,19 @@ def _summary(run: Run, settings: Settings) -> str:
     shape = " x ".join(map(str, data["shape"]))
     seconds = sum(row["seconds"] for row in epochs)
 
+    overfitting = epochs[-1].get("overfitting") if epochs else None
+    by_heart = ""
+    if overfitting is not None:
+        by_heart = (
+            f" Held-out examples have {overfitting:.2f} times the squared error of the training "
+            "examples, with which the noise variance is multiplied."
+        )
     return (
         f"The model has {settings['parameters']:,} parameters. It was trained on "
         f"{data['n_train']:,} examples of {data['source']}, {shape} each, with "
         f"{data['n_validation']:,} examples for validation and {data['n_test']:,} for the test. "
         f"Training took {len(epochs)} epochs and {seconds:,.0f} s, on {settings['created'][:10]}."
+        f"{by_heart}"
     )
 
 

@@ -1,8 +1,9 @@
 r"""Statistics of residuals x - m(z), from which noise models learn: eq. (10), and quantiles.
 
-Both take in any number of batches, and are combined over processes by sums alone.
+All take in any number of batches, and are combined over processes by sums alone.
 """
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from equipoise.estimate import Estimate
 from equipoise.gaussian import sum_dimensions
 
 AllReduce: TypeAlias = Callable[[Tensor], Tensor]
@@ -85,6 +87,97 @@ class ResidualVariance(nn.Module):
     def var(self) -> Tensor:
         """The variance, in the squared unit of the data; NaN before the first batch."""
         return self.sum / self.count
+
+
+class StandardisedVariance(nn.Module):
+    r"""How many times as large as predicted the squared residuals of held-out examples are.
+
+    .. math:: c = \frac1N \sum_n c_n, \qquad
+        c_n = \frac1D \sum_i \frac{(x_{ni} - m_i(z_n))^2}{\sigma_i^2(z_n)}, \qquad z_n \sim q(z|x_n)
+
+    With the closed form (10) of the training residuals as :math:`\sigma^2`, c says how much of
+    them has been learned by heart. :math:`c\,\sigma^2` is eq. (10) over the held-out examples. An
+    example counts once, because its dimensions are not independent.
+
+    Example:
+        >>> statistic = StandardisedVariance()
+        >>> statistic.update(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.zeros(()))
+        >>> statistic.estimate()
+        Estimate(value=2.0, standard_error=0.0, n=2)
+    """
+
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, residual: Float[Tensor, "batch *event"], log_var: Tensor) -> None:
+        r"""Add a batch.
+
+        Args:
+            residual: x - m(z), (B, \*), in the unit of the data.
+            log_var: Logarithm of the predicted variance; broadcasts to (B, \*).
+        """
+        squared = residual.double().square() * torch.exp(-log_var.double())
+        per_example = squared.flatten(1).mean(1)
+        ones = torch.ones_like(per_example)
+        self.sums += torch.stack([ones, per_example, per_example.square()]).sum(1)
+
+    def all_reduce(self, all_reduce: AllReduce) -> None:
+        """Add the batches of the other processes.
+
+        Args:
+            all_reduce: Sums over the processes.
+        """
+        self.sums.copy_(all_reduce(self.sums))
+
+    def estimate(self) -> Estimate:
+        """Return c with its standard error over examples.
+
+        Raises:
+            ValueError: if there have been no residuals.
+        """
+        n, total, squares = self.sums.tolist()
+        if not n:
+            raise ValueError("no residuals to standardise; give at least one held-out example")
+        mean = total / n
+        if n < 2:
+            return Estimate(mean, None, int(n))
+        variance = max(0.0, squares / n - mean**2) * n / (n - 1)
+        return Estimate(mean, math.sqrt(variance / n), int(n))
+
+
+def overfitting_ratio(standardised: Estimate) -> float:
+    r"""Shrink a :class:`StandardisedVariance` towards one, by the error of its estimate.
+
+    .. math:: r = 1 + w\,(c - 1), \qquad
+        w = \max\Bigl(0,\ 1 - \frac{N + 1}{N - 1}\,\frac{\mathrm{s.e.}^2}{c^2}\Bigr)
+
+    This is the positive part of James and Stein's rule, for the excess in units of c; the factor
+    with N allows for a standard error that is known from N examples only. With a hundred ordinary
+    examples w is close to one. Where one odd example makes up all of c, its relative error is one,
+    w is zero, and the variance of the training residuals stays.
+
+    Source: James and Stein (1961), *Estimation with quadratic loss*.
+
+    Args:
+        standardised: c.
+
+    Returns:
+        r, the factor by which the variance of the training residuals is multiplied, positive.
+
+    Example:
+        >>> ordinary, odd = Estimate(2.0, 0.2, 100), Estimate(129.0, 129.0, 30)
+        >>> round(overfitting_ratio(ordinary), 2), overfitting_ratio(odd)
+        (1.99, 1.0)
+    """
+    value, error, n = standardised
+    if error is None or not value > 0:
+        return 1.0
+    weight = max(0.0, 1 - (n + 1) / (n - 1) * (error / value) ** 2)
+    return 1 + weight * (value - 1)
 
 
 class ResidualQuantiles(nn.Module):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,13 @@ from typing import Any
 from torch import nn
 
 from equipoise.aggregate import GaussianMixture
-from equipoise.config import MACHINE, ConfigError, TrainConfig, make_config
+from equipoise.config import (
+    EARLIER_VALUES,
+    MACHINE,
+    ConfigError,
+    TrainConfig,
+    make_config,
+)
 from equipoise.data import Data, load, load_stream
 from equipoise.files import MANIFEST, StoreError, adopt, exclusive
 from equipoise.hub import RUN_FILES, run_folder
@@ -115,7 +121,7 @@ class Run:
             The configuration.
         """
         try:
-            return make_config(self.settings()["options"])
+            return make_config(EARLIER_VALUES | self.settings()["options"])
         except ConfigError as error:
             raise StoreError(f"{self.config_file}: options: {error}") from error
 
@@ -128,7 +134,8 @@ class Run:
         Returns:
             SHA-256, hexadecimal.
         """
-        return origin_of(self.config(), self.settings()["data"]["fingerprint"])
+        settings = self.settings()
+        return origin_of(settings["options"], settings["data"]["fingerprint"])
 
     def data(
         self,
@@ -280,18 +287,19 @@ class Run:
         return evaluation
 
 
-def origin_of(config: TrainConfig, fingerprint: str) -> str:
+def origin_of(options: Mapping[str, Any], fingerprint: str) -> str:
     """Digest of what a model comes from, see :meth:`Run.origin`.
 
     Args:
-        config: The options.
+        options: The options that it was trained with, as they are in ``config.json``: those that
+            came with a later release are not among them.
         fingerprint: That of the data.
 
     Returns:
         SHA-256, hexadecimal.
     """
-    options = {name: value for name, value in config.as_dict().items() if name not in MACHINE}
-    text = json.dumps([options, fingerprint], sort_keys=True)
+    relevant = {name: value for name, value in options.items() if name not in MACHINE}
+    text = json.dumps([relevant, fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

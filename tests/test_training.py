@@ -20,6 +20,7 @@ from torch import nn
 
 from equipoise.config import ConfigError, TrainConfig
 from equipoise.data import load
+from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.metrics.calibration import NOMINAL_COVERAGE, varying_dimensions
 from equipoise.model import VAE
@@ -509,6 +510,7 @@ def test_a_linear_vae_finds_the_noise_variance_of_probabilistic_pca():
         stage_1_epochs=60,
         stage_2_epochs=0,
         tolerance=0.0,
+        variance_from="training",  # as PPCA
     )
     torch.manual_seed(0)
     model = make_model(data, config, encoder=_LinearEncoder(8, 3), decoder=nn.Linear(3, 8))
@@ -740,6 +742,7 @@ def test_the_history_follows_the_checkpoint(tmp_path):
 KILLED = """
 import sys
 from equipoise.data import load
+from equipoise.estimate import Estimate
 from equipoise.config import make_config
 from equipoise.training.job import train
 options = dict(
@@ -819,6 +822,7 @@ def figures(**changes):
         "mse": 0.01,
         "noise_var": 0.01,
         "floor_share": 0.0,
+        "standardised_var": Estimate(1.0, 0.1, 10),
         "unit_var": torch.ones(4),
     }
     return SplitFigures(**(values | changes))
@@ -835,6 +839,11 @@ def figures(**changes):
 def test_warnings(changes, expected, message):
     (warning,) = warnings_for(figures(**changes), data_var=0.1, floor_is_expected=expected)
     assert message in warning
+
+
+def test_what_was_learned_by_heart_is_warned_of():
+    (warning,) = warnings_for(figures(), 0.1, floor_is_expected=False, overfitting=2.5)
+    assert "2.5 times the squared error" in warning
 
 
 def test_a_healthy_model_has_no_warnings():

@@ -231,6 +231,8 @@ class Lab:
             "stage_1_epochs": first,
             "stage_2_epochs": epochs - first,
             "tolerance": 0.0,
+            # Eq. (10) as the paper has it.
+            "variance_from": "training",
             "seed": self.seed,
         }
         return make_config(recipe | stages, METHODS[spec.method] | dict(spec.options))

@@ -7,9 +7,13 @@ from equipoise.training.figures import SplitFigures
 
 LARGE_SHARE = 0.98
 """Share of the data's variance from which an error or a noise variance is suspicious."""
+LARGE_RATIO = 2.0
+"""Ratio of held-out to training residuals' variance from which it is worth a word."""
 
 
-def warnings_for(figures: SplitFigures, data_var: float, floor_is_expected: bool) -> list[str]:
+def warnings_for(
+    figures: SplitFigures, data_var: float, floor_is_expected: bool, overfitting: float = 1.0
+) -> list[str]:
     """Find what looks wrong with a model at the end of a stage.
 
     Args:
@@ -17,6 +21,8 @@ def warnings_for(figures: SplitFigures, data_var: float, floor_is_expected: bool
         data_var: Variance of the data, averaged over the dimensions, in squared model units.
         floor_is_expected: Whether stage 1 has set the floor, so that some pixels lie on it by
             design.
+        overfitting: How many times as large as the training residuals' variance that of held-out
+            residuals is, see :func:`equipoise.residuals.overfitting_ratio`.
 
     Returns:
         One warning for each problem.
@@ -35,6 +41,13 @@ def warnings_for(figures: SplitFigures, data_var: float, floor_is_expected: bool
             f"The noise variance {figures.noise_var:.4g} is at or above the data's variance "
             f"{data_var:.4g}, so that the model gains little from its codes. If it is fixed, lower "
             "it, or let it be learned with noise=global."
+        )
+
+    if overfitting >= LARGE_RATIO:
+        warnings.append(
+            f"Overfitting: held-out examples have {overfitting:.1f} times the squared error of the "
+            "training examples, which the networks have partly learned by heart. More examples, "
+            "weight_decay, a smaller width or fewer epochs lower that."
         )
 
     if figures.active_units == 0:

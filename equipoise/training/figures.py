@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from equipoise.aggregate import ACTIVE_UNIT_VAR
+from equipoise.estimate import Estimate
 from equipoise.model import VAE
 from equipoise.objectives import Terms
+from equipoise.residuals import StandardisedVariance
 from equipoise.stages import Stage
 from equipoise.training.passes import SplitPass
 
@@ -162,6 +164,8 @@ class SplitFigures(NamedTuple):
         mse: Squared error per dimension, squared model units.
         noise_var: Mean variance of p(x|z), squared model units.
         floor_share: Share of the variances that lie on the model's floor.
+        standardised_var: Mean of ((x - m) / std)^2, over examples. It is 1 where the variance is
+            that of these residuals.
         unit_var: Variance over the data of each latent unit's posterior mean, (d,).
     """
 
@@ -172,6 +176,7 @@ class SplitFigures(NamedTuple):
     mse: float
     noise_var: float
     floor_share: float
+    standardised_var: Estimate
     unit_var: Tensor
 
     @property
@@ -217,11 +222,13 @@ def split_figures(
     device = split.device
     means = RunningMeans(device)
     floor_share = torch.zeros((), dtype=torch.float64, device=device)
+    standardised = StandardisedVariance().to(device)
     unit_sums = torch.zeros(2, model.latent_dim, dtype=torch.float64, device=device)
 
     for terms in split.terms(model, generator):
         means.add(terms, step)
         floor_share += model.noise.floor_share(terms.log_var) * len(terms.kl)
+        standardised.update(terms.residual, terms.log_var)
         posterior_mean = terms.posterior.mean.double()
         unit_sums += torch.stack([posterior_mean.sum(0), posterior_mean.square().sum(0)])
 
@@ -229,6 +236,7 @@ def split_figures(
     n = int(figures["n"])
     unit_sum, unit_squares = all_reduce(unit_sums)
     unit_var = (unit_squares - unit_sum.square() / n) / (n - 1)
+    standardised.all_reduce(all_reduce)
 
     return SplitFigures(
         n=n,
@@ -238,5 +246,6 @@ def split_figures(
         mse=figures["mse"],
         noise_var=figures["noise_var"],
         floor_share=float(all_reduce(floor_share)) / n,
+        standardised_var=standardised.estimate(),
         unit_var=unit_var.float().cpu(),
     )

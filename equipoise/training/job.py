@@ -180,7 +180,7 @@ def _check_arguments(data: object, config: object) -> None:
 
 def _save(run: Run, model: VAE, fit: MixtureFit, config: TrainConfig, data: Data) -> None:
     """Write model and mixture, and tie them to each other and to the run."""
-    save_model(run.model_file, model, origin_of(config, data.fingerprint))
+    save_model(run.model_file, model, origin_of(config.as_dict(), data.fingerprint))
 
     description = {**describe_mixture(fit, config), "model": read_digest(run.model_file)}
     save_mixture(run.mixture_file, fit.mixture, description)

@@ -1,10 +1,19 @@
 """What ends a stage of Algorithm 1: the exact closed form (10), and recalibration."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from equipoise.estimate import Estimate
 from equipoise.model import VAE
-from equipoise.residuals import AllReduce, ResidualQuantiles, ResidualVariance
+from equipoise.residuals import (
+    AllReduce,
+    ResidualQuantiles,
+    ResidualVariance,
+    StandardisedVariance,
+    overfitting_ratio,
+)
 from equipoise.training.passes import SplitPass
 
 
@@ -30,6 +39,89 @@ def exact_optimal_var(
 
     statistic.all_reduce(all_reduce)
     return statistic.var
+
+
+SHRINKAGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Weights of the common variance that are tried where there is a variance per dimension."""
+
+
+class HeldOutVar(NamedTuple):
+    """The closed form (10) over examples that the networks have not learned from.
+
+    Args:
+        var: The variance, of the shape of the noise model's statistic, float64, squared model
+            units.
+        ratio: By how much it was multiplied for that, see
+            :func:`equipoise.residuals.overfitting_ratio`.
+        measured: The same ratio as it was found, with its standard error over examples.
+        shrinkage: Weight of the variance that all dimensions have in common, 0 where there is one
+            variance only.
+    """
+
+    var: Tensor
+    ratio: float
+    measured: Estimate
+    shrinkage: float
+
+
+def held_out_var(
+    model: VAE,
+    training_var: Tensor,
+    n_training: int,
+    held_out: SplitPass,
+    generator: torch.Generator,
+    all_reduce: AllReduce,
+) -> HeldOutVar:
+    r"""Bring eq. (10) of the training residuals to the size of held-out residuals.
+
+    .. math:: \sigma_i^2 = r_a \bigl((1 - a)\,\sigma_{*i}^2
+        + a\,\overline{\sigma_*^2}\bigr)
+
+    Here :math:`\sigma_{*i}^2` is the variance of the training residuals, and r the ratio of
+    :func:`equipoise.residuals.overfitting_ratio`. With one variance for all, the result is eq. (10)
+    over the held-out examples. With one per dimension there are too few of these for that. They
+    decide on two numbers: r, and the weight a of the common variance, which is that of highest
+    held-out likelihood
+
+    .. math:: -\tfrac12 \Bigl(\frac1D \sum_i \log\sigma_i^2 + \frac{c_a}{r_a}\Bigr)
+
+    No variance lies below what a single residual of the common size would make it, which is
+    :math:`\overline{\sigma_*^2} / (N + 1)` for N training examples. Otherwise a dimension that was
+    constant there would decide on the density of every example in which it is not.
+
+    Args:
+        model: The model, with the networks standing still.
+        training_var: What :func:`exact_optimal_var` returned.
+        n_training: Number of examples that it comes from.
+        held_out: Examples that the networks were not trained on.
+        generator: Source of one sample of z per example.
+        all_reduce: Sums over processes.
+
+    Returns:
+        The variance, and how it was found.
+    """
+    weights = SHRINKAGES if training_var.numel() > 1 else SHRINKAGES[:1]
+    common = training_var.mean()
+    floor = model.noise.floor_var.double().to(training_var.device)
+    smallest = torch.maximum(floor, common / (n_training + 1))
+    smallest = smallest.clamp_min(torch.finfo(torch.float64).tiny)
+    candidates = [
+        ((1 - weight) * training_var + weight * common).clamp_min(smallest) for weight in weights
+    ]
+
+    statistics = [StandardisedVariance().to(held_out.device) for _ in candidates]
+    for terms in held_out.terms(model, generator):
+        for statistic, var in zip(statistics, candidates, strict=True):
+            statistic.update(terms.residual, var.log())
+
+    found: list[tuple[float, HeldOutVar]] = []
+    for statistic, var, weight in zip(statistics, candidates, weights, strict=True):
+        statistic.all_reduce(all_reduce)
+        measured = statistic.estimate()
+        ratio = overfitting_ratio(measured)
+        log_likelihood = -float((ratio * var).log().mean()) - measured.value / ratio
+        found.append((log_likelihood, HeldOutVar(ratio * var, ratio, measured, weight)))
+    return max(found, key=lambda pair: pair[0])[1]
 
 
 def recalibrate(

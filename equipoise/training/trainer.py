@@ -18,15 +18,17 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from equipoise.config import PLACEMENT, ConfigError, TrainConfig
+from equipoise.config import EARLIER_VALUES, PLACEMENT, ConfigError, TrainConfig
 from equipoise.data import Data, ExampleSet
 from equipoise.data.batches import examples
 from equipoise.data.varying import varying_mask
+from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.model import VAE
 from equipoise.noise import build_noise, describe_noise
 from equipoise.randomness import stream
 from equipoise.records import check_record
+from equipoise.residuals import overfitting_ratio
 from equipoise.run import Row
 from equipoise.stages import Decision, Stage, StageSchedule, floor_var
 from equipoise.training.checkpoint import (
@@ -43,11 +45,13 @@ from equipoise.training.figures import RunningMeans, SplitFigures, split_figures
 from equipoise.training.logging import Sink
 from equipoise.training.passes import EVALUATION_BATCH, SplitPass
 from equipoise.training.preemption import Preempted, Sigterm
-from equipoise.training.stage_ends import exact_optimal_var, recalibrate
+from equipoise.training.stage_ends import exact_optimal_var, held_out_var, recalibrate
 
 DISPLAY_SECONDS = 1.0
 AGREEMENT_STEPS = 10
 """Steps after which processes ask each other whether one must stop, or a checkpoint is due."""
+NEGLIGIBLE_SHRINKAGE = 0.05
+"""Relative change of the overfitting ratio, by its error, that goes without saying."""
 RANGE_EXAMPLES = 2000
 """Examples whose variance and range stand for those of the data."""
 
@@ -124,6 +128,7 @@ class Trainer:
         self.position = Position()
         self.history: list[Row] = []
         self.optimal_var: Tensor | None = None
+        self.overfitting = 1.0
         self.descent: Descent | None = None
         self.generator = self._stream("training")
         self.means = RunningMeans(self.fabric.device)
@@ -253,6 +258,7 @@ class Trainer:
         n, seconds = train.pop("n"), self.means.seconds
 
         validation = self.figures(self.validation)
+        self._look_at_overfitting(validation)
         decision = self.schedule.observe(validation.noise_var, validation.elbo)
         row: Row = {
             "epoch": self.position.epoch,
@@ -264,6 +270,7 @@ class Trainer:
             **validation.row("validation"),
             "validation_noise_std": math.sqrt(validation.noise_var),
             "validation_floor_share": validation.floor_share,
+            "overfitting": self.overfitting,
             "active_units": validation.active_units,
             "decision": decision.reason,
         }
@@ -338,30 +345,72 @@ class Trainer:
 
         figures: dict[str, float] = {}
         if ended is Stage.SHARED_VARIANCE:
-            var = float(self._find_optimal_var().mean())
-            figures["optimal_noise_var"] = var
-            messages.append(
-                f"Optimal noise variance, eq. (10): {var:.4g} (std {math.sqrt(var):.4g}), "
-                f"an exact pass over {len(self.data.train):,} examples."
-            )
+            more_figures, text = self._find_optimal_var()
+            figures |= more_figures
+            messages.append(text)
         else:
             messages += self.recalibrate()
 
         test = self.figures(self.test)
         messages.append(_describe_test(test))
         is_floor_expected = ended is Stage.PREDICTED_VARIANCE
-        for warning in warnings_for(validation, self.data_var, is_floor_expected):
+        warnings = warnings_for(validation, self.data_var, is_floor_expected, self.overfitting)
+        for warning in warnings:
             messages.append(f"Warning: {warning}")
         return figures | test.row("test"), messages
 
-    def _find_optimal_var(self) -> Tensor:
-        """Set the noise variance of stage 1 to its exact optimum, eq. (10), and return it."""
-        optimal_var = exact_optimal_var(
-            self.model, self.training, self._stream("optimal variance"), self.all_reduce
-        )
-        self.model.noise.set_var(optimal_var)
-        self.optimal_var = optimal_var
-        return optimal_var
+    def _look_at_overfitting(self, validation: SplitFigures) -> None:
+        """Note by how much held-out residuals exceed those of the training, for the next epoch.
+
+        The ratio stays at least one: the running variance of the training lags behind networks that
+        still get better.
+        """
+        is_shared = self.schedule.stage is Stage.SHARED_VARIANCE
+        if is_shared and self.config.variance_from == "held-out":
+            ratio = overfitting_ratio(validation.standardised_var)
+            self._set_overfitting(max(1.0, self.overfitting * ratio))
+
+    def _set_overfitting(self, ratio: float) -> None:
+        self.overfitting = self.model.noise.overfitting = ratio
+
+    def _find_optimal_var(self) -> tuple[dict[str, float], str]:
+        """Set the noise variance of stage 1 to its exact optimum, eq. (10).
+
+        Returns figures for the epoch's row, and a sentence.
+        """
+        model, n_training = self.model, len(self.data.train)
+        generator = self._stream("optimal variance")
+        var = exact_optimal_var(model, self.training, generator, self.all_reduce)
+        figures = {"training_noise_var": float(var.mean())}
+        source = f"an exact pass over {n_training:,} examples"
+
+        if self.config.variance_from == "held-out":
+            found = held_out_var(
+                model,
+                var,
+                n_training,
+                self.validation,
+                self._stream("held-out variance"),
+                self.all_reduce,
+            )
+            var = found.var
+            self._set_overfitting(found.ratio)
+            figures["overfitting"] = found.ratio
+            source = (
+                f"over {found.measured.n:,} held-out examples, whose squared error is "
+                f"{_with_error(found.measured)} times that of the {n_training:,} of the training"
+            )
+            if abs(found.ratio / found.measured.value - 1) > NEGLIGIBLE_SHRINKAGE:
+                source += f", which is so uncertain that {found.ratio:.2f} is taken"
+            if found.shrinkage:
+                source += f"; {found.shrinkage:.1%} of each is the mean over the dimensions"
+
+        model.noise.set_var(var)
+        self.optimal_var = var
+        mean = float(var.mean())
+        figures["optimal_noise_var"] = mean
+        std = math.sqrt(mean)
+        return figures, f"Optimal noise variance, eq. (10): {mean:.4g} (std {std:.4g}), {source}."
 
     def _predict_variance(self) -> None:
         """Take Algorithm 1's step to stage 2: a predicted variance, bounded below."""
@@ -514,6 +563,8 @@ class Trainer:
 
         noise = build_noise(state["noise"], self.model.blank_variance_network)
         self.model.noise = noise
+        if self.history:
+            self._set_overfitting(self.history[-1].get("overfitting", 1.0))
         self.model.load_state_dict(state["model"])
         # In the layout, too, by which convolutions round: the mixture is still to be fitted.
         self.model.place(self.fabric.device)
@@ -535,10 +586,11 @@ class Trainer:
                 "give the same."
             )
 
+        earlier = EARLIER_VALUES | state["config"]
         changed = [
             name
             for name, value in self.config.as_dict().items()
-            if state["config"].get(name) != value and name not in PLACEMENT
+            if earlier.get(name) != value and name not in PLACEMENT
         ]
         if changed:
             raise StoreError(
@@ -577,6 +629,13 @@ class Trainer:
         cuda_states = state["cuda_generators"]
         if cuda_states is not None and self.fabric.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_states[rank].clone())
+
+
+def _with_error(estimate: Estimate) -> str:
+    """Write an estimate with its standard error, if that is known."""
+    if estimate.standard_error is None:
+        return f"{estimate.value:.2f}"
+    return f"{estimate.value:.2f} ± {estimate.standard_error:.2f}"
 
 
 def _describe_test(test: SplitFigures) -> str:
