@@ -134,7 +134,10 @@ class StandardisedVariance(nn.Module):
         self.sums.copy_(all_reduce(self.sums))
 
     def estimate(self) -> Estimate:
-        """Return c with its standard error over examples.
+        """Estimate c, with its standard error over examples.
+
+        Returns:
+            c. The standard error of a single example is None.
 
         Raises:
             ValueError: if there have been no residuals.
