@@ -334,7 +334,7 @@ def main():
     parser.add_argument("--sample", type=int, help="points of each job and fault; all by default")
     parser.add_argument("--total", type=int, help="points in all, evenly spread over the others")
     parser.add_argument("--offset", type=int, default=0, help="which points are sampled")
-    parser.add_argument("--point", help="one point, for example 17 or 17,ENOSPC; kept in --work")
+    parser.add_argument("--points", nargs="+", help="only these, for example 17 or 17,ENOSPC")
     parser.add_argument("--json", type=Path, help="file for the table")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to work in, which is kept")
@@ -375,8 +375,8 @@ def _try_all(options, work):
         for index, fault in enumerate(faults):
             found = stages[name].points(fault)
             offset = options.offset + 7 * index
-            if options.point:
-                found = [p for p in found if ",".join(map(str, p[1])) == options.point]
+            if options.points:
+                found = [p for p in found if ",".join(map(str, p[1])) in options.points]
             points += [(name, *p) for p in sampled(found, options.sample, offset)]
     points = sampled(points, options.total, options.offset)
     print(f"{len(points)} points", flush=True)

@@ -19,6 +19,14 @@ def test_some_points_of_some_jobs_survive():
     assert "9 of 9 survived" in done.stdout
 
 
+def test_a_training_survives_a_kill_while_its_first_file_is_written():
+    """Three such kills once left a folder that could neither resume nor start again."""
+    points = map(str, range(7, 12))
+    done = chaos("--jobs", "train", "--faults", "before", "--points", *points)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 of 5 survived" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("job", KILLED)
 def test_more_points_of_every_job_survive(job):
