@@ -56,6 +56,18 @@ class Estimate(NamedTuple):
             standard_error = float(values.std(ddof=1)) / math.sqrt(n)
         return cls(float(values.mean()), standard_error, n)
 
+    def times(self, factor: float) -> "Estimate":
+        """Multiply the figure and its error by a positive number that is known exactly.
+
+        Args:
+            factor: The number.
+
+        Returns:
+            The product.
+        """
+        error = None if self.standard_error is None else factor * self.standard_error
+        return Estimate(factor * self.value, error, self.n)
+
 
 def jackknife(
     statistic: Callable[[NDArray[np.int64]], float], n: int, groups: int = 10

@@ -155,13 +155,14 @@ class StandardisedVariance(nn.Module):
 def overfitting_ratio(standardised: Estimate) -> float:
     r"""Shrink a :class:`StandardisedVariance` towards one, by the error of its estimate.
 
-    .. math:: r = 1 + w\,(c - 1), \qquad
+    .. math:: r = 1 + w\,\max(0,\ c - 1), \qquad
         w = \max\Bigl(0,\ 1 - \frac{N + 1}{N - 1}\,\frac{\mathrm{s.e.}^2}{c^2}\Bigr)
 
     This is the positive part of James and Stein's rule, for the excess in units of c; the factor
     with N allows for a standard error that is known from N examples only. With a hundred ordinary
     examples w is close to one. Where one odd example makes up all of c, its relative error is one,
-    w is zero, and the variance of the training residuals stays.
+    w is zero, and the variance of the training residuals stays. Networks do not know new examples
+    better than those that they learned from. A c below one is therefore chance, and counts as one.
 
     Source: James and Stein (1961), *Estimation with quadratic loss*.
 
@@ -169,7 +170,7 @@ def overfitting_ratio(standardised: Estimate) -> float:
         standardised: c.
 
     Returns:
-        r, the factor by which the variance of the training residuals is multiplied, positive.
+        r, the factor by which the variance of the training residuals is multiplied, at least 1.
 
     Example:
         >>> ordinary, odd = Estimate(2.0, 0.2, 100), Estimate(129.0, 129.0, 30)
@@ -180,7 +181,7 @@ def overfitting_ratio(standardised: Estimate) -> float:
     if error is None or not value > 0:
         return 1.0
     weight = max(0.0, 1 - (n + 1) / (n - 1) * (error / value) ** 2)
-    return 1 + weight * (value - 1)
+    return 1 + weight * max(0.0, value - 1)
 
 
 class ResidualQuantiles(nn.Module):

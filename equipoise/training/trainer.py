@@ -360,15 +360,12 @@ class Trainer:
         return figures | test.row("test"), messages
 
     def _look_at_overfitting(self, validation: SplitFigures) -> None:
-        """Note by how much held-out residuals exceed those of the training, for the next epoch.
-
-        The ratio stays at least one: the running variance of the training lags behind networks that
-        still get better.
-        """
+        """Note by how much held-out residuals exceed those of the training, for the next epoch."""
         is_shared = self.schedule.stage is Stage.SHARED_VARIANCE
         if is_shared and self.config.variance_from == "held-out":
-            ratio = overfitting_ratio(validation.standardised_var)
-            self._set_overfitting(max(1.0, self.overfitting * ratio))
+            # The model's variance has been multiplied by the ratio of the epoch before.
+            measured = validation.standardised_var.times(self.overfitting)
+            self._set_overfitting(overfitting_ratio(measured))
 
     def _set_overfitting(self, ratio: float) -> None:
         self.overfitting = self.model.noise.overfitting = ratio
