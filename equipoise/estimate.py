@@ -57,7 +57,7 @@ class Estimate(NamedTuple):
         return cls(float(values.mean()), standard_error, n)
 
     def times(self, factor: float) -> "Estimate":
-        """Multiply the figure and its error by a positive number that is known exactly.
+        """Multiply the figure and its error by a number that is known exactly.
 
         Args:
             factor: The number.
@@ -65,7 +65,7 @@ class Estimate(NamedTuple):
         Returns:
             The product.
         """
-        error = None if self.standard_error is None else factor * self.standard_error
+        error = None if self.standard_error is None else abs(factor) * self.standard_error
         return Estimate(factor * self.value, error, self.n)
 
 

@@ -19,7 +19,7 @@ from equipoise.run import Run
 from equipoise.store import save_model
 from equipoise.training.passes import SplitPass
 from equipoise.training.setup import make_model
-from equipoise.training.stage_ends import SHRINKAGES, held_out_var
+from equipoise.training.stage_ends import SHRINKAGES, held_out_var, worth_of_prediction
 from equipoise.training.trainer import Trainer
 from tests.test_exact_resume import Stop
 
@@ -282,3 +282,68 @@ def test_runs_from_before_the_option_keep_their_meaning_and_their_model(tmp_path
     earlier = Run(run.folder)
     assert earlier.config() == config
     assert earlier.model().shape == (20,)
+
+
+# What a predicted variance is worth
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 8, 8)])
+@pytest.mark.parametrize("error", [0.0, 2.0])
+def test_the_worth_of_a_prediction_is_a_difference_of_log_densities(shape, error):
+    """It is computed from sums over examples; here, example by example."""
+    x = torch.randn(90, *shape, generator=torch.Generator().manual_seed(0))
+    model = VAE.build(shape, latent_dim=2, architecture="mlp", width=2).eval()
+    model.requires_grad_(False)
+    model.predict_variance(torch.tensor(0.7), torch.tensor(1e-3))
+    nn.init.normal_(model.noise.network.output.bias, std=error)
+    found = worth_of_prediction(
+        model, pass_over(model, x), torch.Generator().manual_seed(1), lambda tensor: tensor
+    )
+
+    (terms,) = pass_over(model, x).terms(model, torch.Generator().manual_seed(1))
+    var = terms.residual.square().mean()
+    terms = terms._replace(log_likelihood=terms.log_likelihood.detach())
+    shared = equipoise.gaussian.Gaussian(torch.zeros_like(x), var.log()).log_prob(terms.residual)
+    expected = Estimate.of_mean(terms.log_likelihood - shared)
+    assert float(found.shared_var) == pytest.approx(float(var), rel=1e-5)
+    assert found.gain.value == pytest.approx(expected.value, abs=1e-3)
+    assert found.gain.standard_error == pytest.approx(expected.standard_error, rel=1e-3)
+
+
+class Spoil(Stop):
+    """Makes the predicted variance absurd at the beginning of the last epoch."""
+
+    trainer = None
+
+    def epoch(self, row):
+        if row["epoch"] == self.epoch_to_stop:
+            noise = self.trainer.model.noise
+            assert noise.depends_on_code
+            nn.init.normal_(noise.network.output.bias, std=3)
+            self.trainer.config = replace(self.trainer.config, stage_2_learning_rate=1e-12)
+
+
+@pytest.mark.parametrize("noise", ["global", "dimension"])
+def test_a_stage_2_that_is_worse_than_stage_1_is_refused(noise):
+    data = small_table()
+    config = replace(SMALL, noise=noise, stage_1_epochs=30, stage_2_epochs=2, floor=1e-4)
+    config = replace(config, stage_2_learning_rate=1e-12)
+    spoil, said = Spoil(31), []
+    spoil.message = said.append
+    torch.manual_seed(0)
+    trainer = Trainer(make_model(data, config), data, config, sinks=[spoil])
+    spoil.trainer = trainer
+    rows = trainer.fit()
+
+    assert not trainer.model.noise.depends_on_code
+    assert any("stage 2 is refused" in text for text in said)
+    figures = trainer.figures(trainer.validation)
+    assert figures.standardised_var.value == pytest.approx(1.0, rel=0.3)
+    assert figures.elbo > rows[-1]["validation_elbo"]
+
+
+def test_a_good_stage_2_stays():
+    data = equipoise.load_data("digits")
+    config = replace(SMALL, width=16, stage_1_epochs=4, stage_2_epochs=2, floor=0.01)
+    trainer, _ = trained(data, config)
+    assert trainer.model.noise.depends_on_code

@@ -1,11 +1,13 @@
 """What ends a stage of Algorithm 1: the exact closed form (10), and recalibration."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from equipoise.estimate import Estimate
+from equipoise.gaussian import LOG_2PI
 from equipoise.model import VAE
 from equipoise.residuals import (
     AllReduce,
@@ -122,6 +124,69 @@ def held_out_var(
         log_likelihood = -float((ratio * var).log().mean()) - measured.value / ratio
         found.append((log_likelihood, HeldOutVar(ratio * var, ratio, measured, weight)))
     return max(found, key=lambda pair: pair[0])[1]
+
+
+class Prediction(NamedTuple):
+    """What a variance for each input is worth, against the one variance that it came from.
+
+    Args:
+        gain: Log-likelihood of held-out examples over that with the shared variance, nats per
+            example.
+        shared_var: The shared variance, eq. (10) over the held-out examples, of the shape of the
+            reference, float64.
+    """
+
+    gain: Estimate
+    shared_var: Tensor
+
+
+@torch.no_grad()
+def worth_of_prediction(
+    model: VAE, held_out: SplitPass, generator: torch.Generator, all_reduce: AllReduce
+) -> Prediction:
+    r"""Compare the predicted variance with a shared one, around the same means.
+
+    .. math:: \log p(x_n|z_n) + \tfrac12 \Bigl(\sum_i \log 2\pi r\sigma_{*i}^2
+        + \frac{D\,c_n}{r}\Bigr)
+
+    The shared variance is :math:`r \sigma_{*i}^2` with sigma_*^2 the reference of stage 2, c_n the
+    mean squared residual of an example in its units, and r their mean, eq. (10).
+
+    Args:
+        model: A model with a predicted variance, and the networks standing still.
+        held_out: Examples that the networks were not trained on.
+        generator: Source of one sample of z per example.
+        all_reduce: Sums over processes.
+
+    Returns:
+        The gain, and the shared variance.
+
+    Raises:
+        ValueError: if the model's noise has no shared variance.
+    """
+    reference = model.noise.shared_log_var
+    if reference is None:
+        raise ValueError("the noise model has no shared variance to compare with")
+
+    dimensions = math.prod(model.shape)
+    moments = torch.zeros(3, 3, dtype=torch.float64, device=held_out.device)
+    for terms in held_out.terms(model, generator):
+        squared = terms.residual.double().square() * torch.exp(-reference.double())
+        size = squared.flatten(1).mean(1)
+        row = torch.stack([torch.ones_like(size), terms.log_likelihood.double(), size])
+        moments += row @ row.mT
+
+    moments = all_reduce(moments)
+    n = int(moments[0, 0])
+    r = moments[0, 2] / n
+    normaliser = (reference.double() + r.log() + LOG_2PI).mean() * dimensions / 2
+
+    # The gain is linear in the two figures of an example.
+    weights = torch.stack([normaliser, torch.ones_like(r), dimensions / (2 * r)])
+    mean = float(weights @ moments[0] / n)
+    square = float(weights @ moments @ weights / n)
+    error = math.sqrt(max(0.0, square - mean**2) / (n - 1)) if n > 1 else None
+    return Prediction(Estimate(mean, error, n), r * reference.double().exp())
 
 
 def recalibrate(

@@ -45,7 +45,12 @@ from equipoise.training.figures import RunningMeans, SplitFigures, split_figures
 from equipoise.training.logging import Sink
 from equipoise.training.passes import EVALUATION_BATCH, SplitPass
 from equipoise.training.preemption import Preempted, Sigterm
-from equipoise.training.stage_ends import exact_optimal_var, held_out_var, recalibrate
+from equipoise.training.stage_ends import (
+    exact_optimal_var,
+    held_out_var,
+    recalibrate,
+    worth_of_prediction,
+)
 
 DISPLAY_SECONDS = 1.0
 AGREEMENT_STEPS = 10
@@ -129,6 +134,9 @@ class Trainer:
         self.history: list[Row] = []
         self.optimal_var: Tensor | None = None
         self.overfitting = 1.0
+        self.stage_1_noise: dict[str, Any] | None = None
+        if not model.noise.depends_on_code:
+            self.stage_1_noise = describe_noise(model.noise)
         self.descent: Descent | None = None
         self.generator = self._stream("training")
         self.means = RunningMeans(self.fabric.device)
@@ -350,6 +358,7 @@ class Trainer:
             messages.append(text)
         else:
             messages += self.recalibrate()
+            messages += self._refuse_worse_prediction()
 
         test = self.figures(self.test)
         messages.append(_describe_test(test))
@@ -420,6 +429,33 @@ class Trainer:
         calibration_shape = self.model.shape if is_per_dimension else ()
         self.model.predict_variance(reference, floor, calibration_shape)
         self.position = self.position._replace(stage_step=0)
+
+    def _refuse_worse_prediction(self) -> list[str]:
+        """Go back to the shared variance if the predicted one is worse on held-out examples.
+
+        Returns what a person should read.
+        """
+        generator = self._stream("worth of prediction")
+        gain, shared_var = worth_of_prediction(
+            self.model, self.validation, generator, self.all_reduce
+        )
+        if gain.standard_error is None or gain.value + gain.standard_error >= 0:
+            return []
+
+        loss = _with_error(gain.times(-1.0))
+        if self.stage_1_noise is None:
+            return [
+                f"Warning: the predicted variance loses {loss} nats per held-out example against "
+                "one variance; train without stage 2."
+            ]
+        self.model.noise = build_noise(self.stage_1_noise, self.model.blank_variance_network)
+        self.model.noise.to(self.fabric.device)
+        self.model.noise.set_var(shared_var)
+        return [
+            f"Warning: the predicted variance lost {loss} nats per held-out example against one "
+            "variance, so that stage 2 is refused and the variance is shared again. There may be "
+            "too few examples for a prediction."
+        ]
 
     def _agree(self, *wishes: bool) -> list[bool]:
         """Combine what each process wishes, so that all of them do the same."""
