@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -20,6 +21,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.files import StoreError, owner_of, whole_file
 from equipoise.flow_fit import CodeFlow
 from equipoise.model import VAE, Scaling
@@ -327,8 +329,8 @@ def _check_sizes(description: ModelDescription, tensors: dict[str, Tensor], what
     Nothing is allocated for that: the networks are built as shapes alone.
     """
     n_values = sum(tensor.numel() for tensor in tensors.values())
-    arguments = description["noise"]["arguments"]
-    shapes = [description["offset_shape"], description["scale_shape"], *arguments.values()]
+    arguments = list(_leaves(description["noise"]["arguments"]))
+    shapes = [description["offset_shape"], description["scale_shape"], *arguments]
 
     for shape in shapes:
         sides = shape if isinstance(shape, list) else [shape]
@@ -344,6 +346,15 @@ def _check_sizes(description: ModelDescription, tensors: dict[str, Tensor], what
         n_needed = sum(tensor.numel() for tensor in outline.state_dict().values())
         if n_needed > 2 * n_values + SMALL:
             compare(outline, tensors, what)
+
+
+def _leaves(arguments: dict[str, Any]) -> Iterator[Any]:
+    """Go through the arguments of a noise model, and of the parts that it is made of."""
+    for value in arguments.values():
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 def _build_model(
@@ -379,6 +390,9 @@ def _build_model(
     )
     noise = {"kind": description["noise"]["kind"], "arguments": description["noise"]["arguments"]}
     model.noise = build_noise(noise, model.blank_variance_network)
+
+    if isinstance(model.noise, CorrelatedNoise) and model.noise.correlation.shape != model.shape:
+        raise ValueError("its correlation is of another shape than its examples")
     return model
 
 
