@@ -478,7 +478,7 @@ class CosineTransform(nn.Module):
         horizontal = torch.arange(width, dtype=torch.float64) / width
         radius = (vertical.square() + horizontal.square()).sqrt() * max(height, width)
         # Beyond the longer side, the corners of narrow images do not reach every number.
-        _, bands = radius.round().unique(return_inverse=True)
+        _, bands = torch.unique(radius.round(), return_inverse=True)
 
         self.register_buffer("rows", _cosines(height).to(dtype), persistent=False)
         self.register_buffer("columns", _cosines(width).to(dtype), persistent=False)
@@ -687,7 +687,8 @@ def _principal_loadings(covariance: Tensor, uniqueness: Tensor, n_factors: int) 
     scale = uniqueness.sqrt()
     var, axes = torch.linalg.eigh(covariance / (scale[:, None] * scale))
     excess = (var[-n_factors:] - 1).clamp_min(1e-3)
-    return scale[:, None] * axes[:, -n_factors:] * excess.sqrt()
+    loadings: Tensor = scale[:, None] * axes[:, -n_factors:] * excess.sqrt()
+    return loadings
 
 
 def _cosines(n: int) -> Float[Tensor, "n n"]:
