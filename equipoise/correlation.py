@@ -451,13 +451,10 @@ class CosineTransform(nn.Module):
         ValueError: If the shape is not that of an image of at most 4096 pixels a side.
 
     Example:
-        >>> transform = CosineTransform((1, 2, 2))
-        >>> transform(torch.ones(1, 1, 2, 2)).squeeze()
-        tensor([[2., 0.],
-                [0., 0.]])
-        >>> transform.bands
-        tensor([[0, 1],
-                [1, 1]])
+        >>> CosineTransform((1, 3, 3)).bands
+        tensor([[0, 1, 2],
+                [1, 1, 2],
+                [2, 2, 3]])
     """
 
     rows: Tensor

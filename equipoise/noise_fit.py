@@ -10,6 +10,7 @@ set join in, multiplied so that their mean variance is that of the held-out rows
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -28,9 +29,13 @@ from equipoise.data import Data, ExampleSet, batches_of
 from equipoise.estimate import Estimate
 from equipoise.gaussian import LOG_2PI, SharedGenerator, standard_normal_like, sum_dimensions
 from equipoise.model import VAE
-from equipoise.processes import ALONE, Processes
+from equipoise.noise import describe_noise
+from equipoise.processes import ALONE, Processes, choose_device
 from equipoise.randomness import stream
+from equipoise.records import CorrelationFitRecord
 from equipoise.residuals import ResidualCovariance
+from equipoise.run import Run
+from equipoise.store import read_codes_digest, save_model
 
 FOLDS = 5
 """Parts of the held-out rows, each of which judges what is estimated on the others."""
@@ -84,15 +89,31 @@ class CorrelationFit(NamedTuple):
             f"{name} gains {gain.value:.2f} +- {gain.standard_error or math.inf:.2f}"
             for name, gain in self.gains.items()
         )
+        if not gains:
+            return "Errors are independent of each other, as asked."
         if self.setting is None:
-            why = f"no form of correlation gains beyond its error: {gains}" if gains else "as asked"
-            return f"Errors stay independent: {why} (nats per example, {rows})."
+            return (
+                "Errors are independent of each other, as no form of correlation gains beyond its "
+                f"error: {gains} nats, {rows}."
+            )
 
         before, after = self.scores["white"].value, self.scores[self.setting].value
         return (
             f"Correlated noise ({self.setting}): log p(x|z) of {rows} rises from {before:.1f} to "
             f"{after:.1f} nats. Over white noise, {gains} nats."
         )
+
+    def record(self) -> CorrelationFitRecord:
+        """Return everything but the correlation itself, as JSON values."""
+        return {
+            "form": self.form,
+            "setting": self.setting,
+            "scores": _as_json(self.scores),
+            "gains": _as_json(self.gains),
+            "n_held_out": self.n_held_out,
+            "n_training": self.n_training,
+            "message": self.message,
+        }
 
 
 class Form(NamedTuple):
@@ -446,3 +467,67 @@ class _Estimation:
             judged = u + quantum * place * precision
             rounding = quantum**2 / 12 * precision.square().sum(0)
         return _Batch(row, u, judged, 0.5 * sum_dimensions(log_var), rounding)
+
+
+def _as_json(estimates: dict[str, Estimate]) -> Any:  # noqa: ANN401 (JSON values)
+    return {name: estimate._asdict() for name, estimate in estimates.items()}
+
+
+def fit_noise(
+    run: Run | str | Path,
+    data: Data | None = None,
+    form: str = "auto",
+    *,
+    model: VAE | None = None,
+) -> CorrelationFit:
+    """Estimate the correlation of the errors of a run that is trained already, and keep it.
+
+    The file of the model is written anew. Its codes do not change, so the mixture and other sources
+    of codes stay valid. Likelihoods do change: an earlier evaluation is of another model, and every
+    command that reads it says so.
+
+    Args:
+        run: A run that has finished training, or its folder.
+        data: The data that it was trained on. None loads them again.
+        form: As for :func:`fit_correlation`. "none" takes an earlier correlation out.
+        model: The run's model, where it has networks of your own. It gets the correlation.
+
+    Returns:
+        What was chosen, and why.
+
+    Raises:
+        ConfigError: If the form does not suit the examples.
+        StoreError: If the run has not finished, or the data are not those of the run.
+
+    Example:
+        >>> fit = equipoise.fit_noise("runs/digits")  # doctest: +SKIP
+        >>> fit.setting  # doctest: +SKIP
+        'full, weight 1'
+    """
+    if not isinstance(run, Run):
+        run = Run(run)
+    if model is None:
+        model = run.model()
+    problem = problem_of_form(form, model.shape)
+    if problem:
+        raise ConfigError([problem])
+    if data is None:
+        data = run.data()
+    run.check_data(data)
+
+    config = run.config()
+    before = describe_noise(model.noise)
+    with run.exclusive("fit of the noise"):
+        model.place(choose_device(config.accelerator))
+        fit = fit_correlation(model.eval(), data, form, seed=config.seed)
+        model.cpu()
+
+        if fit.correlation is not None or describe_noise(model.noise) != before:
+            save_model(
+                run.model_file,
+                model,
+                run.origin(),
+                codes_of=read_codes_digest(run.model_file),
+                correlation_fit=fit.record(),
+            )
+    return fit

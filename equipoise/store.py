@@ -29,6 +29,7 @@ from equipoise.networks import build_decoder, build_encoder
 from equipoise.noise import GlobalNoise, build_noise
 from equipoise.records import (
     FORMAT,
+    CorrelationFitRecord,
     Digest,
     FlowDescription,
     MixtureDescription,
@@ -148,6 +149,27 @@ def read_digest(path: Path) -> str:
     return _read_metadata(path)["sha256"]
 
 
+def read_codes_digest(path: Path) -> str:
+    """Read by which digest files that are fitted to a model's codes refer to it.
+
+    It is the model's own, unless only its noise has changed since: its codes are then those of the
+    model that it was made of.
+
+    Args:
+        path: Path of a file that :func:`save_model` wrote.
+
+    Returns:
+        SHA-256, hexadecimal.
+
+    Raises:
+        StoreError: If the file does not exist, is damaged, or was not written by equipoise.
+    """
+    metadata = _read_metadata(path)
+    text = metadata["description"]
+    description = decode_record(text, ModelDescription, f"{path}, description")
+    return description.get("codes_of", metadata["sha256"])
+
+
 def _read_metadata(path: Path) -> Metadata:
     """Read the metadata of a file that equipoise wrote."""
     if not path.is_file():
@@ -239,7 +261,14 @@ def compare(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
         raise StoreError(f"{what} does not fit the model:\n  " + "\n  ".join(shown))
 
 
-def save_model(path: str | Path, model: VAE, origin: str | None = None) -> None:
+def save_model(
+    path: str | Path,
+    model: VAE,
+    origin: str | None = None,
+    *,
+    codes_of: str | None = None,
+    correlation_fit: CorrelationFitRecord | None = None,
+) -> None:
     """Save a model with its networks, its noise model and its scaling.
 
     Args:
@@ -247,10 +276,13 @@ def save_model(path: str | Path, model: VAE, origin: str | None = None) -> None:
         model: Any :class:`VAE`, with networks of ``networks.py`` or of the user's own.
         origin: Digest of the options and the data that it was trained with, by which a run knows
             its own model.
+        codes_of: Digest of an earlier model that gives the same codes, so that what was fitted to
+            them stays valid, see :func:`read_codes_digest`.
+        correlation_fit: How the correlation of its errors was chosen.
     """
     description = model.description()
-    if origin is not None:
-        description["origin"] = origin
+    further = {"origin": origin, "codes_of": codes_of, "correlation_fit": correlation_fit}
+    description |= {name: value for name, value in further.items() if value is not None}
     write_tensors(Path(path), "model", model.state_dict(), description)
 
 
