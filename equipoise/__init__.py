@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from equipoise.aggregate import StandardNormal as StandardNormal
     from equipoise.config import TrainConfig as TrainConfig
     from equipoise.config import make_config as make_config
+    from equipoise.correlated_noise import CorrelatedNoise as CorrelatedNoise
     from equipoise.data import Data as Data
     from equipoise.data import load as load_data  # noqa: F401 (re-exported under a clearer name)
     from equipoise.data import load_stream as load_stream
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from equipoise.noise import GlobalNoise as GlobalNoise
     from equipoise.noise import NoiseModel as NoiseModel
     from equipoise.noise import PredictedNoise as PredictedNoise
+    from equipoise.noise_fit import fit_noise as fit_noise
     from equipoise.objectives import DetachedVarianceElbo as DetachedVarianceElbo
     from equipoise.objectives import Elbo as Elbo
     from equipoise.objectives import importance_weighted_bound as importance_weighted_bound
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "equipoise.aggregate": ("AggregatePosterior", "GaussianMixture", "StandardNormal"),
     "equipoise.config": ("TrainConfig", "make_config"),
+    "equipoise.correlated_noise": ("CorrelatedNoise",),
     "equipoise.data": ("Data", "load_data", "load_stream"),
     "equipoise.estimator": ("VAEEstimator",),
     "equipoise.evaluation": ("Examples", "evaluate"),
@@ -63,6 +66,7 @@ _HOMES = {
         "NoiseModel",
         "PredictedNoise",
     ),
+    "equipoise.noise_fit": ("fit_noise",),
     "equipoise.objectives": ("DetachedVarianceElbo", "Elbo", "importance_weighted_bound"),
     "equipoise.run": ("Run",),
     "equipoise.sharing": ("push",),

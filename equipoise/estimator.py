@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
 from equipoise.config import EARLIER_VALUES, TrainConfig, make_config
+from equipoise.correlation import AnyGaussian
 from equipoise.data import load, load_examples
 from equipoise.data.arrays import MIN_EXAMPLES
 from equipoise.data.dataset import Array
 from equipoise.files import StoreError
-from equipoise.gaussian import Gaussian
 from equipoise.model import VAE, encode_all
+from equipoise.noise_fit import fit_correlation
 from equipoise.objectives import importance_weighted_bound
 from equipoise.randomness import stream, stream_seed
 from equipoise.records import EstimatorDescription
@@ -89,6 +90,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             "quantisation".
         recalibrate: How the predicted std is rescaled on held-out examples, "none", "scale",
             "dimension" or "coverage".
+        noise_correlation: Correlation of the errors, estimated on held-out examples after
+            training, "none", "full", "low-rank", "bands" or "auto".
         stage_1_epochs: Number of epochs with one learned variance. "auto" is the number that 1,000
             steps take, but at least 10 and at most 200.
         stage_2_epochs: Number of epochs with a variance per feature and example; 0 leaves stage 2
@@ -140,6 +143,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         variance_from: Literal["held-out", "training"] = "held-out",
         floor: float | Literal["quantisation"] = 1.0,
         recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none",
+        noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] = "none",
         stage_1_epochs: int | Literal["auto"] = "auto",
         stage_2_epochs: int | Literal["auto"] = "auto",
         batch_size: int = 256,
@@ -158,6 +162,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.variance_from = variance_from
         self.floor = floor
         self.recalibrate = recalibrate
+        self.noise_correlation = noise_correlation
         self.stage_1_epochs = stage_1_epochs
         self.stage_2_epochs = stage_2_epochs
         self.batch_size = batch_size
@@ -500,7 +505,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _finish(self, trainer: Trainer) -> "VAEEstimator":
         """Fit the mixture to the codes of the training data."""
-        model = trainer.model.eval()
+        model, config = trainer.model.eval(), trainer.config
+        fit_correlation(model, trainer.data, config.noise_correlation, seed=config.seed)
         mixture = fit_aggregate(model, trainer.data, trainer.config, trainer.fabric.device).mixture
         return self._adopt(model.cpu(), mixture.cpu())
 
@@ -561,15 +567,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return encode_all(self.model_, batches).mean
 
     @torch.no_grad()
-    def _decode(self, codes: Tensor) -> Gaussian:
+    def _decode(self, codes: Tensor) -> AnyGaussian:
         """Return p(x|z) in model units, computed batch by batch."""
-        means, log_vars = [], []
-        for batch in torch.split(codes, EVALUATION_BATCH):
-            likelihood = self.model_.decode(batch)
-            means.append(likelihood.mean)
-            log_vars.append(likelihood.log_var.expand_as(likelihood.mean))
+        parts = [self.model_.decode(batch) for batch in torch.split(codes, EVALUATION_BATCH)]
 
-        return Gaussian(torch.cat(means), torch.cat(log_vars))
+        mean = torch.cat([part.mean for part in parts])
+        log_var = torch.cat([part.log_var.expand_as(part.mean) for part in parts])
+        return parts[0]._replace(mean=mean, log_var=log_var)
 
     def _in_original_shape(self, examples: Tensor) -> Array:
         """Convert examples of the model, (n, C, H, W) or (n, D), to the shape of the user's."""

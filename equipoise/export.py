@@ -10,7 +10,8 @@ The files are ``torch.export`` programs, or ONNX graphs (extra ``export``):
 
 Data are in the user's own unit, on the way in and out. The number n of examples may be any number
 from 1. The sampler takes its noise as inputs, independent draws from U[0, 1) and N(0, 1), so that
-whoever runs it chooses the seed.
+whoever runs it chooses the seed. The decoder of a model with correlated noise has its std, but not
+its correlation: noise that is drawn with them is independent.
 """
 
 import copy
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.correlated_noise import marginal_of
 from equipoise.files import own_outputs, whole_file
 from equipoise.model import VAE
 
@@ -151,6 +153,7 @@ class _Decoder(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model)
         del self.model.encoder
+        self.model.noise = marginal_of(self.model.noise)  # of which the std are
 
     def forward(self, code: Tensor) -> tuple[Tensor, ...]:
         likelihood, scaling = self.model.decode(code), self.model.scaling

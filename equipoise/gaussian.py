@@ -128,6 +128,17 @@ class Gaussian(NamedTuple):
             return -0.5 * (sum_dimensions(squared) * precision + x.shape[1:].numel() * normaliser)
         return -0.5 * sum_dimensions(squared * precision + normaliser)
 
+    def squared_distance(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
+        r"""Squared Mahalanobis distance of each example from its mean, in units of the std.
+
+        Args:
+            x: Values of the variable, (B, \*), of the shape of ``mean``.
+
+        Returns:
+            The sums of (x - mean)^2 / var over the dimensions, (B,).
+        """
+        return sum_dimensions((x - self.mean).square() / self.var)
+
     def sample(self, generator: Randomness = None) -> Tensor:
         r"""Draw one reparametrised sample per example, mean + std * epsilon.
 

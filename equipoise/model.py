@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.catalogue import ARCHITECTURES
+from equipoise.correlation import AnyGaussian
 from equipoise.gaussian import Gaussian
 from equipoise.kernels import bounded
 from equipoise.networks import build_decoder, build_encoder, default_architecture, start_at_data
@@ -312,7 +313,7 @@ class VAE(nn.Module):
 
         return bounded(mean, *self.mean_bounds)
 
-    def decode(self, z: Float[Tensor, "batch latent"]) -> Gaussian:
+    def decode(self, z: Float[Tensor, "batch latent"]) -> AnyGaussian:
         r"""Compute the likelihood p(x|z): the decoder's mean with the noise model's variance.
 
         Args:
@@ -321,9 +322,9 @@ class VAE(nn.Module):
         Returns:
             Gaussian over data, (B, \*), model units.
         """
-        return Gaussian(self.decode_mean(z), self.noise(z))
+        return self.noise.likelihood(self.decode_mean(z), z)
 
-    def reconstruct(self, x: Float[Tensor, "batch *event"]) -> Gaussian:
+    def reconstruct(self, x: Float[Tensor, "batch *event"]) -> AnyGaussian:
         r"""Decode the mean of q(z|x).
 
         Args:
@@ -372,7 +373,7 @@ class VAE(nn.Module):
 
     def generate(
         self, n: int, source: CodeSource, generator: torch.Generator | None = None
-    ) -> Gaussian:
+    ) -> AnyGaussian:
         r"""Decode codes drawn from a source.
 
         Args:

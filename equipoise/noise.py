@@ -10,6 +10,9 @@ evidence lower bound with the weight 1/(2 sigma^2). Four models, from rigid to f
 :class:`PredictedNoise` one per pixel and input, from a network       eq. (11)
 ======================= ============================================= ======================
 
+:class:`equipoise.correlated_noise.CorrelatedNoise` adds a correlation of the dimensions to any of
+them, once training is over.
+
 Each maps codes z (B, d) to a log-variance that broadcasts against the data (B, \*). A noise model
 of your own is a subclass of :class:`NoiseModel`. Defining it is enough: models that have it are
 saved, loaded and resumed like all others, as long as the module that defines it is imported.
@@ -24,6 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from equipoise.correlation import AnyGaussian
+from equipoise.gaussian import Gaussian
 from equipoise.kernels import lower_bound
 from equipoise.residuals import AllReduce, ResidualQuantiles, ResidualVariance
 
@@ -46,7 +51,7 @@ class NoiseModel(nn.Module, ABC):
 
     summary: ClassVar[str] = "The noise variance comes from a noise model of the user's own"
     """The model in words, for the model card of a published run."""
-    depends_on_code: ClassVar[bool] = False
+    depends_on_code: bool = False
     """Whether the variance differs between inputs, so that there is a map of it to look at."""
 
     overfitting: float = 1.0
@@ -75,6 +80,20 @@ class NoiseModel(nn.Module, ABC):
         Returns:
             Natural logarithm of the variance; broadcasts to (B, \*).
         """
+
+    def likelihood(
+        self, mean: Float[Tensor, "batch *event"], z: Float[Tensor, "batch latent"]
+    ) -> AnyGaussian:
+        r"""Put the noise around a mean: p(x|z).
+
+        Args:
+            mean: Mean m(z), (B, \*).
+            z: Codes, (B, d).
+
+        Returns:
+            Gaussian over data, (B, \*), of independent errors unless a subclass knows better.
+        """
+        return Gaussian(mean, self(z))
 
     @abstractmethod
     def description(self) -> dict[str, Any]:

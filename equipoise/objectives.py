@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from equipoise.correlation import AnyGaussian
 from equipoise.gaussian import (
     Gaussian,
     Randomness,
@@ -53,7 +54,7 @@ class LatentVariableModel(Protocol):
     def decode_mean(self, z: Tensor) -> Tensor:
         """Mean of p(x|z)."""
 
-    def decode(self, z: Tensor) -> Gaussian:
+    def decode(self, z: Tensor) -> AnyGaussian:
         """Likelihood p(x|z)."""
 
 
@@ -113,7 +114,7 @@ class Objective(nn.Module, ABC):
             The terms, per example.
         """
 
-    def _terms(self, x: Tensor, posterior: Gaussian, likelihood: Gaussian) -> Terms:
+    def _terms(self, x: Tensor, posterior: Gaussian, likelihood: AnyGaussian) -> Terms:
         """Return the terms of eq. (4). The loss is the negative bound."""
         log_likelihood = likelihood.log_prob(x)
         kl = posterior.kl()

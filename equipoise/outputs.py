@@ -78,7 +78,7 @@ def write_samples(
     parts = [model.decode(chunk) for chunk in torch.split(codes, DECODED_AT_ONCE)]
     means = torch.cat([part.mean for part in parts])
     std = torch.cat([part.std for part in parts])
-    noisy = means + std * torch.empty_like(means).normal_(generator=generator)
+    noisy = torch.cat([part.sample(generator) for part in parts])
     x = noisy if noise else means
 
     if len(model.shape) == 3:

@@ -226,6 +226,18 @@ class TrackerRecord(TypedDict):
     run_id: Name
 
 
+class CorrelationFitRecord(TypedDict):
+    """How the correlation of a model's errors was chosen."""
+
+    form: Name
+    setting: Name | None
+    scores: dict[str, Estimate]
+    gains: dict[str, Estimate]
+    n_held_out: Count
+    n_training: Count
+    message: str
+
+
 class ModelDescription(TypedDict):
     """The description in ``model.safetensors``."""
 
@@ -242,6 +254,8 @@ class ModelDescription(TypedDict):
     scale_shape: Shape
     noise: NoiseRecord
     origin: NotRequired[Digest]
+    codes_of: NotRequired[Digest]
+    correlation_fit: NotRequired[CorrelationFitRecord]
 
 
 class FlowSizes(TypedDict):

@@ -184,6 +184,77 @@ def overfitting_ratio(standardised: Estimate) -> float:
     return 1 + weight * max(0.0, value - 1)
 
 
+class ResidualCovariance(nn.Module):
+    r"""Second moments of residuals as sum and count in float64: eq. (10) as a matrix.
+
+    .. math:: C = \frac1N \sum_n \mathrm{E}_{q(z|x_n)}\, u_n u_n^T, \qquad
+        u_n = \frac{x_n - m(z)}{s(z)}
+
+    It is the covariance at which the likelihood of the residuals is highest. As in eq. (10), they
+    come from *samples* z of q(z|x), and their mean is taken to be zero. Partial results of several
+    processes combine by adding ``sum`` and ``count``.
+
+    Args:
+        dimensions: D, number of dimensions of an example.
+
+    Example:
+        >>> statistic = ResidualCovariance(2)
+        >>> statistic.update(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+        >>> statistic.covariance
+        tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64)
+    """
+
+    sum: Tensor
+    count: Tensor
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        self.register_buffer("sum", torch.zeros(dimensions, dimensions, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, residual: Float[Tensor, "batch *event"]) -> None:
+        r"""Add a batch.
+
+        Args:
+            residual: Standardised residuals u, (B, \*), D values per example.
+        """
+        rows = residual.flatten(1).double()
+        self.sum += rows.mT @ rows
+        self.count += len(rows)
+
+    @torch.no_grad()
+    def add(self, other: "ResidualCovariance", scale: float = 1.0) -> None:
+        """Add another statistic's residuals.
+
+        Args:
+            other: The statistic, of the same dimensions.
+            scale: Factor on the variance of its residuals.
+        """
+        self.sum += scale * other.sum
+        self.count += other.count
+
+    def all_reduce(self, all_reduce: AllReduce) -> None:
+        """Add the batches of the other processes.
+
+        Args:
+            all_reduce: Sums over the processes.
+        """
+        self.sum.copy_(all_reduce(self.sum))
+        self.count.copy_(all_reduce(self.count))
+
+    @property
+    def covariance(self) -> Tensor:
+        """The matrix C, (D, D); NaN before the first batch."""
+        return self.sum / self.count
+
+    @property
+    def var(self) -> Tensor:
+        """The mean variance over the dimensions, (); NaN before the first batch."""
+        return self.covariance.diagonal().mean()
+
+
 class ResidualQuantiles(nn.Module):
     r"""Quantiles of the size of standardised residuals, from a histogram of any number of them.
 

@@ -34,7 +34,7 @@ from equipoise.records import (
     read_bytes,
     read_record,
 )
-from equipoise.store import load_mixture, load_model, read_digest
+from equipoise.store import load_mixture, load_model, read_codes_digest, read_digest
 
 Row = dict[str, Any]
 """The figures of one epoch: epoch, stage, seconds, examples_per_second, learning_rate, decision,
@@ -243,7 +243,7 @@ class Run:
         """
         mixture, description = load_mixture(self.mixture_file)
 
-        model = read_digest(self.model_file)
+        model = read_codes_digest(self.model_file)
         if description.get("model", model) != model:
             raise StoreError(
                 f"{self.mixture_file} was fitted to the codes of another model than "

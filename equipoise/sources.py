@@ -35,7 +35,14 @@ from equipoise.model import VAE, encode_all
 from equipoise.processes import ALONE, Processes, choose_device
 from equipoise.randomness import stream
 from equipoise.run import Run
-from equipoise.store import load_flow, load_mixture, read_digest, save_flow, save_mixture
+from equipoise.store import (
+    load_flow,
+    load_mixture,
+    read_codes_digest,
+    read_digest,
+    save_flow,
+    save_mixture,
+)
 
 ENCODED_AT_ONCE = 500
 VARIATIONAL_COMPONENTS = 32
@@ -453,7 +460,7 @@ def _fitted_file(run: Run, name: str) -> Path:
 
 def _fitted_to(run: Run, row: str) -> dict[str, str]:
     """Checksums of what a fit depends on, which are kept in its file."""
-    checksums = {"model": read_digest(run.model_file)}
+    checksums = {"model": read_codes_digest(run.model_file)}
     if FITTED[row].starts_from_mixture:
         checksums["mixture"] = read_digest(run.mixture_file)
     return checksums

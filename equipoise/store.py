@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -20,6 +21,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.files import StoreError, owner_of, whole_file
 from equipoise.flow_fit import CodeFlow
 from equipoise.model import VAE, Scaling
@@ -27,6 +29,7 @@ from equipoise.networks import build_decoder, build_encoder
 from equipoise.noise import GlobalNoise, build_noise
 from equipoise.records import (
     FORMAT,
+    CorrelationFitRecord,
     Digest,
     FlowDescription,
     MixtureDescription,
@@ -146,6 +149,27 @@ def read_digest(path: Path) -> str:
     return _read_metadata(path)["sha256"]
 
 
+def read_codes_digest(path: Path) -> str:
+    """Read by which digest files that are fitted to a model's codes refer to it.
+
+    It is the model's own, unless only its noise has changed since: its codes are then those of the
+    model that it was made of.
+
+    Args:
+        path: Path of a file that :func:`save_model` wrote.
+
+    Returns:
+        SHA-256, hexadecimal.
+
+    Raises:
+        StoreError: If the file does not exist, is damaged, or was not written by equipoise.
+    """
+    metadata = _read_metadata(path)
+    text = metadata["description"]
+    description = decode_record(text, ModelDescription, f"{path}, description")
+    return description.get("codes_of", metadata["sha256"])
+
+
 def _read_metadata(path: Path) -> Metadata:
     """Read the metadata of a file that equipoise wrote."""
     if not path.is_file():
@@ -237,7 +261,14 @@ def compare(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
         raise StoreError(f"{what} does not fit the model:\n  " + "\n  ".join(shown))
 
 
-def save_model(path: str | Path, model: VAE, origin: str | None = None) -> None:
+def save_model(
+    path: str | Path,
+    model: VAE,
+    origin: str | None = None,
+    *,
+    codes_of: str | None = None,
+    correlation_fit: CorrelationFitRecord | None = None,
+) -> None:
     """Save a model with its networks, its noise model and its scaling.
 
     Args:
@@ -245,10 +276,13 @@ def save_model(path: str | Path, model: VAE, origin: str | None = None) -> None:
         model: Any :class:`VAE`, with networks of ``networks.py`` or of the user's own.
         origin: Digest of the options and the data that it was trained with, by which a run knows
             its own model.
+        codes_of: Digest of an earlier model that gives the same codes, so that what was fitted to
+            them stays valid, see :func:`read_codes_digest`.
+        correlation_fit: How the correlation of its errors was chosen.
     """
     description = model.description()
-    if origin is not None:
-        description["origin"] = origin
+    further = {"origin": origin, "codes_of": codes_of, "correlation_fit": correlation_fit}
+    description |= {name: value for name, value in further.items() if value is not None}
     write_tensors(Path(path), "model", model.state_dict(), description)
 
 
@@ -327,8 +361,8 @@ def _check_sizes(description: ModelDescription, tensors: dict[str, Tensor], what
     Nothing is allocated for that: the networks are built as shapes alone.
     """
     n_values = sum(tensor.numel() for tensor in tensors.values())
-    arguments = description["noise"]["arguments"]
-    shapes = [description["offset_shape"], description["scale_shape"], *arguments.values()]
+    arguments = list(_leaves(description["noise"]["arguments"]))
+    shapes = [description["offset_shape"], description["scale_shape"], *arguments]
 
     for shape in shapes:
         sides = shape if isinstance(shape, list) else [shape]
@@ -344,6 +378,15 @@ def _check_sizes(description: ModelDescription, tensors: dict[str, Tensor], what
         n_needed = sum(tensor.numel() for tensor in outline.state_dict().values())
         if n_needed > 2 * n_values + SMALL:
             compare(outline, tensors, what)
+
+
+def _leaves(arguments: dict[str, Any]) -> Iterator[Any]:
+    """Go through the arguments of a noise model, and of the parts that it is made of."""
+    for value in arguments.values():
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 def _build_model(
@@ -379,6 +422,9 @@ def _build_model(
     )
     noise = {"kind": description["noise"]["kind"], "arguments": description["noise"]["arguments"]}
     model.noise = build_noise(noise, model.blank_variance_network)
+
+    if isinstance(model.noise, CorrelatedNoise) and model.noise.correlation.shape != model.shape:
+        raise ValueError("its correlation is of another shape than its examples")
     return model
 
 

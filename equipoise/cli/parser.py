@@ -3,11 +3,23 @@
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from equipoise import __version__
-from equipoise.cli import evaluate, explore, export, paper, push, reconstruct, report, sample, train
+from equipoise.cli import (
+    evaluate,
+    explore,
+    export,
+    fit_noise,
+    paper,
+    push,
+    reconstruct,
+    report,
+    sample,
+    train,
+)
 from equipoise.cli.command import add_help
 
 COMMANDS = {
     "train": train.COMMAND,
+    "fit-noise": fit_noise.COMMAND,
     "evaluate": evaluate.COMMAND,
     "report": report.COMMAND,
     "sample": sample.COMMAND,

@@ -43,7 +43,9 @@ class ModelScores(NamedTuple):
     Args:
         negative_elbo: -ELBO, eq. (4), (N,), nats. Higher is odder.
         standardised_residual: mean over the dimensions of (x - m)^2 / sigma^2 at the posterior
-            mean, (N,). Higher is odder, and it is about one if the noise model is right.
+            mean, (N,). With correlated noise, the squared Mahalanobis distance of the residual over
+            the number of dimensions. Higher is odder, and it is about one if the noise model is
+            right.
         rate: KL(q(z|x), p(z)), (N,), nats. It is odd if it is unusually low or high.
         negative_mixture_log_prob: minus the log-density of the posterior mean under the mixture,
             eq. (13), (N,), nats. Higher is odder.
@@ -115,10 +117,10 @@ def model_scores(
 
         code = terms.posterior.mean
         likelihood = model.decode(code)
-        squared = (x - likelihood.mean).square() / likelihood.var
+        standardised = likelihood.squared_distance(x) / math.prod(model.shape)
         density = mixture.log_prob(code).to(x.dtype)
 
-        rows.append(torch.stack([-terms.elbo, squared.flatten(1).mean(1), terms.kl, -density]))
+        rows.append(torch.stack([-terms.elbo, standardised, terms.kl, -density]))
 
     if not rows:
         raise ValueError("expected at least one batch of examples to score, got none")

@@ -16,6 +16,7 @@ from equipoise.files import StoreError, discard_if_empty, is_empty, write_json
 from equipoise.mixture_fit import EMStep, MixtureFit
 from equipoise.model import VAE
 from equipoise.noise import NoiseModel, describe_noise
+from equipoise.noise_fit import CorrelationFit, fit_correlation
 from equipoise.provenance import data_record, versions
 from equipoise.randomness import stream_seed
 from equipoise.records import FORMAT
@@ -153,12 +154,21 @@ def train(
 
         model.eval()
         processes = processes_of(fabric)
+        correlation_fit = None
+        if config.noise_correlation != "none":
+            correlation_fit = fit_correlation(
+                model, data, config.noise_correlation, seed=config.seed, processes=processes
+            )
+
         fit = fit_aggregate(model, data, config, fabric.device, on_mixture, processes)
         model.cpu()
 
-        in_main_process(fabric, partial(_save, run, model, fit, config, data))
+        in_main_process(fabric, partial(_save, run, model, fit, config, data, correlation_fit))
+        messages = _describe_fit(fit)
+        if correlation_fit is not None:
+            messages.insert(0, correlation_fit.message)
         for sink in all_sinks:
-            for text in _describe_fit(fit):
+            for text in messages:
                 sink.message(text)
     return run
 
@@ -178,9 +188,18 @@ def _check_arguments(data: object, config: object) -> None:
         )
 
 
-def _save(run: Run, model: VAE, fit: MixtureFit, config: TrainConfig, data: Data) -> None:
+def _save(
+    run: Run,
+    model: VAE,
+    fit: MixtureFit,
+    config: TrainConfig,
+    data: Data,
+    correlation_fit: CorrelationFit | None,
+) -> None:
     """Write model and mixture, and tie them to each other and to the run."""
-    save_model(run.model_file, model, origin_of(config.as_dict(), data.fingerprint))
+    record = None if correlation_fit is None else correlation_fit.record()
+    origin = origin_of(config.as_dict(), data.fingerprint)
+    save_model(run.model_file, model, origin, correlation_fit=record)
 
     description = {**describe_mixture(fit, config), "model": read_digest(run.model_file)}
     save_mixture(run.mixture_file, fit.mixture, description)

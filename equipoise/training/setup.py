@@ -10,6 +10,7 @@ from torch import nn
 
 from equipoise.catalogue import ARCHITECTURES, NOISES, OBJECTIVES
 from equipoise.config import ConfigError, TrainConfig
+from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Data
 from equipoise.data.batches import examples
 from equipoise.model import VAE, Scaling
@@ -22,6 +23,7 @@ from equipoise.noise import (
     describe_noise,
     noise_class,
 )
+from equipoise.noise_fit import problem_of_form
 from equipoise.objectives import OBJECTIVE_CLASSES, DetachedVarianceElbo, Objective
 from equipoise.residuals import ResidualVariance
 from equipoise.stages import Stage
@@ -137,6 +139,11 @@ def check_own_noise(noise: object, data: Data, config: TrainConfig) -> None:
         )
 
     problems = []
+    if isinstance(noise, CorrelatedNoise):
+        problems.append(
+            "training never uses a correlation of the errors: give the noise model that it is of, "
+            "noise.marginal, and noise_correlation=auto"
+        )
     if config.noise != "global":
         problems.append(
             f"noise={config.noise} and a noise model of your own exclude each other; "
@@ -383,6 +390,10 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
             "floor=quantisation needs digital data such as 8-bit images; "
             "give a multiple such as 1.0"
         )
+
+    problem = problem_of_form(config.noise_correlation, data.shape)
+    if problem:
+        problems.append(problem)
 
     is_image = len(data.shape) == 3
     noise = NOISES.get(config.noise)

@@ -19,6 +19,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from equipoise.config import EARLIER_VALUES, PLACEMENT, ConfigError, TrainConfig
+from equipoise.correlated_noise import CorrelatedNoise, marginal_of
 from equipoise.data import Data, ExampleSet
 from equipoise.data.batches import examples
 from equipoise.data.varying import varying_mask
@@ -121,6 +122,9 @@ class Trainer:
         if problems:
             raise ConfigError(problems)
 
+        # Trained with, it would take from the networks what it explains.
+        self.leaves_out = isinstance(model.noise, CorrelatedNoise)
+        model.noise = marginal_of(model.noise)
         model.to(self.fabric.device)
         batch_size = min(config.batch_size, len(data.train))
         self.training = self._pass(data.train, batch_size, seed=config.seed)
@@ -199,6 +203,8 @@ class Trainer:
 
     def _fit(self, resume: bool) -> list[Row]:
         self._look_at_data()
+        if self.leaves_out:
+            self._message("Training leaves out the model's correlation; fit it anew afterwards.")
         is_restored = resume and self._restore()
 
         try:

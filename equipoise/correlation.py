@@ -1,0 +1,697 @@
+r"""Correlation of the noise: the matrix C of Sigma(z) = diag(s(z)) C diag(s(z)).
+
+s(z) is the std of whatever noise model a VAE has, and u = (x - m(z)) / s(z) its standardised
+residual. With C = I the errors of all dimensions are independent of each other, which those of
+neighbouring pixels are not. C is estimated once the networks stand still, from the second moments
+of u: eq. (10) as a matrix. Three forms, from free to frugal:
+
+=========================== ================================================== ================
+:class:`FullCorrelation`    any matrix, shrunk towards white                   D (D + 1) / 2
+:class:`LowRankCorrelation` a few common factors, and a variance per dimension (K + 1) D
+:class:`BandCorrelation`    one variance per radial frequency and colour axis  bands x channels
+=========================== ================================================== ================
+
+The third column is how many numbers they have. A *floor* in units of s^2 is added to the variance
+of every direction, so that p(x|z) cannot be narrower than that in any of them. For digital data it
+is the variance of rounding, :math:`\mathrm{E}[q^2 / 12 s^2(z)]`, where q is the distance of two
+levels: C is then the covariance of the residuals of dequantised data.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from equipoise.gaussian import (
+    LOG_2PI,
+    Gaussian,
+    Randomness,
+    standard_normal_like,
+    sum_dimensions,
+)
+from equipoise.residuals import AllReduce, ResidualCovariance
+
+EM_ITERATIONS, EM_TOLERANCE = 500, 1e-6
+"""The fit of factors ends when an iteration gains less than this, in nats per dimension."""
+MAX_SIDE = 4096
+"""Largest side of an image in bands, whose transform is a matrix of that size."""
+
+
+class Correlation(nn.Module, ABC):
+    r"""A positive definite matrix C over the dimensions of an example, by what it does to them.
+
+    Args:
+        shape: Shape of one example, of D dimensions.
+    """
+
+    form: ClassVar[str]
+    """Name of the form, as in the option ``noise_correlation``."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    @property
+    @abstractmethod
+    def log_det(self) -> Tensor:
+        """Logarithm of the determinant of C, (), float64, nats."""
+
+    @abstractmethod
+    def whiten(self, u: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        r"""Take the correlation out: w with \|w\|^2 = u^T C^-1 u.
+
+        Args:
+            u: Standardised residuals, (B, \*).
+
+        Returns:
+            The whitened residuals, (B, \*), of covariance I if u has covariance C.
+        """
+
+    @abstractmethod
+    def colour(self, white: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        r"""Put the correlation in: the inverse of :meth:`whiten`.
+
+        Args:
+            white: Values of covariance I, (B, \*).
+
+        Returns:
+            Values of covariance C, (B, \*).
+        """
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """Describe the correlation by JSON values: all its shapes."""
+
+    @classmethod
+    @abstractmethod
+    def from_description(cls, description: dict[str, Any]) -> "Correlation":
+        """Build the correlation that a description is of, with meaningless values.
+
+        Args:
+            description: What :meth:`description` returned.
+
+        Returns:
+            The correlation; its tensors are filled afterwards.
+        """
+
+
+class FullCorrelation(Correlation):
+    r"""Any covariance matrix, by its eigenvectors and eigenvalues: C = V diag(l) V^T.
+
+    Args:
+        shape: Shape of one example, of D dimensions.
+        axes: V, the eigenvectors as columns, (D, D), orthonormal.
+        log_var: Logarithm of the eigenvalues l, (D,).
+
+    Example:
+        >>> statistic = ResidualCovariance(2)
+        >>> statistic.update(torch.tensor([[1.0, 1.0], [2.0, 2.0], [1.0, -1.0]]))
+        >>> full = FullCorrelation.fit((2,), statistic, torch.tensor(0.0)).float()
+        >>> full.whiten(torch.tensor([[1.0, 1.0]])).square().sum()  # 3/5 of u^T u = 2 ...
+        tensor(0.6000)
+    """
+
+    form = "full"
+
+    axes: Tensor
+    log_var: Tensor
+
+    def __init__(self, shape: tuple[int, ...], axes: Tensor, log_var: Tensor) -> None:
+        super().__init__(shape)
+        self.register_buffer("axes", axes.contiguous())
+        self.register_buffer("log_var", log_var)
+
+    @classmethod
+    def fit(
+        cls, shape: tuple[int, ...], statistic: ResidualCovariance, floor: Tensor
+    ) -> "FullCorrelation":
+        """Take the covariance of the residuals, with the floor on its diagonal.
+
+        Args:
+            shape: Shape of one example.
+            statistic: Second moments of the standardised residuals.
+            floor: Variance that is added, of a shape that broadcasts to one example's.
+
+        Returns:
+            The correlation, float64.
+
+        Raises:
+            ValueError: If the matrix is singular, because there are no more examples than
+                dimensions and the floor is zero.
+        """
+        covariance = statistic.covariance + _per_dimension(floor, shape).diag()
+        var, axes = torch.linalg.eigh(covariance)
+
+        # Rounding may make zero eigenvalues negative.
+        if not bool(var[0] > var[-1] * torch.finfo(var.dtype).eps):
+            raise ValueError(
+                "the covariance of the residuals is singular; give more examples, or a floor"
+            )
+        return cls(shape, axes, var.log())
+
+    def shrunk(self, weight: float) -> "FullCorrelation":
+        r"""Shrink towards white noise of the same total variance: w C + (1 - w) c I.
+
+        Ledoit and Wolf (2004), *A well-conditioned estimator for large-dimensional covariance
+        matrices*. Here the weight is chosen by held-out likelihood.
+
+        Args:
+            weight: w, from 0 (white) to 1 (C as it is).
+
+        Returns:
+            A new correlation.
+        """
+        var = self.log_var.exp()
+        log_var = torch.log(weight * var + (1 - weight) * var.mean())
+        return FullCorrelation(self.shape, self.axes, log_var)
+
+    @property
+    def log_det(self) -> Tensor:
+        """Sum of the logarithms of the eigenvalues."""
+        return self.log_var.double().sum()
+
+    def whiten(self, u: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        """Divide by the std along each eigenvector: the symmetric root of C^-1."""
+        return self._scale(u, torch.exp(-0.5 * self.log_var))
+
+    def colour(self, white: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        """Multiply by the std along each eigenvector: the symmetric root of C."""
+        return self._scale(white, torch.exp(0.5 * self.log_var))
+
+    def _scale(self, values: Tensor, factor: Tensor) -> Tensor:
+        coefficients = values.flatten(1) @ self.axes
+        return ((coefficients * factor) @ self.axes.mT).view_as(values)
+
+    def description(self) -> dict[str, Any]:
+        """Return the shapes of an example and of the eigenvectors."""
+        return {"shape": list(self.shape), "axes_shape": list(self.axes.shape)}
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> "Correlation":
+        """Build the correlation with meaningless values."""
+        n_rows, n_axes = description["axes_shape"]
+        shape = tuple(description["shape"])
+        if (n_rows, n_axes) != (math.prod(shape), math.prod(shape)):
+            raise ValueError(f"eigenvectors {(n_rows, n_axes)} are not those of examples {shape}")
+        return cls(shape, torch.zeros(n_rows, n_axes), torch.zeros(n_axes))
+
+
+class LowRankCorrelation(Correlation):
+    r"""A few common factors and a variance per dimension: C = W W^T + diag(psi), factor analysis.
+
+    It is kept as :math:`C = \psi^{1/2} (I + U\, \mathrm{diag}(l - 1)\, U^T)\, \psi^{1/2}` with U
+    orthonormal, because the root and the inverse of the matrix in the middle are of the same form:
+    the formulas of Woodbury and of the determinant need no solution of equations.
+
+    Args:
+        shape: Shape of one example, of D dimensions.
+        axes: U, as columns, (D, K), orthonormal. K may be 0.
+        log_var: Logarithm of l, (K,), at least 0.
+        log_uniqueness: Logarithm of psi, (D,).
+    """
+
+    form = "low-rank"
+
+    axes: Tensor
+    log_var: Tensor
+    log_uniqueness: Tensor
+
+    def __init__(
+        self, shape: tuple[int, ...], axes: Tensor, log_var: Tensor, log_uniqueness: Tensor
+    ) -> None:
+        super().__init__(shape)
+        self.register_buffer("axes", axes.contiguous())
+        self.register_buffer("log_var", log_var)
+        self.register_buffer("log_uniqueness", log_uniqueness)
+
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, ...],
+        loadings: Float[Tensor, "dimensions factors"],
+        uniqueness: Float[Tensor, " dimensions"],
+    ) -> "LowRankCorrelation":
+        """Make the correlation of loadings and uniquenesses.
+
+        Args:
+            shape: Shape of one example.
+            loadings: W, (D, K).
+            uniqueness: psi, (D,), positive.
+
+        Returns:
+            The correlation W W^T + diag(psi).
+        """
+        scaled = loadings / uniqueness.sqrt()[:, None]
+        axes, singular, _ = torch.linalg.svd(scaled, full_matrices=False)
+        return cls(shape, axes, torch.log1p(singular.square()), uniqueness.log())
+
+    @classmethod
+    def fit(
+        cls,
+        shape: tuple[int, ...],
+        statistic: ResidualCovariance,
+        floor: Tensor,
+        n_factors: int,
+    ) -> "LowRankCorrelation":
+        r"""Fit the factors by expectation maximisation to the covariance S of the residuals.
+
+        .. math:: B = W^T (W W^T + \Psi)^{-1}, \quad
+            W \leftarrow S B^T (I - B W + B S B^T)^{-1}, \quad
+            \psi \leftarrow \max(\mathrm{diag}(S - W B S), \psi_{\min})
+
+        No iteration lowers the likelihood. Rubin and Thayer (1982), *EM algorithms for ML factor
+        analysis*. The floor is added to the diagonal of S, and is psi_min.
+
+        Args:
+            shape: Shape of one example.
+            statistic: Second moments of the standardised residuals.
+            floor: Smallest variance, positive, of a shape that broadcasts to one example's.
+            n_factors: K, number of factors, below D. 0 gives a diagonal C.
+
+        Returns:
+            The correlation, float64.
+        """
+        floor = _per_dimension(floor, shape)
+        covariance = statistic.covariance + floor.diag()
+        var = covariance.diagonal()
+        if n_factors == 0:
+            return cls(shape, var.new_zeros(len(var), 0), var.new_zeros(0), var.log())
+
+        uniqueness = 0.5 * var
+        loadings = _principal_loadings(covariance, uniqueness, n_factors)
+        previous = -math.inf
+
+        for _ in range(EM_ITERATIONS):
+            correlation = cls.of(shape, loadings, uniqueness)
+            fit = correlation._log_likelihood(covariance)
+            if fit - previous < EM_TOLERANCE * len(var):
+                break
+            previous = fit
+
+            explained = correlation._solve(loadings).mT  # B
+            projected = covariance @ explained.mT  # S B^T
+            identity = torch.eye(n_factors).to(covariance)
+            moments = identity - explained @ loadings + explained @ projected
+            loadings = torch.linalg.solve(moments, projected.mT).mT
+            uniqueness = (var - (loadings * projected).sum(1)).maximum(floor)
+
+        return correlation
+
+    def _solve(self, columns: Tensor) -> Tensor:
+        """Multiply columns (D, n) by C^-1."""
+        scale = torch.exp(-0.5 * self.log_uniqueness)
+        return self._scale(scale * columns.mT, torch.exp(-self.log_var)).mT * scale[:, None]
+
+    def _log_likelihood(self, covariance: Tensor) -> float:
+        """Mean log-likelihood of residuals with a covariance, up to a constant, nats."""
+        return -0.5 * float(self.log_det + self._solve(covariance).diagonal().sum())
+
+    @property
+    def log_det(self) -> Tensor:
+        """Sum of the logarithms of psi and of l."""
+        return self.log_uniqueness.double().sum() + self.log_var.double().sum()
+
+    def whiten(self, u: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        """Divide by the root of psi, and by that of l along the columns of U."""
+        rows = u.flatten(1) * torch.exp(-0.5 * self.log_uniqueness)
+        return self._scale(rows, torch.exp(-0.5 * self.log_var)).view_as(u)
+
+    def colour(self, white: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        """Multiply by the root of l along the columns of U, and by that of psi."""
+        rows = self._scale(white.flatten(1), torch.exp(0.5 * self.log_var))
+        return (rows * torch.exp(0.5 * self.log_uniqueness)).view_as(white)
+
+    def _scale(self, rows: Tensor, factor: Tensor) -> Tensor:
+        """Multiply the components of rows (n, D) along the columns of U by factors (K,)."""
+        return rows + (rows @ self.axes * (factor - 1)) @ self.axes.mT
+
+    def description(self) -> dict[str, Any]:
+        """Return the shapes of an example and of U."""
+        return {"shape": list(self.shape), "axes_shape": list(self.axes.shape)}
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> "Correlation":
+        """Build the correlation with meaningless values."""
+        n_rows, n_factors = description["axes_shape"]
+        shape = tuple(description["shape"])
+        if n_rows != math.prod(shape):
+            raise ValueError(f"factors of {n_rows} dimensions are not those of examples {shape}")
+        axes = torch.zeros(n_rows, n_factors)
+        return cls(shape, axes, torch.zeros(n_factors), torch.zeros(n_rows))
+
+
+class BandCorrelation(Correlation):
+    r"""One variance per radial band of frequencies and colour axis, for images of any size.
+
+    .. math:: C = T^T\, \mathrm{diag}(v_{b(i,j),k})\, T
+
+    T is the orthonormal :class:`CosineTransform` of each colour axis k, and b(i, j) the band of the
+    frequency (i, j). White noise has v = 1. Errors of neighbouring pixels that hang together have a
+    v above one in the low bands and below one in the high ones.
+
+    Args:
+        shape: Shape of one image, (C, H, W).
+        axes: Colour axes as columns, (C, C), orthonormal.
+        log_var: Logarithm of v, (bands, C), one band for each of :class:`CosineTransform`.
+    """
+
+    form = "bands"
+
+    axes: Tensor
+    log_var: Tensor
+
+    def __init__(self, shape: tuple[int, ...], axes: Tensor, log_var: Tensor) -> None:
+        super().__init__(shape)
+        self.transform = CosineTransform(shape, log_var.dtype)
+        self.register_buffer("axes", axes.contiguous())
+        self.register_buffer("log_var", log_var)
+
+    @classmethod
+    def fit(
+        cls, shape: tuple[int, ...], statistic: "BandCovariance", floor: Tensor
+    ) -> "BandCorrelation":
+        """Take the variance of each band along the axes of the colours' covariance.
+
+        Args:
+            shape: Shape of one image.
+            statistic: Second moments of the standardised residuals.
+            floor: Variance that is added, of a shape that broadcasts to one image's. Its mean over
+                the pixels is taken, because a band extends over all of them.
+
+        Returns:
+            The correlation, float64.
+
+        Raises:
+            ValueError: If a band is without variance and the floor is zero.
+        """
+        _, axes = torch.linalg.eigh(statistic.sum.sum(0))
+        along_axes = torch.einsum("ck,bcd,dk->bk", axes, statistic.covariance, axes)
+
+        var = along_axes + floor.double().mean()
+        if not bool((var > 0).all()):
+            raise ValueError("a band of the residuals has no variance; give a floor")
+        return cls(shape, axes, var.log())
+
+    @property
+    def log_det(self) -> Tensor:
+        """Sum of the logarithms of v over all frequencies and axes."""
+        return (self.transform.sizes[:, None] * self.log_var.double()).sum()
+
+    def whiten(self, u: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        """Divide by the std of each band and axis."""
+        return self._scale(u, torch.exp(-0.5 * self.log_var))
+
+    def colour(self, white: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        """Multiply by the std of each band and axis."""
+        return self._scale(white, torch.exp(0.5 * self.log_var))
+
+    def _scale(self, images: Tensor, factor: Tensor) -> Tensor:
+        coefficients = torch.einsum("ck,bchw->bkhw", self.axes, self.transform(images))
+        scaled = coefficients * factor[self.transform.bands].permute(2, 0, 1)
+        return self.transform.inverse(torch.einsum("ck,bkhw->bchw", self.axes, scaled))
+
+    def description(self) -> dict[str, Any]:
+        """Return the shapes of an image, of the colour axes and of the variances."""
+        return {
+            "shape": list(self.shape),
+            "axes_shape": list(self.axes.shape),
+            "var_shape": list(self.log_var.shape),
+        }
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> "Correlation":
+        """Build the correlation with meaningless values."""
+        shape, axes_shape = tuple(description["shape"]), description["axes_shape"]
+        n_bands, n_axes = description["var_shape"]
+        is_of_shape = axes_shape == [shape[0], shape[0]] and n_axes == shape[0]
+        if not is_of_shape or n_bands != len(CosineTransform(shape).sizes):
+            raise ValueError(f"{n_bands} bands and {axes_shape} axes are not those of {shape}")
+        return cls(shape, torch.zeros(axes_shape), torch.zeros(n_bands, n_axes))
+
+
+class CosineTransform(nn.Module):
+    r"""The orthonormal discrete cosine transform (DCT-II) over the rows and columns of images.
+
+    .. math:: T_{kn} = \sqrt{(2 - [k = 0]) / N}\, \cos\frac{\pi k (2n + 1)}{2N}
+
+    Unlike the Fourier transform it does not join opposite borders. Both directions are products
+    with two orthonormal matrices, which are computed and not stored.
+
+    A frequency (i, j) belongs to the band :math:`\sqrt{(i/H)^2 + (j/W)^2}\, \max(H, W)`, rounded.
+    ``bands`` (H, W) numbers them from 0, and ``sizes`` counts the frequencies of each.
+
+    Args:
+        shape: Shape of one image, (C, H, W).
+        dtype: Type of the matrices.
+
+    Raises:
+        ValueError: If the shape is not that of an image of at most 4096 pixels a side.
+
+    Example:
+        >>> CosineTransform((1, 3, 3)).bands
+        tensor([[0, 1, 2],
+                [1, 1, 2],
+                [2, 2, 3]])
+    """
+
+    rows: Tensor
+    columns: Tensor
+    bands: Tensor
+    sizes: Tensor
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"bands of frequencies need images (C, H, W), got {shape}")
+        _, height, width = shape
+
+        if max(height, width) > MAX_SIDE:
+            raise ValueError(f"images may have up to {MAX_SIDE} pixels a side, got {shape}")
+
+        vertical = torch.arange(height, dtype=torch.float64)[:, None] / height
+        horizontal = torch.arange(width, dtype=torch.float64) / width
+        radius = (vertical.square() + horizontal.square()).sqrt() * max(height, width)
+        # Beyond the longer side, the corners of narrow images do not reach every number.
+        _, bands = torch.unique(radius.round(), return_inverse=True)
+
+        self.register_buffer("rows", _cosines(height).to(dtype), persistent=False)
+        self.register_buffer("columns", _cosines(width).to(dtype), persistent=False)
+        self.register_buffer("bands", bands, persistent=False)
+        self.register_buffer("sizes", bands.flatten().bincount(), persistent=False)
+
+    def forward(self, images: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
+        """Compute the coefficients of images.
+
+        Args:
+            images: Images, (B, C, H, W).
+
+        Returns:
+            Coefficients, (B, C, H, W), of the same sum of squares.
+        """
+        return self.rows @ images @ self.columns.mT
+
+    def inverse(self, coefficients: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
+        """Compute the images of coefficients.
+
+        Args:
+            coefficients: Coefficients, (B, C, H, W).
+
+        Returns:
+            Images, (B, C, H, W).
+        """
+        return self.rows.mT @ coefficients @ self.columns
+
+
+class BandCovariance(nn.Module):
+    r"""Second moments of the colours of residuals in each band of frequencies, in float64.
+
+    Like :class:`ResidualCovariance`, it sums samples and combines by adding ``sum`` and ``count``.
+
+    Args:
+        shape: Shape of one image, (C, H, W).
+    """
+
+    sum: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.transform = CosineTransform(shape, torch.float64)
+        n_bands, n_channels = len(self.transform.sizes), shape[0]
+        zeros = torch.zeros(n_bands, n_channels, n_channels, dtype=torch.float64)
+        self.register_buffer("sum", zeros)
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, residual: Float[Tensor, "batch c h w"]) -> None:
+        """Add a batch.
+
+        Args:
+            residual: Standardised residuals u, (B, C, H, W).
+        """
+        coefficients = self.transform(residual.double())
+        moments = torch.einsum("bchw,bdhw->hwcd", coefficients, coefficients)
+        self.sum.index_add_(0, self.transform.bands.flatten(), moments.flatten(0, 1))
+        self.count += len(residual)
+
+    @torch.no_grad()
+    def add(self, other: "BandCovariance", scale: float = 1.0) -> None:
+        """Add another statistic's residuals.
+
+        Args:
+            other: The statistic, of the same shape.
+            scale: Factor on the variance of its residuals.
+        """
+        self.sum += scale * other.sum
+        self.count += other.count
+
+    def all_reduce(self, all_reduce: AllReduce) -> None:
+        """Add the batches of the other processes.
+
+        Args:
+            all_reduce: Sums over the processes.
+        """
+        self.sum.copy_(all_reduce(self.sum))
+        self.count.copy_(all_reduce(self.count))
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance of the colours in each band, (bands, C, C); NaN before the first batch."""
+        return self.sum / (self.count * self.transform.sizes)[:, None, None]
+
+    @property
+    def var(self) -> Tensor:
+        """The mean variance over the dimensions, (); NaN before the first batch."""
+        total = self.sum.diagonal(dim1=1, dim2=2).sum()
+        return total / (self.count * self.transform.sizes.sum() * self.sum.shape[1])
+
+
+class CorrelatedGaussian(NamedTuple):
+    r"""A batch of Gaussians N(mean, diag(s) C diag(s)), with the interface of :class:`Gaussian`.
+
+    ``var`` and ``std`` are s^2 and s, those of the noise model without its correlation.
+
+    Args:
+        mean: Mean, (B, \*).
+        log_var: Logarithm of s^2, which broadcasts to ``mean``.
+        correlation: C.
+    """
+
+    mean: Tensor
+    log_var: Tensor
+    correlation: Correlation
+
+    @property
+    def var(self) -> Tensor:
+        """Variance s^2, in the squared unit of the variable, of the shape of ``mean``."""
+        return self.log_var.exp().expand_as(self.mean)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation s, in the unit of the variable, of the shape of ``mean``."""
+        return (0.5 * self.log_var).exp().expand_as(self.mean)
+
+    def squared_distance(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
+        r"""Squared Mahalanobis distance u^T C^-1 u, u = (x - mean) / s.
+
+        Args:
+            x: Values of the variable, (B, \*).
+
+        Returns:
+            The distances, (B,). Their mean is D under the density itself.
+        """
+        u = (x - self.mean) * torch.exp(-0.5 * self.log_var)
+        return sum_dimensions(self.correlation.whiten(u).square())
+
+    def log_prob(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
+        r"""Log-density of each example.
+
+        .. math:: -\tfrac12 \bigl[u^T C^{-1} u + \log\det C + D \log 2\pi\bigr]
+            - \sum_i \log s_i, \qquad u_i = (x_i - \mu_i) / s_i
+
+        Args:
+            x: Values of the variable, (B, \*), of the shape of ``mean``.
+
+        Returns:
+            The log-densities, (B,), nats, constants included.
+        """
+        log_det = self.correlation.log_det.to(x.dtype)
+        normaliser = sum_dimensions((self.log_var + LOG_2PI).expand_as(self.mean))
+        return -0.5 * (self.squared_distance(x) + log_det + normaliser)
+
+    def sample(self, generator: Randomness = None) -> Tensor:
+        r"""Draw one sample per example, mean + s * C^1/2 epsilon.
+
+        Args:
+            generator: Source of randomness, on the device of ``mean``.
+
+        Returns:
+            The samples, (B, \*).
+        """
+        epsilon = standard_normal_like(self.mean, generator)
+        return self.mean + torch.exp(0.5 * self.log_var) * self.correlation.colour(epsilon)
+
+
+AnyGaussian: TypeAlias = Gaussian | CorrelatedGaussian
+"""What a likelihood p(x|z) can be."""
+
+FORMS: dict[str, type[Correlation]] = {
+    cls.form: cls for cls in (FullCorrelation, LowRankCorrelation, BandCorrelation)
+}
+"""The forms by their names in the option ``noise_correlation``."""
+
+
+def describe_correlation(correlation: Correlation) -> dict[str, Any]:
+    """Describe a correlation by JSON values, from which :func:`build_correlation` builds it again.
+
+    Args:
+        correlation: One of :data:`FORMS`.
+
+    Returns:
+        Its name as "form", and its :meth:`Correlation.description` as "arguments".
+    """
+    return {"form": correlation.form, "arguments": correlation.description()}
+
+
+def build_correlation(description: dict[str, Any]) -> Correlation:
+    """Build the correlation that a description is of; its tensors are filled afterwards.
+
+    Args:
+        description: What :func:`describe_correlation` returned.
+
+    Returns:
+        The correlation, with meaningless values.
+
+    Raises:
+        ValueError: If there is no such form.
+    """
+    form = description["form"]
+    if form not in FORMS:
+        raise ValueError(f"there is no form of correlation {form!r}; update equipoise")
+    return FORMS[form].from_description(description["arguments"])
+
+
+def _per_dimension(floor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Spread a floor over the dimensions, (D,), float64."""
+    return floor.double().expand(shape).flatten()
+
+
+def _principal_loadings(covariance: Tensor, uniqueness: Tensor, n_factors: int) -> Tensor:
+    """Loadings of highest likelihood for given uniquenesses, with which the iteration starts."""
+    scale = uniqueness.sqrt()
+    var, axes = torch.linalg.eigh(covariance / (scale[:, None] * scale))
+    excess = (var[-n_factors:] - 1).clamp_min(1e-3)
+    loadings: Tensor = scale[:, None] * axes[:, -n_factors:] * excess.sqrt()
+    return loadings
+
+
+def _cosines(n: int) -> Float[Tensor, "n n"]:
+    """The orthonormal matrix of the cosine transform of n values, float64."""
+    frequency = torch.arange(n, dtype=torch.float64)[:, None]
+    place = 2 * torch.arange(n, dtype=torch.float64) + 1
+    matrix = math.sqrt(2 / n) * torch.cos(math.pi / (2 * n) * frequency * place)
+    matrix[0] = math.sqrt(1 / n)
+    return matrix
