@@ -117,17 +117,18 @@ def figures(model, data, varying, options):
     mse = likelihood(model, Batches(test, 500).epoch(), generator).mse
 
     first = Batches(data.test.take(slice(options.iwae_examples)), 50).epoch()
-    bounds = iwae(model, first, 20, generator=generator, dequantised=True)
-    bits = bits_per_dimension(
-        Estimate.of_mean(bounds[1, 0]), math.prod(model.shape), model.scaling.quantum
-    )
+    bounds = iwae(model, first, 20, generator=generator, dequantised=True, digital=True)
+    dimensions, quantum = math.prod(model.shape), model.scaling.quantum
+    dequantised = bits_per_dimension(Estimate.of_mean(bounds[1, 0]), dimensions, quantum)
+    exact = bits_per_dimension(Estimate.of_mean(bounds[2, 0]), dimensions)
 
     calibration = noise_calibration(model, Batches(test, 500).epoch(), varying).varying_dimensions
     row = {
         "scale": float((0.5 * model.noise.calibration).exp().mean()),
         "interval_factors": [model.noise.interval_factor(k) for k in SHARES],
         "mse": mse._asdict(),
-        "bits_per_dim": bits._asdict(),
+        "bits_per_dim": exact._asdict(),
+        "bits_per_dim_dequantised": dequantised._asdict(),
     }
     for name, figure in calibration._asdict().items():
         if isinstance(figure, Estimate):

@@ -17,12 +17,14 @@ import time
 from pathlib import Path
 
 from equipoise.glossary import CURVES, leaves, measure, term
+from equipoise.paper.markdown import NONE, estimate
 from equipoise.provenance import provenance
 from equipoise.run import Run
 
 ROWS = {
     "ELBO, nats": "likelihood.elbo",
     "bits per dimension, IWAE-20": "likelihood.bits_per_dim",
+    "bits per dimension, dequantised, IWAE-20": "likelihood.bits_per_dim_dequantised",
     "Fréchet distance, real training data": "samples.real.frechet_distance",
     "Fréchet distance, reconstructions": "samples.reconstruction.frechet_distance",
     "Fréchet distance, prior": "samples.prior.frechet_distance",
@@ -88,13 +90,13 @@ def table(paths):
     lines.append("|---" * (1 + len(contents)) + "|")
 
     for title, path in ROWS.items():
-        cells = []
-        for content in contents:
-            figure = content["evaluation"]
-            for key in path.split("."):
-                figure = figure[key]
+        figures = [estimate(content["evaluation"], *path.split(".")) for content in contents]
+        if not any(figures):
+            continue
 
-            cell = _format(figure)
+        cells = []
+        for content, figure in zip(contents, figures, strict=True):
+            cell = _format(figure) if figure else NONE
             if "sparsification" in path:
                 noise = content["evaluation"]["noise"]["varying"]
                 cell += f" ({noise['random_sparsification_error_area']['value']:.2f})"

@@ -27,8 +27,12 @@ class Term(NamedTuple):
 
 
 _BITS = (
-    "Upper bound on the bits per dimension of the dequantised data. "
-    "It can be compared between models of the same data."
+    "Bits per dimension that the levels of the data need, an upper bound from the importance "
+    "weights. It can be compared between models of the same data."
+)
+_DEQUANTISED_BITS = (
+    "The same from the density of data with uniform noise in place of their rounding: never less, "
+    "and far more where the std is below a level."
 )
 _COVERAGE = (
     "Share of the errors within {} predicted std. "
@@ -65,8 +69,15 @@ TERMS: dict[str, Term] = {
         "Smallest variance that the model can predict. It limits the raw likelihood.",
     ),
     "dequantised": Term("dequantised data"),
+    "digital": Term("levels of the data"),
     "bits_per_dim": Term("Bits per dimension", "bits", _BITS, "lower"),
     "bits_per_dim_mixture": Term("Bits per dimension, mixture as p(z)", "bits", _BITS, "lower"),
+    "bits_per_dim_dequantised": Term(
+        "Bits per dimension, dequantised", "bits", _DEQUANTISED_BITS, "lower"
+    ),
+    "bits_per_dim_dequantised_mixture": Term(
+        "Bits per dimension, dequantised, mixture as p(z)", "bits", _DEQUANTISED_BITS, "lower"
+    ),
     # samples
     "features": Term(
         "Features",
@@ -386,6 +397,12 @@ def warnings_of(evaluation: dict[str, Any]) -> Iterator[str]:
             f"The mean noise variance, {noise_var['value']:.3g}, is near its floor, "
             f"{floor_var:.3g}. The raw likelihood depends on the floor as much as on the model. "
             "Quote it together with the floor."
+        )
+
+    if "bits_per_dim_dequantised" in likelihood and "bits_per_dim" not in likelihood:
+        yield (
+            "The bits per dimension are those of the dequantised data, an upper bound. The exact "
+            "probability of a level has no closed form if the noise of pixels hangs together."
         )
 
     samples = evaluation.get("samples", {})

@@ -5,6 +5,7 @@ decoder. They need no base class of this library. :meth:`VAE.build` makes a pair
 ``networks.py``.
 """
 
+import math
 from collections.abc import Iterable
 from statistics import NormalDist
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from equipoise.catalogue import ARCHITECTURES
 from equipoise.correlation import AnyGaussian
+from equipoise.digital import Levels
 from equipoise.gaussian import Gaussian
 from equipoise.kernels import bounded
 from equipoise.networks import build_decoder, build_encoder, default_architecture, start_at_data
@@ -276,6 +278,15 @@ class VAE(nn.Module):
             mean_bounds=mean_bounds,
             deterministic=deterministic,
         )
+
+    @property
+    def levels(self) -> Levels | None:
+        """The values that the data can have, model units. None for continuous data."""
+        if self.scaling.quantum is None:
+            return None
+
+        low, high = self.mean_bounds or (-math.inf, math.inf)
+        return Levels(self.scaling.quantum, low, high)
 
     def encode(self, x: Float[Tensor, "batch *event"]) -> Gaussian:
         r"""Compute the approximate posterior q(z|x).

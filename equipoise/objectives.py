@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.correlation import AnyGaussian
+from equipoise.digital import DigitalGaussian, Levels
 from equipoise.gaussian import (
     Gaussian,
     Randomness,
@@ -460,6 +461,7 @@ def importance_weighted_bounds(
     generator: torch.Generator | None = None,
     *,
     observed: Sequence[Tensor] | None = None,
+    levels: Levels | None = None,
     max_rows: int | None = None,
 ) -> Float[Tensor, "observed priors batch"]:
     r"""Importance-weighted lower bound on log p(x) (IWAE), Table 3, for one or several p(z).
@@ -481,15 +483,18 @@ def importance_weighted_bounds(
         generator: Source of randomness for the samples.
         observed: O tensors of the shape of ``x`` whose densities are computed, for example ``x``
             without its rounding. None means ``x`` alone.
+        levels: Levels of digital data. With them, the probability of ``x``, see
+            :class:`equipoise.digital.DigitalGaussian`, is bounded as well, as a last row.
         max_rows: Number of rows that the decoder evaluates at once. It limits the memory and
             changes the order of the random samples. None means 256 on CPUs, because of their
             caches, and 4096 on other devices.
 
     Returns:
-        The bounds, (O, P, B), nats, float64.
+        The bounds, (O, P, B), nats, float64, or (O + 1, P, B) with ``levels``.
 
     Raises:
-        ValueError: If ``n_samples`` is below 1.
+        ValueError: If ``n_samples`` is below 1, or ``levels`` are given and the likelihood of the
+            model is not a :class:`Gaussian`.
     """
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
@@ -500,7 +505,7 @@ def importance_weighted_bounds(
         max_rows = 256 if x.device.type == "cpu" else 4096
 
     if len(x) > max_rows:
-        bounds = partial(importance_weighted_bounds, model, max_rows=max_rows)
+        bounds = partial(importance_weighted_bounds, model, levels=levels, max_rows=max_rows)
         parts = []
         for start in range(0, len(x), max_rows):
             rows = slice(start, start + max_rows)
@@ -511,7 +516,7 @@ def importance_weighted_bounds(
     posterior = model.encode(x)
     log_var = posterior.log_var.expand_as(posterior.mean)
     chunk = max(1, min(n_samples, max_rows // max(1, len(x))))
-    shape = (len(observed), len(log_priors), len(x))
+    shape = (len(observed) + (levels is not None), len(log_priors), len(x))
     log_sums = torch.full(shape, -math.inf, dtype=torch.float64, device=x.device)
 
     for start in range(0, n_samples, chunk):
@@ -521,12 +526,26 @@ def importance_weighted_bounds(
         likelihood = model.decode(z)
         log_ratios = torch.stack([log_prior(z) - repeated.log_prob(z) for log_prior in log_priors])
 
-        for log_sum, values in zip(log_sums, observed, strict=True):
-            log_likelihood = likelihood.log_prob(values.repeat_interleave(k, 0)).double()
+        pairs: list[tuple[Gaussian | DigitalGaussian, Tensor]] = [(likelihood, v) for v in observed]
+        if levels is not None:
+            pairs.append((_digital(likelihood, levels), x))
+
+        for log_sum, (density, values) in zip(log_sums, pairs, strict=True):
+            log_likelihood = density.log_prob(values.repeat_interleave(k, 0)).double()
             log_weights = (log_likelihood + log_ratios).view(len(log_priors), len(x), k)
             log_sum.copy_(torch.logaddexp(log_sum, log_weights.logsumexp(2)))
 
     return log_sums - math.log(n_samples)
+
+
+def _digital(likelihood: Gaussian, levels: Levels) -> DigitalGaussian:
+    """Round a likelihood to levels, or refuse one whose cells have no closed form."""
+    if type(likelihood) is not Gaussian:
+        raise ValueError(
+            "The probability of a level is known for independent Gaussians only, and the "
+            f"likelihood is a {type(likelihood).__name__}. Dequantise the data instead."
+        )
+    return DigitalGaussian.of(likelihood, levels)
 
 
 def importance_weighted_bound(

@@ -93,6 +93,7 @@ MAIN_FIGURES: tuple[Keys, ...] = (
     ("likelihood", "elbo"),
     ("likelihood", "iwae_20_first_500"),
     ("likelihood", "bits_per_dim"),
+    ("likelihood", "bits_per_dim_dequantised"),
     ("samples", "prior", "frechet_distance"),
     ("samples", "mixture", "frechet_distance"),
     ("latent", "kl_mixture_prior"),

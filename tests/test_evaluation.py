@@ -98,10 +98,14 @@ def test_likelihoods_are_ordered_as_they_must_be(found):
     assert value["iwae_20"] == pytest.approx(
         value["iwae_20_first_500"], abs=1.0
     )  # there are but 180 examples
-    # Bits are those of the dequantised bound: D = 64, levels 1/16 apart.
+    # D = 64, levels 1/16 apart.
     bound = section["dequantised"]["iwae_20"]["value"]
-    assert value["bits_per_dim"] == pytest.approx(-(bound / 64 + math.log(1 / 16)) / math.log(2))
-    assert 0 < value["bits_per_dim"] < math.log2(17)  # better than a uniform guess of the 17 levels
+    dequantised = -(bound / 64 + math.log(1 / 16)) / math.log(2)
+    assert value["bits_per_dim_dequantised"] == pytest.approx(dequantised)
+    exact = -section["digital"]["iwae_20"]["value"] / 64 / math.log(2)
+    assert value["bits_per_dim"] == pytest.approx(exact)
+    # Better than a uniform guess of the 17 levels.
+    assert 0 < value["bits_per_dim"] < value["bits_per_dim_dequantised"] < math.log2(17)
 
 
 def test_samples_are_ranked_real_data_first(found):

@@ -1,14 +1,22 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from equipoise.aggregate import GaussianMixture
 from equipoise.estimate import Estimate
-from equipoise.gaussian import standard_normal_log_prob
-from equipoise.metrics.likelihood import bits_per_dimension, dequantise, iwae, likelihood
+from equipoise.gaussian import Gaussian, standard_normal_log_prob
+from equipoise.metrics.likelihood import (
+    bits_per_dimension,
+    dequantise,
+    has_cells,
+    iwae,
+    likelihood,
+)
 from equipoise.model import VAE
 from equipoise.noise import FixedNoise
 from tests.oracles import Ppca, linear_gaussian_data, ppca_vae
@@ -145,3 +153,69 @@ def test_codes_of_the_data_as_they_are_bound_dequantised_data_too(model_and_data
     model.scaling.quantum = None
     with pytest.raises(ValueError, match="without levels"):
         iwae(model, [x], 2, dequantised=True)
+
+
+def rounded_ppca(quantum, bounds):
+    """A linear model of two dimensions and one latent unit, and data that are rounded for it."""
+    x = linear_gaussian_data(n=25, dimensions=2, latent_dim=1) - 2
+    ppca = Ppca.fit(x, 1)
+    model = ppca_vae(ppca, FixedNoise(float(ppca.var))).eval()
+    model.scaling.double()
+    model.noise.double()
+    model.scaling.quantum, model.mean_bounds = quantum, bounds
+
+    low, high = bounds or (-math.inf, math.inf)
+    return model, (x / quantum).round().mul(quantum).clamp(low, high), ppca
+
+
+def log_probability(x, model, ppca):
+    """Log of the mass of the cells, by quadrature over the code."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(200)
+    mean = nodes[:, None] * ppca.weight[:, 0].numpy() + ppca.bias.numpy()
+    if model.mean_bounds:
+        mean = mean.clip(*model.mean_bounds)
+
+    levels, x = model.levels, x.numpy()[:, None]
+    upper = np.where(x >= levels.high, np.inf, x + levels.quantum / 2)
+    lower = np.where(x <= levels.low, -np.inf, x - levels.quantum / 2)
+    std = math.sqrt(float(ppca.var))
+    cells = norm.cdf((upper - mean) / std) - norm.cdf((lower - mean) / std)
+    return torch.from_numpy(np.log(cells.prod(2) @ weights / math.sqrt(2 * math.pi)))
+
+
+@pytest.mark.parametrize("quantum", [0.25, 1.0])
+@pytest.mark.parametrize("bounds", [None, (-1.0, 1.0)])
+def test_the_bound_on_levels_closes_on_their_probability(quantum, bounds, generator):
+    """With and without open ends; the prior as p(z) and as a mixture."""
+    model, x, ppca = rounded_ppca(quantum, bounds)
+    assert has_cells(model)
+    prior = GaussianMixture(torch.ones(1), torch.zeros(1, 1), torch.eye(1)[None])
+    log_priors = [standard_normal_log_prob, prior.log_prob]
+    # Codes of clamped data may be further away than the encoder of the unclamped ones thinks.
+    exact_encoder, model.encoder = model.encoder, _Wider(model.encoder)
+    found = iwae(model, x.split(10), 4000, log_priors, generator, digital=True)
+    model.encoder = exact_encoder
+    assert found.shape == (2, 2, 25)
+    torch.testing.assert_close(found[1, 0], log_probability(x, model, ppca), atol=0.1, rtol=0)
+    torch.testing.assert_close(found[1, 0], found[1, 1], atol=1e-4, rtol=0)
+    # From the same codes, dequantised data cost more.
+    few = iwae(model, [x.repeat(200, 1)], 1, generator=generator, dequantised=True, digital=True)
+    dequantised = bits_per_dimension(Estimate.of_mean(few[1, 0]), 2, quantum)
+    assert dequantised.value > bits_per_dimension(Estimate.of_mean(few[2, 0]), 2).value > 0
+
+
+def test_a_likelihood_without_cells_is_said_and_refused(model_and_data, monkeypatch):
+    model, x, _ = model_and_data
+    assert not has_cells(model)
+    with pytest.raises(ValueError, match="without levels"):
+        iwae(model, [x], 2, digital=True)
+
+    class Other(Gaussian):
+        """A likelihood of another kind, of which the cells are not known."""
+
+    model.scaling.quantum = 0.1
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda z: Other(*decode(z)))
+    assert not has_cells(model)
+    with pytest.raises(ValueError, match="is a Other"):
+        iwae(model, [x], 2, digital=True)

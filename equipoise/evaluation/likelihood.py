@@ -10,7 +10,13 @@ from equipoise import plots
 from equipoise.estimate import Estimate
 from equipoise.evaluation.subject import Subject
 from equipoise.gaussian import standard_normal_log_prob
-from equipoise.metrics.likelihood import Likelihood, bits_per_dimension, iwae, likelihood
+from equipoise.metrics.likelihood import (
+    Likelihood,
+    bits_per_dimension,
+    has_cells,
+    iwae,
+    likelihood,
+)
 
 PAPER_SAMPLES, PAPER_EXAMPLES = 20, 500
 """The protocol of the paper's Table 3: 20 importance samples on 500 test examples."""
@@ -19,7 +25,7 @@ SWEEP = np.geomspace(0.1, 10, 81)
 
 
 def likelihood_section(subject: Subject) -> dict[str, Any]:
-    """Bound log p(x) of raw data, and of dequantised data where they are digital.
+    """Bound log p(x) of raw data, and where they are digital, of their levels.
 
     Args:
         subject: What is evaluated.
@@ -46,7 +52,7 @@ def likelihood_section(subject: Subject) -> dict[str, Any]:
 def _bounds_of_all(subject: Subject) -> dict[str, Any]:
     """Importance-weighted bounds over the whole test set, and bits per dimension from them."""
     model, n_samples = subject.model, subject.importance_samples
-    quantum = model.scaling.quantum
+    quantum, is_exact = model.scaling.quantum, has_cells(model)
     bounds = iwae(
         model,
         subject.batches(f"IWAE-{n_samples}", subject.test.raw),
@@ -54,6 +60,7 @@ def _bounds_of_all(subject: Subject) -> dict[str, Any]:
         [standard_normal_log_prob, subject.mixture.log_prob],
         subject.generator("iwae"),
         dequantised=quantum is not None,
+        digital=is_exact,
     )
 
     name = f"iwae_{n_samples}"
@@ -62,12 +69,15 @@ def _bounds_of_all(subject: Subject) -> dict[str, Any]:
         return section
 
     dimensions = math.prod(model.shape)
-    dequantised = _by_prior(name, bounds[1])
-    section["dequantised"] = dequantised
-    section["bits_per_dim"] = bits_per_dimension(dequantised[name], dimensions, quantum)
-    section["bits_per_dim_mixture"] = bits_per_dimension(
-        dequantised[f"{name}_mixture"], dimensions, quantum
-    )
+    kinds = [("dequantised", "bits_per_dim_dequantised", bounds[1], quantum)]
+    if is_exact:
+        kinds.append(("digital", "bits_per_dim", bounds[2], 1.0))
+
+    for kind, key, both, unit in kinds:
+        section[kind] = _by_prior(name, both)
+        for suffix in ("", "_mixture"):
+            bound = section[kind][f"{name}{suffix}"]
+            section[f"{key}{suffix}"] = bits_per_dimension(bound, dimensions, unit)
     return section
 
 

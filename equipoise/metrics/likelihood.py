@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from equipoise.estimate import Estimate
-from equipoise.gaussian import standard_normal_log_prob
+from equipoise.gaussian import Gaussian, standard_normal_log_prob
 from equipoise.model import VAE
 from equipoise.objectives import Elbo, LogPrior, importance_weighted_bounds
 
@@ -84,6 +84,7 @@ def iwae(
     generator: torch.Generator | None = None,
     *,
     dequantised: bool = False,
+    digital: bool = False,
 ) -> Tensor:
     r"""Importance-weighted bound on log p(x) of each example.
 
@@ -99,12 +100,21 @@ def iwae(
         dequantised: whether to bound log p(x + u) as well, see :func:`dequantise`. The codes are
             samples of q(z|x) in both cases, which is a valid proposal for both. The data of the
             model must be digital.
+        digital: whether to bound the logarithm of the probability of the levels as well, see
+            :class:`equipoise.digital.DigitalGaussian` and :func:`has_cells`.
 
     Returns:
-        Bounds in nats, float64, (O, P, N). The first axis has the data as they are and, if
-        ``dequantised``, the dequantised data as its second entry. The second axis has one entry for
-        each of ``log_priors``.
+        Bounds in nats, float64, (O, P, N). The first axis has the data as they are, then, if
+        ``dequantised``, the dequantised data, then, if ``digital``, the levels. The second axis has
+        one entry for each of ``log_priors``.
+
+    Raises:
+        ValueError: if ``dequantised`` or ``digital`` is asked for, and the data have no levels, or
+            if ``digital`` is, and :func:`has_cells` is false.
     """
+    if digital and model.levels is None:
+        raise ValueError("data without levels have no probabilities; leave digital out")
+
     parts = []
     for raw in batches:
         x = model.scaling(raw)
@@ -114,11 +124,34 @@ def iwae(
             observed.append(dequantise(x, model.scaling.quantum, generator))
 
         bounds = importance_weighted_bounds(
-            model, x, n_samples, log_priors, generator, observed=observed
+            model,
+            x,
+            n_samples,
+            log_priors,
+            generator,
+            observed=observed,
+            levels=model.levels if digital else None,
         )
         parts.append(bounds)
 
     return torch.cat(parts, 2)
+
+
+@torch.no_grad()
+def has_cells(model: VAE) -> bool:
+    """Tell whether the probability of the data's levels has a closed form under a model.
+
+    It has for digital data with noise that is independent between the dimensions. Under noise that
+    hangs together, the mass of a cell of all dimensions has none.
+
+    Args:
+        model: the model, in evaluation mode.
+
+    Returns:
+        Whether it has.
+    """
+    code = model.scaling.scale.new_zeros(1, model.latent_dim)
+    return model.levels is not None and type(model.decode(code)) is Gaussian
 
 
 def dequantise(
@@ -152,15 +185,17 @@ def dequantise(
     return x + u
 
 
-def bits_per_dimension(log_likelihood: Estimate, dimensions: int, quantum: float) -> Estimate:
-    r"""Code length of digital data, from the likelihood of the dequantised data.
+def bits_per_dimension(log_likelihood: Estimate, dimensions: int, quantum: float = 1.0) -> Estimate:
+    r"""Code length of digital data, from the probability of the levels or a density.
 
-    .. math:: -\frac{\log p(x + u) + D \log q}{D \log 2}
+    .. math:: -\frac{\log P(x)}{D \log 2} \le -\frac{\log p(x + u) + D \log q}{D \log 2}
 
     Args:
-        log_likelihood: log-likelihood of data after :func:`dequantise`, nats per example.
+        log_likelihood: log-probability of the levels, or log-likelihood of data after
+            :func:`dequantise`, nats per example.
         dimensions: D, number of dimensions of an example.
-        quantum: q, distance of neighbouring levels, in the unit of the data.
+        quantum: q, distance of neighbouring levels in the unit of the data, for a log-likelihood. 1
+            for a log-probability.
 
     Returns:
         Bits per dimension; lower is better. The uniform density over 256 levels needs 8 bits.

@@ -52,6 +52,25 @@ def cell(value: Any) -> str:  # noqa: ANN401 (any JSON value)
     return format_figure(value)
 
 
+def bits(row: dict[str, Any], suffix: str = "") -> str:
+    """Write the bits per dimension, exact and, in brackets, of dequantised data.
+
+    Args:
+        row: Figures of the section ``likelihood``.
+        suffix: End of the names of both figures, such as "_mixture".
+
+    Returns:
+        The text of a cell, with a dash for a figure that does not exist.
+
+    Example:
+        >>> bits({"bits_per_dim": 2.5, "bits_per_dim_dequantised": 3.5})
+        '2.5 (3.5)'
+    """
+    exact = estimate(row, f"bits_per_dim{suffix}")
+    dequantised = estimate(row, f"bits_per_dim_dequantised{suffix}")
+    return f"{cell(exact)} ({cell(dequantised)})"
+
+
 def estimate(content: Any, *keys: str) -> Any:  # noqa: ANN401 (any JSON value)
     """Look a figure up.
 
