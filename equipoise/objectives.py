@@ -3,6 +3,7 @@ r"""Objectives that training minimises, and bounds that evaluate a model, eqs. (
 ============================= =================================== ==================================
 :class:`Elbo`                 bound, eq. (4): VAE and beta-VAE    Kingma and Welling; Higgins et al.
 :class:`DetachedVarianceElbo` stage 2 that leaves the mean alone  Stirn et al. (2023)
+:class:`FrozenMeanElbo`       stage 2 that trains the noise only
 :class:`BatchVarianceElbo`    optimal variance of a batch         Rybkin et al. (2021)
 :class:`DipVaeI`              bound, uncorrelated posterior means Kumar et al. (2018)
 :class:`DipVaeII`             bound, uncorrelated codes           Kumar et al. (2018)
@@ -42,6 +43,10 @@ class LatentVariableModel(Protocol):
     @property
     def noise(self) -> NoiseModel:
         """Noise model, a map from codes to log-variances."""
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Network that :meth:`encode` calls."""
 
     @property
     def decoder(self) -> nn.Module:
@@ -216,6 +221,48 @@ class DetachedVarianceElbo(Objective):
             log_var=log_var.detach(),
             posterior=posterior,
         )
+
+
+class FrozenMeanElbo(Objective):
+    r"""Stage 2 in which encoder and decoder stand still, eq. (11).
+
+    .. math:: \mathrm{E}_q[\log N(x; m(z), \sigma^2(z))]
+
+    Only the noise model learns. Neither gradients nor the statistics of a batch reach encoder and
+    decoder, which compute as in evaluation: without dropout, for instance. The mean is therefore
+    the same to the bit before and after. ``elbo`` is the bound of the whole model.
+
+    The parameters of encoder and decoder should not be given to an optimiser, or its weight decay
+    would change them.
+
+    Args:
+        model: A model whose noise depends on the code.
+
+    Raises:
+        ValueError: If the model has another kind of noise.
+    """
+
+    def __init__(self, model: LatentVariableModel) -> None:
+        super().__init__(model)
+        if not model.noise.depends_on_code:
+            raise ValueError(
+                "FrozenMeanElbo trains nothing but a noise model such as PredictedNoise; the "
+                f"model has {type(model.noise).__name__}, so use Elbo."
+            )
+
+    def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
+        """Evaluate the bound with one sample of z per example."""
+        # Here and not once, because every evaluation between two epochs sets the modes.
+        self.model.encoder.eval()
+        self.model.decoder.eval()
+
+        with torch.no_grad():
+            posterior = self.model.encode(x)
+            z = posterior.sample(generator)
+            mean = self.model.decode_mean(z)
+
+        terms = self._terms(x, posterior, Gaussian(mean, self.model.noise(z)))
+        return terms._replace(loss=-terms.log_likelihood)
 
 
 class BatchVarianceElbo(Objective):

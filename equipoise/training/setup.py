@@ -22,7 +22,12 @@ from equipoise.noise import (
     describe_noise,
     noise_class,
 )
-from equipoise.objectives import OBJECTIVE_CLASSES, DetachedVarianceElbo, Objective
+from equipoise.objectives import (
+    OBJECTIVE_CLASSES,
+    DetachedVarianceElbo,
+    FrozenMeanElbo,
+    Objective,
+)
 from equipoise.residuals import ResidualVariance
 from equipoise.stages import Stage
 from equipoise.training.trackers import TRACKERS, is_installed
@@ -291,6 +296,8 @@ def make_objective(model: VAE, config: TrainConfig, stage: Stage) -> Objective:
     Returns:
         The objective.
     """
+    if is_mean_frozen(config, stage):
+        return FrozenMeanElbo(model)
     if stage is Stage.PREDICTED_VARIANCE and config.stage_2_gradients == "stop":
         return DetachedVarianceElbo(model, config.beta)
 
@@ -303,11 +310,24 @@ def make_objective(model: VAE, config: TrainConfig, stage: Stage) -> Objective:
     return OBJECTIVE_CLASSES[config.objective](model, *weights)
 
 
+def is_mean_frozen(config: TrainConfig, stage: Stage) -> bool:
+    """Tell whether encoder and decoder stand still in a stage.
+
+    Args:
+        config: Option ``stage_2_gradients``.
+        stage: Stage of Algorithm 1.
+
+    Returns:
+        True if only the noise model is trained.
+    """
+    return stage is Stage.PREDICTED_VARIANCE and config.stage_2_gradients == "frozen"
+
+
 def parameter_groups(model: VAE, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
     """Divide the parameters by how the optimiser treats them.
 
     Args:
-        model: The model.
+        model: The model. Parameters that need no gradient are left out.
         learning_rate: Learning rate of the networks.
         weight_decay: Weight decay of the networks' weights. Biases, and parameters that are
             variances themselves, are not pulled towards zero.
@@ -323,7 +343,7 @@ def parameter_groups(model: VAE, learning_rate: float, weight_decay: float) -> l
 
     weights, biases = [], []
     for parameter in model.parameters():
-        if id(parameter) in own_ids:
+        if id(parameter) in own_ids or not parameter.requires_grad:
             continue
         if parameter.ndim >= 2:
             weights.append(parameter)

@@ -203,6 +203,8 @@ class Trainer:
         finally:
             if self.config.compile:
                 restore_networks(self.model)
+            if self.descent is not None:
+                self.descent.release()
             for sink in self.sinks:
                 sink.close()
 
