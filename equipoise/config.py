@@ -71,6 +71,9 @@ class TrainConfig:
     """Gradients in stage 2. 'stop' trains the mean on as in stage 1, and keeps the predicted
     variance from bending it. 'frozen' trains the variance only, so that the mean stays the same to
     the bit. 'joint' trains everything on eq. (11), as the paper does."""
+    stage_2_network: Literal["decoder", "head"] = "decoder"
+    """What predicts the variance in stage 2: a second decoder, or a small head on the features that
+    the decoder has before its last layer. Networks of your own have a second decoder."""
     recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none"
     """How the predicted std is rescaled on the validation set after stage 2: by the one factor of
     highest likelihood ('scale'), by one per dimension ('dimension'), or by the factor with which

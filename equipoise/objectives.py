@@ -58,6 +58,9 @@ class LatentVariableModel(Protocol):
     def decode_mean(self, z: Tensor) -> Tensor:
         """Mean of p(x|z)."""
 
+    def mean_and_context(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of p(x|z), and what the noise model reads: codes, or the decoder's features."""
+
     def decode(self, z: Tensor) -> Gaussian:
         """Likelihood p(x|z)."""
 
@@ -205,11 +208,11 @@ class DetachedVarianceElbo(Objective):
         posterior = self.model.encode(x)
         z = posterior.sample(generator)
 
-        mean = self.model.decode_mean(z)
+        mean, context = self.model.mean_and_context(z)
         stage_1_log_var = cast(Tensor, noise.shared_log_var)
         stage_1_log_likelihood = Gaussian(mean, stage_1_log_var).log_prob(x)
 
-        log_var = noise(z.detach())
+        log_var = noise(context.detach())
         log_likelihood = Gaussian(mean.detach(), log_var).log_prob(x)
         kl = posterior.kl()
 
@@ -258,10 +261,9 @@ class FrozenMeanElbo(Objective):
 
         with torch.no_grad():
             posterior = self.model.encode(x)
-            z = posterior.sample(generator)
-            mean = self.model.decode_mean(z)
+            mean, context = self.model.mean_and_context(posterior.sample(generator))
 
-        terms = self._terms(x, posterior, Gaussian(mean, self.model.noise(z)))
+        terms = self._terms(x, posterior, self.model.noise.likelihood(mean, context))
         return terms._replace(loss=-terms.log_likelihood)
 
 

@@ -13,7 +13,7 @@ from equipoise.config import ConfigError, TrainConfig
 from equipoise.data import Data
 from equipoise.data.batches import examples
 from equipoise.model import VAE, Scaling
-from equipoise.networks import build_decoder, default_architecture
+from equipoise.networks import build_decoder, build_head, default_architecture
 from equipoise.noise import (
     NOISE_BUILDERS,
     NoiseModel,
@@ -204,10 +204,12 @@ def _problem_of_own_noise(noise: NoiseModel, data: Data, config: TrainConfig) ->
     except (TypeError, ValueError) as error:
         return f"must describe itself by JSON values in description(): {error}"
 
-    def make_network() -> nn.Module:
+    def make_network(*, reads_features: bool = False) -> nn.Module:
         architecture = config.architecture
         if architecture == "auto":
             architecture = default_architecture(data.shape)
+        if reads_features:
+            return build_head(architecture, data.shape, config.width)
         return build_decoder(architecture, data.shape, latent_dim, config.width)
 
     try:
