@@ -26,7 +26,11 @@ PLACEMENT = ("devices", "num_nodes")
 MACHINE = (*PLACEMENT, "accelerator", "compile", "tracker", "checkpoint_seconds")
 """Options that say where and how a run is computed, and not what comes out."""
 
-EARLIER_VALUES: dict[str, Any] = {"variance_from": "training", "noise_correlation": "none"}
+EARLIER_VALUES: dict[str, Any] = {
+    "variance_from": "training",
+    "stage_2_network": "decoder",
+    "noise_correlation": "none",
+}
 """Values that options had in effect before there were such options, for runs of that time."""
 
 MAX_RECIPE_BYTES = 100_000
@@ -75,9 +79,13 @@ class TrainConfig:
     floor: float | Literal["quantisation"] = 1.0
     """Smallest variance in stage 2. A number is a multiple of stage 1's optimum, and 1.0 is the
     paper's choice. 'quantisation' is the variance of rounding to grey levels."""
-    stage_2_gradients: Literal["stop", "joint"] = "stop"
-    """Gradients in stage 2. 'stop' keeps the predicted variance from bending the mean. 'joint'
-    trains everything on eq. (11), as the paper does."""
+    stage_2_gradients: Literal["stop", "frozen", "joint"] = "stop"
+    """Gradients in stage 2. 'stop' trains the mean on as in stage 1, and keeps the predicted
+    variance from bending it. 'frozen' trains the variance only, so that the mean stays the same to
+    the bit. 'joint' trains everything on eq. (11), as the paper does."""
+    stage_2_network: Literal["decoder", "head"] = "decoder"
+    """What predicts the variance in stage 2: a second decoder, or a small head on the features that
+    the decoder has before its last layer. Networks of your own have a second decoder."""
     recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none"
     """How the predicted std is rescaled on the validation set after stage 2: by the one factor of
     highest likelihood ('scale'), by one per dimension ('dimension'), or by the factor with which

@@ -47,14 +47,15 @@ class CorrelatedNoise(NoiseModel):
         self.marginal = marginal
         self.correlation = correlation
         self.depends_on_code = marginal.depends_on_code
+        self.reads_features = marginal.reads_features
 
-    def forward(self, z: Float[Tensor, "batch latent"]) -> Tensor:
+    def forward(self, z: Float[Tensor, "batch *context"]) -> Tensor:
         """Return the log-variance of the noise model, log s^2."""
         log_var: Tensor = self.marginal(z)
         return log_var
 
     def likelihood(
-        self, mean: Float[Tensor, "batch *event"], z: Float[Tensor, "batch latent"]
+        self, mean: Float[Tensor, "batch *event"], z: Float[Tensor, "batch *context"]
     ) -> CorrelatedGaussian:
         """Put correlated noise around a mean."""
         return CorrelatedGaussian(mean, self(z), self.correlation)
@@ -95,7 +96,7 @@ class CorrelatedNoise(NoiseModel):
 
     @classmethod
     def from_description(
-        cls, description: dict[str, Any], make_network: Callable[[], nn.Module]
+        cls, description: dict[str, Any], make_network: Callable[..., nn.Module]
     ) -> "NoiseModel":
         """Build both, with meaningless values."""
         marginal = build_noise(description["marginal"], make_network)

@@ -8,7 +8,7 @@ decoder. They need no base class of this library. :meth:`VAE.build` makes a pair
 import math
 from collections.abc import Iterable
 from statistics import NormalDist
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,15 @@ from equipoise.correlation import AnyGaussian
 from equipoise.digital import Levels
 from equipoise.gaussian import Gaussian
 from equipoise.kernels import bounded
-from equipoise.networks import build_decoder, build_encoder, default_architecture, start_at_data
+from equipoise.networks import (
+    ConvDecoder,
+    MLPDecoder,
+    build_decoder,
+    build_encoder,
+    build_head,
+    default_architecture,
+    start_at_data,
+)
 from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise, describe_noise
 
 LOG_VAR_RANGE = (-20.0, 5.0)
@@ -318,11 +326,32 @@ class VAE(nn.Module):
         Returns:
             The mean, (B, \*), model units, within ``mean_bounds``.
         """
-        mean = at_least_float32(self.decoder(z))
-        if self.mean_bounds is None:
-            return mean
+        return self._within_bounds(self.decoder(z))
 
-        return bounded(mean, *self.mean_bounds)
+    def mean_and_context(
+        self, z: Float[Tensor, "batch latent"]
+    ) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *context"]]:
+        r"""Compute the mean m(z), and what the noise model reads.
+
+        Args:
+            z: Codes, (B, d).
+
+        Returns:
+            The mean, (B, \*), as :meth:`decode_mean` gives it; and the codes, or the features from
+            which the decoder computed the mean if the noise model reads those.
+        """
+        if not self.noise.reads_features:
+            return self.decode_mean(z), z
+
+        decoder = cast(MLPDecoder | ConvDecoder, self.decoder)
+        features = decoder.hidden(z)
+        mean = decoder.output(features).view(-1, *self.shape)
+        return self._within_bounds(mean), features
+
+    def _within_bounds(self, mean: Tensor) -> Tensor:
+        """Return the decoder's result in full precision and within the bounds of the data."""
+        mean = at_least_float32(mean)
+        return mean if self.mean_bounds is None else bounded(mean, *self.mean_bounds)
 
     def decode(self, z: Float[Tensor, "batch latent"]) -> AnyGaussian:
         r"""Compute the likelihood p(x|z): the decoder's mean with the noise model's variance.
@@ -333,7 +362,8 @@ class VAE(nn.Module):
         Returns:
             Gaussian over data, (B, \*), model units.
         """
-        return self.noise.likelihood(self.decode_mean(z), z)
+        mean, context = self.mean_and_context(z)
+        return self.noise.likelihood(mean, context)
 
     def reconstruct(self, x: Float[Tensor, "batch *event"]) -> AnyGaussian:
         r"""Decode the mean of q(z|x).
@@ -404,46 +434,67 @@ class VAE(nn.Module):
         reference_var: Tensor,
         floor_var: Tensor,
         calibration_shape: tuple[int, ...] = (),
+        network: Literal["head", "decoder"] = "decoder",
     ) -> None:
         r"""Enter stage 2: predict a variance for each dimension of each example, eq. (11).
 
-        The new noise model replaces the one of stage 1. Its network has the architecture of the
-        decoder and starts from the decoder's weights, but its output is exactly zero at first.
-        Therefore the model's likelihood does not change at this moment.
+        The new noise model replaces the one of stage 1. Its network is a second decoder, which
+        starts from the weights of the first, or a head on the features of the first. In both cases
+        its output is exactly zero at first. Therefore the model's likelihood does not change at
+        this moment.
 
         Args:
             reference_var: Variance sigma_*^2 of stage 1, in squared model units.
             floor_var: Smallest variance that can be predicted, in squared model units.
             calibration_shape: () or the shape of one example, see :class:`PredictedNoise`.
+            network: "head" or "decoder".
+
+        Raises:
+            ValueError: If a head is asked for, and the decoder is of the user's own.
         """
         device = next(self.parameters()).device
+        reads_features = network == "head"
 
-        network = self._variance_network()
-        noise = PredictedNoise(network, reference_var, floor_var, calibration_shape)
-        self.noise = noise.to(device)
-
-    def _variance_network(self) -> nn.Module:
-        """Return a copy of the decoder whose output is exactly zero."""
-        network = self.blank_variance_network()
-        if self.architecture is not None:
-            network.load_state_dict(self.decoder.state_dict())
-
+        variance_network = self.blank_variance_network(reads_features=reads_features)
+        if self.architecture is not None and not reads_features:
+            variance_network.load_state_dict(self.decoder.state_dict())
         # The last layer may also be a convolution, whose parameters have the same names.
-        output = cast(nn.Linear, network.output)
+        output = cast(nn.Linear, variance_network.output)
         nn.init.zeros_(output.weight)
         nn.init.zeros_(output.bias)
-        return network
 
-    def blank_variance_network(self) -> nn.Module:
+        noise = PredictedNoise(
+            variance_network,
+            reference_var,
+            floor_var,
+            calibration_shape,
+            reads_features=reads_features,
+        )
+        self.noise = noise.to(device)
+
+    def blank_variance_network(self, *, reads_features: bool = False) -> nn.Module:
         """Make an untrained variance network, as :meth:`predict_variance` needs it.
 
+        Args:
+            reads_features: Whether it reads the decoder's features, and not codes.
+
         Returns:
-            A decoder of ``networks.py``.
+            A decoder or a head of ``networks.py``.
+
+        Raises:
+            ValueError: If a head is asked for, and the decoder is of the user's own.
         """
         architecture = self.architecture
+        if reads_features:
+            if architecture is None:
+                raise ValueError(
+                    "A variance head reads the features of a decoder of equipoise's; with networks "
+                    "of your own, predict the variance by a second decoder (network='decoder')."
+                )
+            return build_head(architecture, self.shape, self.width)
+
         if architecture is None:
             architecture = default_architecture(self.shape)
-
         return build_decoder(architecture, self.shape, self.latent_dim, self.width)
 
     def start_at_data(self, mean: Tensor, std: Tensor) -> None:

@@ -4,7 +4,8 @@ Images may have any number of channels and any size from 8 pixels a side.
 
 An encoder maps data (B, \*) to the (B, 2d) parameters of q(z|x), mean and log-variance side by
 side. A decoder maps codes (B, d) to means (B, \*). Any other ``nn.Module`` with these shapes serves
-as well.
+as well. The decoders of this module have two parts: ``hidden`` computes features from codes, and
+``output`` the mean from the features. A head reads the same features, and predicts log-variances.
 
 Three choices suit real-valued data:
 
@@ -22,7 +23,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -59,8 +60,7 @@ def build_encoder(architecture: str, shape: Shape, latent_dim: int, width: int) 
             than 1.
     """
     _check(architecture, shape, latent_dim, width)
-    make_encoder, _ = NETWORKS[architecture]
-    return make_encoder(shape, latent_dim, width)
+    return NETWORKS[architecture].encoder(shape, latent_dim, width)
 
 
 def build_decoder(architecture: str, shape: Shape, latent_dim: int, width: int) -> nn.Module:
@@ -75,15 +75,35 @@ def build_decoder(architecture: str, shape: Shape, latent_dim: int, width: int) 
         width: Width, see :func:`build_encoder`.
 
     Returns:
-        Module from (B, d) to (B, \*shape). Its last layer is its attribute ``output``.
+        Module from (B, d) to (B, \*shape). Its attribute ``output`` is its last layer, and
+        ``hidden`` is everything before it.
 
     Raises:
         ValueError: If the architecture is unknown or does not fit the shape, or if a number is less
             than 1.
     """
     _check(architecture, shape, latent_dim, width)
-    _, make_decoder = NETWORKS[architecture]
-    return make_decoder(shape, latent_dim, width)
+    return NETWORKS[architecture].decoder(shape, latent_dim, width)
+
+
+def build_head(architecture: str, shape: Shape, width: int) -> nn.Module:
+    r"""Make a variance head, which maps a decoder's features to log-variances.
+
+    Args:
+        architecture: "mlp", "conv" or "residual", that of the decoder.
+        shape: Shape of one example, (C, H, W) or (D,).
+        width: Width of the decoder, see :func:`build_encoder`.
+
+    Returns:
+        Module from what the decoder's ``hidden`` returns to (B, \*shape). Its last layer is its
+        attribute ``output``.
+
+    Raises:
+        ValueError: If the architecture is unknown or does not fit the shape, or if a number is less
+            than 1.
+    """
+    _check(architecture, shape, 1, width)
+    return NETWORKS[architecture].head(shape, width)
 
 
 def default_architecture(shape: Shape) -> str:
@@ -209,6 +229,28 @@ class MLPDecoder(nn.Module):
         return mean.view(-1, *self.shape)
 
 
+class MLPHead(nn.Module):
+    """Head of one hidden layer for the features of :class:`MLPDecoder`.
+
+    Args:
+        shape: Shape of one example.
+        width: 1/8 of the number of units of the decoder's hidden layers, and of its own.
+    """
+
+    def __init__(self, shape: Shape, width: int) -> None:
+        super().__init__()
+        units = 8 * width
+
+        self.shape = shape
+        self.hidden = nn.Sequential(nn.Linear(units, units), nn.GELU())
+        self.output = nn.Linear(units, math.prod(shape))
+
+    def forward(self, features: Float[Tensor, "batch units"]) -> Float[Tensor, "batch *event"]:
+        """Map features to log-variances."""
+        log_var: Tensor = self.output(self.hidden(features))
+        return log_var.view(-1, *self.shape)
+
+
 class ConvEncoder(nn.Module):
     """Encoder of strided convolutions, which halve the image, and one hidden layer.
 
@@ -280,12 +322,7 @@ class ConvDecoder(nn.Module):
             if residual:
                 layers.append(ResidualBlock(channels[level]))
 
-            # Halving an odd size loses a row. The output padding adds it again.
-            height, breadth = sizes[level]
-            finer_height, finer_breadth = sizes[level - 1]
-            padding = (finer_height - 2 * height, finer_breadth - 2 * breadth)
-            inputs, outputs = channels[level], channels[level - 1]
-            layers += [ConvTranspose2d(inputs, outputs, output_padding=padding), GELU()]
+            layers += [_doubling(sizes, channels, level), GELU()]
 
         # The last convolution gives the mean, without an activation.
         *hidden, output, _ = layers
@@ -298,6 +335,29 @@ class ConvDecoder(nn.Module):
         """Map codes to mean images."""
         mean: Tensor = self.output(self.hidden(z))
         return mean
+
+
+class ConvHead(nn.Module):
+    """Head of one hidden layer for the features of :class:`ConvDecoder`, at half the image's size.
+
+    Args:
+        shape: Shape of one image, (C, H, W), at least 8 x 8 pixels.
+        width: Number of channels of the features, and of its own hidden layer.
+    """
+
+    def __init__(self, shape: Shape, width: int) -> None:
+        super().__init__()
+        sizes, channels = _pyramid(shape, width)
+
+        self.hidden = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), GELU())
+        self.output = _doubling(sizes, channels, 1)
+
+    def forward(
+        self, features: Float[Tensor, "batch width half_height half_breadth"]
+    ) -> Float[Tensor, "batch channels height breadth"]:
+        """Map features to log-variances."""
+        log_var: Tensor = self.output(self.hidden(features))
+        return log_var
 
 
 class ResidualBlock(nn.Module):
@@ -327,19 +387,31 @@ class ResidualBlock(nn.Module):
         return x + change
 
 
-NETWORKS: dict[
-    str,
-    tuple[Callable[[Shape, int, int], nn.Module], Callable[[Shape, int, int], nn.Module]],
-] = {
-    "mlp": (MLPEncoder, MLPDecoder),
-    "conv": (ConvEncoder, ConvDecoder),
-    "residual": (partial(ConvEncoder, residual=True), partial(ConvDecoder, residual=True)),
-}
-"""The classes of encoder and decoder of each architecture.
+class Networks(NamedTuple):
+    """The classes of an architecture.
 
-Each is called with the shape of an example, d and the width. The names are those of
-:data:`equipoise.catalogue.ARCHITECTURES`. An encoder has a layer ``standardise`` and a decoder has
-a last layer ``output``, see :func:`start_at_data`."""
+    Args:
+        encoder: Called with the shape of an example, d and the width. It has a layer
+            ``standardise``, see :func:`start_at_data`.
+        decoder: Called with the same. It has parts ``hidden`` and ``output``, see
+            :func:`build_decoder`.
+        head: Called with the shape of an example and the width.
+    """
+
+    encoder: Callable[[Shape, int, int], nn.Module]
+    decoder: Callable[[Shape, int, int], nn.Module]
+    head: Callable[[Shape, int], nn.Module]
+
+
+NETWORKS: dict[str, Networks] = {
+    "mlp": Networks(MLPEncoder, MLPDecoder, MLPHead),
+    "conv": Networks(ConvEncoder, ConvDecoder, ConvHead),
+    "residual": Networks(
+        partial(ConvEncoder, residual=True), partial(ConvDecoder, residual=True), ConvHead
+    ),
+}
+"""The classes of each architecture, by the names of
+:data:`equipoise.catalogue.ARCHITECTURES`."""
 
 
 def _pyramid(shape: Shape, width: int) -> tuple[list[tuple[int, int]], list[int]]:
@@ -356,6 +428,17 @@ def _pyramid(shape: Shape, width: int) -> tuple[list[tuple[int, int]], list[int]
         channels.append(min(width * 2 ** (len(sizes) - 2), 8 * width))
 
     return sizes, channels
+
+
+def _doubling(sizes: list[tuple[int, int]], channels: list[int], level: int) -> ConvTranspose2d:
+    """Make the convolution from a level of the pyramid to the next finer one.
+
+    Halving an odd size loses a row. The output padding adds it again.
+    """
+    height, breadth = sizes[level]
+    finer_height, finer_breadth = sizes[level - 1]
+    padding = (finer_height - 2 * height, finer_breadth - 2 * breadth)
+    return ConvTranspose2d(channels[level], channels[level - 1], output_padding=padding)
 
 
 def _posterior_layer(units: int, latent_dim: int) -> nn.Linear:

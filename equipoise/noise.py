@@ -53,6 +53,8 @@ class NoiseModel(nn.Module, ABC):
     """The model in words, for the model card of a published run."""
     depends_on_code: bool = False
     """Whether the variance differs between inputs, so that there is a map of it to look at."""
+    reads_features: bool = False
+    """Whether :meth:`forward` takes what the decoder's layer ``hidden`` returns, and not codes."""
 
     overfitting: float = 1.0
     """Ratio of the variance of held-out residuals to that of training residuals, by which the
@@ -82,13 +84,13 @@ class NoiseModel(nn.Module, ABC):
         """
 
     def likelihood(
-        self, mean: Float[Tensor, "batch *event"], z: Float[Tensor, "batch latent"]
+        self, mean: Float[Tensor, "batch *event"], z: Float[Tensor, "batch *context"]
     ) -> AnyGaussian:
         r"""Put the noise around a mean: p(x|z).
 
         Args:
             mean: Mean m(z), (B, \*).
-            z: Codes, (B, d).
+            z: What :meth:`forward` takes: codes (B, d), or features if :attr:`reads_features`.
 
         Returns:
             Gaussian over data, (B, \*), of independent errors unless a subclass knows better.
@@ -101,7 +103,7 @@ class NoiseModel(nn.Module, ABC):
 
     @classmethod
     def from_description(
-        cls, description: dict[str, Any], make_network: Callable[[], nn.Module]
+        cls, description: dict[str, Any], make_network: Callable[..., nn.Module]
     ) -> "NoiseModel":
         """Build the model that a description is of; its tensors are filled afterwards.
 
@@ -110,6 +112,7 @@ class NoiseModel(nn.Module, ABC):
         Args:
             description: What :meth:`description` returned.
             make_network: Makes an untrained network from codes (B, d) to the shape of the data.
+                Called with ``reads_features=True``, it makes one from the decoder's features.
 
         Returns:
             The noise model, with meaningless values.
@@ -240,12 +243,12 @@ def noise_class(name: str) -> type[NoiseModel]:
     return NoiseModel._classes[name]
 
 
-def build_noise(description: dict[str, Any], make_network: Callable[[], nn.Module]) -> NoiseModel:
+def build_noise(description: dict[str, Any], make_network: Callable[..., nn.Module]) -> NoiseModel:
     """Build the noise model that a description is of; its tensors are filled afterwards.
 
     Args:
         description: What :func:`describe_noise` returned.
-        make_network: Makes an untrained network from codes (B, d) to the shape of the data.
+        make_network: Makes an untrained network, see :meth:`NoiseModel.from_description`.
 
     Returns:
         The noise model, with meaningless values.
@@ -444,7 +447,7 @@ class DimensionNoise(_SharedNoise):
 
     @classmethod
     def from_description(
-        cls, description: dict[str, Any], make_network: Callable[[], nn.Module]
+        cls, description: dict[str, Any], make_network: Callable[..., nn.Module]
     ) -> "NoiseModel":
         """Build the model that a description is of, whose shape is a list in JSON."""
         return cls(**{**description, "shape": tuple(description["shape"])})
@@ -457,15 +460,18 @@ class PredictedNoise(NoiseModel):
         = \max\bigl(\log\sigma_*^2 + h_i(z),\ \log\sigma_{\min}^2\bigr) + c_i
 
     Here h is the network, sigma_*^2 the optimal variance of stage 1, and sigma_min^2 the floor that
-    Algorithm 1 hands over. Without a floor the log-variance gradient dominates and the prediction
-    gets stuck near zero. c is zero until it is recalibrated. A network h = 0 is exactly
-    :class:`GlobalNoise`: stage 2 starts where stage 1 ended.
+    Algorithm 1 hands over. h reads z itself, or the features that the decoder computes from z.
+    Without a floor the log-variance gradient dominates and the prediction gets stuck near zero. c
+    is zero until it is recalibrated. A network h = 0 is exactly :class:`GlobalNoise`: stage 2
+    starts where stage 1 ended.
 
     Args:
-        network: h, any module from (B, d) to (B, \*).
+        network: h, any module from (B, d) to (B, \*); from the decoder's features to (B, \*) if
+            ``reads_features``.
         reference_var: sigma_*^2, a scalar or a shape that broadcasts to one example's.
         floor_var: sigma_min^2, a scalar or a shape that broadcasts to one example's.
         calibration_shape: () for one c, or one example's shape for one c per dimension.
+        reads_features: Whether the network is a head on the decoder's features.
 
     Raises:
         ValueError: if a variance is not positive and finite.
@@ -485,6 +491,8 @@ class PredictedNoise(NoiseModel):
         reference_var: Tensor,
         floor_var: Tensor,
         calibration_shape: tuple[int, ...] = (),
+        *,
+        reads_features: bool = False,
     ) -> None:
         super().__init__()
         for name, var in (("reference_var", reference_var), ("floor_var", floor_var)):
@@ -492,6 +500,7 @@ class PredictedNoise(NoiseModel):
                 raise ValueError(f"{name} must be positive and finite, got {var}.")
 
         self.network = network
+        self.reads_features = reads_features
         dtype = torch.get_default_dtype()
         calibration = torch.zeros(calibration_shape, device=reference_var.device)
         self.register_buffer("reference_log_var", reference_var.log().to(dtype))
@@ -499,7 +508,7 @@ class PredictedNoise(NoiseModel):
         self.register_buffer("calibration", calibration)
         self.register_buffer("interval_factors", None)
 
-    def forward(self, z: Float[Tensor, "batch latent"]) -> Tensor:
+    def forward(self, z: Float[Tensor, "batch *context"]) -> Tensor:
         r"""Compute the log-variance of eq. (11), bounded and calibrated, (B, \*)."""
         correction = self.network(z)
         dtype = torch.promote_types(correction.dtype, self.reference_log_var.dtype)
@@ -621,25 +630,29 @@ class PredictedNoise(NoiseModel):
         return [self.network]
 
     def description(self) -> dict[str, Any]:
-        """Return the shapes; the network is of the decoder's kind."""
+        """Return the shapes and what the network reads; it is of the decoder's kind."""
         n_points = 0 if self.interval_factors is None else len(self.interval_factors)
         return {
             "reference_shape": list(self.reference_log_var.shape),
             "floor_shape": list(self.floor_log_var.shape),
             "calibration_shape": list(self.calibration.shape),
             "interval_points": n_points,
+            "reads_features": self.reads_features,
         }
 
     @classmethod
     def from_description(
-        cls, description: dict[str, Any], make_network: Callable[[], nn.Module]
+        cls, description: dict[str, Any], make_network: Callable[..., nn.Module]
     ) -> "NoiseModel":
         """Build the model that a description is of, with an untrained network."""
+        # Models that were saved before there were heads do not say what they read.
+        reads_features = bool(description.get("reads_features", False))
         noise = cls(
-            make_network(),
+            make_network(reads_features=True) if reads_features else make_network(),
             torch.ones(description["reference_shape"]),
             torch.ones(description["floor_shape"]),
             tuple(description["calibration_shape"]),
+            reads_features=reads_features,
         )
 
         if description["interval_points"]:

@@ -3,6 +3,7 @@ r"""Objectives that training minimises, and bounds that evaluate a model, eqs. (
 ============================= =================================== ==================================
 :class:`Elbo`                 bound, eq. (4): VAE and beta-VAE    Kingma and Welling; Higgins et al.
 :class:`DetachedVarianceElbo` stage 2 that leaves the mean alone  Stirn et al. (2023)
+:class:`FrozenMeanElbo`       stage 2 that trains the noise only
 :class:`BatchVarianceElbo`    optimal variance of a batch         Rybkin et al. (2021)
 :class:`DipVaeI`              bound, uncorrelated posterior means Kumar et al. (2018)
 :class:`DipVaeII`             bound, uncorrelated codes           Kumar et al. (2018)
@@ -46,6 +47,10 @@ class LatentVariableModel(Protocol):
         """Noise model, a map from codes to log-variances."""
 
     @property
+    def encoder(self) -> nn.Module:
+        """Network that :meth:`encode` calls."""
+
+    @property
     def decoder(self) -> nn.Module:
         """Network that :meth:`decode_mean` calls."""
 
@@ -54,6 +59,9 @@ class LatentVariableModel(Protocol):
 
     def decode_mean(self, z: Tensor) -> Tensor:
         """Mean of p(x|z)."""
+
+    def mean_and_context(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of p(x|z), and what the noise model reads: codes, or the decoder's features."""
 
     def decode(self, z: Tensor) -> AnyGaussian:
         """Likelihood p(x|z)."""
@@ -202,11 +210,11 @@ class DetachedVarianceElbo(Objective):
         posterior = self.model.encode(x)
         z = posterior.sample(generator)
 
-        mean = self.model.decode_mean(z)
+        mean, context = self.model.mean_and_context(z)
         stage_1_log_var = cast(Tensor, noise.shared_log_var)
         stage_1_log_likelihood = Gaussian(mean, stage_1_log_var).log_prob(x)
 
-        log_var = noise(z.detach())
+        log_var = noise(context.detach())
         log_likelihood = Gaussian(mean.detach(), log_var).log_prob(x)
         kl = posterior.kl()
 
@@ -218,6 +226,47 @@ class DetachedVarianceElbo(Objective):
             log_var=log_var.detach(),
             posterior=posterior,
         )
+
+
+class FrozenMeanElbo(Objective):
+    r"""Stage 2 in which encoder and decoder stand still, eq. (11).
+
+    .. math:: \mathrm{E}_q[\log N(x; m(z), \sigma^2(z))]
+
+    Only the noise model learns. Neither gradients nor the statistics of a batch reach encoder and
+    decoder, which compute as in evaluation: without dropout, for instance. The mean is therefore
+    the same to the bit before and after. ``elbo`` is the bound of the whole model.
+
+    The parameters of encoder and decoder should not be given to an optimiser, or its weight decay
+    would change them.
+
+    Args:
+        model: A model whose noise depends on the code.
+
+    Raises:
+        ValueError: If the model has another kind of noise.
+    """
+
+    def __init__(self, model: LatentVariableModel) -> None:
+        super().__init__(model)
+        if not model.noise.depends_on_code:
+            raise ValueError(
+                "FrozenMeanElbo trains nothing but a noise model such as PredictedNoise; the "
+                f"model has {type(model.noise).__name__}, so use Elbo."
+            )
+
+    def forward(self, x: Float[Tensor, "batch *event"], generator: Randomness = None) -> Terms:
+        """Evaluate the bound with one sample of z per example."""
+        # Here and not once, because every evaluation between two epochs sets the modes.
+        self.model.encoder.eval()
+        self.model.decoder.eval()
+
+        with torch.no_grad():
+            posterior = self.model.encode(x)
+            mean, context = self.model.mean_and_context(posterior.sample(generator))
+
+        terms = self._terms(x, posterior, self.model.noise.likelihood(mean, context))
+        return terms._replace(loss=-terms.log_likelihood)
 
 
 class BatchVarianceElbo(Objective):
@@ -526,7 +575,8 @@ def importance_weighted_bounds(
         likelihood = model.decode(z)
         log_ratios = torch.stack([log_prior(z) - repeated.log_prob(z) for log_prior in log_priors])
 
-        pairs: list[tuple[Gaussian | DigitalGaussian, Tensor]] = [(likelihood, v) for v in observed]
+        pairs: list[tuple[AnyGaussian | DigitalGaussian, Tensor]]
+        pairs = [(likelihood, values) for values in observed]
         if levels is not None:
             pairs.append((_digital(likelihood, levels), x))
 
@@ -538,7 +588,7 @@ def importance_weighted_bounds(
     return log_sums - math.log(n_samples)
 
 
-def _digital(likelihood: Gaussian, levels: Levels) -> DigitalGaussian:
+def _digital(likelihood: AnyGaussian, levels: Levels) -> DigitalGaussian:
     """Round a likelihood to levels, or refuse one whose cells have no closed form."""
     if type(likelihood) is not Gaussian:
         raise ValueError(

@@ -133,6 +133,7 @@ def test_each_shape_and_architecture(tmp_path, shape, architecture, stop):
         {"weight_decay": 0.01, "noise": "channel"},
         {"noise": "dimension", "noise_update": "gradient"},
         {"stage_2_gradients": "joint", "recalibrate": "dimension"},
+        {"stage_2_gradients": "frozen", "weight_decay": 0.1, "ema_decay": 0.9},
         {"clip": 0.0},
     ],
     ids=lambda options: "-".join(options),

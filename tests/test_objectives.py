@@ -11,6 +11,7 @@ from equipoise.objectives import (
     DipVaeI,
     DipVaeII,
     Elbo,
+    FrozenMeanElbo,
     RaeL2,
     WaeMmd,
     importance_weighted_bound,
@@ -218,6 +219,22 @@ def test_detached_variance_reports_the_elbo_of_the_whole_model():
 def test_detached_variance_needs_a_predicted_variance():
     with pytest.raises(ValueError, match="PredictedNoise"):
         DetachedVarianceElbo(VAE.build((4,), latent_dim=2))
+    with pytest.raises(ValueError, match="PredictedNoise"):
+        FrozenMeanElbo(VAE.build((4,), latent_dim=2))
+
+
+def test_a_frozen_mean_gives_the_variance_network_the_gradients_of_stopped_ones():
+    vae, x = stage_2_model(), torch.rand(4, 1, 8, 8)
+    gradients = []
+    for objective in (DetachedVarianceElbo(vae), FrozenMeanElbo(vae)):
+        vae.zero_grad()
+        terms = objective(x, torch.Generator().manual_seed(0))
+        terms.loss.sum().backward()
+        gradients.append([parameter.grad for parameter in vae.noise.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert all(parameter.grad is None for parameter in vae.encoder.parameters())
+    assert all(parameter.grad is None for parameter in vae.decoder.parameters())
+    assert torch.equal(terms.loss, -terms.log_likelihood)
 
 
 def test_a_planted_noise_map_is_recovered():

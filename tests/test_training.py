@@ -438,6 +438,60 @@ def test_options_of_the_loop(digits, options):
     assert torch.isfinite(model.reconstruct(torch.rand(2, 1, 8, 8)).std).all()
 
 
+@pytest.mark.parametrize("architecture", ["mlp", "conv", "residual"])
+@pytest.mark.parametrize(
+    "options", [{"weight_decay": 0.1}, {"ema_decay": 0.7, "clip": 0.0}], ids=str
+)
+def test_a_frozen_mean_is_the_same_to_the_bit(digits, architecture, options):
+    """Neither decay nor averages of weights move what stands still, over several epochs."""
+    config = replace(QUICK, architecture=architecture, stage_2_gradients="frozen", **options)
+    x = torch.rand(50, 1, 8, 8)
+    model, _ = fit(digits, replace(config, stage_2_epochs=0))
+    with torch.no_grad():
+        before = model.reconstruct(x)
+    weights = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+
+    config = replace(config, stage_1_epochs=0, stage_2_epochs=3)
+    trainer = Trainer(model.train(), digits, config)
+    trainer.fit()
+    with torch.no_grad():
+        after = model.eval().reconstruct(x)
+    assert torch.equal(after.mean, before.mean)
+    assert all(torch.equal(value, weights[n]) for n, value in model.encoder.state_dict().items())
+    assert after.std.std() > 0  # the variance has learned all the same
+    elbos = [row["validation_elbo"] for row in trainer.history]
+    assert elbos[-1] > elbos[0]
+    assert all(parameter.requires_grad for parameter in model.parameters())  # to train on
+
+
+def test_networks_that_are_frozen_compute_as_in_evaluation(digits):
+    """Dropout is off, the statistics of batches stay, and what a user has frozen stays frozen."""
+
+    def networks():
+        encoder = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 8)
+        )
+        decoder = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Unflatten(1, (1, 8, 8)))
+        encoder[1].requires_grad_(False)
+        return encoder, decoder
+
+    torch.manual_seed(0)
+    config = replace(QUICK, stage_2_gradients="frozen", weight_decay=0.1)
+    model = make_model(digits, config, *networks())
+    stage_1 = replace(config, stage_2_epochs=0)
+    Trainer(model, digits, stage_1).fit()
+    x = torch.rand(20, 1, 8, 8)
+    with torch.no_grad():
+        before = model.eval().reconstruct(x).mean
+
+    trainer = Trainer(model.train(), digits, replace(config, stage_1_epochs=0))
+    trainer.fit()
+    with torch.no_grad():
+        assert torch.equal(model.eval().reconstruct(x).mean, before)
+    assert [p.requires_grad for p in model.encoder[1].parameters()] == [False, False]
+    assert all(p.requires_grad for p in model.decoder.parameters())
+
+
 def test_recalibration_makes_held_out_residuals_standard(digits):
     config = replace(QUICK, stage_1_epochs=6, stage_2_epochs=4, recalibrate="scale")
     model, _ = fit(digits, config)

@@ -6,6 +6,8 @@ must therefore not be read after the next step has begun. The training loop mark
 :func:`begin_step`, and restores the networks at its end.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -15,6 +17,8 @@ from equipoise.model import VAE
 def compile_networks(model: VAE, device: torch.device, n_processes: int) -> None:
     """Compile the encoder, the decoder and, in stage 2, the variance network.
 
+    A decoder whose features the noise model reads is compiled in the two parts that are called.
+
     Args:
         model: Model of the networks. They stay the same modules.
         device: Device of the training. Only GPUs have CUDA graphs.
@@ -22,7 +26,11 @@ def compile_networks(model: VAE, device: torch.device, n_processes: int) -> None
             pass through buffers of the engine, and the networks are compiled without graphs.
     """
     has_graphs = device.type == "cuda" and n_processes == 1
-    for network in _networks(model):
+    decoder = [model.decoder]
+    if model.noise.reads_features:
+        decoder = [cast(nn.Module, part) for part in (model.decoder.hidden, model.decoder.output)]
+
+    for network in (model.encoder, *decoder, *model.noise.networks()):
         network.compile(mode="reduce-overhead" if has_graphs else "default")
 
 
@@ -32,7 +40,7 @@ def restore_networks(model: VAE) -> None:
     Args:
         model: Model of the networks.
     """
-    for network in _networks(model):
+    for network in model.modules():
         # Nothing else is set by nn.Module.compile.
         network._compiled_call_impl = None
 
@@ -40,8 +48,3 @@ def restore_networks(model: VAE) -> None:
 def begin_step() -> None:
     """Mark the moment from which earlier results of compiled networks are not needed any more."""
     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-
-
-def _networks(model: VAE) -> list[nn.Module]:
-    """The networks that are compiled."""
-    return [model.encoder, model.decoder, *model.noise.networks()]

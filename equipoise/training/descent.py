@@ -15,7 +15,7 @@ from equipoise.model import VAE
 from equipoise.objectives import Terms
 from equipoise.stages import Stage
 from equipoise.training.clipping import RelativeClipping
-from equipoise.training.setup import make_objective, parameter_groups
+from equipoise.training.setup import is_mean_frozen, make_objective, parameter_groups
 
 
 class Descent:
@@ -39,6 +39,7 @@ class Descent:
         peak = config.learning_rate
         if stage is Stage.PREDICTED_VARIANCE:
             peak = config.stage_2_learning_rate
+        self.frozen = _freeze(model) if is_mean_frozen(config, stage) else []
         groups = parameter_groups(model, peak, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
 
@@ -118,6 +119,11 @@ class Descent:
             self.model.load_state_dict(self.average.module.state_dict())
             self.average = None
 
+    def release(self) -> None:
+        """Let the parameters learn again that stood still in this stage."""
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, besides the model.
 
@@ -169,3 +175,12 @@ class Descent:
                 if moment.shape == parameter.shape:
                     laid_out = torch.empty_like(parameter, dtype=moment.dtype)
                     moments[name] = laid_out.copy_(moment)
+
+
+def _freeze(model: VAE) -> list[nn.Parameter]:
+    """Take encoder and decoder out of what is trained; return the parameters that were in it."""
+    networks = nn.ModuleList([model.encoder, model.decoder])
+    frozen = [parameter for parameter in networks.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen

@@ -14,7 +14,7 @@ from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Data
 from equipoise.data.batches import examples
 from equipoise.model import VAE, Scaling
-from equipoise.networks import build_decoder, default_architecture
+from equipoise.networks import build_decoder, build_head, default_architecture
 from equipoise.noise import (
     NOISE_BUILDERS,
     NoiseModel,
@@ -24,7 +24,12 @@ from equipoise.noise import (
     noise_class,
 )
 from equipoise.noise_fit import problem_of_form
-from equipoise.objectives import OBJECTIVE_CLASSES, DetachedVarianceElbo, Objective
+from equipoise.objectives import (
+    OBJECTIVE_CLASSES,
+    DetachedVarianceElbo,
+    FrozenMeanElbo,
+    Objective,
+)
 from equipoise.residuals import ResidualVariance
 from equipoise.stages import Stage
 from equipoise.training.trackers import TRACKERS, is_installed
@@ -206,10 +211,12 @@ def _problem_of_own_noise(noise: NoiseModel, data: Data, config: TrainConfig) ->
     except (TypeError, ValueError) as error:
         return f"must describe itself by JSON values in description(): {error}"
 
-    def make_network() -> nn.Module:
+    def make_network(*, reads_features: bool = False) -> nn.Module:
         architecture = config.architecture
         if architecture == "auto":
             architecture = default_architecture(data.shape)
+        if reads_features:
+            return build_head(architecture, data.shape, config.width)
         return build_decoder(architecture, data.shape, latent_dim, config.width)
 
     try:
@@ -298,6 +305,8 @@ def make_objective(model: VAE, config: TrainConfig, stage: Stage) -> Objective:
     Returns:
         The objective.
     """
+    if is_mean_frozen(config, stage):
+        return FrozenMeanElbo(model)
     if stage is Stage.PREDICTED_VARIANCE and config.stage_2_gradients == "stop":
         return DetachedVarianceElbo(model, config.beta)
 
@@ -310,11 +319,24 @@ def make_objective(model: VAE, config: TrainConfig, stage: Stage) -> Objective:
     return OBJECTIVE_CLASSES[config.objective](model, *weights)
 
 
+def is_mean_frozen(config: TrainConfig, stage: Stage) -> bool:
+    """Tell whether encoder and decoder stand still in a stage.
+
+    Args:
+        config: Option ``stage_2_gradients``.
+        stage: Stage of Algorithm 1.
+
+    Returns:
+        True if only the noise model is trained.
+    """
+    return stage is Stage.PREDICTED_VARIANCE and config.stage_2_gradients == "frozen"
+
+
 def parameter_groups(model: VAE, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
     """Divide the parameters by how the optimiser treats them.
 
     Args:
-        model: The model.
+        model: The model. Parameters that need no gradient are left out.
         learning_rate: Learning rate of the networks.
         weight_decay: Weight decay of the networks' weights. Biases, and parameters that are
             variances themselves, are not pulled towards zero.
@@ -330,7 +352,7 @@ def parameter_groups(model: VAE, learning_rate: float, weight_decay: float) -> l
 
     weights, biases = [], []
     for parameter in model.parameters():
-        if id(parameter) in own_ids:
+        if id(parameter) in own_ids or not parameter.requires_grad:
             continue
         if parameter.ndim >= 2:
             weights.append(parameter)

@@ -222,6 +222,8 @@ class Trainer:
         finally:
             if self.config.compile:
                 restore_networks(self.model)
+            if self.descent is not None:
+                self.descent.release()
             for sink in self.sinks:
                 sink.close()
 
@@ -433,7 +435,14 @@ class Trainer:
 
         is_per_dimension = self.config.recalibrate == "dimension"
         calibration_shape = self.model.shape if is_per_dimension else ()
-        self.model.predict_variance(reference, floor, calibration_shape)
+        network = self.config.stage_2_network
+        if network == "head" and self.model.architecture is None:
+            network = "decoder"
+            self._message(
+                "The decoder is your own, and has no features that a head could read: the variance "
+                "is predicted by a second decoder (stage_2_network=decoder)."
+            )
+        self.model.predict_variance(reference, floor, calibration_shape, network)
         self.position = self.position._replace(stage_step=0)
 
     def _refuse_worse_prediction(self) -> list[str]:
