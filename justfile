@@ -52,6 +52,9 @@ bench data_dir:
     python benchmarks/training_loop.py --data-dir {{data_dir}}
     python benchmarks/stage_two.py mnist --data-dir {{data_dir}}
     python benchmarks/stage_two.py fashion-mnist --data-dir {{data_dir}}
+    python benchmarks/one_class_tables.py
+    python benchmarks/noise_updates.py --data-dir {{data_dir}}
+    python benchmarks/held_out_variance.py --data-dir {{data_dir}}
 
 # The benchmarks against pythae, in the environment that benchmarks/peers.py describes
 bench-peers data_dir:

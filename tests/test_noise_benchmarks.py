@@ -1,0 +1,121 @@
+"""The benchmarks of the noise model run at their smallest size, and their arithmetic is right."""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Import a benchmark as its command does, and forget it afterwards."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in ("experiment", "one_class_data", "one_class_tables", "tables"):
+        if name not in before:
+            sys.modules.pop(name, None)
+
+
+def run(script, out, *arguments):
+    command = [sys.executable, f"benchmarks/{script}.py", "--tiny", "--out", str(out), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    return json.loads(out.read_text())
+
+
+def test_one_class_tables_at_their_smallest_size(tmp_path):
+    content = run("one_class_tables", tmp_path / "x.json")
+    assert {"iris"} <= {row["table"] for row in content["rows"]} <= {"iris", "glass"}
+    assert all(0 <= row["auroc"] <= 1 for row in content["rows"])
+    assert content["summary"]["equipoise, default"]["tables"] in (1, 2)
+
+
+def test_noise_updates_at_their_smallest_size(tmp_path):
+    content = run("noise_updates", tmp_path / "x.json", "--variants", "fixed")
+    (row,) = content["rows"]
+    assert row["noise_var"] == pytest.approx(0.005)
+    assert row["frechet"] > 0
+
+
+def test_held_out_variance_at_its_smallest_size(tmp_path):
+    rows = run("held_out_variance", tmp_path / "x.json", "--variants", "narrow:width=8")["rows"]
+    assert [row["case"] for row in rows] == ["digits, 1", "factors, 2"]
+    for row in rows:
+        assert row["options"]["width"] == 8
+        assert row["var_over_mse"] == pytest.approx(row["noise_var"] / row["test_mse"])
+
+
+def test_a_finished_row_is_not_computed_again(benchmark, tmp_path, capsys):
+    experiment = benchmark("experiment")
+    path = tmp_path / "results" / "x.json"
+    made = []
+
+    def double(value):
+        made.append(value)
+        return {"double": 2 * value}
+
+    for _ in range(2):
+        rows = experiment.Rows(path)
+        for seed in (1, 2):
+            row = rows.find_or_make({"seed": seed, "options": {"a": 0.5}}, double, seed)
+            assert row["double"] == 2 * seed
+    assert made == [1, 2]
+
+    rows.write(summary={"mean": 3})
+    content = json.loads(path.read_text())
+    assert content["summary"] == {"mean": 3}
+    assert [row["double"] for row in content["rows"]] == [2, 4]
+    assert content["versions"]["equipoise"]
+
+
+def test_variants(benchmark):
+    variant = benchmark("experiment").variant
+    known = {"default": {}}
+    assert variant("default", known) == ("default", {})
+    assert variant("a:noise=fixed,noise_var=0.1", known) == (
+        "a",
+        {"noise": "fixed", "noise_var": 0.1},
+    )
+    assert variant("width=8", known) == ("width=8", {"width": 8})
+    with pytest.raises(argparse.ArgumentTypeError, match="KEY=VALUE"):
+        variant("unknown", known)
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_the_log_probability_of_a_cell_is_that_of_the_gaussian(benchmark, d):
+    script = benchmark("one_class_tables")
+    rng = np.random.default_rng(0)
+    x, quanta = rng.normal(size=(2000, d)), np.linspace(0.2, 0.6, d)
+
+    exact = np.log(norm.cdf(x + quanta / 2) - norm.cdf(x - quanta / 2)).sum(1)
+    found = script.cell_log_prob(lambda rows: norm.logpdf(rows).sum(1), x, quanta, rng)
+    assert found.mean() == pytest.approx(exact.mean(), abs=0.02)
+
+
+def test_the_error_of_three_splits_is_that_of_one(benchmark):
+    script = benchmark("one_class_tables")
+    values = np.tile(np.random.default_rng(0).normal(size=100), (3, 1))
+    mean, error = script.with_error(values)
+    assert mean == pytest.approx(values[0].mean())
+    assert error == pytest.approx(values[0].std(ddof=1) / math.sqrt(100))
+
+
+def test_resolutions_and_swaps(benchmark):
+    data = benchmark("one_class_data")
+    found = data.one_class([[0, 1, 7], [0.3 - 0.2, 3, 7], [0.1, 2, 7]], [True, True, False])
+    assert data.resolutions(found) == pytest.approx([0.1, 1.0])
+
+    x = np.arange(12.0).reshape(4, 3)
+    swapped = data.swapped(x, np.random.default_rng(0))
+    assert ((swapped != x).sum(1) == 1).all()
