@@ -90,11 +90,13 @@ class TrainConfig:
     """How the predicted std is rescaled on the validation set after stage 2: by the one factor of
     highest likelihood ('scale'), by one per dimension ('dimension'), or by the factor with which
     .683 of the errors lie within one std ('coverage')."""
-    noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] = "none"
+    noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] | None = None
     """Correlation of the errors, estimated on the validation set when training has ended: any
     matrix ('full', up to 2048 dimensions), common factors ('low-rank'), or a variance per band of
     frequencies and colour axis ('bands', for images). 'auto' takes the form of highest held-out
-    likelihood, and none where it gains nothing beyond its error. Training never uses it."""
+    likelihood, and none where it gains nothing beyond its error. null takes 'auto' for tables, and
+    'none' for images, whose grey levels have an exact probability without. Training never uses
+    it."""
 
     stage_1_epochs: int = 10
     """Epoch limit of stage 1, which learns one variance. From Python, 0 adds stage 2 to a model

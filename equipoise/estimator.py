@@ -27,7 +27,7 @@ from equipoise.data.arrays import MIN_EXAMPLES
 from equipoise.data.dataset import Array
 from equipoise.files import StoreError
 from equipoise.model import VAE, encode_all
-from equipoise.noise_fit import fit_correlation
+from equipoise.noise_fit import choose_form, fit_correlation
 from equipoise.objectives import importance_weighted_bound
 from equipoise.randomness import stream, stream_seed
 from equipoise.records import EstimatorDescription
@@ -50,6 +50,8 @@ AUTO_EPOCHS = (10, 200)
 """Smallest and largest number of epochs that "auto" chooses for stage 1.
 
 More epochs would make the model learn a small table by heart."""
+AUTO_VALIDATION, AUTO_SHARES = 50, (0.1, 0.25)
+"""Examples that are held out if their share is "auto", and the smallest and largest share."""
 MIN_VALIDATION = 2
 """Smallest number of examples in the validation set."""
 
@@ -91,7 +93,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         recalibrate: How the predicted std is rescaled on held-out examples, "none", "scale",
             "dimension" or "coverage".
         noise_correlation: Correlation of the errors, estimated on held-out examples after
-            training, "none", "full", "low-rank", "bands" or "auto".
+            training, "none", "full", "low-rank", "bands" or "auto". None takes "auto" for tables
+            and "none" for images.
         stage_1_epochs: Number of epochs with one learned variance. "auto" is the number that 1,000
             steps take, but at least 10 and at most 200.
         stage_2_epochs: Number of epochs with a variance per feature and example; 0 leaves stage 2
@@ -102,8 +105,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             search.
         n_components: Number of components of the mixture. "auto" chooses it by the likelihood of
             held-out codes.
-        validation_fraction: Share of the examples that are held out: for the noise variance, to
-            choose the mixture, and to recalibrate.
+        validation_fraction: Share of the examples that are held out: for the noise variance and
+            the correlation of the errors, to choose the mixture, and to recalibrate. "auto" is a
+            tenth, or as much as makes 50 examples, but at most a quarter.
         accelerator: Device to train on, "cpu", "cuda" or "auto". A fitted model is on the CPU.
         random_state: Seed or source of randomness. An int gives the same model from the same data.
             With a RandomState or None, each fit gives another model.
@@ -143,14 +147,14 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         variance_from: Literal["held-out", "training"] = "held-out",
         floor: float | Literal["quantisation"] = 1.0,
         recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none",
-        noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] = "none",
+        noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] | None = None,
         stage_1_epochs: int | Literal["auto"] = "auto",
         stage_2_epochs: int | Literal["auto"] = "auto",
         batch_size: int = 256,
         learning_rate: float = 2e-3,
         weight_decay: float = 0.0,
         n_components: int | Literal["auto"] = "auto",
-        validation_fraction: float = 0.1,
+        validation_fraction: float | Literal["auto"] = "auto",
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
@@ -460,6 +464,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         auto_stages = [name for name in stages if options[name] == "auto"]
         for name in auto_stages:
             del options[name]
+        if options["validation_fraction"] == "auto":
+            least, most = AUTO_SHARES
+            options["validation_fraction"] = min(max(AUTO_VALIDATION / n_examples, least), most)
         config = make_config(options)
 
         fewest, most = AUTO_EPOCHS
@@ -506,7 +513,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _finish(self, trainer: Trainer) -> "VAEEstimator":
         """Fit the mixture to the codes of the training data."""
         model, config = trainer.model.eval(), trainer.config
-        fit_correlation(model, trainer.data, config.noise_correlation, seed=config.seed)
+        form = choose_form(config.noise_correlation, model.shape)
+        fit_correlation(model, trainer.data, form, seed=config.seed)
         mixture = fit_aggregate(model, trainer.data, trainer.config, trainer.fabric.device).mixture
         return self._adopt(model.cpu(), mixture.cpu())
 

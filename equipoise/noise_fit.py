@@ -177,6 +177,21 @@ FORMS: dict[str, Form] = {
 """How each form of the option ``noise_correlation`` is estimated."""
 
 
+def choose_form(option: str | None, shape: Shape) -> str:
+    """Choose the form of correlation, by the data where the option is null.
+
+    Args:
+        option: Option ``noise_correlation``.
+        shape: Shape of one example.
+
+    Returns:
+        The option; in place of null "auto" for rows of tables and "none" for images.
+    """
+    if option is not None:
+        return option
+    return "auto" if len(shape) == 1 else "none"
+
+
 def problem_of_form(form: str, shape: Shape) -> str | None:
     """Find why a form of correlation does not suit the examples.
 

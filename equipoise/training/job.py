@@ -16,7 +16,7 @@ from equipoise.files import StoreError, discard_if_empty, is_empty, write_json
 from equipoise.mixture_fit import EMStep, MixtureFit
 from equipoise.model import VAE
 from equipoise.noise import NoiseModel, describe_noise
-from equipoise.noise_fit import CorrelationFit, fit_correlation
+from equipoise.noise_fit import CorrelationFit, choose_form, fit_correlation
 from equipoise.provenance import data_record, versions
 from equipoise.randomness import stream_seed
 from equipoise.records import FORMAT
@@ -155,9 +155,10 @@ def train(
         model.eval()
         processes = processes_of(fabric)
         correlation_fit = None
-        if config.noise_correlation != "none":
+        form = choose_form(config.noise_correlation, data.shape)
+        if form != "none":
             correlation_fit = fit_correlation(
-                model, data, config.noise_correlation, seed=config.seed, processes=processes
+                model, data, form, seed=config.seed, processes=processes
             )
 
         fit = fit_aggregate(model, data, config, fabric.device, on_mixture, processes)

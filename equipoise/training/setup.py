@@ -23,7 +23,7 @@ from equipoise.noise import (
     describe_noise,
     noise_class,
 )
-from equipoise.noise_fit import problem_of_form
+from equipoise.noise_fit import choose_form, problem_of_form
 from equipoise.objectives import (
     OBJECTIVE_CLASSES,
     DetachedVarianceElbo,
@@ -413,7 +413,8 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
             "give a multiple such as 1.0"
         )
 
-    problem = problem_of_form(config.noise_correlation, data.shape)
+    form = choose_form(config.noise_correlation, data.shape)
+    problem = problem_of_form(form, data.shape)
     if problem:
         problems.append(problem)
 
