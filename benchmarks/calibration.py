@@ -122,7 +122,7 @@ def figures(model, data, varying, options):
     dequantised = bits_per_dimension(Estimate.of_mean(bounds[1, 0]), dimensions, quantum)
     exact = bits_per_dimension(Estimate.of_mean(bounds[2, 0]), dimensions)
 
-    calibration = noise_calibration(model, Batches(test, 500).epoch(), varying).varying_dimensions
+    calibration = noise_calibration(model, Batches(test, 500).epoch(), varying, generator)
     row = {
         "scale": float((0.5 * model.noise.calibration).exp().mean()),
         "interval_factors": [model.noise.interval_factor(k) for k in SHARES],
@@ -130,11 +130,17 @@ def figures(model, data, varying, options):
         "bits_per_dim": exact._asdict(),
         "bits_per_dim_dequantised": dequantised._asdict(),
     }
-    for name, figure in calibration._asdict().items():
-        if isinstance(figure, Estimate):
-            row[name] = figure._asdict()
+    row |= _estimates(calibration.varying_dimensions)
+    row["off_bounds"] = _estimates(calibration.off_bounds)
+    row["off_bounds_share"] = calibration.off_bounds_share
 
     return row
+
+
+def _estimates(part):
+    """Take the figures of a calibration, without its curves."""
+    figures = part._asdict().items()
+    return {name: figure._asdict() for name, figure in figures if isinstance(figure, Estimate)}
 
 
 def describe(row):
@@ -143,11 +149,13 @@ def describe(row):
         " ".join(f"{row[f'{prefix}coverage_{k}']['value']:.3f}" for k in (1, 2, 3))
         for prefix in ("", "interval_")
     )
+    off_bounds = " ".join(f"{row['off_bounds'][f'coverage_{k}']['value']:.3f}" for k in (1, 2, 3))
     factors = ", ".join(f"{factor:.2f}" for factor in row["interval_factors"])
 
     return (
         f"x {row['scale']:.3f}  MSE {row['mse']['value']:.5f}  "
         f"bits {row['bits_per_dim']['value']:.3f}  "
+        f"off the bounds {off_bounds}  "
         f"std {std}  intervals {intervals} ({factors} std)  "
         f"ENCE {row['normalised_calibration_error']['value']:.3f}  "
         f"AUSE {row['sparsification_error_area']['value']:.3f}"
