@@ -70,6 +70,10 @@ class TrainConfig:
     stage_2_gradients: Literal["stop", "joint"] = "stop"
     """Gradients in stage 2. 'stop' keeps the predicted variance from bending the mean. 'joint'
     trains everything on eq. (11), as the paper does."""
+    stage_2_likelihood: Literal["density", "digital"] = "density"
+    """What the predicted variance of stage 2 descends: minus the log-density of eq. (11), or, for
+    digital data such as 8-bit images, minus the log-probability of the levels, with which the floor
+    may be far below rounding, as floor=1e-6. The mean keeps descending stage 1's density."""
     recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none"
     """How the predicted std is rescaled on the validation set after stage 2: by the one factor of
     highest likelihood ('scale'), by one per dimension ('dimension'), or by the factor with which
@@ -282,6 +286,24 @@ class TrainConfig:
             problems.append(
                 "noise=fixed has no learned variance to hand to stage 2; set stage_2_epochs=0"
             )
+
+        if self.stage_2_likelihood == "digital":
+            if self.stage_2_epochs == 0:
+                problems.append(
+                    "stage_2_likelihood=digital is for the variance of stage 2, "
+                    "but stage_2_epochs=0"
+                )
+            if self.stage_2_gradients != "stop":
+                problems.append(
+                    "stage_2_likelihood=digital trains the predicted variance alone; "
+                    "set stage_2_gradients=stop"
+                )
+            if self.recalibrate != "none":
+                problems.append(
+                    f"recalibrate={self.recalibrate} fits the std to residuals of levels, which a "
+                    "std below rounding does not describe; leave it out with "
+                    "stage_2_likelihood=digital"
+                )
 
         if self.recalibrate != "none" and self.stage_2_epochs == 0:
             problems.append(
