@@ -29,6 +29,7 @@ MACHINE = (*PLACEMENT, "accelerator", "compile", "tracker", "checkpoint_seconds"
 EARLIER_VALUES: dict[str, Any] = {
     "variance_from": "training",
     "stage_2_network": "decoder",
+    "stage_2_likelihood": "density",
     "noise_correlation": "none",
 }
 """Values that options had in effect before there were such options, for runs of that time."""
@@ -86,6 +87,10 @@ class TrainConfig:
     stage_2_network: Literal["decoder", "head"] = "decoder"
     """What predicts the variance in stage 2: a second decoder, or a small head on the features that
     the decoder has before its last layer. Networks of your own have a second decoder."""
+    stage_2_likelihood: Literal["density", "digital"] = "density"
+    """What the predicted variance of stage 2 descends: minus the log-density of eq. (11), or, for
+    digital data such as 8-bit images, minus the log-probability of the levels, with which the floor
+    may be far below rounding, as floor=1e-6. The mean keeps descending stage 1's density."""
     recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none"
     """How the predicted std is rescaled on the validation set after stage 2: by the one factor of
     highest likelihood ('scale'), by one per dimension ('dimension'), or by the factor with which
@@ -305,6 +310,24 @@ class TrainConfig:
             problems.append(
                 "noise=fixed has no learned variance to hand to stage 2; set stage_2_epochs=0"
             )
+
+        if self.stage_2_likelihood == "digital":
+            if self.stage_2_epochs == 0:
+                problems.append(
+                    "stage_2_likelihood=digital is for the variance of stage 2, "
+                    "but stage_2_epochs=0"
+                )
+            if self.stage_2_gradients != "stop":
+                problems.append(
+                    "stage_2_likelihood=digital trains the predicted variance alone; "
+                    "set stage_2_gradients=stop"
+                )
+            if self.recalibrate != "none":
+                problems.append(
+                    f"recalibrate={self.recalibrate} fits the std to residuals of levels, which a "
+                    "std below rounding does not describe; leave it out with "
+                    "stage_2_likelihood=digital"
+                )
 
         if self.recalibrate != "none" and self.stage_2_epochs == 0:
             problems.append(

@@ -68,6 +68,44 @@ class Estimate(NamedTuple):
         error = None if self.standard_error is None else abs(factor) * self.standard_error
         return Estimate(factor * self.value, error, self.n)
 
+    @classmethod
+    def of_ratio(
+        cls, numerators: Float[np.ndarray, " n"], denominators: Float[np.ndarray, " n"]
+    ) -> "Estimate":
+        r"""Estimate the ratio of two expectations, such as a share of values that differ in number.
+
+        .. math:: r = \frac{\sum_i a_i}{\sum_i b_i}, \qquad
+                  \mathrm{s.e.}^2 = \frac{n}{n - 1}
+                  \frac{\sum_i (a_i - r b_i)^2}{\bigl(\sum_i b_i\bigr)^2}
+
+        Source: Cochran (1977), *Sampling techniques*, section 2.11. With equal denominators it is
+        :meth:`of_mean` of the ratios.
+
+        Args:
+            numerators: a, one for each independent example, (n,).
+            denominators: b, not negative, (n,).
+
+        Returns:
+            The ratio. The standard error of a single example is None.
+
+        Raises:
+            ValueError: If the denominators are zero, or there are none.
+
+        Example:
+            >>> Estimate.of_ratio(np.array([1.0, 4.0]), np.array([1.0, 3.0])).value
+            1.25
+        """
+        n, total = len(denominators), float(denominators.sum())
+        if not total > 0:
+            raise ValueError("the ratio to nothing is not defined; give a positive denominator")
+
+        ratio = float(numerators.sum()) / total
+        if n < 2:
+            return cls(ratio, None, n)
+
+        squares = float(np.square(numerators - ratio * denominators).sum())
+        return cls(ratio, math.sqrt(n / (n - 1) * squares) / total, n)
+
 
 def jackknife(
     statistic: Callable[[NDArray[np.int64]], float], n: int, groups: int = 10

@@ -43,6 +43,11 @@ _INTERVAL = (
     "The errors need not be Gaussian."
 )
 
+_DIGITAL = (
+    "Share of the data within {} predicted std if each is taken to be anywhere in its level, as "
+    "the model says. It is {} if the levels are as probable as the model says."
+)
+
 TERMS: dict[str, Term] = {
     # likelihood
     "elbo": Term("ELBO", "nats", "Evidence lower bound on log p(x), constants included.", "higher"),
@@ -157,12 +162,16 @@ TERMS: dict[str, Term] = {
     # noise
     "all": Term("all dimensions"),
     "varying": Term("dimensions that vary"),
+    "off_bounds": Term("values off the bounds"),
     "coverage_1": Term("Within 1 std (.683)", "", _COVERAGE.format(1, 0.683)),
     "coverage_2": Term("Within 2 std (.954)", "", _COVERAGE.format(2, 0.954)),
     "coverage_3": Term("Within 3 std (.997)", "", _COVERAGE.format(3, 0.997)),
     "interval_coverage_1": Term("In the .683 interval", "", _INTERVAL.format(0.683)),
     "interval_coverage_2": Term("In the .954 interval", "", _INTERVAL.format(0.954)),
     "interval_coverage_3": Term("In the .997 interval", "", _INTERVAL.format(0.997)),
+    "digital_coverage_1": Term("Within 1 std as levels (.683)", "", _DIGITAL.format(1, 0.683)),
+    "digital_coverage_2": Term("Within 2 std as levels (.954)", "", _DIGITAL.format(2, 0.954)),
+    "digital_coverage_3": Term("Within 3 std as levels (.997)", "", _DIGITAL.format(3, 0.997)),
     "standardised_var": Term(
         "Standardised variance",
         "",
@@ -194,6 +203,12 @@ TERMS: dict[str, Term] = {
     ),
     "varying_share": Term(
         "Share that varies", "", "Share of the dimensions that are not constant in the data."
+    ),
+    "off_bounds_share": Term(
+        "Share off the bounds",
+        "",
+        "Share of the values that vary whose mean and datum are not both on the same bound of the "
+        "scale, such as black.",
     ),
     # outliers
     "against": Term("Outliers from", "", "Data that the model should recognise as outliers."),

@@ -183,6 +183,10 @@ class DetachedVarianceElbo(Objective):
     stage 1. The variance network learns from their codes and residuals. ``elbo`` is the bound of
     the whole model, with the predicted variance.
 
+    With ``levels`` of digital data, the variance network descends minus the log-probability of the
+    levels, see :class:`equipoise.digital.DigitalGaussian`, in place of the second line. A density
+    rewards a small variance without limit where a mean is exact, and a probability does not.
+
     Source: Stirn et al. (2023), *Faithful heteroscedastic regression with neural networks*, here
     for a VAE.
 
@@ -190,14 +194,19 @@ class DetachedVarianceElbo(Objective):
         model: A model whose noise depends on the code and has a shared variance to start from,
             such as :class:`equipoise.noise.PredictedNoise`.
         beta: Weight of the KL in the loss, as in :class:`Elbo`.
+        levels: Levels of digital data, whose probability trains the variance. None takes the
+            density.
 
     Raises:
         ValueError: If the model has another kind of noise.
     """
 
-    def __init__(self, model: LatentVariableModel, beta: float = 1.0) -> None:
+    def __init__(
+        self, model: LatentVariableModel, beta: float = 1.0, levels: Levels | None = None
+    ) -> None:
         super().__init__(model)
         self.beta = beta
+        self.levels = levels
         if not model.noise.depends_on_code or model.noise.shared_log_var is None:
             raise ValueError(
                 "DetachedVarianceElbo trains a noise model such as PredictedNoise, with a shared "
@@ -214,16 +223,19 @@ class DetachedVarianceElbo(Objective):
         stage_1_log_var = cast(Tensor, noise.shared_log_var)
         stage_1_log_likelihood = Gaussian(mean, stage_1_log_var).log_prob(x)
 
-        log_var = noise(context.detach())
-        log_likelihood = Gaussian(mean.detach(), log_var).log_prob(x)
+        predicted = Gaussian(mean.detach(), noise(context.detach()))
+        log_likelihood = predicted.log_prob(x)
+        of_variance = log_likelihood
+        if self.levels is not None:
+            of_variance = DigitalGaussian.of(predicted, self.levels).log_prob(x)
         kl = posterior.kl()
 
         return Terms(
-            loss=self.beta * kl - stage_1_log_likelihood - log_likelihood,
+            loss=self.beta * kl - stage_1_log_likelihood - of_variance,
             log_likelihood=log_likelihood.detach(),
             kl=kl,
             residual=(x - mean).detach(),
-            log_var=log_var.detach(),
+            log_var=predicted.log_var.detach(),
             posterior=posterior,
         )
 
@@ -242,13 +254,16 @@ class FrozenMeanElbo(Objective):
 
     Args:
         model: A model whose noise depends on the code.
+        levels: Levels of digital data, whose probability takes the place of the density in the
+            loss.
 
     Raises:
         ValueError: If the model has another kind of noise.
     """
 
-    def __init__(self, model: LatentVariableModel) -> None:
+    def __init__(self, model: LatentVariableModel, levels: Levels | None = None) -> None:
         super().__init__(model)
+        self.levels = levels
         if not model.noise.depends_on_code:
             raise ValueError(
                 "FrozenMeanElbo trains nothing but a noise model such as PredictedNoise; the "
@@ -265,8 +280,11 @@ class FrozenMeanElbo(Objective):
             posterior = self.model.encode(x)
             mean, context = self.model.mean_and_context(posterior.sample(generator))
 
-        terms = self._terms(x, posterior, self.model.noise.likelihood(mean, context))
-        return terms._replace(loss=-terms.log_likelihood)
+        likelihood = self.model.noise.likelihood(mean, context)
+        terms = self._terms(x, posterior, likelihood)
+        if self.levels is None:
+            return terms._replace(loss=-terms.log_likelihood)
+        return terms._replace(loss=-_digital(likelihood, self.levels).log_prob(x))
 
 
 class BatchVarianceElbo(Objective):

@@ -408,8 +408,8 @@ def reliability(series: dict[str, NoiseCurves]) -> Figure:
     """Predicted std and observed error, compared by size, by distribution and by coverage.
 
     Args:
-        series: one to three sets of dimensions by name, such as "all pixels" and "pixels that
-            vary".
+        series: one to three sets of values by name, such as "all pixels", "pixels that vary" and
+            "those off the bounds".
 
     Returns:
         The figure. The panel of the std is logarithmic if it spans more than a decade.

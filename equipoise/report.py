@@ -71,7 +71,8 @@ SECTIONS = {
             "reliability": "Predicted std against observed error (right on the diagonal), the "
             "probability integral transform (right if flat), and the share of errors within 1, 2 "
             "and 3 std and within the intervals that were calibrated on held-out data (right at "
-            "the marks).",
+            "the marks). Off the bounds are the values whose mean and datum are not both on the "
+            "same bound of the scale.",
             "sparsification": "Error of the remaining values when the least certain ones are "
             "removed first.",
         },
@@ -98,6 +99,7 @@ MAIN_FIGURES: tuple[Keys, ...] = (
     ("samples", "mixture", "frechet_distance"),
     ("latent", "kl_mixture_prior"),
     ("noise", "varying", "coverage_1"),
+    ("noise", "off_bounds", "coverage_1"),
     ("outliers", "combined", "auroc"),
 )
 """Figures of the first table, the main results."""

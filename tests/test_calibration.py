@@ -10,6 +10,7 @@ from scipy.stats import norm
 from equipoise.config import TrainConfig
 from equipoise.data import load
 from equipoise.data import varying as varying_module
+from equipoise.digital import DigitalGaussian, Levels
 from equipoise.estimate import Estimate
 from equipoise.metrics import calibration as module
 from equipoise.metrics.calibration import (
@@ -311,6 +312,98 @@ def test_only_dimensions_that_vary_are_judged(linear_model):
         noise_calibration(model, [x], varying[:7])
     with pytest.raises(ValueError, match="no examples"):
         noise_calibration(model, [], varying)
+
+
+def test_only_values_among_those_asked_for_are_judged():
+    """Values that differ in number between examples; what is left out does not matter."""
+    residual, std = heteroscedastic(40, 12)
+    among = torch.rand(residual.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    among[:15] = False  # examples, and with them groups, without a value
+    found = calibration(residual, std, among=among)
+    z = (residual / std)[among]
+    assert found.coverage_1.value == pytest.approx(float((z.abs() <= 1).double().mean()))
+    assert found.standardised_var.value == pytest.approx(float(z.square().mean()))
+    assert found.pit_histogram.sum() == pytest.approx(1)
+
+    other = torch.where(among, residual, 99.0), torch.where(among, std, 0.01)
+    assert figures(calibration(*other, among=among)) == figures(found)
+    columns = torch.zeros_like(among)
+    columns[:, 3:9] = True
+    chosen = figures(calibration(residual, std, among=columns))
+    for name, figure in figures(calibration(residual[:, 3:9], std[:, 3:9])).items():
+        assert chosen[name] == pytest.approx(figure), name
+
+    with pytest.raises(ValueError, match="no values to judge"):
+        calibration(residual, std, among=torch.zeros_like(among))
+    with pytest.raises(ValueError, match="same shape"):
+        calibration(residual, std, among=among[:, :3])
+
+
+@pytest.mark.parametrize("std", [0.1, 0.4, 3.0])
+def test_digital_data_are_judged_as_levels(std, generator):
+    """Rounded and clamped draws, most of them on a bound, and a std that is right.
+
+    The shares of the levels are nominal. Those of the residuals are not: on the bounds nearly all
+    are within one std, and below a level rounding decides.
+    """
+    levels = Levels(1.0, 0.0, 15.0)
+    mean = 20 * torch.rand(3000, 12, generator=generator, dtype=torch.float64) - 2.5
+    mean = mean.clamp(0, 15)
+    drawn = mean + std * torch.randn(3000, 12, generator=generator, dtype=torch.float64)
+    x = drawn.round().clamp(0, 15)
+
+    log_var = torch.full_like(mean, 2 * math.log(std))
+    pit = DigitalGaussian(mean, log_var, levels).pit(x, generator)
+    stds = torch.full_like(mean, std)
+    found = calibration(x - mean, stds, pit=pit)
+    shares = (found.digital_coverage_1, found.digital_coverage_2, found.digital_coverage_3)
+    for share, nominal in zip(shares, NOMINAL_COVERAGE, strict=True):
+        assert share.value == pytest.approx(nominal, abs=4 * share.standard_error)
+    assert found.pit_histogram_error.value < 0.05
+
+    raw = calibration(x - mean, stds)
+    assert raw.digital_coverage_1 is None
+    assert raw.pit_histogram_error.value > 4 * found.pit_histogram_error.value
+    wrong_by = abs(raw.coverage_1.value - NOMINAL_COVERAGE[0])
+    assert wrong_by > 8 * raw.coverage_1.standard_error
+    assert raw.coverage_1 == found.coverage_1
+
+
+def test_values_on_a_bound_of_the_scale_are_left_out_of_a_further_set(linear_model, monkeypatch):
+    """Those whose datum and mean are both at the same end, to half a level."""
+    model, x, _ = linear_model
+    varying = torch.arange(8) < 5
+    unbounded = noise_calibration(model, [x], varying)
+    assert (unbounded.off_bounds, unbounded.off_bounds_share) == (None, None)
+
+    model.scaling.quantum, model.mean_bounds = 0.25, (1.0, 3.0)
+    x = x.div(0.25).round().mul(0.25).clamp(1, 3)
+    found = noise_calibration(model, x.split(250), varying, torch.Generator().manual_seed(0))
+
+    seen = model.reconstruct(x)
+    black = (x == 1) & (seen.mean < 1.125)
+    white = (x == 3) & (seen.mean > 2.875)
+    off = ~(black | white)[:, varying]
+    z = ((x - seen.mean) / seen.std)[:, varying]
+    assert 0.2 < found.off_bounds_share < 0.8
+    assert found.off_bounds_share == pytest.approx(float(off.double().mean()))
+    assert found.off_bounds.coverage_1.value == pytest.approx(
+        float((z[off].abs() <= 1).double().mean())
+    )
+    assert found.off_bounds.coverage_1.value < found.varying_dimensions.coverage_1.value
+    assert found.off_bounds.coverage_1.n == 600
+
+    # The random numbers are drawn example by example, so that batches do not matter.
+    again = noise_calibration(model, x.split(7), varying, torch.Generator().manual_seed(0))
+    for name, figure in figures(found.off_bounds).items():
+        assert figures(again.off_bounds)[name] == pytest.approx(figure), name
+
+    # A datum at one end and a mean at the other are an error like any other.
+    monkeypatch.setattr(model, "decode_mean", lambda z: torch.full_like(x[: len(z)], 3.0))
+    black, white = (torch.full_like(x, bound) for bound in model.mean_bounds)
+    assert noise_calibration(model, [black], varying).off_bounds_share == 1
+    nothing_left = noise_calibration(model, [white], varying)
+    assert (nothing_left.off_bounds, nothing_left.off_bounds_share) == (None, 0)
 
 
 def test_a_dimension_varies_beyond_a_grey_level_in_more_than_a_tail(monkeypatch):

@@ -71,6 +71,18 @@ def test_all_problems_come_in_one_message():
         ({"noise_var": 0.5}, "needs noise=fixed"),
         ({"noise": "fixed", "noise_var": 0.5}, "set stage_2_epochs=0"),
         ({"noise": "fixed", "noise_var": -1, "stage_2_epochs": 0}, "noise_var must be above 0"),
+        (
+            {"stage_2_likelihood": "digital", "stage_2_epochs": 0},
+            "stage_2_likelihood=digital is for the variance of stage 2",
+        ),
+        (
+            {"stage_2_likelihood": "digital", "stage_2_gradients": "joint"},
+            "set stage_2_gradients=stop",
+        ),
+        (
+            {"stage_2_likelihood": "digital", "recalibrate": "scale"},
+            "leave it out with stage_2_likelihood=digital",
+        ),
         ({"warm_up": 1.0}, "warm_up"),
         ({"floor": 0}, "floor must be above 0"),
         ({"validation_fraction": 1.0}, "validation_fraction"),

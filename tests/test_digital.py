@@ -190,6 +190,26 @@ def test_log_prob_sums_over_everything_but_examples(shape, per_value, generator)
     torch.testing.assert_close(digital.log_prob(x), values.reshape(shape[0], -1).sum(1))
 
 
+@pytest.mark.parametrize("planted", [0.3, 0.6, 3.0])
+def test_the_std_before_rounding_and_clamping_is_recovered(planted, generator):
+    """Where it is most probable; the density finds that of the levels, with the rounding in it."""
+    mean = torch.rand(100_000, 1, generator=generator, dtype=torch.float64) * 14 - 3.5
+    drawn = mean + planted * torch.randn(mean.shape, generator=generator, dtype=torch.float64)
+    x = drawn.round().clamp(0, 7)
+
+    log_var = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([log_var], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        value = -DigitalGaussian(mean, log_var, Levels(1.0, 0.0, 7.0)).log_prob(x).mean()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    assert math.exp(0.5 * float(log_var.detach())) == pytest.approx(planted, rel=0.02)
+
+
 @pytest.mark.parametrize("std", [0.05, 0.4, 2.0, 30.0])
 def test_the_randomised_transform_of_rounded_and_clamped_data_is_uniform(std, generator):
     """A histogram of eight levels, most of them at the ends, is flat where each PIT is not one."""

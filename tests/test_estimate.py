@@ -23,6 +23,27 @@ def test_one_draw_has_no_standard_error_and_none_has_no_mean():
         Estimate.of_mean(np.zeros(0))
 
 
+def test_a_ratio_to_equal_numbers_is_a_mean():
+    values = np.random.default_rng(0).normal(size=40)
+    assert Estimate.of_ratio(3 * values, np.full(40, 3.0)) == pytest.approx(
+        Estimate.of_mean(values)
+    )
+    assert Estimate.of_ratio(np.array([6.0]), np.array([4.0])) == Estimate(1.5, None, 1)
+    for nothing in (np.zeros(2), np.zeros(0)):
+        with pytest.raises(ValueError, match="positive denominator"):
+            Estimate.of_ratio(nothing, nothing)
+
+
+def test_the_standard_error_of_a_ratio_is_that_of_the_jackknife():
+    rng = np.random.default_rng(0)
+    a, b = rng.poisson(3.0, 400).astype(float), rng.poisson(5.0, 400).astype(float)
+    a = np.minimum(a, b)
+    expected = jackknife(lambda rows: float(a[rows].sum() / b[rows].sum()), 400, groups=400)
+    found = Estimate.of_ratio(a, b)
+    assert found.value == pytest.approx(expected.value)
+    assert found.standard_error == pytest.approx(expected.standard_error, rel=0.01)
+
+
 def test_the_jackknife_of_a_mean_is_the_closed_form():
     values = np.random.default_rng(0).normal(size=40)
     estimate = jackknife(lambda rows: float(values[rows].mean()), 40, groups=40)

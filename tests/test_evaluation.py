@@ -126,6 +126,14 @@ def test_latent_figures_agree_with_the_likelihoods(found):
     assert latent["active_units"]["of"] == 8
 
 
+def test_the_noise_is_judged_off_the_bounds_of_the_scale_too(found):
+    noise = found["noise"]
+    assert 0 < noise["off_bounds_share"] < 1
+    coverage = {name: noise[name]["coverage_1"]["value"] for name in ("varying", "off_bounds")}
+    assert coverage["off_bounds"] < coverage["varying"]
+    assert 0 < noise["off_bounds"]["digital_coverage_1"]["value"] < 1
+
+
 def test_permuted_digits_are_outliers(found):
     assert found["outliers"]["combined"]["auroc"]["value"] > 0.95
     assert found["outliers"]["against"] == "permuted digits"
@@ -326,7 +334,10 @@ def test_a_table_is_compared_in_its_columns(table, tmp_path):
     run = train(data, config, tmp_path / "run")
     found = evaluate(run, data)
     assert found["samples"]["features"] == "columns"
-    assert "bits_per_dim" not in found["likelihood"]  # real numbers have no levels
+    # Real numbers have no levels, and no bounds.
+    assert not {"bits_per_dim", "bits_per_dim_dequantised"} & set(found["likelihood"])
+    assert "off_bounds" not in found["noise"]
+    assert "digital_coverage_1" not in found["noise"]["all"]
     assert found["latent"]["active_units"]["of"] == 2
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from equipoise.digital import DigitalGaussian
 from equipoise.gaussian import Gaussian, standard_normal_log_prob
 from equipoise.model import VAE
 from equipoise.noise import FixedNoise, GlobalNoise, PredictedNoise
@@ -214,6 +215,35 @@ def test_detached_variance_reports_the_elbo_of_the_whole_model():
     ]
 
     torch.testing.assert_close(*elbos)
+
+
+def test_the_probability_of_levels_trains_the_variance_alone():
+    """The mean keeps its gradients to the bit; the terms are those of the density."""
+    vae = stage_2_model()
+    torch.nn.init.normal_(vae.noise.network.output.weight, std=0.5)
+    vae.scaling.quantum, vae.mean_bounds = 1 / 16, (0.0, 1.0)
+    x = torch.randint(0, 17, (5, 1, 8, 8), generator=torch.Generator().manual_seed(1)) / 16
+    shared = [*vae.encoder.parameters(), *vae.decoder.parameters()]
+    own = list(vae.noise.parameters())
+
+    density, digital = (
+        objective(x, torch.Generator().manual_seed(0))
+        for objective in (DetachedVarianceElbo(vae), DetachedVarianceElbo(vae, levels=vae.levels))
+    )
+    torch.testing.assert_close(digital.elbo, density.elbo, rtol=0, atol=0)
+    gradients = [
+        torch.autograd.grad(terms.loss.sum(), [*shared, *own]) for terms in (density, digital)
+    ]
+    for by_density, by_levels in zip(*(part[: len(shared)] for part in gradients), strict=True):
+        torch.testing.assert_close(by_levels, by_density, rtol=0, atol=0)
+
+    z = vae.encode(x).sample(torch.Generator().manual_seed(0)).detach()
+    likelihood = Gaussian(vae.decode_mean(z).detach(), vae.noise(z))
+    loss = -DigitalGaussian.of(likelihood, vae.levels).log_prob(x).sum()
+    expected = torch.autograd.grad(loss, own)
+    for found, wanted in zip(gradients[1][len(shared) :], expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert any(not torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_detached_variance_needs_a_predicted_variance():

@@ -20,6 +20,7 @@ from torch import nn
 
 from equipoise.config import ConfigError, TrainConfig
 from equipoise.data import load
+from equipoise.digital import DigitalGaussian
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.metrics.calibration import NOMINAL_COVERAGE, varying_dimensions
@@ -36,7 +37,7 @@ from equipoise.training.figures import NotFiniteError, SplitFigures
 from equipoise.training.job import train
 from equipoise.training.logging import JsonlSink
 from equipoise.training.preemption import Preempted
-from equipoise.training.setup import make_model, parameter_groups
+from equipoise.training.setup import check_fit, make_model, parameter_groups
 from equipoise.training.trainer import Trainer
 from tests.oracles import Ppca, epoch_row, linear_gaussian_data
 
@@ -490,6 +491,31 @@ def test_networks_that_are_frozen_compute_as_in_evaluation(digits):
         assert torch.equal(model.eval().reconstruct(x).mean, before)
     assert [p.requires_grad for p in model.encoder[1].parameters()] == [False, False]
     assert all(p.requires_grad for p in model.decoder.parameters())
+
+
+def test_a_variance_of_levels_costs_fewer_bits_and_leaves_the_mean(digits):
+    """Its floor is far below rounding, where a density would follow single levels."""
+    bits, errors = [], []
+    for options in ({"floor": "quantisation"}, {"stage_2_likelihood": "digital", "floor": 1e-6}):
+        config = replace(QUICK, stage_1_epochs=6, stage_2_epochs=6, **options)
+        model, trainer = fit(digits, config)
+        x = model.scaling(torch.from_numpy(digits.test[:]))
+        with torch.no_grad():
+            likelihood = model.reconstruct(x)
+            digital = DigitalGaussian.of(likelihood, model.levels)
+            bits.append(-float(digital.log_prob(x).mean()) / 64 / math.log(2))
+        errors.append(trainer.history[-1]["test_mse"])
+        assert math.isfinite(trainer.history[-1]["validation_elbo"])
+    assert bits[1] < bits[0]
+    # The clipping of gradients, which goes by the norm of all, is all that they share.
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+def test_levels_need_digital_data():
+    data = load(np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32))
+    config = replace(QUICK, latent_dim=2, stage_2_likelihood="digital")
+    with pytest.raises(ConfigError, match="stage_2_likelihood=digital needs digital data"):
+        check_fit(data, config)
 
 
 def test_recalibration_makes_held_out_residuals_standard(digits):

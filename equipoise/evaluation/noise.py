@@ -11,32 +11,39 @@ from equipoise.metrics.calibration import Calibration, noise_calibration
 
 
 def noise_section(subject: Subject) -> dict[str, Any]:
-    """Calibrate over all dimensions, and over those that vary.
+    """Calibrate over all dimensions, over those that vary, and over values off the bounds.
 
     Args:
         subject: What is evaluated.
 
     Returns:
-        Figures of both, and the share of the dimensions that vary.
+        Figures of each, the share of the dimensions that vary, and of values off the bounds.
     """
     varying = varying_mask(subject.data.train)
     batches = subject.batches("Noise", subject.test.raw)
-    calibration = noise_calibration(subject.model, batches, varying)
+    calibration = noise_calibration(subject.model, batches, varying, subject.generator("noise"))
 
     parts = {"all": calibration.all_dimensions}
     if calibration.varying_dimensions is not None:
         parts["varying"] = calibration.varying_dimensions
+    if calibration.off_bounds is not None:
+        parts["off_bounds"] = calibration.off_bounds
 
     dimensions = "pixels" if subject.is_image else "columns"
-    curves = {f"{name} {dimensions}": _curves(part) for name, part in parts.items()}
+    titles = {"all": f"all {dimensions}", "varying": f"{dimensions} that vary"}
+    titles["off_bounds"] = "those off the bounds"
+    curves = {titles[name]: _curves(part) for name, part in parts.items()}
     plots.save(plots.reliability(curves), subject.figures / "reliability.png")
 
     part = calibration.varying_dimensions or calibration.all_dimensions
     plots.save(plots.sparsification(*part.sparsification), subject.figures / "sparsification.png")
 
     section: dict[str, Any] = {"varying_share": float(varying.float().mean())}
+    if calibration.off_bounds_share is not None:
+        section["off_bounds_share"] = calibration.off_bounds_share
     for name, part in parts.items():
-        section[name] = part._asdict()
+        figures = part._asdict()
+        section[name] = {key: figure for key, figure in figures.items() if figure is not None}
     return section
 
 

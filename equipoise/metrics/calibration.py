@@ -7,6 +7,13 @@ the size where the std differs between values. The PIT histogram tests the shape
 sparsification tests the order of the std. None of these figures says that the noise is small. The
 likelihood tests that.
 
+The residuals of digital data, such as 8-bit images, contain the error of rounding, and below half a
+level they are all alike. Two things follow. On a bound of the scale, where mean and datum are both
+black, hardly any residual is as large as its std, whatever it is. Such values are judged with the
+others, and left out of a further set. And a std below a level is right if the *levels* are as
+probable as it says. This is judged by the randomised PIT, which takes a datum to be anywhere in the
+cell that was rounded to it, see :meth:`equipoise.digital.DigitalGaussian.pit`.
+
 Every figure follows from sums over examples. The residuals therefore come in batches, and none of
 them is stored. The ranks of values, by predicted std or by true error, come from histograms with
 one cell for each bfloat16 number. Values that agree to 0.8 % therefore count as tied. A tie is
@@ -15,7 +22,7 @@ sums.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from equipoise.data.varying import varying_dimensions as varying_dimensions
+from equipoise.digital import DigitalGaussian, Levels
 from equipoise.estimate import Estimate, jackknife
 from equipoise.model import VAE
 
@@ -87,7 +95,9 @@ class Calibration(NamedTuple):
 
     Args:
         coverage_1: share of the values whose residual is at most 1 predicted std.
-            ``NOMINAL_COVERAGE`` holds the share of a Gaussian.
+            ``NOMINAL_COVERAGE`` holds the share of a Gaussian. The residuals of digital data are
+            those of the levels. Where the std is below a level, they are smaller or larger than it
+            by rounding alone, and ``digital_coverage_1`` is the share to look at.
         coverage_2: the same for 2 std.
         coverage_3: the same for 3 std.
         interval_coverage_1: share of the values in the interval that the model gives for the share
@@ -106,6 +116,11 @@ class Calibration(NamedTuple):
         reliability: predicted and observed error of the bins of the calibration error.
         sparsification: the sparsification curves.
         pit_histogram: share of the values in each of 20 equal bins of the PIT, (20,).
+        digital_coverage_1: share of the values whose PIT is that of a Gaussian within 1 std, if it
+            was given. If the levels are as probable as the std says, it is ``NOMINAL_COVERAGE``,
+            also where a level is wider than the std, and on the bounds of the scale.
+        digital_coverage_2: the same for 2 std.
+        digital_coverage_3: the same for 3 std.
     """
 
     coverage_1: Estimate
@@ -122,20 +137,32 @@ class Calibration(NamedTuple):
     reliability: Reliability
     sparsification: Sparsification
     pit_histogram: Array
+    digital_coverage_1: Estimate | None = None
+    digital_coverage_2: Estimate | None = None
+    digital_coverage_3: Estimate | None = None
 
 
 class NoiseCalibration(NamedTuple):
-    """Figures of the predicted noise over two sets of dimensions.
+    """Figures of the predicted noise over three sets of values.
 
     Args:
         all_dimensions: figures over all dimensions. These include the background, whose residuals
             are often far smaller than any std.
         varying_dimensions: figures over the dimensions that vary over the examples; None if no
             dimension varies.
+        off_bounds: figures over the values of the dimensions that vary whose mean and datum are not
+            both on the same bound of the scale, to half a level; None for data without bounds, or
+            if there are no such values. The std can only be right or wrong there. A mean on a bound
+            is judged by its errors alone, so that a std which is right for all of them reads as
+            slightly too small.
+        off_bounds_share: share of the values of the dimensions that vary which are off the bounds;
+            None for data without bounds, or if no dimension varies.
     """
 
     all_dimensions: Calibration
     varying_dimensions: Calibration | None
+    off_bounds: Calibration | None = None
+    off_bounds_share: float | None = None
 
 
 @torch.no_grad()
@@ -143,6 +170,9 @@ def calibration(
     residual: Float[Tensor, "batch *event"],
     std: Float[Tensor, "..."],
     interval_factors: tuple[float, float, float] = (1.0, 2.0, 3.0),
+    *,
+    pit: Float[Tensor, "..."] | None = None,
+    among: Bool[Tensor, "..."] | None = None,
 ) -> Calibration:
     r"""Compare predicted standard deviations with the observed residuals.
 
@@ -157,8 +187,8 @@ def calibration(
     error. The error of the PIT histogram is known as the reliability index.
 
     With a constant std all bins are alike. The ENCE is then that of a single bin, and the AUSE is
-    that of a random order. A PIT is uniform only for continuous data. Where the std is below the
-    distance of two grey levels, the PIT of 8-bit data piles up at single values.
+    that of a random order. The PIT of the equation is uniform for continuous data only. Where the
+    std is below the distance of two grey levels, it piles up at single values; give ``pit`` then.
 
     Levi, Gispan, Giladi and Fetaya (2022), *Evaluating and calibrating uncertainty prediction in
     regression tasks*; Ilg et al. (2018), *Uncertainty estimates and multi-hypotheses networks for
@@ -173,33 +203,47 @@ def calibration(
         interval_factors: half widths of the model's intervals, in predicted std. They should hold
             the shares of a Gaussian within 1, 2 and 3 std. The default is right for Gaussian
             residuals.
+        pit: probability integral transforms in place of those of the equation, from 0 to 1, of the
+            same shape. Those of digital data are randomised, see
+            :meth:`equipoise.digital.DigitalGaussian.pit`. With them, ``digital_coverage_1`` and so
+            on are given.
+        among: True for the values to judge, of the same shape. None judges all.
 
     Returns:
         Figures and curves. If all errors are zero, every coverage is 1, the ENCE is 1 and the AUSE
         is 0.
 
     Raises:
-        ValueError: if the shapes differ or are empty, or a value is out of its domain.
+        ValueError: if the shapes differ or are empty, a value is out of its domain, or there is no
+            value to judge.
 
     Example:
         >>> calibration(torch.tensor([[0.5, -1.5], [0.0, 2.5]]), torch.ones(2, 2)).coverage_1.value
         0.5
     """
-    if residual.shape != std.shape or residual.ndim < 2 or residual.numel() == 0:
+    if among is None:
+        among = torch.ones_like(residual, dtype=torch.bool)
+    parts = [residual, std, among] if pit is None else [residual, std, among, pit]
+
+    shapes = [tuple(part.shape) for part in parts]
+    if len(set(shapes)) > 1 or residual.ndim < 2 or residual.numel() == 0:
         raise ValueError(
             "expected residuals and std of the same shape, with at least two axes "
-            f"and none of them empty, got {tuple(residual.shape)} and {tuple(std.shape)}"
+            f"and none of them empty, got {' and '.join(map(str, shapes))}"
         )
 
     sums = _Sums(residual.device, interval_factors)
-    sums.update(residual.flatten(1), std.flatten(1))
-
+    for block in _blocks(*parts):
+        sums.update(*block)
     return sums.calibration()
 
 
 @torch.no_grad()
 def noise_calibration(
-    model: VAE, batches: Iterable[Tensor], varying: Bool[Tensor, "*event"]
+    model: VAE,
+    batches: Iterable[Tensor],
+    varying: Bool[Tensor, "*event"],
+    generator: torch.Generator | None = None,
 ) -> NoiseCalibration:
     r"""Evaluate the std that a model predicts for its reconstructions, see :func:`calibration`.
 
@@ -212,9 +256,11 @@ def noise_calibration(
         batches: raw data, (B, \*) each, on the model's device.
         varying: True for dimensions that vary, of the shape of one example; see
             :func:`varying_dimensions`.
+        generator: source of randomness for the PIT of digital data, on the model's device.
 
     Returns:
-        Figures over all dimensions and over those that vary. The curves are in model units.
+        Figures over all dimensions, over those that vary, and over the values of these that are off
+        the bounds of the scale. The curves are in model units.
 
     Raises:
         ValueError: if ``varying`` has another shape, there are no batches or a reconstruction is
@@ -230,27 +276,63 @@ def noise_calibration(
     any_varies = bool(varies.any())
 
     factor_1, factor_2, factor_3 = (model.noise.interval_factor(k) for k in (1.0, 2.0, 3.0))
-    all_sums = _Sums(device, (factor_1, factor_2, factor_3))
-    varying_sums = _Sums(device, (factor_1, factor_2, factor_3))
+    of_all, of_varying, off_bounds = (
+        _Sums(device, (factor_1, factor_2, factor_3)) for _ in range(3)
+    )
 
+    levels = model.levels
+    has_bounds = levels is not None and levels.number is not None
     for raw in batches:
         x = model.scaling(raw)
         reconstruction = model.reconstruct(x)
-        residual = (x - reconstruction.mean).flatten(1)
-        std = reconstruction.std.flatten(1)
 
-        all_sums.update(residual, std)
-        if any_varies:
-            varying_sums.update(residual[:, varies], std[:, varies])
+        for data, mean, std in _blocks(x, reconstruction.mean, reconstruction.std):
+            judged = torch.ones_like(data, dtype=torch.bool)
+            parts = [data - mean, std, judged]
+            if levels is not None:
+                digital = DigitalGaussian(mean, 2 * std.log(), levels)
+                parts.append(digital.pit(data, generator))
 
-    all_figures = all_sums.calibration()
+            of_all.update(*parts)
+            if not any_varies:
+                continue
+            parts = [part[:, varies] for part in parts]
+            of_varying.update(*parts)
+            if levels is not None and has_bounds:
+                parts[2] = ~_on_bound(data, mean, levels)[:, varies]
+                off_bounds.update(*parts)
+
+    all_figures = of_all.calibration()
     if not any_varies:
         return NoiseCalibration(all_figures, None)
-    return NoiseCalibration(all_figures, varying_sums.calibration())
+
+    figures = NoiseCalibration(all_figures, of_varying.calibration())
+    if not has_bounds:
+        return figures
+    share = off_bounds.n_values / of_varying.n_values
+    judged_off_bounds = off_bounds.calibration() if share else None
+    return figures._replace(off_bounds=judged_off_bounds, off_bounds_share=share)
+
+
+def _on_bound(x: Tensor, mean: Tensor, levels: Levels) -> Tensor:
+    """Tell the values whose datum and mean are on the same bound of the scale."""
+    both_lowest = levels.is_lowest(x) & levels.is_lowest(mean)
+    both_highest = levels.is_highest(x) & levels.is_highest(mean)
+    return both_lowest | both_highest
+
+
+def _blocks(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split values of the same examples into blocks of so many rows as memory is for, (b, D)."""
+    flat = [part.flatten(1) for part in values]
+    rows = max(1, BLOCK // flat[0].shape[1])
+    yield from zip(*(torch.split(part, rows) for part in flat), strict=True)
 
 
 class _Sums:
     """Sums from which the figures follow, for each group of the jackknife.
+
+    For each example, ``per_example`` has the number of values that are judged, and over these the
+    sums of what lies within each width, and of the squares.
 
     In each histogram the first column is a count. ``by_std`` has the columns count, predicted
     variance and squared error. ``by_error`` has the columns count and squared error. ``by_pit`` has
@@ -259,6 +341,7 @@ class _Sums:
 
     def __init__(self, device: torch.device, interval_factors: tuple[float, float, float]) -> None:
         self.n = 0
+        self.is_digital = False
         self.interval_factors = interval_factors
         self.per_example: list[Tensor] = []
 
@@ -266,15 +349,16 @@ class _Sums:
         self.by_error = torch.zeros(2, GROUPS, CELLS, dtype=torch.float64, device=device)
         self.by_pit = torch.zeros(1, GROUPS, PIT_BINS, dtype=torch.float64, device=device)
 
-    def update(self, residual: Tensor, std: Tensor) -> None:
-        """Add examples, (B, D) each."""
-        rows = max(1, BLOCK // residual.shape[1])
-        blocks = zip(torch.split(residual, rows), torch.split(std, rows), strict=True)
+    @property
+    def n_values(self) -> int:
+        """Number of values that are judged."""
+        return int(self.by_pit.sum())
 
-        for residual_block, std_block in blocks:
-            self._add_block(residual_block.double(), std_block.double())
-
-    def _add_block(self, residual: Tensor, std: Tensor) -> None:
+    def update(
+        self, residual: Tensor, std: Tensor, among: Tensor, pit: Tensor | None = None
+    ) -> None:
+        """Add examples, (B, D) each, of which the values ``among`` are judged."""
+        residual, std = residual.double(), std.double()
         z = residual / std
         if not bool(torch.all((std > 0) & std.isfinite() & z.isfinite())):
             raise ValueError(
@@ -284,22 +368,32 @@ class _Sums:
             )
 
         half_widths = (1.0, 2.0, 3.0, *self.interval_factors)
-        shares_within = [(z.abs() <= k).double().mean(1) for k in half_widths]
-        self.per_example.append(torch.stack([*shares_within, z.square().mean(1)]))
+        rows = [among, *(among & (z.abs() <= k) for k in half_widths)]
+        rows.append(z.square().masked_fill(~among, 0.0))
+        if pit is None:
+            pit = torch.special.ndtr(z)
+        else:
+            self.is_digital = True
+            rows += [among & ((2 * pit - 1).abs() <= share) for share in NOMINAL_COVERAGE]
+        self.per_example.append(torch.stack([row.double().sum(1) for row in rows]))
 
-        group = (self.n + torch.arange(len(residual), device=residual.device))[:, None] % GROUPS
+        group = (self.n + torch.arange(len(residual), device=residual.device)) % GROUPS
+        group = group[:, None].expand_as(residual)[among]
+        residual, std, pit = residual[among], std[among], pit[among]
         squared = residual.square()
         self.by_std += _histogram(group, _cell(std), CELLS, std.square(), squared)
         self.by_error += _histogram(group, _cell(residual.abs()), CELLS, squared)
 
-        pit_bin = (torch.special.ndtr(z) * PIT_BINS).long().clamp_max(PIT_BINS - 1)
+        pit_bin = (pit * PIT_BINS).long().clamp_max(PIT_BINS - 1)
         self.by_pit += _histogram(group, pit_bin, PIT_BINS)
 
-        self.n += len(residual)
+        self.n += len(z)
 
     def calibration(self) -> Calibration:
         if self.n == 0:
             raise ValueError("no examples to judge the noise by; give at least one batch")
+        if self.n_values == 0:
+            raise ValueError("no values to judge the noise by; among is False for all of them")
 
         by_std = _occupied_cells(self.by_std)
         by_error = _occupied_cells(self.by_error)
@@ -321,7 +415,8 @@ class _Sums:
             random_order = sparsification(groups)._replace(model=np.ones_like(REMOVED))
             return _area_above_oracle(random_order)
 
-        means = [Estimate.of_mean(row) for row in torch.cat(self.per_example, 1)]
+        counts, *sums = torch.cat(self.per_example, 1).cpu().numpy()
+        means = [Estimate.of_ratio(row, counts) for row in sums]
 
         return Calibration(
             coverage_1=means[0],
@@ -338,12 +433,16 @@ class _Sums:
             reliability=_reliability(by_std.sum(1)),
             sparsification=sparsification(slice(None)),
             pit_histogram=by_pit[0].sum(0) / by_pit.sum(),
+            digital_coverage_1=means[7] if self.is_digital else None,
+            digital_coverage_2=means[8] if self.is_digital else None,
+            digital_coverage_3=means[9] if self.is_digital else None,
         )
 
     def _over_groups(self, figure: Callable[[NDArray[np.int64]], float]) -> Estimate:
         """Estimate a figure of a subset of the groups, with a standard error over the groups."""
-        groups = min(self.n, GROUPS)
-        return jackknife(figure, groups, groups)._replace(n=self.n)
+        groups = self.by_pit[0].any(1).nonzero()[:, 0].cpu().numpy()
+        estimate = jackknife(lambda rows: figure(groups[rows]), len(groups), len(groups))
+        return estimate._replace(n=self.n)
 
 
 def _occupied_cells(histogram: Tensor) -> Array:

@@ -299,16 +299,18 @@ def make_objective(model: VAE, config: TrainConfig, stage: Stage) -> Objective:
 
     Args:
         model: The model to train. Methods differ in nothing but the objective.
-        config: Options ``objective``, ``beta``, ``penalty`` and ``stage_2_gradients``.
+        config: Options ``objective``, ``beta``, ``penalty``, ``stage_2_gradients`` and
+            ``stage_2_likelihood``.
         stage: Stage of Algorithm 1. Objectives other than the bound have the first only.
 
     Returns:
         The objective.
     """
+    levels = model.levels if config.stage_2_likelihood == "digital" else None
     if is_mean_frozen(config, stage):
-        return FrozenMeanElbo(model)
+        return FrozenMeanElbo(model, levels)
     if stage is Stage.PREDICTED_VARIANCE and config.stage_2_gradients == "stop":
-        return DetachedVarianceElbo(model, config.beta)
+        return DetachedVarianceElbo(model, config.beta, levels)
 
     row = OBJECTIVES[config.objective]
     weights = []
@@ -411,6 +413,12 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
         problems.append(
             "floor=quantisation needs digital data such as 8-bit images; "
             "give a multiple such as 1.0"
+        )
+
+    if config.stage_2_likelihood == "digital" and data.quantum is None:
+        problems.append(
+            "stage_2_likelihood=digital needs digital data such as 8-bit images; "
+            "take stage_2_likelihood=density"
         )
 
     form = choose_form(config.noise_correlation, data.shape)
