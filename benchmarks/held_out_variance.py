@@ -134,9 +134,12 @@ def main():
     elif options.cases:
         cases = [case for case in CASES if str(case) in options.cases]
 
+    # All are loaded first, so that one that is missing is noticed before the others are trained on.
+    data_sets = {case.data: examples(case.data, options.data_dir) for case in cases}
+
     rows, cells = Rows(options.out), []
     for case in cases:
-        data = examples(case.data, options.data_dir)
+        data = data_sets[case.data]
         found = []
         for seed in seeds:
             for name, change in options.variants:

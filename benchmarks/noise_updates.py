@@ -114,12 +114,14 @@ def main():
         options.data, options.epochs, options.seeds = ["digits"], 1, options.seeds[:1]
     one_thread()
 
+    # All are loaded first, so that one that is missing is noticed before the others are trained on.
+    data_sets = {name: load(name, data_dir=options.data_dir) for name in options.data}
+
     rows, cells = Rows(options.out), []
-    for name in options.data:
-        recipe = read_recipe(shipped_recipes()[name])
-        data = load(recipe.pop("data"), data_dir=options.data_dir)
+    for name, data in data_sets.items():
         data = replace(data, train=data.train.take(slice(options.examples)))
-        recipe |= {"stage_2_epochs": 0}
+        recipe = read_recipe(shipped_recipes()[name]) | {"stage_2_epochs": 0}
+        recipe.pop("data")
         if options.epochs:
             recipe["stage_1_epochs"] = options.epochs
 
