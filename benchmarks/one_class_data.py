@@ -13,6 +13,7 @@ import pandas as pd
 from sklearn import datasets
 
 N_DIAMONDS = 2000
+LARGEST_DIAMOND = 20.0
 
 
 class Table(NamedTuple):
@@ -96,8 +97,14 @@ def penguins():
 
 
 def diamonds():
-    """Some diamonds, against those of which one value is that of another diamond."""
+    """Some diamonds, against those of which one value is that of another diamond.
+
+    Those of impossible size are left out: of no length, or of more than 20 mm, which are typing
+    errors. A single one of them would decide on the mean density.
+    """
     frame = packaged("pydataset", "ggplot2", "diamonds.csv")
+    sizes = frame[["x", "y", "z"]]
+    frame = frame[((sizes > 0) & (sizes < LARGEST_DIAMOND)).all(axis=1)]
     columns = ["carat", "depth", "table", "price", "x", "y", "z"]
     rows = np.random.default_rng(0).permutation(len(frame))[:N_DIAMONDS]
     return Table(frame[columns].to_numpy(float)[rows], None, ties=False)
