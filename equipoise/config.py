@@ -317,10 +317,10 @@ class TrainConfig:
                     "stage_2_likelihood=digital is for the variance of stage 2, "
                     "but stage_2_epochs=0"
                 )
-            if self.stage_2_gradients != "stop":
+            if self.stage_2_gradients == "joint":
                 problems.append(
                     "stage_2_likelihood=digital trains the predicted variance alone; "
-                    "set stage_2_gradients=stop"
+                    "set stage_2_gradients=stop or frozen"
                 )
             if self.recalibrate != "none":
                 problems.append(

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equipoise.gaussian import Gaussian, Randomness, SharedGenerator, sum_dimensions
+from equipoise.gaussian import Gaussian, Randomness, random_like, sum_dimensions
 
 
 class Levels(NamedTuple):
@@ -176,17 +176,10 @@ class DigitalGaussian(NamedTuple):
         below = below.masked_fill(self.levels.is_lowest(x), 0.0)
         above = above.masked_fill(self.levels.is_highest(x), 1.0)
 
-        return torch.lerp(below, above, _uniform_like(below, generator))
-
-
-def _uniform_like(values: Tensor, generator: Randomness) -> Tensor:
-    """Draw from the uniform distribution on [0, 1)."""
-    if not isinstance(generator, SharedGenerator):
-        return torch.empty_like(values).uniform_(generator=generator)
-
-    whole = values.new_empty(generator.batch_size, *values.shape[1:])
-    whole.uniform_(generator=generator.generator)
-    return whole[generator.rank :: generator.world_size]
+        u = random_like(
+            below, lambda numbers, source: numbers.uniform_(generator=source), generator
+        )
+        return torch.lerp(below, above, u)
 
 
 SMALL_CELL = 1 / 8

@@ -26,6 +26,7 @@ from equipoise.data import load, load_examples
 from equipoise.data.arrays import MIN_EXAMPLES
 from equipoise.data.dataset import Array
 from equipoise.files import StoreError
+from equipoise.gaussian import RowGenerators
 from equipoise.model import VAE, encode_all
 from equipoise.noise_fit import choose_form, fit_correlation
 from equipoise.objectives import importance_weighted_bound
@@ -324,8 +325,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         An example with a low score is unusual. The score is a density of the data in their own
         unit, and s_i is the scale by which the model divides feature i. Therefore models that scale
-        the same data differently can be compared. All examples get the same random draws, so that
-        the score of an example does not depend on the other examples.
+        the same data differently can be compared. The random draws of an example follow from its
+        values, so that its score does not depend on the other examples.
 
         Args:
             x: Examples as for :meth:`fit`.
@@ -339,12 +340,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         model = self.model_
         log_scale = float(model.scaling.scale.log().expand(model.shape).sum())
 
-        bounds = []
-        for example in torch.split(model.scaling(raw), 1):
-            generator = torch.Generator().manual_seed(0)
-            bounds.append(importance_weighted_bound(model, example, importance_samples, generator))
-
-        scores: Float64[np.ndarray, " n"] = torch.cat(bounds).numpy() - log_scale
+        x_scaled = model.scaling(raw)
+        generators = RowGenerators.of(x_scaled)
+        bounds = importance_weighted_bound(model, x_scaled, importance_samples, generators)
+        scores: Float64[np.ndarray, " n"] = bounds.numpy() - log_scale
         return scores
 
     def score(self, x: object, y: object = None) -> float:
@@ -395,7 +394,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         tensors, description = read_tensors(Path(path), "estimator", EstimatorDescription)
         try:
-            options = EARLIER_VALUES | description["options"]
+            names = set(cls._get_param_names())
+            earlier = {name: EARLIER_VALUES[name] for name in names & EARLIER_VALUES.keys()}
+            options = earlier | description["options"]
             estimator = cls(**options, random_state=description["random_state"])
         except TypeError as error:
             raise StoreError(f"{path}: options: {error}; update equipoise.") from error

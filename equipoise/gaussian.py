@@ -8,7 +8,9 @@ The encoder's posterior q(z|x) and the decoder's likelihood p(x|z) are both
 Both are therefore records of two tensors, the mean and the logarithm of the variance.
 """
 
+import hashlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -52,8 +54,73 @@ class SharedGenerator(NamedTuple):
     world_size: int
 
 
-Randomness: TypeAlias = torch.Generator | SharedGenerator | None
+class RowGenerators(NamedTuple):
+    """A source of randomness for each row of a batch, so that it does not depend on the others.
+
+    Args:
+        generators: One generator per example.
+    """
+
+    generators: tuple[torch.Generator, ...]
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "batch *event"]) -> "RowGenerators":
+        r"""Seed a generator for each example by a hash of its values.
+
+        Args:
+            x: The examples, (B, \*). Equal examples get equal draws.
+
+        Returns:
+            The generators, on the device of ``x``.
+        """
+        generators = []
+        for row in x.detach().cpu().numpy():
+            seed = int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest())
+            generators.append(torch.Generator(x.device).manual_seed(seed))
+        return cls(tuple(generators))
+
+    def rows(self, rows: slice) -> "RowGenerators":
+        """Return the generators of some of the examples.
+
+        Args:
+            rows: Which.
+
+        Returns:
+            Their generators.
+        """
+        return RowGenerators(self.generators[rows])
+
+
+Randomness: TypeAlias = torch.Generator | SharedGenerator | RowGenerators | None
 """Source of randomness. None means the global generator of torch."""
+
+
+def random_like(
+    values: Tensor, draw: Callable[[Tensor, torch.Generator | None], Tensor], generator: Randomness
+) -> Tensor:
+    r"""Draw as many random numbers as there are values, each example's from its own source.
+
+    Args:
+        values: Tensor with the shape, dtype and device of the result, (B, \*). There may be several
+            rows for each of :class:`RowGenerators`, next to each other.
+        draw: Fills a tensor in place, given it and a generator.
+        generator: Source of randomness, on the device of ``values``.
+
+    Returns:
+        The random numbers, (B, \*).
+    """
+    if isinstance(generator, SharedGenerator):
+        whole = values.new_empty(generator.batch_size, *values.shape[1:])
+        return draw(whole, generator.generator)[generator.rank :: generator.world_size]
+
+    if isinstance(generator, RowGenerators):
+        n_rows = len(generator.generators)
+        parts = values.new_empty(n_rows, len(values) // n_rows, *values.shape[1:])
+        for part, of_row in zip(parts, generator.generators, strict=True):
+            draw(part, of_row)
+        return parts.flatten(0, 1)
+
+    return draw(torch.empty_like(values), generator)
 
 
 def standard_normal_like(values: Tensor, generator: Randomness = None) -> Tensor:
@@ -66,12 +133,7 @@ def standard_normal_like(values: Tensor, generator: Randomness = None) -> Tensor
     Returns:
         The random numbers, (B, \*).
     """
-    if not isinstance(generator, SharedGenerator):
-        return torch.empty_like(values).normal_(generator=generator)
-
-    whole = values.new_empty(generator.batch_size, *values.shape[1:])
-    whole.normal_(generator=generator.generator)
-    return whole[generator.rank :: generator.world_size]
+    return random_like(values, lambda numbers, source: numbers.normal_(generator=source), generator)
 
 
 class Gaussian(NamedTuple):

@@ -450,6 +450,10 @@ class Trainer:
 
         Returns what a person should read.
         """
+        if self.config.stage_2_likelihood == "digital":
+            # It was not trained for a density, and its std may be far below rounding.
+            return []
+
         generator = self._stream("worth of prediction")
         gain, shared_var = worth_of_prediction(
             self.model, self.validation, generator, self.all_reduce
