@@ -47,6 +47,8 @@ WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 1.0)
 """Weights of the matrix against white noise, among which the held-out rows choose."""
 FACTORS = (0, 1, 2, 4, 8, 16)
 """Numbers of common factors, among which the held-out rows choose."""
+ERRORS = 2
+"""Standard errors by which a form must gain, because the best of many candidates is judged."""
 RELATIVE_FLOOR = 1e-4
 """Floor of continuous data: this share of the mean variance."""
 MAX_AUTO, MAX_DIMENSIONS = 1024, 2048
@@ -218,9 +220,9 @@ def fit_correlation(
 
     Each candidate is estimated on four fifths of the held-out rows and judged by the likelihood of
     the last fifth, five times. 'auto' takes the best candidate whose gain over white noise exceeds
-    its standard error, where the gain is positive for more than half of the rows, too: one odd row
-    can decide for no form. Otherwise the errors stay independent. The candidate is then estimated
-    anew on all rows.
+    two standard errors and is positive for more than half of the rows: one odd row can decide for
+    no form. Otherwise the errors stay independent. The candidate is then estimated anew on all
+    rows.
 
     Digital data are judged after dequantisation, and the variance of rounding,
     :math:`\mathrm{E}[q^2/12s^2]`, is added to the variance of every direction. Of continuous data
@@ -274,7 +276,7 @@ def _choose(estimation: "_Estimation", *, is_given: bool) -> CorrelationFit:
         gain = rows[setting] - rows[white]
         gains[setting] = Estimate.of_mean(gain)
         error = gains[setting].standard_error
-        is_beyond_error = error is not None and gains[setting].value > error
+        is_beyond_error = error is not None and gains[setting].value > ERRORS * error
         if is_given or (is_beyond_error and float((gain > 0).double().mean()) > 0.5):
             accepted.append(form)
 
