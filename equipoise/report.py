@@ -72,6 +72,9 @@ SECTIONS = {
             "probability integral transform (right if flat), and the share of errors within 1, 2 "
             "and 3 std and within the intervals that were calibrated on held-out data (right at "
             "the marks).",
+            "spectrum": "Variance of the standardised errors by the frequency of their pattern. It "
+            "is one for errors that are independent of each other, and after whitening if their "
+            "correlation was estimated well.",
             "sparsification": "Error of the remaining values when the least certain ones are "
             "removed first.",
         },

@@ -8,10 +8,11 @@ from equipoise import plots
 from equipoise.data.varying import varying_mask
 from equipoise.evaluation.subject import Subject
 from equipoise.metrics.calibration import Calibration, noise_calibration
+from equipoise.metrics.whiteness import whiteness
 
 
 def noise_section(subject: Subject) -> dict[str, Any]:
-    """Calibrate over all dimensions, and over those that vary.
+    """Calibrate over all dimensions and those that vary, and ask whether the errors are white.
 
     Args:
         subject: What is evaluated.
@@ -35,8 +36,27 @@ def noise_section(subject: Subject) -> dict[str, Any]:
     plots.save(plots.sparsification(*part.sparsification), subject.figures / "sparsification.png")
 
     section: dict[str, Any] = {"varying_share": float(varying.float().mean())}
+    section |= _whiteness(subject)
     for name, part in parts.items():
         section[name] = part._asdict()
+    return section
+
+
+def _whiteness(subject: Subject) -> dict[str, Any]:
+    """Compare the spectra of the residuals before and after whitening, and draw them."""
+    batches = subject.batches("Correlation of the noise", subject.test.raw)
+    found = whiteness(subject.model, batches, subject.generator("whiteness"))
+
+    spectra = {"residuals": found.before, "whitened residuals": found.after}
+    curves = {name: curve for name, curve in spectra.items() if curve is not None}
+    if curves:
+        plots.save(plots.spectra(curves), subject.figures / "spectrum.png")
+
+    section: dict[str, Any] = {}
+    if found.correlation_gain is not None:
+        section["correlation_gain"] = found.correlation_gain
+    if curves:
+        section["spectra"] = curves
     return section
 
 
