@@ -21,8 +21,11 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy import linalg, optimize
 from torch import Tensor, nn
 
 from equipoise.gaussian import (
@@ -34,8 +37,8 @@ from equipoise.gaussian import (
 )
 from equipoise.residuals import AllReduce, ResidualCovariance
 
-EM_ITERATIONS, EM_TOLERANCE = 500, 1e-6
-"""The fit of factors ends when an iteration gains less than this, in nats per dimension."""
+Array: TypeAlias = NDArray[np.float64]
+
 MAX_SIDE = 4096
 """Largest side of an image in bands, whose transform is a matrix of that size."""
 
@@ -256,14 +259,15 @@ class LowRankCorrelation(Correlation):
         floor: Tensor,
         n_factors: int,
     ) -> "LowRankCorrelation":
-        r"""Fit the factors by expectation maximisation to the covariance S of the residuals.
+        r"""Fit the factors by maximum likelihood to the covariance S of the residuals.
 
-        .. math:: B = W^T (W W^T + \Psi)^{-1}, \quad
-            W \leftarrow S B^T (I - B W + B S B^T)^{-1}, \quad
-            \psi \leftarrow \max(\mathrm{diag}(S - W B S), \psi_{\min})
+        .. math:: \psi^{-1/2} S\, \psi^{-1/2} = \sum_j \lambda_j u_j u_j^T, \qquad
+            \min_{\psi \ge \psi_{\min}} \sum_i \log\psi_i
+            + \sum_{j \le K} (\log\lambda_j + 1) + \sum_{j > K} \lambda_j
 
-        No iteration lowers the likelihood. Rubin and Thayer (1982), *EM algorithms for ML factor
-        analysis*. The floor is added to the diagonal of S, and is psi_min.
+        For a given psi, the best factors are the eigenvectors u_j of the K largest eigenvalues, so
+        that psi alone is searched for, by L-BFGS-B. Joreskog (1967), *Some contributions to maximum
+        likelihood factor analysis*. The floor is added to the diagonal of S, and is psi_min.
 
         Args:
             shape: Shape of one example.
@@ -280,34 +284,16 @@ class LowRankCorrelation(Correlation):
         if n_factors == 0:
             return cls(shape, var.new_zeros(len(var), 0), var.new_zeros(0), var.log())
 
-        uniqueness = 0.5 * var
-        loadings = _principal_loadings(covariance, uniqueness, n_factors)
-        previous = -math.inf
+        matrix = covariance.numpy()
+        bounds = list(zip(floor.log().tolist(), var.log().tolist(), strict=True))
+        start = (1 - 0.5 * n_factors / len(var)) / np.diag(np.linalg.inv(matrix))
+        found = optimize.minimize(
+            _factor_loss, np.log(start), (matrix, n_factors), "L-BFGS-B", jac=True, bounds=bounds
+        )
 
-        for _ in range(EM_ITERATIONS):
-            correlation = cls.of(shape, loadings, uniqueness)
-            fit = correlation._log_likelihood(covariance)
-            if fit - previous < EM_TOLERANCE * len(var):
-                break
-            previous = fit
-
-            explained = correlation._solve(loadings).mT  # B
-            projected = covariance @ explained.mT  # S B^T
-            identity = torch.eye(n_factors).to(covariance)
-            moments = identity - explained @ loadings + explained @ projected
-            loadings = torch.linalg.solve(moments, projected.mT).mT
-            uniqueness = (var - (loadings * projected).sum(1)).maximum(floor)
-
-        return correlation
-
-    def _solve(self, columns: Tensor) -> Tensor:
-        """Multiply columns (D, n) by C^-1."""
-        scale = torch.exp(-0.5 * self.log_uniqueness)
-        return self._scale(scale * columns.mT, torch.exp(-self.log_var)).mT * scale[:, None]
-
-    def _log_likelihood(self, covariance: Tensor) -> float:
-        """Mean log-likelihood of residuals with a covariance, up to a constant, nats."""
-        return -0.5 * float(self.log_det + self._solve(covariance).diagonal().sum())
+        top, axes = _largest(matrix, found.x, n_factors)
+        log_var = torch.from_numpy(np.log(np.maximum(top, 1)))
+        return cls(shape, torch.from_numpy(axes), log_var, torch.from_numpy(found.x))
 
     @property
     def log_det(self) -> Tensor:
@@ -679,13 +665,25 @@ def _per_dimension(floor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return floor.double().expand(shape).flatten()
 
 
-def _principal_loadings(covariance: Tensor, uniqueness: Tensor, n_factors: int) -> Tensor:
-    """Loadings of highest likelihood for given uniquenesses, with which the iteration starts."""
-    scale = uniqueness.sqrt()
-    var, axes = torch.linalg.eigh(covariance / (scale[:, None] * scale))
-    excess = (var[-n_factors:] - 1).clamp_min(1e-3)
-    loadings: Tensor = scale[:, None] * axes[:, -n_factors:] * excess.sqrt()
-    return loadings
+def _largest(covariance: Array, log_uniqueness: Array, n: int) -> tuple[Array, Array]:
+    """The n largest eigenvalues of psi^-1/2 S psi^-1/2, and their eigenvectors, (n,), (D, n)."""
+    scale = np.exp(-0.5 * log_uniqueness)
+    scaled = covariance * np.outer(scale, scale)
+    d = len(covariance)
+    values, vectors = linalg.eigh(scaled, subset_by_index=(d - n, d - 1))
+    return values, vectors
+
+
+def _factor_loss(log_uniqueness: Array, covariance: Array, n_factors: int) -> tuple[float, Array]:
+    """Twice the negative log-likelihood of the best factors, up to a constant, and its gradient."""
+    top, axes = _largest(covariance, log_uniqueness, n_factors)
+    var = np.diag(covariance) * np.exp(-log_uniqueness)
+
+    # A factor whose eigenvalue is below one would have a negative variance, and is left out.
+    top = np.maximum(top, 1)
+    loss = log_uniqueness.sum() + (np.log(top) + 1 - top).sum() + var.sum()
+    gradient = 1 - var + np.square(axes) @ (top - 1)
+    return float(loss), gradient
 
 
 def _cosines(n: int) -> Float[Tensor, "n n"]:

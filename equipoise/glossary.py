@@ -201,6 +201,12 @@ TERMS: dict[str, Term] = {
         "",
         "Sparsification error of a std without information.",
     ),
+    "correlation_gain": Term(
+        "Gain by correlation",
+        "nats",
+        "log p(x|z) less that of independent errors of the same std.",
+        "higher",
+    ),
     "varying_share": Term(
         "Share that varies", "", "Share of the dimensions that are not constant in the data."
     ),
@@ -233,7 +239,7 @@ TERMS: dict[str, Term] = {
 }
 
 
-CURVES = frozenset({"reliability", "sparsification", "pit_histogram"})
+CURVES = frozenset({"reliability", "sparsification", "spectra", "pit_histogram"})
 """Keys of curves, which are plotted and not printed."""
 
 

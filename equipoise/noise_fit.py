@@ -43,10 +43,12 @@ ROWS_PER_DIMENSION = 5
 """Held-out rows per dimension of a matrix, below which the training set joins in."""
 TRAINING_ROWS_PER_DIMENSION = 20
 """Rows of the training set per dimension that are enough."""
-WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 1.0)
+WEIGHTS = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)
 """Weights of the matrix against white noise, among which the held-out rows choose."""
 FACTORS = (0, 1, 2, 4, 8, 16)
 """Numbers of common factors, among which the held-out rows choose."""
+ERRORS = 2
+"""Standard errors by which a form must gain, because the best of many candidates is judged."""
 RELATIVE_FLOOR = 1e-4
 """Floor of continuous data: this share of the mean variance."""
 MAX_AUTO, MAX_DIMENSIONS = 1024, 2048
@@ -100,7 +102,7 @@ class CorrelationFit(NamedTuple):
         before, after = self.scores["white"].value, self.scores[self.setting].value
         return (
             f"Correlated noise ({self.setting}): log p(x|z) of {rows} rises from {before:.1f} to "
-            f"{after:.1f} nats. Over white noise, {gains} nats."
+            f"{after:.1f} nats. Over the best white noise, {gains} nats."
         )
 
     def record(self) -> CorrelationFitRecord:
@@ -233,9 +235,9 @@ def fit_correlation(
 
     Each candidate is estimated on four fifths of the held-out rows and judged by the likelihood of
     the last fifth, five times. 'auto' takes the best candidate whose gain over white noise exceeds
-    its standard error, where the gain is positive for more than half of the rows, too: one odd row
-    can decide for no form. Otherwise the errors stay independent. The candidate is then estimated
-    anew on all rows.
+    two standard errors and is positive for more than half of the rows: one odd row can decide for
+    no form. Otherwise the errors stay independent. The candidate is then estimated anew on all
+    rows.
 
     Digital data are judged after dequantisation, and the variance of rounding,
     :math:`\mathrm{E}[q^2/12s^2]`, is added to the variance of every direction. Of continuous data
@@ -289,7 +291,7 @@ def _choose(estimation: "_Estimation", *, is_given: bool) -> CorrelationFit:
         gain = rows[setting] - rows[white]
         gains[setting] = Estimate.of_mean(gain)
         error = gains[setting].standard_error
-        is_beyond_error = error is not None and gains[setting].value > error
+        is_beyond_error = error is not None and gains[setting].value > ERRORS * error
         if is_given or (is_beyond_error and float((gain > 0).double().mean()) > 0.5):
             accepted.append(form)
 
@@ -470,11 +472,11 @@ class _Estimation:
         """Encode, decode a sample of z, and divide the residual by its std."""
         model, quantum = self.model, self.model.scaling.quantum
         x = model.scaling(raw)
-        z = model.encode(x).sample(generator)
-        log_var = model.noise(z).expand_as(x).double()
+        likelihood = model.decode(model.encode(x).sample(generator))
+        log_var = likelihood.log_var.expand_as(x).double()
 
         precision = torch.exp(-0.5 * log_var)
-        u = (x - model.decode_mean(z)) * precision
+        u = (x - likelihood.mean) * precision
         judged, rounding = u, torch.zeros_like(self.rounding)
         if quantum is not None:
             # Uniform, from normal draws that do not depend on the number of processes.

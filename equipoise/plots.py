@@ -512,6 +512,30 @@ def sparsification(
     return figure
 
 
+def spectra(curves: dict[str, Float[np.ndarray, " bands"]]) -> Figure:
+    """Variance of standardised residuals by frequency.
+
+    Args:
+        curves: mean variance of each band of frequencies by name, such as "residuals" and
+            "whitened residuals", lowest first, (bands,), positive.
+
+    Returns:
+        The figure, on a logarithmic scale.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+        axis = figure.add_subplot(
+            xlabel="frequency, half waves across the image", ylabel="variance / std²", yscale="log"
+        )
+
+        axis.axhline(1, color=GREY, lw=0.8, label="white")
+        for (name, curve), (color, dashes, _) in zip(curves.items(), LINES, strict=False):
+            axis.plot(np.arange(len(curve)), curve, color=color, ls=dashes, label=name)
+        axis.legend(frameon=False)
+
+    return figure
+
+
 def variance_sweep(
     noise_vars: Float[np.ndarray, " n"],
     measures: dict[str, dict[str, Float[np.ndarray, " n"]]],

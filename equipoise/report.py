@@ -73,6 +73,9 @@ SECTIONS = {
             "and 3 std and within the intervals that were calibrated on held-out data (right at "
             "the marks). Off the bounds are the values whose mean and datum are not both on the "
             "same bound of the scale.",
+            "spectrum": "Variance of the standardised errors by the frequency of their pattern. It "
+            "is one for errors that are independent of each other, and after whitening if their "
+            "correlation was estimated well.",
             "sparsification": "Error of the remaining values when the least certain ones are "
             "removed first.",
         },

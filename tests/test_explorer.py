@@ -22,8 +22,11 @@ pytest.importorskip("starlette", reason="the extra 'explore' is not installed")
 import uvicorn
 from starlette.testclient import TestClient
 
+from equipoise.correlated_noise import CorrelatedNoise
+from equipoise.correlation import FullCorrelation
 from equipoise.explorer import View, explore
 from equipoise.explorer.server import _listen, make_app
+from equipoise.residuals import ResidualCovariance
 
 QUICK = {"width": 4, "stage_1_epochs": 3, "stage_2_epochs": 1, "n_components": 3, "batch_size": 64}
 
@@ -178,6 +181,32 @@ def test_the_page_and_what_it_is_told(client, view):
         assert client.get(f"/{file}").status_code == 200
     assert client.get("/about").json() == json.loads(json.dumps(view.about(), allow_nan=False))
     assert client.get("/../views.py").status_code == 404
+
+
+def test_draws_of_one_code_hang_together_as_its_noise_does(run, digits):
+    model = run.model()
+    assert View(model, run.mixture()).about()["n_draws"] == 0
+    statistic = ResidualCovariance(64)
+    statistic.update(torch.randn(500, 1, 8, 8).cumsum(-1))
+    correlation = FullCorrelation.fit(model.shape, statistic, torch.tensor(0.1)).float()
+    model.noise = CorrelatedNoise(model.noise, correlation)
+
+    view = View(model, run.mixture())
+    assert view.about()["n_draws"] == 3
+    code = view.sample("mixture", 1, seed=0)
+    drawn = view.draws(code)
+    mean, std = np.split(view.decode(code)[:, 4:], 2, axis=1)
+    np.testing.assert_allclose(drawn[:, -64:], np.broadcast_to(std, (3, 64)), rtol=1e-5)
+    u = torch.from_numpy((drawn[:, 4:68] - mean) / std).view(3, 1, 8, 8)
+    white = correlation.whiten(u)  # the noise that it was made of
+    assert abs(float(white.mean())) < 0.3
+    assert 0.7 < float(white.var()) < 1.3
+
+    client = TestClient(make_app(view), base_url="http://127.0.0.1:8769")
+    answer = client.post("/draws", json={"codes": code.tolist()}).content
+    np.testing.assert_allclose(
+        np.frombuffer(answer, "<f4").reshape(3, -1), drawn, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_answers_over_http_are_those_of_the_view(client, view):

@@ -8,10 +8,11 @@ from equipoise import plots
 from equipoise.data.varying import varying_mask
 from equipoise.evaluation.subject import Subject
 from equipoise.metrics.calibration import Calibration, noise_calibration
+from equipoise.metrics.whiteness import whiteness
 
 
 def noise_section(subject: Subject) -> dict[str, Any]:
-    """Calibrate over all dimensions, over those that vary, and over values off the bounds.
+    """Calibrate over all dimensions, those that vary, and off the bounds; are the errors white?
 
     Args:
         subject: What is evaluated.
@@ -41,9 +42,28 @@ def noise_section(subject: Subject) -> dict[str, Any]:
     section: dict[str, Any] = {"varying_share": float(varying.float().mean())}
     if calibration.off_bounds_share is not None:
         section["off_bounds_share"] = calibration.off_bounds_share
+    section |= _whiteness(subject)
     for name, part in parts.items():
         figures = part._asdict()
         section[name] = {key: figure for key, figure in figures.items() if figure is not None}
+    return section
+
+
+def _whiteness(subject: Subject) -> dict[str, Any]:
+    """Compare the spectra of the residuals before and after whitening, and draw them."""
+    batches = subject.batches("Correlation of the noise", subject.test.raw)
+    found = whiteness(subject.model, batches, subject.generator("whiteness"))
+
+    spectra = {"residuals": found.before, "whitened residuals": found.after}
+    curves = {name: curve for name, curve in spectra.items() if curve is not None}
+    if curves:
+        plots.save(plots.spectra(curves), subject.figures / "spectrum.png")
+
+    section: dict[str, Any] = {}
+    if found.correlation_gain is not None:
+        section["correlation_gain"] = found.correlation_gain
+    if curves:
+        section["spectra"] = curves
     return section
 
 

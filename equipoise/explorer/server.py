@@ -186,6 +186,10 @@ def make_app(view: View) -> Starlette:
         codes = _numbers(content.get("codes"), view.model.latent_dim)
         return await worker.run(lambda: _decoded(view, codes))
 
+    async def draws(request: Request) -> Response:
+        code = _numbers((await _json(request)).get("codes"), view.model.latent_dim)[:1]
+        return await worker.run(lambda: _numbers_of(view.draws(code)))
+
     async def sample(request: Request) -> Response:
         content = await _json(request)
         source = _short(content, "source")
@@ -217,6 +221,7 @@ def make_app(view: View) -> Starlette:
         routes=[
             Route("/about", about),
             Route("/decode", decode, methods=["POST"], max_body_size=max_json),
+            Route("/draws", draws, methods=["POST"], max_body_size=max_json),
             Route("/sample", sample, methods=["POST"], max_body_size=max_json),
             Route("/inspect", inspect, methods=["POST"]),
             Route("/example", example, methods=["POST"], max_body_size=max_json),
@@ -367,6 +372,11 @@ def _inspected(view: View, raw: NDArray[Any]) -> Response:
 
 
 def _decoded(view: View, codes: NDArray[Any]) -> Response:
-    """The answer that holds decoded codes, as little-endian float32 numbers."""
-    content = view.decode(codes).astype("<f4").tobytes()
+    """The answer that holds decoded codes."""
+    return _numbers_of(view.decode(codes))
+
+
+def _numbers_of(values: NDArray[Any]) -> Response:
+    """The answer that holds little-endian float32 numbers."""
+    content = values.astype("<f4").tobytes()
     return Response(content, media_type="application/octet-stream")

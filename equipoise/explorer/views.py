@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from equipoise.aggregate import GaussianMixture, single_gaussian
+from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Batches, Data
 from equipoise.data.gate import Limits
 from equipoise.data.images import Plan, decode
@@ -42,6 +43,8 @@ SLIDER_STDS = 4.0
 """How far the sliders reach from the centre, in standard deviations of the codes."""
 MAX_CODES = 64
 """Largest number of codes that are decoded in one answer."""
+DRAWS = 3
+"""Joint draws of one code, beside the map of its std."""
 MAX_PIXELS = 40_000_000
 """Largest number of pixels of an uploaded image: enough for a camera, too few to fill memory."""
 POINT_LOG_VAR = -20.0
@@ -137,8 +140,9 @@ class View:
         """Everything that the page has to know once, as JSON values.
 
         Returns:
-            The shapes, the units, the map, the range of each slider, and the colours of the map of
-            uncertainty.
+            The shapes, the units, the map, the range of each slider, the colours of the map of
+            uncertainty, and the number of joint draws to show, which is 0 if errors are
+            independent.
         """
         model, mixture = self.model, self.mixture
         gaussian = single_gaussian(mixture)
@@ -160,9 +164,15 @@ class View:
             "means": mixture.means.tolist(),
             "centre": gaussian.means[0].tolist(),
             "reach": reach.tolist(),
+            "n_draws": DRAWS if self._has_draws else 0,
             "n_examples": len(self.data.validation) if self.data else 0,
             "plane": self.map and self._describe_map(self.map),
         }
+
+    @property
+    def _has_draws(self) -> bool:
+        """Whether joint draws show more than the mean and the map of the std do."""
+        return len(self.model.shape) == 3 and isinstance(self.model.noise, CorrelatedNoise)
 
     def _describe_map(self, map_: "_Map") -> dict[str, Any]:
         """The map as JSON values, its density between 0 and 1."""
@@ -192,13 +202,29 @@ class View:
             (n, d + 2 D): each code, then the mean of p(x|z) and its std, both flat and in raw
             units.
         """
-        scaling = self.model.scaling
-        z = torch.from_numpy(codes).to(scaling.scale.dtype)
+        z = torch.from_numpy(codes).to(self.model.scaling.scale.dtype)
         likelihood = self.model.decode(z)
+        return self._beside(z, likelihood.mean, likelihood.std)
 
-        mean = scaling.restore(likelihood.mean).flatten(1)
-        std = scaling.restore_std(likelihood.std).flatten(1)
-        return torch.cat((z, mean, std), 1).numpy()
+    @torch.no_grad()
+    def draws(self, code: Float[np.ndarray, "1 latent"]) -> Float32[np.ndarray, "draws numbers"]:
+        """Draw from p(x|z) of one code, always with the same random numbers.
+
+        Args:
+            code: The code, (1, d).
+
+        Returns:
+            (3, d + 2 D), as :meth:`decode`, with a draw in the place of the mean.
+        """
+        z = torch.from_numpy(code).to(self.model.scaling.scale.dtype).repeat(DRAWS, 1)
+        likelihood = self.model.decode(z)
+        return self._beside(z, likelihood.sample(_generator(0)), likelihood.std)
+
+    def _beside(self, z: Tensor, x: Tensor, std: Tensor) -> Float32[np.ndarray, "n numbers"]:
+        """Codes, then values and std in raw units, flat, beside each other."""
+        scaling = self.model.scaling
+        values = (scaling.restore(x).flatten(1), scaling.restore_std(std).flatten(1))
+        return torch.cat((z, *values), 1).numpy()
 
     @torch.no_grad()
     def code_at(self, point: Float[np.ndarray, "2"]) -> Float[np.ndarray, "1 latent"]:

@@ -124,6 +124,7 @@ async function show(request) {
     for (let asked = null; asked !== wanted; ) {
       asked = wanted;
       display((await decoded("decode", asked))[0]);
+      if (about.n_draws) showDraws(await decoded("draws", { codes: [[...point.code]] }));
     }
   } finally {
     wanted = null;
@@ -143,6 +144,10 @@ function display(item) {
     output.value = signed(item.code[u]);
   }
   drawPlane();
+}
+
+function showDraws(items) {
+  items.forEach((item, n) => paintImage($("draws").querySelectorAll("canvas")[n], item.mean));
 }
 
 const columns = [];
@@ -387,6 +392,10 @@ function describe() {
   $("keep-label").hidden = latent_dim === 2;
   $("example").hidden = !about.n_examples;
   $("row-form").hidden = isImage;
+  $("draws").hidden = !about.n_draws;
+  for (let n = 0; n < about.n_draws; n++) {
+    $("draws").firstElementChild.append(make("canvas", { role: "img", ariaLabel: `Draw ${n + 1}` }));
+  }
   for (const id of ["file-label", "file", "drop-help", "readout"]) $(id).hidden = !isImage;
   for (const element of document.querySelectorAll("#decoded-panel .pictures, #input-panel .scale")) {
     element.hidden = !isImage;
