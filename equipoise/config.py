@@ -74,10 +74,12 @@ class TrainConfig:
     stage_2_network: Literal["decoder", "head"] = "decoder"
     """What predicts the variance in stage 2: a second decoder, or a small head on the features that
     the decoder has before its last layer. Networks of your own have a second decoder."""
-    recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none"
-    """How the predicted std is rescaled on the validation set after stage 2: by the one factor of
-    highest likelihood ('scale'), by one per dimension ('dimension'), or by the factor with which
-    .683 of the errors lie within one std ('coverage')."""
+    recalibrate: Literal["none", "monotone", "scale", "dimension", "coverage"] = "none"
+    """How the predicted std is calibrated on the validation set after stage 2: by an increasing map
+    from the std to the error that was found ('monotone'), by the one factor of highest likelihood
+    ('scale'), by one per dimension ('dimension'), or by the factor with which .683 of all errors
+    lie within one std ('coverage'), which is for data without bounds: most errors of images are
+    those of backgrounds."""
 
     stage_1_epochs: int = 10
     """Epoch limit of stage 1, which learns one variance. From Python, 0 adds stage 2 to a model

@@ -86,8 +86,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise_var: The variance if ``noise="fixed"``, in squared model units.
         floor: Smallest variance in stage 2, as a multiple of the optimum of stage 1, or
             "quantisation".
-        recalibrate: How the predicted std is rescaled on held-out examples, "none", "scale",
-            "dimension" or "coverage".
+        recalibrate: How the predicted std is calibrated on held-out examples, "none", "monotone",
+            "scale", "dimension" or "coverage".
         stage_1_epochs: Number of epochs with one learned variance. "auto" is the number that 1,000
             steps take, but at least 10 and at most 200.
         stage_2_epochs: Number of epochs with a variance per feature and example; 0 leaves stage 2
@@ -134,7 +134,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise: Literal["global", "channel", "dimension", "fixed"] = "global",
         noise_var: float | None = None,
         floor: float | Literal["quantisation"] = 1.0,
-        recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none",
+        recalibrate: Literal["none", "monotone", "scale", "dimension", "coverage"] = "none",
         stage_1_epochs: int | Literal["auto"] = "auto",
         stage_2_epochs: int | Literal["auto"] = "auto",
         batch_size: int = 256,
