@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ NoiseUpdate = Literal["closed-form", "gradient"]
 MIN_VAR = 1e-10
 """Smallest variance of any model, in squared units of data of order one. float32 cannot resolve a
 smaller residual."""
+MAP_POINTS = 129
+"""Knots of a calibrated map of the log-std, from the smallest to the largest that was found."""
 MAX_INTERVAL_STD, INTERVAL_POINTS = 4.0, 33
 """Calibrated intervals are known at every eighth of a std up to four, and interpolated between."""
 
@@ -531,9 +534,10 @@ class PredictedNoise(NoiseModel):
         if len(before) == 1:
             return after + beyond + self.calibration
 
-        knot = torch.searchsorted(before, within.detach().contiguous()).clamp(1, len(before) - 1)
-        slope = after.diff() / before.diff()
-        mapped: Tensor = after[knot] + slope[knot - 1] * (within - before[knot])
+        step = (before[-1] - before[0]) / (len(before) - 1)
+        cell = ((within.detach() - before[0]) / step).long().clamp_max(len(before) - 2)
+        slope = after.diff() / step
+        mapped: Tensor = after[cell] + slope[cell] * (within - before[cell])
         return mapped + beyond + self.calibration
 
     @property
@@ -633,7 +637,12 @@ class PredictedNoise(NoiseModel):
                 "The std are calibrated already: call forget_calibration() first, and collect "
                 "the errors afterwards."
             )
-        self.std_map = errors.monotone_map(min_var).to(self.calibration)
+        log_std, log_error = errors.monotone_map(min_var).numpy()
+        if len(log_std) > 1:
+            # At equal distances, among which the place of a value need not be sought.
+            grid = np.linspace(log_std[0], log_std[-1], MAP_POINTS)
+            log_std, log_error = grid, np.interp(grid, log_std, log_error)
+        self.std_map = torch.from_numpy(np.stack([log_std, log_error])).to(self.calibration)
         # The intervals were multiples of other std.
         self.interval_factors = None
 
