@@ -91,10 +91,12 @@ class TrainConfig:
     """What the predicted variance of stage 2 descends: minus the log-density of eq. (11), or, for
     digital data such as 8-bit images, minus the log-probability of the levels, with which the floor
     may be far below rounding, as floor=1e-6. The mean keeps descending stage 1's density."""
-    recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none"
-    """How the predicted std is rescaled on the validation set after stage 2: by the one factor of
-    highest likelihood ('scale'), by one per dimension ('dimension'), or by the factor with which
-    .683 of the errors lie within one std ('coverage')."""
+    recalibrate: Literal["none", "monotone", "scale", "dimension", "coverage"] = "none"
+    """How the predicted std is calibrated on the validation set after stage 2: by an increasing map
+    from the std to the error that was found ('monotone'), by the one factor of highest likelihood
+    ('scale'), by one per dimension ('dimension'), or by the factor with which .683 of all errors
+    lie within one std ('coverage'), which is for data without bounds: most errors of images are
+    those of backgrounds."""
     noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] | None = None
     """Correlation of the errors, estimated on the validation set when training has ended: any
     matrix ('full', up to 2048 dimensions), common factors ('low-rank'), or a variance per band of

@@ -91,8 +91,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         variance_from: Whose residuals eq. (10) is taken over, "held-out" or "training".
         floor: Smallest variance in stage 2, as a multiple of the optimum of stage 1, or
             "quantisation".
-        recalibrate: How the predicted std is rescaled on held-out examples, "none", "scale",
-            "dimension" or "coverage".
+        recalibrate: How the predicted std is calibrated on held-out examples, "none", "monotone",
+            "scale", "dimension" or "coverage".
         noise_correlation: Correlation of the errors, estimated on held-out examples after
             training, "none", "full", "low-rank", "bands" or "auto". None takes "auto" for tables
             and "none" for images.
@@ -147,7 +147,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise_var: float | None = None,
         variance_from: Literal["held-out", "training"] = "held-out",
         floor: float | Literal["quantisation"] = 1.0,
-        recalibrate: Literal["none", "scale", "dimension", "coverage"] = "none",
+        recalibrate: Literal["none", "monotone", "scale", "dimension", "coverage"] = "none",
         noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] | None = None,
         stage_1_epochs: int | Literal["auto"] = "auto",
         stage_2_epochs: int | Literal["auto"] = "auto",

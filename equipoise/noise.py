@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -30,13 +31,15 @@ from torch import Tensor, nn
 from equipoise.correlation import AnyGaussian
 from equipoise.gaussian import Gaussian
 from equipoise.kernels import lower_bound
-from equipoise.residuals import AllReduce, ResidualQuantiles, ResidualVariance
+from equipoise.residuals import AllReduce, ErrorsByStd, ResidualQuantiles, ResidualVariance
 
 NoiseUpdate = Literal["closed-form", "gradient"]
 
 MIN_VAR = 1e-10
 """Smallest variance of any model, in squared units of data of order one. float32 cannot resolve a
 smaller residual."""
+MAP_POINTS = 129
+"""Knots of a calibrated map of the log-std, from the smallest to the largest that was found."""
 MAX_INTERVAL_STD, INTERVAL_POINTS = 4.0, 33
 """Calibrated intervals are known at every eighth of a std up to four, and interpolated between."""
 
@@ -182,6 +185,17 @@ class NoiseModel(nn.Module, ABC):
         Args:
             standardised: Statistic of (x - m(z)) / std(z) on held-out data, of the shape of
                 :attr:`calibration_shape`.
+        """
+
+    def forget_calibration(self) -> None:
+        """Predict the std as before any calibration, where the model has one."""
+
+    def calibrate_std(self, errors: ErrorsByStd, min_var: float = MIN_VAR) -> None:
+        """Replace the predicted std by the errors that were found, where the model can.
+
+        Args:
+            errors: Held-out residuals by the std that this model predicts.
+            min_var: Smallest variance that can be found, in squared model units.
         """
 
     def calibrate_intervals(
@@ -457,13 +471,14 @@ class PredictedNoise(NoiseModel):
     r"""A variance per pixel and per input, predicted from the code, eq. (11).
 
     .. math:: \log\sigma_i^2(z)
-        = \max\bigl(\log\sigma_*^2 + h_i(z),\ \log\sigma_{\min}^2\bigr) + c_i
+        = 2 g\Bigl(\tfrac12 \max\bigl(\log\sigma_*^2 + h_i(z),\
+          \log\sigma_{\min}^2\bigr)\Bigr) + c_i
 
     Here h is the network, sigma_*^2 the optimal variance of stage 1, and sigma_min^2 the floor that
     Algorithm 1 hands over. h reads z itself, or the features that the decoder computes from z.
-    Without a floor the log-variance gradient dominates and the prediction gets stuck near zero. c
-    is zero until it is recalibrated. A network h = 0 is exactly :class:`GlobalNoise`: stage 2
-    starts where stage 1 ended.
+    Without a floor the log-variance gradient dominates and the prediction gets stuck near zero. The
+    monotone map g of the log-std is the identity and c is zero until they are calibrated. A network
+    h = 0 is exactly :class:`GlobalNoise`: stage 2 starts where stage 1 ended.
 
     Args:
         network: h, any module from (B, d) to (B, \*); from the decoder's features to (B, \*) if
@@ -484,6 +499,7 @@ class PredictedNoise(NoiseModel):
     floor_log_var: Tensor
     calibration: Tensor
     interval_factors: Tensor | None
+    std_map: Tensor | None
 
     def __init__(
         self,
@@ -507,13 +523,31 @@ class PredictedNoise(NoiseModel):
         self.register_buffer("floor_log_var", floor_var.log().to(dtype))
         self.register_buffer("calibration", calibration)
         self.register_buffer("interval_factors", None)
+        self.register_buffer("std_map", None)
 
     def forward(self, z: Float[Tensor, "batch *context"]) -> Tensor:
         r"""Compute the log-variance of eq. (11), bounded and calibrated, (B, \*)."""
         correction = self.network(z)
         dtype = torch.promote_types(correction.dtype, self.reference_log_var.dtype)
         log_var = self.reference_log_var + correction.to(dtype)
-        return lower_bound(log_var, self.floor_log_var) + self.calibration
+        return self._calibrated(lower_bound(log_var, self.floor_log_var))
+
+    def _calibrated(self, log_var: Tensor) -> Tensor:
+        """Apply the map g, linear between its knots and of slope 1 beyond them, and the shift c."""
+        if self.std_map is None:
+            return log_var + self.calibration
+
+        before, after = (2 * self.std_map).unbind()
+        within = log_var.clamp(before[0], before[-1])
+        beyond = log_var - within
+        if len(before) == 1:
+            return after + beyond + self.calibration
+
+        step = (before[-1] - before[0]) / (len(before) - 1)
+        cell = ((within.detach() - before[0]) / step).long().clamp_max(len(before) - 2)
+        slope = after.diff() / step
+        mapped: Tensor = after[cell] + slope[cell] * (within - before[cell])
+        return mapped + beyond + self.calibration
 
     @property
     def shared_log_var(self) -> Tensor:
@@ -523,11 +557,11 @@ class PredictedNoise(NoiseModel):
     @property
     def floor_var(self) -> Tensor:
         """The lowest of the floors, after calibration."""
-        return (self.floor_log_var + self.calibration).min().exp()
+        return self._calibrated(self.floor_log_var).min().exp()
 
     def floor_share(self, log_var: Tensor) -> Tensor:
         """Compute the share of the log-variances that lie on their floor."""
-        return (log_var <= self.floor_log_var + self.calibration + 1e-5).float().mean()
+        return (log_var <= self._calibrated(self.floor_log_var) + 1e-5).float().mean()
 
     @property
     def calibration_shape(self) -> tuple[int, ...]:
@@ -536,8 +570,15 @@ class PredictedNoise(NoiseModel):
 
     @property
     def calibration_scale(self) -> float:
-        """Mean factor exp(c / 2) by which calibration has multiplied the predicted std."""
-        return float((0.5 * self.calibration).exp().mean())
+        """Mean factor by which calibration has multiplied the predicted std.
+
+        Over the dimensions if there is a c for each, and over the knots of a map.
+        """
+        factor = (0.5 * self.calibration).exp().mean()
+        if self.std_map is not None:
+            before, after = self.std_map
+            factor = factor * (after - before).exp().mean()
+        return float(factor)
 
     @torch.no_grad()
     def recalibrate(self, standardised: ResidualVariance, shrinkage: float = 1.0) -> None:
@@ -577,6 +618,42 @@ class PredictedNoise(NoiseModel):
         else:
             # One factor for all dimensions does not know where they are now.
             self.interval_factors = None
+
+    @torch.no_grad()
+    def forget_calibration(self) -> None:
+        """Predict the std without map and shift, and intervals as those of a Gaussian."""
+        self.calibration = torch.zeros_like(self.calibration)
+        self.std_map = None
+        self.interval_factors = None
+
+    @torch.no_grad()
+    def calibrate_std(self, errors: ErrorsByStd, min_var: float = MIN_VAR) -> None:
+        r"""Learn from held-out residuals which error a predicted std stands for.
+
+        The map of :meth:`ErrorsByStd.monotone_map` keeps the order of the std. Where the head says
+        "more uncertain", the std stays larger, but its size is the error that was found. A common
+        factor, which :meth:`recalibrate` learns, is the map of one knot.
+
+        Args:
+            errors: Held-out residuals by the std that this model predicts, without a calibration.
+            min_var: Smallest variance that can be found, such as that of rounding.
+
+        Raises:
+            ValueError: if there is a calibration, or there are no residuals other than zero.
+        """
+        if self.std_map is not None or bool(self.calibration.any()):
+            raise ValueError(
+                "The std are calibrated already: call forget_calibration() first, and collect "
+                "the errors afterwards."
+            )
+        log_std, log_error = errors.monotone_map(min_var).numpy()
+        if len(log_std) > 1:
+            # At equal distances, among which the place of a value need not be sought.
+            grid = np.linspace(log_std[0], log_std[-1], MAP_POINTS)
+            log_std, log_error = grid, np.interp(grid, log_std, log_error)
+        self.std_map = torch.from_numpy(np.stack([log_std, log_error])).to(self.calibration)
+        # The intervals were multiples of other std.
+        self.interval_factors = None
 
     @torch.no_grad()
     def calibrate_intervals(
@@ -637,6 +714,7 @@ class PredictedNoise(NoiseModel):
             "floor_shape": list(self.floor_log_var.shape),
             "calibration_shape": list(self.calibration.shape),
             "interval_points": n_points,
+            "map_points": 0 if self.std_map is None else self.std_map.shape[1],
             "reads_features": self.reads_features,
         }
 
@@ -645,7 +723,7 @@ class PredictedNoise(NoiseModel):
         cls, description: dict[str, Any], make_network: Callable[..., nn.Module]
     ) -> "NoiseModel":
         """Build the model that a description is of, with an untrained network."""
-        # Models that were saved before there were heads do not say what they read.
+        # Models that were saved before there were heads and maps do not speak of them.
         reads_features = bool(description.get("reads_features", False))
         noise = cls(
             make_network(reads_features=True) if reads_features else make_network(),
@@ -657,6 +735,8 @@ class PredictedNoise(NoiseModel):
 
         if description["interval_points"]:
             noise.interval_factors = torch.zeros(description["interval_points"])
+        if description.get("map_points"):
+            noise.std_map = torch.zeros(2, description["map_points"])
         return noise
 
 

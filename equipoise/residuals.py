@@ -1,14 +1,16 @@
-r"""Statistics of residuals x - m(z), from which noise models learn: eq. (10), and quantiles.
+r"""Statistics of residuals x - m(z), from which noise models learn: eq. (10), quantiles, errors.
 
 All take in any number of batches, and are combined over processes by sums alone.
 """
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from equipoise.estimate import Estimate
@@ -327,3 +329,109 @@ class ResidualQuantiles(nn.Module):
         rank = (share.double().to(cumulative.device) * n).ceil().clamp(1, n).long()
         cell = torch.searchsorted(cumulative, rank)
         return ((cell + 1) << self.SHIFT).to(torch.int32).view(torch.float32)
+
+
+class ErrorsByStd(nn.Module):
+    r"""Squared residuals by predicted std, and the monotone map from the std to the error.
+
+    The histogram has one cell for each bfloat16 number. Std that agree to 0.8 % therefore count as
+    tied. Partial results of several processes combine by adding ``sums``.
+
+    Example:
+        >>> std = torch.rand(2000, generator=torch.Generator().manual_seed(0)) + 0.1
+        >>> errors = ErrorsByStd()
+        >>> errors.update(3 * std, std)  # every residual is three times its std
+        >>> log_std, log_error = errors.monotone_map()
+        >>> torch.allclose(log_error - log_std, torch.tensor(3.0).log().double(), atol=1e-6)
+        True
+    """
+
+    N_CELLS = 2**15
+    """Number of non-negative bfloat16 numbers."""
+    MAX_BINS, VALUES_PER_BIN = 50, 100
+    """Most bins of the std, and fewest residuals in one: an error of 7 % in a Gaussian's std."""
+
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(3, self.N_CELLS, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, residual: Float[Tensor, " values"], std: Float[Tensor, " values"]) -> None:
+        """Add residuals.
+
+        Args:
+            residual: x - m(z), one value for each dimension of each example that counts.
+            std: Its predicted std, in the same unit.
+
+        Raises:
+            ValueError: if a value is not finite, or a std is not positive.
+        """
+        residual, std = residual.double(), std.double()
+        if not bool(torch.all(residual.isfinite() & std.isfinite() & (std > 0))):
+            raise ValueError("expected finite residuals, and std that are positive and finite")
+
+        cell = std.to(torch.bfloat16).view(torch.int16).long()
+        columns = (torch.ones_like(std), std.square(), residual.square())
+        self.sums += torch.stack([torch.bincount(cell, c, self.N_CELLS) for c in columns])
+
+    def all_reduce(self, all_reduce: AllReduce) -> None:
+        """Add the batches of the other processes.
+
+        Args:
+            all_reduce: Sums over the processes.
+        """
+        self.sums.copy_(all_reduce(self.sums))
+
+    @property
+    def count(self) -> int:
+        """Number of residuals."""
+        return int(self.sums[0].sum())
+
+    def monotone_map(self, min_var: float = 0.0) -> Float64[Tensor, "2 knots"]:
+        r"""Map the predicted std to the error that was found, so that a larger std stays larger.
+
+        .. math:: \min_{v_1 \le v_2 \le \dots} \sum_b n_b (e_b^2 - v_b)^2
+
+        e_b is the root mean squared residual of bin b, of n_b values; bins have equally many. The
+        solution is also that of highest likelihood of a Gaussian. It is constant over blocks of
+        bins. Each block becomes a knot, at the root mean squared std of the block, between which
+        the map is linear and strictly increasing.
+
+        Source: Robertson, Wright and Dykstra (1988), *Order restricted statistical inference*;
+        Oron and Flournoy (2017), *Centered isotonic regression*, for the knots.
+
+        Args:
+            min_var: Smallest squared error of a knot, because a small sample may have no error.
+
+        Returns:
+            Logarithms of the std, increasing, and of the errors, increasing.
+
+        Raises:
+            ValueError: if there have been no residuals, or all are zero.
+        """
+        from sklearn.isotonic import IsotonicRegression
+
+        sums = self.sums[:, self.sums[0] > 0].cpu().numpy()
+        if not sums[2].any():
+            raise ValueError("Recalibration needs held-out residuals that are not all zero.")
+
+        # A cell lies in the bin of its middle, so that a tie is not divided.
+        middle = (sums[0].cumsum() - sums[0] / 2) / sums[0].sum()
+        n_bins = min(max(1, int(sums[0].sum()) // self.VALUES_PER_BIN), self.MAX_BINS)
+        count, var, error = _sums_by_group(sums, (middle * n_bins).astype(int))
+
+        error = np.maximum(error, min_var * count)
+        isotonic = IsotonicRegression().fit_transform(
+            np.arange(len(count)), error / count, sample_weight=count
+        )
+        count, var, error = _sums_by_group(np.stack([count, var, error]), isotonic)
+
+        return torch.from_numpy(0.5 * np.log(np.stack([var, error]) / count))
+
+
+def _sums_by_group(sums: NDArray[np.float64], label: NDArray[Any]) -> NDArray[np.float64]:
+    """Add the columns that have the same label, by increasing label."""
+    labels, group = np.unique(label, return_inverse=True)
+    return np.stack([np.bincount(group, row, len(labels)) for row in sums])

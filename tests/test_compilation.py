@@ -57,16 +57,28 @@ def test_one_gpu_replays_graphs(digits, monkeypatch, device, n_processes, mode):
     compile_networks(model, torch.device(device), n_processes)
     assert modes == {model.encoder: mode, model.decoder: mode, model.noise.network: mode}
 
+    modes.clear()
+    model.predict_variance(torch.tensor(0.1), torch.tensor(0.1), network="head")
+    compile_networks(model, torch.device(device), n_processes)
+    parts = (model.encoder, model.decoder.hidden, model.decoder.output, model.noise.network)
+    assert modes == dict.fromkeys(parts, mode)
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_nothing_is_read_of_the_networks_after_their_step(digits, monkeypatch, ema_decay):
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ema_decay": 0.9}, {"stage_2_network": "head"}, {"stage_2_gradients": "frozen"}],
+)
+def test_nothing_is_read_of_the_networks_after_their_step(digits, monkeypatch, options):
     """Graphs write every step's results over those of the one before; here they become NaN."""
-    config = replace(QUICK, ema_decay=ema_decay)
+    config = replace(QUICK, **options)
     expected_model, expected_rows = fit(digits, config)
     outputs, overwritten = [], []
 
     def compile_networks_with_care(model, device, n_processes):
-        for network in (model.encoder, model.decoder, *model.noise.children()):
+        decoder = [model.decoder]
+        if model.noise.reads_features:
+            decoder = [model.decoder.hidden, model.decoder.output]
+        for network in (model.encoder, *decoder, *model.noise.children()):
 
             def call(*args, network=network):
                 outputs.append(network._call_impl(*args))
@@ -86,8 +98,9 @@ def test_nothing_is_read_of_the_networks_after_their_step(digits, monkeypatch, e
     assert rows == expected_rows
     for name, value in expected_model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
-    assert max(overwritten) == 3  # networks of a step of stage 2
-    assert len(outputs) <= 3
+    n_networks = 4 if "stage_2_network" in options else 3
+    assert max(overwritten) == n_networks  # of a step of stage 2
+    assert len(outputs) <= n_networks
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
@@ -109,6 +122,7 @@ def test_networks_are_handed_back_as_they_were(digits, monkeypatch, is_compiled)
 
 
 COMPILED_AND_NOT = """
+import sys
 import torch
 from equipoise.data import load
 from equipoise.objectives import Elbo
@@ -119,7 +133,8 @@ from equipoise.training.trainer import Trainer
 
 data = load("digits")
 config = TrainConfig(
-    latent_dim=3, width=4, stage_1_epochs=1, stage_2_epochs=1, accelerator="cpu", compile=True
+    latent_dim=3, width=4, stage_1_epochs=1, stage_2_epochs=1, accelerator="cpu", compile=True,
+    stage_2_network=sys.argv[1], recalibrate="monotone"
 )
 model = make_model(data, config)
 Trainer(model, data, config).fit()
@@ -145,12 +160,16 @@ print("the same")
 
 
 @pytest.mark.slow
-def test_compiled_networks_compute_the_same():
+@pytest.mark.parametrize("network", ["decoder", "head"])
+def test_compiled_networks_compute_the_same(network):
     """Compiled and restored networks give the same ELBO and gradients.
 
     This runs in a process of its own, since the type checks in these tests cannot be compiled.
     """
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED_AND_NOT], check=False, capture_output=True, text=True
+        [sys.executable, "-c", COMPILED_AND_NOT, network],
+        check=False,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.endswith("the same\n"), done.stderr

@@ -42,7 +42,8 @@ OPTIONS = [
         "stage_1_epochs=3",
         "stage_2_epochs=3",
     ),
-    *("tolerance=0", "recalibrate=scale", "n_components=4", "accelerator=cpu"),
+    *("tolerance=0", "recalibrate=monotone", "n_components=4", "accelerator=cpu"),
+    "stage_2_network=head",
 ]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 

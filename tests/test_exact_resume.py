@@ -134,6 +134,8 @@ def test_each_shape_and_architecture(tmp_path, shape, architecture, stop):
         {"noise": "dimension", "noise_update": "gradient"},
         {"stage_2_gradients": "joint", "recalibrate": "dimension"},
         {"stage_2_gradients": "frozen", "weight_decay": 0.1, "ema_decay": 0.9},
+        {"stage_2_network": "head", "ema_decay": 0.9, "recalibrate": "monotone"},
+        {"stage_2_network": "head", "stage_2_gradients": "frozen"},
         {"clip": 0.0},
     ],
     ids=lambda options: "-".join(options),
@@ -145,6 +147,16 @@ def test_each_option_that_keeps_a_state(tmp_path, options):
 @pytest.mark.parametrize("stop", [2, 4])
 def test_networks_of_ones_own(tmp_path, stop):
     assert_resumes(data_of((3, 12, 20)), CONFIG, tmp_path, stop, own=True)
+
+
+@pytest.mark.parametrize("gradients", ["stop", "frozen", "joint"])
+@pytest.mark.parametrize(
+    ("shape", "architecture"), [((7,), "mlp"), ((3, 31, 45), "conv"), ((28, 28), "residual")]
+)
+def test_heads(tmp_path, shape, architecture, gradients):
+    """A stop before the checkpoint of epoch 4, in stage 2."""
+    head = {"stage_2_network": "head", "stage_2_gradients": gradients}
+    assert_resumes(data_of(shape), replace(CONFIG, architecture=architecture, **head), tmp_path, 4)
 
 
 class StopWithin(Stop):

@@ -20,6 +20,7 @@ from equipoise.export import export
 from equipoise.files import MANIFEST, adopt
 from equipoise.model import VAE, Scaling
 from equipoise.noise import FixedNoise
+from equipoise.residuals import ErrorsByStd
 
 FORMATS = ["torch", "onnx"]
 
@@ -30,22 +31,25 @@ def make_mixture():
     return GaussianMixture(torch.tensor([0.2, 0.7, 0.1]), means, 0.1 * factor @ factor.mT)
 
 
-def make_images():
+def make_images(network="decoder"):
     model = VAE.build(
         (1, 9, 8),
         latent_dim=2,
         width=2,
         scaling=Scaling(torch.tensor(0.0), torch.tensor(255.0), 1 / 255),
     )
-    model.predict_variance(torch.tensor(0.02), torch.tensor(0.01))
+    model.predict_variance(torch.tensor(0.02), torch.tensor(0.01), (), network)
     nn.init.normal_(model.noise.network.output.weight)
+    errors = ErrorsByStd()
+    errors.update(torch.randn(5000), torch.rand(5000) + 0.05)
+    model.noise.calibrate_std(errors)
     return model.eval()
 
 
 @pytest.fixture(scope="module", params=FORMATS)
 def exported(request, tmp_path_factory):
     torch.manual_seed(0)
-    model, mixture = make_images(), make_mixture()
+    model, mixture = make_images("head"), make_mixture()
     return (
         model,
         mixture,

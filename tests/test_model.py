@@ -83,24 +83,58 @@ def test_generate_is_determined_by_the_generator():
     assert torch.equal(*draws)
 
 
+@pytest.mark.parametrize("network", ["decoder", "head"])
 @pytest.mark.parametrize("architecture", ["mlp", "conv", "residual"])
-def test_predicting_the_variance_does_not_move_the_likelihood(architecture):
+def test_predicting_the_variance_does_not_move_the_likelihood(architecture, network):
     vae = VAE.build((1, 8, 8), latent_dim=2, width=4, architecture=architecture)
     vae.noise.update(torch.full((2, 1, 8, 8), 0.1))
     z = torch.randn(5, 2)
     before = vae.decode(z)
     var = before.log_var.exp()
-    vae.predict_variance(var, 0.5 * var)
+    vae.predict_variance(var, 0.5 * var, network=network)
     after = vae.decode(z)
     assert isinstance(vae.noise, PredictedNoise)
     torch.testing.assert_close(after.mean, before.mean)
     torch.testing.assert_close(after.log_var, before.log_var.expand_as(after.log_var))
 
 
+@pytest.mark.parametrize("shape", [(7,), (1, 8, 8), (3, 9, 13), (4, 31, 17)])
+@pytest.mark.parametrize("architecture", ["mlp", "conv", "residual"])
+def test_a_head_reads_what_the_mean_is_made_of(architecture, shape):
+    """The features are computed once, and the mean of a code is the same with and without it."""
+    if len(shape) == 1 and architecture != "mlp":
+        return
+    vae = VAE.build(shape, 3, architecture=architecture, width=2, mean_bounds=(0.0, 1.0)).eval()
+    z, calls = torch.randn(5, 3), []
+    mean = vae.decode(z).mean
+    vae.predict_variance(torch.tensor(0.1), torch.tensor(0.01), network="head")
+    torch.nn.init.normal_(vae.noise.network.output.weight)
+    vae.decoder.hidden.register_forward_hook(lambda *_: calls.append(1))
+
+    likelihood = vae.decode(z)
+    assert len(calls) == 1
+    assert torch.equal(likelihood.mean, mean)
+    assert likelihood.log_var.shape == (5, *shape)
+    features = vae.decoder.hidden(z)
+    assert torch.equal(vae.noise(features), likelihood.log_var)
+    assert likelihood.log_var.std() > 0.01
+
+
 def test_an_own_decoder_gets_a_variance_network_too():
     vae = own(nn.Linear(6, 4), nn.Sequential(nn.Linear(2, 6), nn.Sigmoid()))
     vae.predict_variance(torch.tensor(0.1), torch.tensor(0.1))
     assert vae.decode(torch.randn(3, 2)).log_var.shape == (3, 6)
+    with pytest.raises(ValueError, match="network='decoder'"):
+        vae.predict_variance(torch.tensor(0.1), torch.tensor(0.1), network="head")
+
+
+def test_off_the_bounds_is_what_can_show_an_error():
+    pixels = Scaling(torch.tensor(0.0), torch.tensor(255.0), quantum=1 / 255)
+    vae = VAE.build((3,), 1, width=1, scaling=pixels, mean_bounds=(0.0, 1.0))
+    x = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.5, 0.0]])
+    mean = torch.tensor([[0.0, 0.01, 1.0], [0.001, 0.5, 0.001]])
+    assert vae.off_bounds(x, mean).tolist() == [[False, True, False], [True, True, False]]
+    assert VAE.build((3,), 1, width=1).off_bounds(x, mean).all()  # columns have no bounds
 
 
 def test_scaling_round_trip():

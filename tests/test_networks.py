@@ -10,6 +10,7 @@ from equipoise.networks import (
     ConvTranspose2d,
     build_decoder,
     build_encoder,
+    build_head,
     default_architecture,
     start_at_data,
 )
@@ -29,6 +30,8 @@ def test_every_image_size_goes_in_and_comes_out(architecture, channels, height, 
     parameters = encoder(torch.zeros(2, *shape))
     assert parameters.shape == (2, 2 * latent_dim)
     assert decoder(parameters[:, :latent_dim]).shape == (2, *shape)
+    head = build_head(architecture, shape, 2)
+    assert head(decoder.hidden(parameters[:, :latent_dim])).shape == (2, *shape)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

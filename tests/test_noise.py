@@ -12,7 +12,7 @@ from equipoise.gaussian import Gaussian
 from equipoise.kernels import bounded, lower_bound
 from equipoise.model import VAE
 from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, PredictedNoise
-from equipoise.residuals import ResidualQuantiles, ResidualVariance
+from equipoise.residuals import ErrorsByStd, ResidualQuantiles, ResidualVariance
 
 Z = torch.zeros(4, 2)
 
@@ -193,6 +193,125 @@ def test_recalibration_of_a_constant_pixel_stays_finite():
     statistic.update(x)
     noise.recalibrate(statistic)
     assert torch.isfinite(noise(Z)).all()
+
+
+def errors_of(residual, std):
+    statistic = ErrorsByStd()
+    statistic.update(residual, std)
+    return statistic
+
+
+def with_map(errors, **options):
+    noise = PredictedNoise(torch.nn.Identity(), torch.tensor(1.0), torch.tensor(1e-8))
+    noise.calibrate_std(errors, **options)
+    return noise
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_a_planted_map_from_std_to_error_is_recovered(power):
+    """The errors are a power of the predicted std, which is wrong in size and in spread."""
+    std = (1.5 * residuals(300_000)[:, 0]).exp()
+    error = 0.1 * std**power
+    noise = with_map(errors_of(error * residuals(300_000, seed=1)[:, 0], std))
+    grid = torch.linspace(-1.5, 1.5, 50)  # within the central 68 % of the log-std
+    found = noise(2 * grid[:, None])[:, 0]
+    torch.testing.assert_close(
+        found, 2 * (power * grid + math.log(0.1)), atol=0.1, rtol=0, check_dtype=False
+    )
+
+
+@given(st.integers(1, 400), st.integers(0, 1000), st.sampled_from([1e-30, 1e-10, 1.0, 1e10]))
+def test_the_map_is_finite_and_keeps_the_order(n, seed, size):
+    std = residuals(n, (2,), seed).exp().flatten().float() * size
+    noise = with_map(errors_of(residuals(n, (2,), seed + 1).flatten() * size, std))
+    knots = noise.std_map
+    assert knots.isfinite().all()
+    assert (knots[0].diff() > 0).all()
+    log_var = torch.linspace(-200, 200, 1001)[:, None]
+    found = noise.forward(log_var)
+    # The floor binds below, where all values are the same.
+    assert (found.diff(dim=0) >= 0).all()
+    assert found.isfinite().all()
+    above_floor = 2 * knots[0] > math.log(1e-8)
+    before, after = 2 * knots[:, above_floor]
+    torch.testing.assert_close(noise(before[:, None])[:, 0], after, atol=1e-4, rtol=1e-4)
+
+
+def test_one_knot_is_the_scale_of_highest_likelihood():
+    """With one predicted std, the map is the factor that recalibration finds."""
+    x = 3 * residuals(500)
+    mapped = with_map(errors_of(x.flatten(), torch.ones(1500)))
+    scaled = PredictedNoise(Constant(0.0), torch.tensor(1.0), torch.tensor(1e-8))
+    statistic = ResidualVariance()
+    statistic.update(x)
+    scaled.recalibrate(statistic)
+    torch.testing.assert_close(mapped(torch.zeros(4, 3)), scaled(Z), check_dtype=False)
+    assert mapped.calibration_scale == pytest.approx(scaled.calibration_scale)
+
+
+def test_no_other_monotone_map_of_the_bins_is_more_likely():
+    std = residuals(4000)[:, 0].exp()
+    x = std.sqrt() * residuals(4000, seed=1)[:, 0]
+    statistic = errors_of(x, std)
+
+    def log_likelihood(knots):
+        log_std = torch.from_numpy(np.interp(std.log().numpy(), *knots.numpy()))
+        return Gaussian(torch.zeros(1, 4000), 2 * log_std[None]).log_prob(x[None].double()).item()
+
+    knots = statistic.monotone_map()
+    best = log_likelihood(knots)
+    for seed in range(20):
+        other = knots.clone()
+        other[1] += 0.15 * residuals(knots.shape[1], (), seed)
+        other[1] = other[1].cummax(0).values
+        assert log_likelihood(other) < best
+
+
+def test_errors_of_several_parts_are_those_of_the_whole():
+    std, x = residuals(1000)[:, 0].exp(), residuals(1000, seed=1)[:, 0]
+    whole, parts = errors_of(x, std), [errors_of(x[::2], std[::2]), errors_of(x[1::2], std[1::2])]
+    parts[0].all_reduce(lambda sums: sums + parts[1].sums)
+    torch.testing.assert_close(parts[0].monotone_map(), whole.monotone_map())
+    assert parts[0].count == whole.count == 1000
+
+
+def test_a_map_goes_with_the_floor_the_share_on_it_and_the_intervals():
+    std = torch.tensor([0.1, 0.2, 0.4]).repeat(2000)
+    noise = PredictedNoise(Constant(torch.tensor([-9.0, 0.0, 1.0])), *[torch.tensor(0.04)] * 2)
+    noise.calibrate_intervals(quantiles_of(residuals(100)))
+    noise.calibrate_std(errors_of(2 * std * residuals(6000)[:, 0], std))
+    assert noise.interval_factors is None  # they were multiples of other std
+    assert noise.floor_share(noise(Z)) == pytest.approx(2 / 3)
+    assert float(noise.floor_var) == pytest.approx(0.16, rel=0.1)
+    noise.calibrate_intervals(quantiles_of(residuals(100)), rescale=True)
+    assert float(noise.floor_var) == pytest.approx(noise(Z).min().exp().item())
+    factor = 2 * noise.calibration.div(2).exp().item()
+    assert noise.calibration_scale == pytest.approx(factor, rel=0.05)
+
+    with pytest.raises(ValueError, match="forget_calibration"):
+        noise.calibrate_std(errors_of(std, std))
+    noise.forget_calibration()
+    torch.testing.assert_close(noise(Z)[0].exp(), torch.tensor([0.04, 0.04, 0.04 * math.e]))
+    assert noise.calibration_scale == 1.0
+
+
+def test_a_sample_without_any_error_does_not_make_the_std_vanish():
+    std = torch.tensor([0.1, 0.4]).repeat_interleave(1000)
+    x = torch.where(std > 0.2, residuals(2000)[:, 0], 0.0)
+    noise = with_map(errors_of(x, std), min_var=1e-4)
+    assert noise.std_map[1, 0] == pytest.approx(math.log(1e-2))
+    for nothing in (ErrorsByStd(), errors_of(torch.zeros(5), torch.ones(5))):
+        with pytest.raises(ValueError, match="not all zero"):
+            with_map(nothing)
+    for x, std in ((math.nan, 1.0), (1.0, 0.0), (1.0, math.inf)):
+        with pytest.raises(ValueError, match="finite"):
+            errors_of(torch.tensor([x]), torch.tensor([std]))
+
+
+def test_gradients_pass_through_the_map():
+    noise = with_map(errors_of(residuals(2000)[:, 0], residuals(2000)[:, 0].exp())).double()
+    z = residuals(4).double().requires_grad_()
+    assert torch.autograd.gradcheck(noise, (z,))
 
 
 NOMINAL = [math.erf(k / math.sqrt(2)) for k in (1, 2, 3)]

@@ -29,11 +29,11 @@ def exact_model(noise=None):
     return x, ppca, ppca_vae(ppca, noise or FixedNoise(float(ppca.var)))
 
 
-def stage_2_model():
+def stage_2_model(network="decoder"):
     vae = VAE.build((1, 8, 8), latent_dim=3, width=4)
     vae.noise.update(torch.full((2, 1, 8, 8), 0.2))
     var = vae.noise(torch.zeros(1, 3)).exp()
-    vae.predict_variance(var, 0.1 * var)
+    vae.predict_variance(var, 0.1 * var, network=network)
 
     return vae
 
@@ -174,8 +174,9 @@ def test_stage_2_starts_where_stage_1_ended():
     torch.testing.assert_close(before, after)
 
 
-def test_detached_variance_leaves_the_networks_gradients_as_in_stage_1():
-    vae = stage_2_model()
+@pytest.mark.parametrize("network", ["decoder", "head"])
+def test_detached_variance_leaves_the_networks_gradients_as_in_stage_1(network):
+    vae = stage_2_model(network)
     torch.nn.init.normal_(vae.noise.network.output.weight, std=0.5)
     x = torch.rand(5, 1, 8, 8)
     shared = [*vae.encoder.parameters(), *vae.decoder.parameters()]
@@ -195,8 +196,9 @@ def test_detached_variance_leaves_the_networks_gradients_as_in_stage_1():
     assert any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(joint, stage_1, strict=True))
 
 
-def test_detached_variance_trains_the_variance_as_the_joint_objective_does():
-    vae = stage_2_model()
+@pytest.mark.parametrize("network", ["decoder", "head"])
+def test_detached_variance_trains_the_variance_as_the_joint_objective_does(network):
+    vae = stage_2_model(network)
     x = torch.rand(5, 1, 8, 8)
     gradients = []
     for objective in (DetachedVarianceElbo(vae), Elbo(vae)):
@@ -253,8 +255,9 @@ def test_detached_variance_needs_a_predicted_variance():
         FrozenMeanElbo(VAE.build((4,), latent_dim=2))
 
 
-def test_a_frozen_mean_gives_the_variance_network_the_gradients_of_stopped_ones():
-    vae, x = stage_2_model(), torch.rand(4, 1, 8, 8)
+@pytest.mark.parametrize("network", ["decoder", "head"])
+def test_a_frozen_mean_gives_the_variance_network_the_gradients_of_stopped_ones(network):
+    vae, x = stage_2_model(network), torch.rand(4, 1, 8, 8)
     gradients = []
     for objective in (DetachedVarianceElbo(vae), FrozenMeanElbo(vae)):
         vae.zero_grad()

@@ -15,7 +15,7 @@ from equipoise.files import MANIFEST, StoreError, whole_file, write_json
 from equipoise.model import VAE, Scaling
 from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise
 from equipoise.records import JsonObject, ModelDescription, read_record
-from equipoise.residuals import ResidualQuantiles
+from equipoise.residuals import ErrorsByStd, ResidualQuantiles
 from equipoise.store import (
     load_mixture,
     load_model,
@@ -35,7 +35,8 @@ def noises():
     yield GlobalNoise("gradient")
     yield DimensionNoise((3, 8, 8), min_var=1e-5)
     yield DimensionNoise((3, 1, 1))
-    yield "predicted"
+    yield "decoder"
+    yield "head"
 
 
 @pytest.mark.parametrize(
@@ -45,9 +46,12 @@ def noises():
 def test_a_loaded_model_is_the_saved_one(tmp_path, noise, architecture):
     scaling = Scaling(torch.zeros(3, 1, 1), torch.full((3, 1, 1), 255.0), quantum=1 / 255)
     vae = VAE.build((3, 8, 8), latent_dim=2, width=4, architecture=architecture, scaling=scaling)
-    if noise == "predicted":
-        vae.predict_variance(torch.tensor(0.1), torch.tensor(0.05), calibration_shape=(3, 8, 8))
+    if noise in ("decoder", "head"):
+        vae.predict_variance(torch.tensor(0.1), torch.tensor(0.05), (3, 8, 8), noise)
         nn.init.normal_(vae.noise.network.output.weight)
+        errors = ErrorsByStd()
+        errors.update(torch.randn(500), torch.rand(500) + 0.1)
+        vae.noise.calibrate_std(errors)
         statistic = ResidualQuantiles()
         statistic.update(torch.randn(50, 3))
         vae.noise.calibrate_intervals(statistic)
@@ -69,6 +73,19 @@ def test_a_loaded_model_is_the_saved_one(tmp_path, noise, architecture):
             loaded.interval(loaded.scaling(raw), 0.9),
         )
     )
+
+
+def test_a_model_from_before_heads_and_maps_is_loaded(tmp_path):
+    """Its description does not speak of them."""
+    vae = VAE.build((6,), latent_dim=2, width=1).eval()
+    vae.predict_variance(torch.tensor(0.1), torch.tensor(0.1))
+    description = vae.description()
+    for name in ("reads_features", "map_points"):
+        del description["noise"]["arguments"][name]
+    write_tensors(tmp_path / "model.safetensors", "model", vae.state_dict(), description)
+    x = torch.randn(3, 6)
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert torch.equal(loaded.reconstruct(x).std, vae.reconstruct(x).std)
 
 
 def test_own_networks_are_saved_and_loaded(tmp_path):

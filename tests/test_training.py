@@ -430,6 +430,9 @@ def test_every_noise_model_trains(digits, options, kind):
         {"clip": 2.0, "weight_decay": 1e-3},
         {"architecture": "residual"},
         {"architecture": "mlp"},
+        {"stage_2_network": "head", "recalibrate": "monotone"},
+        {"stage_2_network": "head", "stage_2_gradients": "joint", "architecture": "mlp"},
+        {"stage_2_network": "head", "precision": "bf16-mixed"},
     ],
     ids=str,
 )
@@ -441,7 +444,9 @@ def test_options_of_the_loop(digits, options):
 
 @pytest.mark.parametrize("architecture", ["mlp", "conv", "residual"])
 @pytest.mark.parametrize(
-    "options", [{"weight_decay": 0.1}, {"ema_decay": 0.7, "clip": 0.0}], ids=str
+    "options",
+    [{"weight_decay": 0.1, "stage_2_network": "head"}, {"ema_decay": 0.7, "clip": 0.0}],
+    ids=str,
 )
 def test_a_frozen_mean_is_the_same_to_the_bit(digits, architecture, options):
     """Neither decay nor averages of weights move what stands still, over several epochs."""
@@ -566,6 +571,40 @@ def test_recalibration_by_coverage(digits):
         assert (validation <= factor).float().mean() == pytest.approx(nominal, abs=2e-3)
         assert (test <= factor).float().mean() == pytest.approx(nominal, abs=0.02)
     assert (test <= 1).float().mean() == pytest.approx(0.683, abs=0.02)
+
+
+def test_recalibration_by_a_monotone_map(digits):
+    """Off the bounds, the root mean squared error is the std, for small std and for large ones."""
+    config = replace(QUICK, width=16, learning_rate=5e-3, stage_1_epochs=8, floor="quantisation")
+    config = replace(config, stage_2_network="head", stage_2_gradients="frozen", stage_2_epochs=6)
+    varying = varying_dimensions(torch.from_numpy(digits.train[:]))
+    recorder = Recorder()
+    figures = []
+    for option in ("none", "monotone"):
+        model, _ = fit(digits, replace(config, recalibrate=option), sinks=[recorder])
+        x = model.scaling(torch.from_numpy(digits.test[:]))
+        with torch.no_grad():
+            seen = model.reconstruct(x)
+        counts = varying & model.off_bounds(x, seen.mean)
+        std, error = seen.std[counts], (x - seen.mean)[counts]
+        quarters = std.argsort().tensor_split(4)
+        ratios = [float(error[q].square().mean().sqrt() / std[q].mean()) for q in quarters]
+        figures.append(max(abs(ratio - 1) for ratio in ratios))
+        figures.append(std.argsort(stable=True))
+    assert figures[2] < min(0.15, figures[0])
+    assert torch.equal(figures[1], figures[3])  # the order of the std stays
+    assert any("Recalibrated the predicted std on 162 held" in text for text in recorder.messages)
+
+
+def test_a_head_on_networks_of_ones_own_is_a_second_decoder_and_said_to_be(digits):
+    recorder = Recorder()
+    config = replace(QUICK, stage_1_epochs=1, stage_2_epochs=1, stage_2_network="head")
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
+    decoder = nn.Sequential(nn.Linear(4, 64), nn.Unflatten(1, (1, 8, 8)))
+    model = make_model(digits, config, encoder, decoder)
+    Trainer(model, digits, config, sinks=[recorder]).fit()
+    assert not model.noise.reads_features
+    assert any("by a second decoder" in text for text in recorder.messages)
 
 
 def test_a_trained_model_takes_stage_2_only(digits):

@@ -1,16 +1,19 @@
 """What ends a stage of Algorithm 1: the exact closed form (10), and recalibration."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from equipoise.estimate import Estimate
-from equipoise.gaussian import LOG_2PI
+from equipoise.gaussian import LOG_2PI, Gaussian
 from equipoise.model import VAE
+from equipoise.noise import MIN_VAR
 from equipoise.residuals import (
     AllReduce,
+    ErrorsByStd,
     ResidualQuantiles,
     ResidualVariance,
     StandardisedVariance,
@@ -197,13 +200,13 @@ def recalibrate(
     generator: torch.Generator,
     all_reduce: AllReduce,
 ) -> list[str]:
-    """Rescale the predicted std on held-out data as asked for, and calibrate the intervals.
+    """Calibrate the predicted std on held-out data as asked for, and then the intervals.
 
     Args:
         model: The model, whose noise is changed.
         held_out: Data that the model was not trained on.
         varying: True for the dimensions that vary, of one example's shape. The intervals are
-            calibrated on these.
+            calibrated on these, and a monotone map on their values off the bounds.
         option: Option ``recalibrate``.
         generator: Source of one sample of z per example.
         all_reduce: Sums over processes.
@@ -220,6 +223,17 @@ def recalibrate(
             statistic.update(terms.residual * torch.exp(-0.5 * terms.log_var))
         statistic.all_reduce(all_reduce)
         noise.recalibrate(statistic)
+
+    if option == "monotone":
+        noise.forget_calibration()
+        errors = _errors_by_std(model, held_out, varying, all_reduce)
+        if not errors.count:
+            return [
+                "The predicted std are not recalibrated: no held-out value that varies lies off "
+                "the bounds of the data."
+            ]
+        quantum = model.scaling.quantum
+        noise.calibrate_std(errors, MIN_VAR if quantum is None else quantum**2 / 12)
 
     messages = []
     if varying.any():
@@ -240,18 +254,34 @@ def recalibrate(
 def _standardised_residuals(
     model: VAE, held_out: SplitPass, varying: Tensor, all_reduce: AllReduce
 ) -> ResidualQuantiles:
-    """Collect the residuals of reconstructions, which std and intervals are shown beside.
-
-    Reconstructions decode the posterior mean, and not a sample of z.
-    """
+    """Collect the residuals of the dimensions that vary, in predicted std."""
     quantiles = ResidualQuantiles().to(held_out.device)
-
-    model.eval()
-    for x in held_out.epoch():
-        reconstruction = model.reconstruct(x)
+    for x, reconstruction in _reconstructions(model, held_out):
         standardised = (x - reconstruction.mean) / reconstruction.std
         quantiles.update(standardised[:, varying])
-    model.train()
 
     quantiles.all_reduce(all_reduce)
     return quantiles
+
+
+@torch.no_grad()
+def _errors_by_std(
+    model: VAE, held_out: SplitPass, varying: Tensor, all_reduce: AllReduce
+) -> ErrorsByStd:
+    """Collect the residuals of the dimensions that vary, where they are off the bounds."""
+    errors = ErrorsByStd().to(held_out.device)
+    for x, reconstruction in _reconstructions(model, held_out):
+        counts = varying & model.off_bounds(x, reconstruction.mean)
+        std = reconstruction.std.expand_as(x)
+        errors.update((x - reconstruction.mean)[counts], std[counts])
+
+    errors.all_reduce(all_reduce)
+    return errors
+
+
+def _reconstructions(model: VAE, held_out: SplitPass) -> Iterator[tuple[Tensor, Gaussian]]:
+    """Reconstruct a split, as std and intervals are shown: of posterior means, not samples of z."""
+    model.eval()
+    for x in held_out.epoch():
+        yield x, model.reconstruct(x)
+    model.train()
