@@ -71,6 +71,22 @@ class Levels(NamedTuple):
         """
         return x > self.high - self.quantum / 2
 
+    def agree_on_bound(self, x: Tensor, mean: Tensor) -> Tensor:
+        """Tell where a datum and its mean are on the same bound: a black background decoded black.
+
+        They agree whatever the std is, and say nothing of it.
+
+        Args:
+            x: Data, any shape.
+            mean: Means of p(x|z), of the same shape.
+
+        Returns:
+            True where they are; nowhere if there are no bounds.
+        """
+        both_lowest = self.is_lowest(x) & self.is_lowest(mean)
+        both_highest = self.is_highest(x) & self.is_highest(mean)
+        return both_lowest | both_highest
+
 
 class DigitalGaussian(NamedTuple):
     r"""A batch of Gaussians that are rounded to levels, as mean and log-variance before rounding.

@@ -23,7 +23,7 @@ from equipoise.aggregate import GaussianMixture
 from equipoise.config import EARLIER_VALUES, TrainConfig, make_config
 from equipoise.correlation import AnyGaussian
 from equipoise.data import load, load_examples
-from equipoise.data.arrays import MIN_EXAMPLES
+from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
 from equipoise.data.dataset import Array
 from equipoise.files import StoreError
 from equipoise.gaussian import RowGenerators
@@ -538,10 +538,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         With ``reset`` the shape is stored. Otherwise it must be the one that is stored.
         """
+        refuse_hidden(x)
         if isinstance(x, Tensor):
-            if x.is_floating_point():
-                x = x.float()
-            x = x.detach().cpu().numpy()
+            x = as_array(x)
 
         shape: tuple[int, ...] = x.shape if hasattr(x, "shape") else np.asarray(x).shape
         has_images = len(shape) > 2

@@ -11,7 +11,7 @@ from statistics import NormalDist
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.catalogue import ARCHITECTURES
@@ -364,30 +364,6 @@ class VAE(nn.Module):
         """
         mean, context = self.mean_and_context(z)
         return self.noise.likelihood(mean, context)
-
-    def off_bounds(
-        self, x: Float[Tensor, "batch *event"], mean: Float[Tensor, "batch *event"]
-    ) -> Bool[Tensor, "batch *event"]:
-        r"""Tell the values that can show how large an error is.
-
-        A mean and a datum that both sit on the same bound of digital data agree without an error,
-        whatever the std: a black background predicted black. Std are calibrated and judged on the
-        other values.
-
-        Args:
-            x: Data in model units, (B, \*).
-            mean: Means of p(x|z), (B, \*).
-
-        Returns:
-            False where both are on one bound, to half a quantum; True elsewhere, and everywhere if
-            the data are not digital.
-        """
-        if self.scaling.quantum is None or self.mean_bounds is None:
-            return torch.ones_like(x, dtype=torch.bool)
-
-        low, high = self.mean_bounds
-        margin = self.scaling.quantum / 2
-        return (torch.maximum(x, mean) >= low + margin) & (torch.minimum(x, mean) <= high - margin)
 
     def reconstruct(self, x: Float[Tensor, "batch *event"]) -> AnyGaussian:
         r"""Decode the mean of q(z|x).

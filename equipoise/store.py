@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -121,11 +122,8 @@ def read_tensors(path: Path, kind: str, record: type[T]) -> tuple[dict[str, Tens
     if metadata["kind"] != kind:
         raise StoreError(f"{path} holds a {metadata['kind'][:100]}, not a {kind}.")
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise StoreError(f"{path} is damaged or not a safetensors file ({error}).") from error
+    with _open(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     if metadata["sha256"] != _checksum(kind, metadata["description"], tensors):
         raise StoreError(f"{path} was altered after it was written: its checksum differs.")
@@ -176,11 +174,8 @@ def _read_metadata(path: Path) -> Metadata:
         what = "is not a regular file" if os.path.lexists(path) else "does not exist"
         raise StoreError(f"There is no {path} to read: it {what}.")
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise StoreError(f"{path} is damaged or not a safetensors file ({error}).") from error
+    with _open(path) as file:
+        metadata = file.metadata() or {}
 
     if METADATA_KEY not in metadata:
         raise StoreError(
@@ -189,6 +184,22 @@ def _read_metadata(path: Path) -> Metadata:
     record = decode_record(metadata[METADATA_KEY], Metadata, f"{path}, metadata")
     check_format(record["format"], str(path))
     return record
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """Open a file of tensors.
+
+    What the system refuses, such as a permission or one more open file, is no damage: it passes as
+    an OSError.
+    """
+    # Because safetensors says of any file that the system does not open that it does not exist.
+    path.open("rb").close()
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise StoreError(f"{path} is damaged or not a safetensors file ({error}).") from error
 
 
 def _checksum(kind: str, description: str, tensors: dict[str, Tensor]) -> str:

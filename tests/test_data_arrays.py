@@ -6,9 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from equipoise.data import Data, Subset, load, split
 from equipoise.data import arrays as arrays_module
@@ -303,6 +305,16 @@ def test_items_are_fetched_once():
     assert fetched == list(range(50))
 
 
+@pytest.mark.parametrize("first", [TABLE[0].astype(int), TABLE[0].astype(np.float16)])
+def test_items_are_not_cut_off_to_fit_the_first(first):
+    items = [first, *TABLE[1:]]
+    assert np.array_equal(everything(load(Items(items))), everything(load(np.array(items))))
+
+
+def test_a_masked_array_without_masked_values_is_an_array():
+    assert np.array_equal(everything(load(np.ma.array(TABLE))), everything(load(TABLE)))
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -312,6 +324,13 @@ def test_items_are_fetched_once():
         (iter(TABLE), "expected an array"),
         (7, "expected an array"),
         ([[1.0], [1.0, 2.0]], "inhomogeneous"),
+        ({"a": TABLE, "b": TABLE}, "dictionary with the keys a, b; give one"),
+        (np.ma.masked_greater(TABLE, 1), "masked array"),
+        (Items([np.ma.masked_greater(row, 1) for row in TABLE]), "masked array"),
+        (scipy.sparse.csr_array(TABLE), r"toarray\(\)"),
+        (torch.from_numpy(TABLE).to_sparse(), "does not become an array"),
+        (torch.zeros(20, 3, device="meta"), "does not become an array"),
+        (Items([Image.fromarray(image).convert("P") for image in GREY]), "palette"),
     ],
 )
 def test_unusable_objects_are_refused(source, message):

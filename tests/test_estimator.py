@@ -221,6 +221,13 @@ def test_what_cannot_be_asked_for_is_refused(table):
         vae.inverse_transform(np.zeros((4, 3)))
 
 
+def test_masked_values_are_not_taken_as_they_are(table):
+    masked = np.ma.masked_greater(table, table.mean())
+    for x in (masked, masked[:, :, None]):
+        with pytest.raises(ValueError, match="masked array"):
+            VAEEstimator(**QUICK).fit(x)
+
+
 def test_a_model_that_ignores_its_codes_is_warned_of(table):
     with pytest.warns(
         ConvergenceWarning, match="noise variance 50 is at or above the data's variance"

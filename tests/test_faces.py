@@ -134,6 +134,12 @@ def test_too_little_memory_says_what_to_lower(error, monkeypatch, capsys):
     assert "out of memory; lower batch_size, width or image_size" in told
 
 
+def test_a_file_for_which_there_is_no_memory_is_no_bug(monkeypatch, capsys):
+    error = RuntimeError("unable to mmap 300080 bytes from file <m>: Cannot allocate memory (12)")
+    code, told = ended(monkeypatch, capsys, raising(error), command="sample")
+    assert (code, told) == (1, "equipoise: out of memory; lower -n\n")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [

@@ -163,6 +163,23 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage):
         load_model(file)
 
 
+def test_what_the_system_refuses_is_not_called_damage(tmp_path):
+    resource = pytest.importorskip("resource")
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"step": torch.tensor(step)})
+    newest = tmp_path / "step-000000002.safetensors"
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            read_tensors(newest, "checkpoint", JsonObject)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert load_checkpoint(tmp_path).path == newest
+
+
 def test_mixture_round_trip(tmp_path):
     mixture = GaussianMixture(
         torch.tensor([0.25, 0.75], dtype=torch.float64),

@@ -15,7 +15,12 @@ TO_SAVE_MEMORY = {
     "paper": "lower --jobs, or take a smaller --budget",
 }
 """What to change in a command that has run out of memory."""
-OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
+OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "not enough memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+)
 """Parts of torch's messages about memory, which have no class of their own on the CPU."""
 
 

@@ -188,16 +188,47 @@ def as_array(values: object) -> Array:
 
     Returns:
         The array.
-    """
-    if not hasattr(values, "detach"):
-        return np.asarray(values)
 
-    # An object with the method detach is a tensor. This test does not import torch.
-    tensor = values.detach().cpu()
-    if tensor.is_floating_point():
-        # NumPy has no bfloat16, and all floating-point values are read as float32 anyway.
-        tensor = tensor.float()
-    return np.asarray(tensor.numpy())
+    Raises:
+        ValueError: If it would become an array of other values than it stands for, or no array.
+    """
+    refuse_hidden(values)
+    try:
+        if not hasattr(values, "detach"):
+            return np.asarray(values)
+
+        # An object with the method detach is a tensor. This test does not import torch.
+        tensor = values.detach().cpu()
+        if tensor.is_floating_point():
+            # NumPy has no bfloat16, and all floating-point values are read as float32 anyway.
+            tensor = tensor.float()
+        return np.asarray(tensor.numpy())
+    except (NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"an object of type {type(values).__name__} does not become an array ({error}); give a "
+            "dense array or tensor of numbers"
+        ) from error
+
+
+def refuse_hidden(values: object) -> None:
+    """Refuse what NumPy would take for other values than it stands for.
+
+    Args:
+        values: An array, a picture or anything else.
+
+    Raises:
+        ValueError: If it is a masked array with masked values, a sparse matrix, or a picture of
+            indices into a palette.
+    """
+    if np.ma.is_masked(values):
+        raise ValueError(
+            "a masked array, whose masked values would be taken as they are: leave those examples "
+            "out, or give the values in their place by filled()"
+        )
+    if hasattr(values, "toarray"):
+        raise ValueError("a sparse matrix; give what its method toarray() returns")
+    if getattr(values, "palette", None) is not None:
+        raise ValueError("a picture of indices into a palette; give what convert('RGB') returns")
 
 
 def examples(values: Array, source: str) -> Array:

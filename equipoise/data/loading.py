@@ -2,13 +2,21 @@
 
 import difflib
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from equipoise.data.arrays import MIN_EXAMPLES, Found, Part, as_array, prepare
+from equipoise.data.arrays import (
+    MIN_EXAMPLES,
+    Found,
+    Part,
+    as_array,
+    prepare,
+    refuse_hidden,
+)
 from equipoise.data.cache import default_cache_dir
 from equipoise.data.dataset import MAX_VALIDATION, Array, Channels, Data, Subset
 from equipoise.data.encoded import ImageReader, Progress, list_images
@@ -562,6 +570,10 @@ def _as_array(source: object) -> Array:
     if is_sequence or hasattr(source, "detach") or hasattr(source, "__array__"):
         return as_array(source)
 
+    if isinstance(source, Mapping):
+        keys = _listed([str(key) for key in source])
+        raise ValueError(f"a dictionary with the keys {keys}; give one of its arrays")
+    refuse_hidden(source)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         return _collect(source)
     raise ValueError(
@@ -586,6 +598,10 @@ def _collect(dataset: Any) -> Array:  # noqa: ANN401
             raise ValueError(
                 f"item {index} of the data set has the shape {example.shape}, item 0 {first.shape}"
             )
+
+        if example.dtype != collected.dtype:
+            # As for a list of all items, so that nothing is cut off to fit the first one.
+            collected = collected.astype(np.promote_types(example.dtype, collected.dtype))
         collected[index] = example
 
     return collected

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from equipoise.data.varying import varying_dimensions as varying_dimensions
-from equipoise.digital import DigitalGaussian, Levels
+from equipoise.digital import DigitalGaussian
 from equipoise.estimate import Estimate, jackknife
 from equipoise.model import VAE
 
@@ -299,7 +299,7 @@ def noise_calibration(
             parts = [part[:, varies] for part in parts]
             of_varying.update(*parts)
             if levels is not None and has_bounds:
-                parts[2] = ~_on_bound(data, mean, levels)[:, varies]
+                parts[2] = ~levels.agree_on_bound(data, mean)[:, varies]
                 off_bounds.update(*parts)
 
     all_figures = of_all.calibration()
@@ -312,13 +312,6 @@ def noise_calibration(
     share = off_bounds.n_values / of_varying.n_values
     judged_off_bounds = off_bounds.calibration() if share else None
     return figures._replace(off_bounds=judged_off_bounds, off_bounds_share=share)
-
-
-def _on_bound(x: Tensor, mean: Tensor, levels: Levels) -> Tensor:
-    """Tell the values whose datum and mean are on the same bound of the scale."""
-    both_lowest = levels.is_lowest(x) & levels.is_lowest(mean)
-    both_highest = levels.is_highest(x) & levels.is_highest(mean)
-    return both_lowest | both_highest
 
 
 def _blocks(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from equipoise.correlation import AnyGaussian
 from equipoise.estimate import Estimate
-from equipoise.gaussian import LOG_2PI, Gaussian
+from equipoise.gaussian import LOG_2PI
 from equipoise.model import VAE
 from equipoise.noise import MIN_VAR
 from equipoise.residuals import (
@@ -271,7 +272,9 @@ def _errors_by_std(
     """Collect the residuals of the dimensions that vary, where they are off the bounds."""
     errors = ErrorsByStd().to(held_out.device)
     for x, reconstruction in _reconstructions(model, held_out):
-        counts = varying & model.off_bounds(x, reconstruction.mean)
+        counts = varying.expand_as(x)
+        if model.levels is not None:
+            counts = counts & ~model.levels.agree_on_bound(x, reconstruction.mean)
         std = reconstruction.std.expand_as(x)
         errors.update((x - reconstruction.mean)[counts], std[counts])
 
@@ -279,7 +282,7 @@ def _errors_by_std(
     return errors
 
 
-def _reconstructions(model: VAE, held_out: SplitPass) -> Iterator[tuple[Tensor, Gaussian]]:
+def _reconstructions(model: VAE, held_out: SplitPass) -> Iterator[tuple[Tensor, AnyGaussian]]:
     """Reconstruct a split, as std and intervals are shown: of posterior means, not samples of z."""
     model.eval()
     for x in held_out.epoch():
