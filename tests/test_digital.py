@@ -233,3 +233,11 @@ def test_processes_that_share_a_batch_draw_the_same_transforms():
         mine = DigitalGaussian(x[rank::2], digital.log_var, GREY)
         shared = SharedGenerator(torch.Generator().manual_seed(3), 5, rank, 2)
         torch.testing.assert_close(mine.pit(x[rank::2], shared), whole[rank::2])
+
+
+def test_agreement_on_a_bound_says_nothing_of_the_std():
+    x = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.5, 0.0]])
+    mean = torch.tensor([[0.0, 0.01, 1.0], [0.001, 0.5, 0.001]])
+    agree = Levels(1 / 255).agree_on_bound(x, mean)
+    assert agree.tolist() == [[True, False, True], [False, False, True]]
+    assert not Levels(1 / 255, -math.inf, math.inf).agree_on_bound(x, mean).any()

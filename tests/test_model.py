@@ -128,15 +128,6 @@ def test_an_own_decoder_gets_a_variance_network_too():
         vae.predict_variance(torch.tensor(0.1), torch.tensor(0.1), network="head")
 
 
-def test_off_the_bounds_is_what_can_show_an_error():
-    pixels = Scaling(torch.tensor(0.0), torch.tensor(255.0), quantum=1 / 255)
-    vae = VAE.build((3,), 1, width=1, scaling=pixels, mean_bounds=(0.0, 1.0))
-    x = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.5, 0.0]])
-    mean = torch.tensor([[0.0, 0.01, 1.0], [0.001, 0.5, 0.001]])
-    assert vae.off_bounds(x, mean).tolist() == [[False, True, False], [True, True, False]]
-    assert VAE.build((3,), 1, width=1).off_bounds(x, mean).all()  # columns have no bounds
-
-
 def test_scaling_round_trip():
     offset, scale = torch.tensor([5.0, -2.0]), torch.tensor([10.0, 0.1])
     raw = torch.randn(7, 2) * scale + offset

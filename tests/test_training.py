@@ -585,7 +585,7 @@ def test_recalibration_by_a_monotone_map(digits):
         x = model.scaling(torch.from_numpy(digits.test[:]))
         with torch.no_grad():
             seen = model.reconstruct(x)
-        counts = varying & model.off_bounds(x, seen.mean)
+        counts = varying & ~model.levels.agree_on_bound(x, seen.mean)
         std, error = seen.std[counts], (x - seen.mean)[counts]
         quarters = std.argsort().tensor_split(4)
         ratios = [float(error[q].square().mean().sqrt() / std[q].mean()) for q in quarters]
