@@ -52,6 +52,7 @@ bench data_dir:
     python benchmarks/training_loop.py --data-dir {{data_dir}}
     python benchmarks/stage_two.py mnist --data-dir {{data_dir}}
     python benchmarks/stage_two.py fashion-mnist --data-dir {{data_dir}}
+    python benchmarks/correlated_noise.py --data-dir {{data_dir}}
 
 # The benchmarks against pythae, in the environment that benchmarks/peers.py describes
 bench-peers data_dir:
