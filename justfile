@@ -55,6 +55,7 @@ bench data_dir:
     python benchmarks/one_class_tables.py
     python benchmarks/noise_updates.py --data-dir {{data_dir}}
     python benchmarks/held_out_variance.py --data-dir {{data_dir}}
+    python benchmarks/correlated_noise.py --data-dir {{data_dir}}
 
 # The benchmarks against pythae, in the environment that benchmarks/peers.py describes
 bench-peers data_dir:

@@ -51,6 +51,20 @@ class NoiseRecord(TypedDict):
     arguments: dict[str, Any]
 
 
+class CorrelationRecord(TypedDict):
+    """The correlation of a noise model: its form, and the shapes from which it is built."""
+
+    form: Name
+    arguments: dict[str, Shape]
+
+
+class CorrelatedNoiseArguments(TypedDict):
+    """The arguments of ``CorrelatedNoise``."""
+
+    marginal: NoiseRecord
+    correlation: CorrelationRecord
+
+
 class LoadArguments(TypedDict):
     """Arguments of ``data.load``, by which the data of a run are found again."""
 

@@ -13,7 +13,14 @@ from equipoise.glossary import format_figure, leaves, measure, term, title
 from equipoise.hub import PREFIX, RUN_FILES, check_name, publish
 from equipoise.markdown import code, plain
 from equipoise.noise import NoiseModel, noise_class
-from equipoise.records import JsonObject, ModelDescription, read_record
+from equipoise.records import (
+    CorrelatedNoiseArguments,
+    JsonObject,
+    ModelDescription,
+    NoiseRecord,
+    check_record,
+    read_record,
+)
 from equipoise.run import Run
 from equipoise.store import read_tensors
 
@@ -155,7 +162,7 @@ def _summary(settings: dict[str, Any], description: ModelDescription, n_componen
     of_equipoise, of_torch = plain(versions["equipoise"]), plain(versions["torch"])
     return f"""\
 A variational autoencoder of {shape} {kind}, trained on {code(data["name"])} with \
-equipoise. {_noise_summary(description["noise"]["kind"])}; new codes are drawn from \
+equipoise. {_noise_summary(description["noise"])}; new codes are drawn from \
 a mixture of {n_components} Gaussians, fitted to the aggregate posterior. \
 Method: Lin, Roberts, Trigoni and Clark \
 (2019), *Balancing Reconstruction Quality and Regularisation in ELBO for VAEs*, \
@@ -173,12 +180,18 @@ All options are in `config.json`, the course of the training in `metrics.jsonl`.
 """
 
 
-def _noise_summary(kind: str) -> str:
+def _noise_summary(noise: NoiseRecord) -> str:
     """Say what a noise model is; a general sentence where its class is not at hand."""
     try:
-        return noise_class(kind).summary
+        summary = noise_class(noise["kind"]).summary
     except ValueError:
         return NoiseModel.summary
+
+    if noise["kind"] != "CorrelatedNoise":
+        return summary
+    arguments: Any = noise["arguments"]
+    parts = check_record(arguments, CorrelatedNoiseArguments, "the noise model")
+    return f"{_noise_summary(parts['marginal'])}. {summary}"
 
 
 def _usage(name: str, description: ModelDescription) -> str:

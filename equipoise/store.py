@@ -30,6 +30,7 @@ from equipoise.networks import build_decoder, build_encoder
 from equipoise.noise import GlobalNoise, build_noise
 from equipoise.records import (
     FORMAT,
+    CorrelatedNoiseArguments,
     CorrelationFitRecord,
     Digest,
     FlowDescription,
@@ -37,6 +38,7 @@ from equipoise.records import (
     ModelDescription,
     Name,
     check_format,
+    check_record,
     decode_record,
 )
 
@@ -371,6 +373,10 @@ def _check_sizes(description: ModelDescription, tensors: dict[str, Tensor], what
 
     Nothing is allocated for that: the networks are built as shapes alone.
     """
+    if description["noise"]["kind"] == CorrelatedNoise.__name__:
+        parts: Any = description["noise"]["arguments"]
+        check_record(parts, CorrelatedNoiseArguments, f"{what}: noise")
+
     n_values = sum(tensor.numel() for tensor in tensors.values())
     arguments = list(_leaves(description["noise"]["arguments"]))
     shapes = [description["offset_shape"], description["scale_shape"], *arguments]

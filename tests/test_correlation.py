@@ -11,6 +11,7 @@ from scipy import fft, stats
 from torch import nn
 
 import equipoise
+from equipoise.anonymity import without_paths
 from equipoise.cli import main
 from equipoise.config import ConfigError
 from equipoise.correlated_noise import CorrelatedNoise, marginal_of
@@ -35,6 +36,7 @@ from equipoise.objectives import Elbo, importance_weighted_bound
 from equipoise.outputs import write_samples
 from equipoise.records import ModelDescription
 from equipoise.residuals import ResidualCovariance
+from equipoise.sharing import model_card
 from equipoise.store import (
     load_model,
     read_codes_digest,
@@ -401,7 +403,7 @@ def change(description, **arguments):
         ({"axes_shape": [10**6, 10**6]}, "larger than all that the file holds"),
         ({"axes_shape": [9, 9]}, "are not those"),
         ({"shape": [3], "axes_shape": [3, 3]}, "another shape than its examples"),
-        ({"axes_shape": "none"}, "cannot be loaded"),
+        ({"axes_shape": "none"}, "damaged or altered"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(arguments, message):
@@ -409,6 +411,29 @@ def test_a_description_that_does_not_fit_is_refused(arguments, message):
     description = change(model.description(), **arguments)
     with pytest.raises(StoreError, match=message):
         restore_model(description, model.state_dict())
+
+
+def test_a_noise_model_without_its_parts_is_refused():
+    model = correlated((4,), forms((4,))[0])
+    for part in ("marginal", "correlation"):
+        description = model.description()
+        del description["noise"]["arguments"][part]
+        with pytest.raises(StoreError, match=part):
+            restore_model(description, model.state_dict())
+
+    description = model.description()
+    arguments = description["noise"]["arguments"]
+    arguments["marginal"] = {"kind": "CorrelatedNoise", "arguments": dict(arguments)}
+    with pytest.raises(StoreError, match="correlated already"):
+        restore_model(description, model.state_dict())
+
+
+def test_the_card_of_a_published_run_names_both_parts_of_the_noise(digits, tmp_path):
+    run = equipoise.train(digits, replace(CONFIG, noise_correlation="full"), tmp_path / "run")
+    description = read_tensors(run.model_file, "model", ModelDescription)[1]
+    assert without_paths(description) == description  # it can be published
+    card = model_card(run, "someone/digits")
+    assert PredictedNoise.summary + ". " + CorrelatedNoise.summary in " ".join(card.split())
 
 
 def test_descriptions_of_bands_are_checked():

@@ -135,6 +135,21 @@ def test_the_comparison_in_the_summary_is_that_of_the_json():
         assert rows_of(SUMMARY, TITLES[method]) == [[TITLES[method], *cells]]
 
 
+@pytest.mark.parametrize(("name", "title"), [("mnist", "MNIST"), ("celeba", "CelebA")])
+def test_the_gain_by_correlation_in_the_guide_is_that_of_the_json(name, title):
+    guide = (ROOT / "docs" / "guides" / "kinds-of-noise.md").read_text(encoding="utf-8")
+    for row, figures in read_json("benchmark-correlated-noise")[name]["rows"].items():
+        log_likelihood, elbo, bits = (
+            figures[key] for key in ("log_likelihood", "elbo", "bits_per_dim_first_200")
+        )
+        expected = [
+            *(f"{e['value']:.0f} ± {e['standard_error']:.0f}" for e in (log_likelihood, elbo)),
+            f"{bits['value']:.2f} ± {bits['standard_error']:.2f}",
+        ]
+        if not row.endswith("auto"):
+            assert rows_of(guide, f"{title}, {row}") == [[f"{title}, {row}", *expected]]
+
+
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "mnist-2d", "celeba"])
 def test_the_main_job_in_the_summary_is_that_of_the_json(name):
     content = read_json(f"main-job-{name}")
