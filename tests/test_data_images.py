@@ -234,6 +234,33 @@ def test_strict_refuses_what_only_decoding_finds(folder):
     assert len(everything(load(folder))) == 23
 
 
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "denied"), MemoryError()])
+@pytest.mark.parametrize("step", ["read_header", "decode"])
+def test_what_the_system_refuses_is_tried_again_the_next_time(folder, monkeypatch, error, step):
+    work = getattr(encoded, step)
+
+    def refuse(file, *arguments, **options):
+        if file.name == "003.png":
+            raise error
+        return work(file, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoded, step, refuse)
+        data = load(folder)
+        assert len(everything(data)) == 23
+        assert "unreadable files skipped: 1 (003.png" in data.notes[0]
+    assert len(everything(load(folder))) == 24
+
+
+def test_no_image_is_left_out_because_other_files_are_open(folder, monkeypatch):
+    def refuse(file, *arguments, **options):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(encoded, "decode", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        load(folder)
+
+
 def test_a_header_that_lies_about_the_size_is_skipped(folder, monkeypatch):
     def lie(file, limits):
         header = encoded_read_header(file, limits)

@@ -156,6 +156,16 @@ def write_part(
     return Part(values, summary, about["notes"])
 
 
+def forget_part(folder: Path, key: str) -> None:
+    """Let a part be written anew the next time. Its values can be read as long as they are open.
+
+    Args:
+        folder: Folder of the cache.
+        key: Key of the part.
+    """
+    (folder / f"{key}.json").unlink(missing_ok=True)
+
+
 @contextmanager
 def _advice(folder: Path) -> Iterator[None]:
     """Add advice to the error of a cache that cannot be written."""

@@ -1,5 +1,6 @@
 """Many encoded images, in files or in a table, which threads decode into the cache."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -16,7 +17,13 @@ from typing import NamedTuple, TypeAlias, TypeVar
 from PIL import UnidentifiedImageError
 
 from equipoise.data.arrays import Part
-from equipoise.data.cache import default_cache_dir, one_writer, read_part, write_part
+from equipoise.data.cache import (
+    default_cache_dir,
+    forget_part,
+    one_writer,
+    read_part,
+    write_part,
+)
 from equipoise.data.dataset import Array, Channels
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, is_special
 from equipoise.data.images import Header, decode, make_plan, plan_notes, read_header
@@ -36,6 +43,9 @@ LONGEST_ENTRY = 300
 
 IN_FLIGHT = 1024
 """Number of images that are submitted to the threads at a time."""
+
+NO_HANDLES = (errno.EMFILE, errno.ENFILE)
+"""The system's errors if a program has too many open files. They are no fault of an image."""
 
 Progress: TypeAlias = Callable[[int, int], None]
 T = TypeVar("T")
@@ -268,13 +278,16 @@ class ImageReader:
 
     def _decode(self, images: Encoded, key: str) -> Part:
         skipped: list[str] = []
+        passing: list[str] = []
 
         with ThreadPoolExecutor() as pool:
             readable = array("q")  # a list would take four times as much memory
             headers: Counter[Header] = Counter()
             all_indices = range(images.count)
             header_of = partial(read_header, limits=self.limits)
-            for index, header in self._each(pool, images, all_indices, header_of, skipped, 0):
+            for index, header in self._each(
+                pool, images, all_indices, header_of, skipped, passing, 0
+            ):
                 readable.append(index)
                 headers[header] += 1
 
@@ -285,7 +298,9 @@ class ImageReader:
             def rows() -> Iterator[Array]:
                 n_done = 2 * images.count - len(readable)
                 to_pixels = partial(decode, plan=plan, limits=self.limits)
-                for _, pixels in self._each(pool, images, readable, to_pixels, skipped, n_done):
+                for _, pixels in self._each(
+                    pool, images, readable, to_pixels, skipped, passing, n_done
+                ):
                     yield pixels
 
                 if len(skipped) == images.count:
@@ -297,7 +312,11 @@ class ImageReader:
                     return effects
                 return (f"unreadable files skipped: {len(skipped)} ({_first(skipped)})", *effects)
 
-            return write_part(self.cache_dir, key, rows(), plan.shape, notes)
+            part = write_part(self.cache_dir, key, rows(), plan.shape, notes)
+            if passing:
+                # The images themselves may be whole, and readable the next time.
+                forget_part(self.cache_dir, key)
+            return part
 
     def _each(
         self,
@@ -306,12 +325,14 @@ class ImageReader:
         indices: Sequence[int],
         function: Callable[[Path | BytesIO], T],
         skipped: list[str],
+        passing: list[str],
         n_done: int,
     ) -> Iterator[tuple[int, T]]:
         """Apply a function to images in threads and yield the results in order.
 
-        Images for which the function fails are appended to ``skipped``, with the reason. Reports
-        of progress start after ``n_done``. Only ``IN_FLIGHT`` images are processed at a time.
+        Images for which the function fails are appended to ``skipped``, with the reason, and also
+        to ``passing`` if the reason is the system's. Reports of progress start after ``n_done``.
+        Only ``IN_FLIGHT`` images are processed at a time.
         """
 
         def attempt(index: int) -> T | Exception:
@@ -326,7 +347,11 @@ class ImageReader:
                 if not isinstance(result, Exception):
                     yield index, result
                 else:
+                    if getattr(result, "errno", None) in NO_HANDLES:
+                        raise result
                     skipped.append(f"{images.name(index)}: {_reason(result)}")
+                    if _is_of_system(result):
+                        passing.append(skipped[-1])
                     if self.strict:
                         raise ValueError(f"{images.source}: cannot read {skipped[-1]}") from result
 
@@ -337,6 +362,11 @@ class ImageReader:
 
 def _no_readable_image(images: Encoded, skipped: list[str]) -> ValueError:
     return ValueError(f"{images.source}: none of the images can be read: {_first(skipped)}")
+
+
+def _is_of_system(error: Exception) -> bool:
+    """Tell whether the system has refused to read an image, which may itself be whole."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
 
 
 def _reason(error: Exception) -> str:
