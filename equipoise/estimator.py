@@ -25,11 +25,16 @@ from equipoise.correlation import AnyGaussian
 from equipoise.data import load, load_examples
 from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
 from equipoise.data.dataset import Array
+from equipoise.estimate import Estimate
 from equipoise.files import StoreError
-from equipoise.gaussian import RowGenerators
+from equipoise.gaussian import RowGenerators, standard_normal_log_prob
 from equipoise.model import VAE, encode_all
 from equipoise.noise_fit import choose_form, fit_correlation
-from equipoise.objectives import importance_weighted_bound
+from equipoise.objectives import (
+    LogPrior,
+    importance_weighted_bound,
+    importance_weighted_bounds,
+)
 from equipoise.randomness import stream, stream_seed
 from equipoise.records import EstimatorDescription
 from equipoise.run import Row
@@ -53,6 +58,8 @@ AUTO_EPOCHS = (10, 200)
 More epochs would make the model learn a small table by heart."""
 AUTO_VALIDATION, AUTO_SHARES = 50, (0.1, 0.25)
 """Examples that are held out if their share is "auto", and the smallest and largest share."""
+PRIOR_EXAMPLES, PRIOR_SAMPLES = 200, 20
+"""Held-out examples that choose p(z), and codes drawn for each."""
 MIN_VALIDATION = 2
 """Smallest number of examples in the validation set."""
 
@@ -118,6 +125,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             data's own unit and model units.
         mixture_: The :class:`equipoise.GaussianMixture` fitted to the aggregate posterior, eq.
             (13).
+        prior_: The density of codes p(z) in :meth:`score_samples`: "mixture" if with it held-out
+            examples are more likely than with N(0, I), beyond the error of the difference, and
+            "prior" otherwise.
         noise_var_: Variance of stage 1, eq. (10), in squared model units. For standardised columns
             it is the share of their variance that the model leaves unexplained. It is an array if
             ``noise`` is "channel" or "dimension", and a number otherwise.
@@ -325,8 +335,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         An example with a low score is unusual. The score is a density of the data in their own
         unit, and s_i is the scale by which the model divides feature i. Therefore models that scale
-        the same data differently can be compared. The random draws of an example follow from its
-        values, so that its score does not depend on the other examples.
+        the same data differently can be compared. p(z) is the density :attr:`prior_`. The random
+        draws of an example follow from its values, so that its score does not depend on the other
+        examples.
 
         Args:
             x: Examples as for :meth:`fit`.
@@ -342,7 +353,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         x_scaled = model.scaling(raw)
         generators = RowGenerators.of(x_scaled)
-        bounds = importance_weighted_bound(model, x_scaled, importance_samples, generators)
+        log_prior = self._log_priors()[self.prior_]
+        bounds = importance_weighted_bound(
+            model, x_scaled, importance_samples, generators, log_prior=log_prior
+        )
         scores: Float64[np.ndarray, " n"] = bounds.numpy() - log_scale
         return scores
 
@@ -372,6 +386,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             "options": self._options(),
             "random_state": random_state,
             "history": self.history_,
+            "prior": self.prior_,
             "example_shape": list(self.example_shape_),
             "feature_names": list(getattr(self, "feature_names_in_", [])),
         }
@@ -433,7 +448,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if description["feature_names"]:
             estimator.feature_names_in_ = np.array(description["feature_names"], object)
 
-        return estimator._adopt(model, mixture)
+        # Estimators of earlier releases have no other.
+        return estimator._adopt(model, mixture, description.get("prior", "prior"))
 
     @property
     def _n_features_out(self) -> int:
@@ -517,12 +533,31 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         form = choose_form(config.noise_correlation, model.shape)
         fit_correlation(model, trainer.data, form, seed=config.seed)
         mixture = fit_aggregate(model, trainer.data, trainer.config, trainer.fabric.device).mixture
-        return self._adopt(model.cpu(), mixture.cpu())
+        self._adopt(model.cpu(), mixture.cpu(), "prior")
 
-    def _adopt(self, model: VAE, mixture: GaussianMixture) -> "VAEEstimator":
+        held_out = torch.from_numpy(trainer.data.validation[:PRIOR_EXAMPLES])
+        self.prior_ = self._choose_prior(model.scaling(held_out))
+        return self
+
+    def _log_priors(self) -> dict[str, LogPrior]:
+        return {"prior": standard_normal_log_prob, "mixture": self.mixture_.log_prob}
+
+    def _choose_prior(self, held_out: Tensor) -> str:
+        """Take the mixture as p(z) where held-out examples are more likely with it."""
+        generators = RowGenerators.of(held_out)
+        log_priors = list(self._log_priors().values())
+        (bounds,) = importance_weighted_bounds(
+            self.model_, held_out, PRIOR_SAMPLES, log_priors, generators
+        )
+        gain = Estimate.of_mean(bounds[1] - bounds[0])
+        error = math.inf if gain.standard_error is None else gain.standard_error
+        return "mixture" if gain.value > error else "prior"
+
+    def _adopt(self, model: VAE, mixture: GaussianMixture, prior: str) -> "VAEEstimator":
         """Set the attributes of a fitted estimator."""
         self.model_ = model
         self.mixture_ = mixture
+        self.prior_ = prior
 
         shared_log_var = model.noise.shared_log_var
         if shared_log_var is None:

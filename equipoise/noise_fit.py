@@ -50,7 +50,7 @@ FACTORS = (0, 1, 2, 4, 8, 16)
 ERRORS = 2
 """Standard errors by which a form must gain, because the best of many candidates is judged."""
 RELATIVE_FLOOR = 1e-4
-"""Floor of continuous data: this share of the mean variance."""
+"""Floor of continuous data: this share of the mean variance; more for columns that hardly vary."""
 MAX_AUTO, MAX_DIMENSIONS = 1024, 2048
 """Most dimensions for which 'auto' tries a full matrix, and for which one is estimated at all."""
 BATCH = 500
@@ -402,7 +402,15 @@ class _Estimation:
     def _floor(self, statistic: Statistic) -> Tensor:
         if self.model.scaling.quantum is not None:
             return self.rounding
-        return RELATIVE_FLOOR * statistic.var
+        floor = RELATIVE_FLOOR * statistic.var
+        if not isinstance(statistic, ResidualCovariance):
+            return floor
+
+        # A column that was constant would decide on every row in which it is not. As in stage 1, it
+        # has the variance that a single residual of the common size would give it.
+        single = statistic.var / (statistic.count + 1)
+        missing = single - statistic.covariance.diagonal()
+        return (floor + missing.clamp_min(0)).view(self.model.shape)
 
     def scores(self) -> dict[str, Tensor]:
         """Log-likelihoods of the held-out rows by candidate, (N,), each estimated without its fold.

@@ -296,6 +296,7 @@ class EstimatorDescription(TypedDict):
     options: dict[str, Any]
     random_state: int | None
     history: list[dict[str, Scalar]]
+    prior: NotRequired[Literal["prior", "mixture"]]
     example_shape: Annotated[list[Size], Meta(min_length=1, max_length=3)]
     feature_names: list[str]
 

@@ -23,6 +23,7 @@ from equipoise.config import TrainConfig
 from equipoise.correlated_noise import marginal_of
 from equipoise.estimator import VAEEstimator
 from equipoise.files import StoreError
+from equipoise.gaussian import RowGenerators, standard_normal_like
 from equipoise.noise import GlobalNoise, PredictedNoise
 from equipoise.store import save_model
 
@@ -320,3 +321,35 @@ def test_a_saved_estimator_is_the_same(table, tmp_path):
     save_model(path, vae.model_)
     with pytest.raises(StoreError, match="holds a model, not a estimator"):
         VAEEstimator.load(path)
+
+
+# What scores are made of
+
+
+def test_a_row_has_its_own_draws(vae, parts):
+    """The score of a row does not depend on its neighbours, and no draw is shared by all rows."""
+    x = parts[1][:40]
+    scores = vae.score_samples(x, 3)
+    np.testing.assert_allclose(vae.score_samples(x[5:9], 3), scores[5:9], rtol=1e-5)
+    np.testing.assert_allclose(vae.score_samples(x[::-1], 3)[::-1], scores, rtol=1e-5)
+
+    generators = RowGenerators.of(torch.from_numpy(x).float())
+    draws = standard_normal_like(torch.empty(40 * 50, 2), generators).reshape(40, 50, 2)
+    assert draws.mean(1).std() == pytest.approx(50**-0.5, rel=0.3)
+
+
+def test_held_out_rows_choose_the_density_of_codes(tmp_path):
+    rng = np.random.default_rng(0)
+    centres = 4 * rng.choice([-1.0, 1.0], (400, 2))
+    x = centres @ rng.normal(size=(2, 6)) + 0.3 * rng.normal(size=(400, 6))
+    options = {"latent_dim": 2, "stage_1_epochs": 150, "stage_2_epochs": 0, "random_state": 0}
+    clustered = VAEEstimator(**options, n_components=4, learning_rate=5e-3).fit(x[:300])
+    assert clustered.prior_ == "mixture"
+    with_mixture = clustered.score(x[300:])
+
+    clustered.save(tmp_path / "vae.safetensors")
+    loaded = VAEEstimator.load(tmp_path / "vae.safetensors")
+    assert loaded.prior_ == "mixture"
+    assert loaded.score(x[300:]) == with_mixture
+    loaded.prior_ = "prior"
+    assert loaded.score(x[300:]) < with_mixture
