@@ -4,6 +4,12 @@
 
 The comparison is on the test set. The rule: the error stays within 2 % of that of stage 1, and
 among the variants for which it does, the one with the best held-out likelihood wins.
+
+    python benchmarks/stage_two.py mnist --data-dir DATA --speed
+
+measures the examples per second of a step in stage 1, and of each network and each kind of
+gradients in stage 2. The kinds take turns, a few steps each, and the quickest turn counts, so that
+other work of the machine changes no ratio.
 """
 
 import argparse
@@ -21,6 +27,9 @@ from equipoise.data import Batches, load
 from equipoise.estimate import Estimate
 from equipoise.metrics.likelihood import iwae, likelihood
 from equipoise.provenance import provenance
+from equipoise.stages import Stage
+from equipoise.training.descent import Descent
+from equipoise.training.engine import make_fabric
 from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 
@@ -59,12 +68,65 @@ def figures(model, data, seed=0):
     }
 
 
+SPEEDS = {
+    "stage 1": {},
+    **{
+        f"{network}, {gradients}": {
+            "stage_2_network": network,
+            "stage_2_gradients": gradients,
+        }
+        for network in ("decoder", "head")
+        for gradients in ("joint", "stop", "frozen")
+    },
+}
+
+
+def speeds(data, config, rounds=20, steps=3):
+    """Measure examples per second of each kind of step, and the ratio to stage 1."""
+    torch.manual_seed(config.seed)
+    base = make_model(data, config)
+    raw = torch.from_numpy(data.train[: config.batch_size])
+    x = base.scaling(raw).contiguous(memory_format=base.memory_format)
+
+    descents = {}
+    for name, change in SPEEDS.items():
+        model, options = copy.deepcopy(base), replace(config, **change)
+        stage = Stage.SHARED_VARIANCE
+        if change:
+            stage = Stage.PREDICTED_VARIANCE
+            var = torch.tensor(0.01)
+            model.predict_variance(var, var, network=options.stage_2_network)
+        fabric = make_fabric(options)
+        model.place(fabric.device)
+        descents[name] = Descent(model, options, stage, 1000, fabric)
+
+    generator = torch.Generator().manual_seed(config.seed)
+    seconds = dict.fromkeys(SPEEDS, math.inf)
+    for _ in range(rounds):
+        for name, descent in descents.items():
+            started = time.perf_counter()
+            for _ in range(steps):
+                descent.step(x, generator, len(x))
+            seconds[name] = min(seconds[name], time.perf_counter() - started)
+
+    return {
+        name: {
+            "examples_per_second": round(steps * len(x) / took),
+            "over_stage_1": round(seconds["stage 1"] / took, 3),
+        }
+        for name, took in seconds.items()
+    }
+
+
 def main():
     """Train and compare, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", choices=["mnist", "fashion-mnist", "digits"])
     parser.add_argument("--data-dir")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--speed", action="store_true", help="measure steps, and train nothing")
+    parser.add_argument("--threads", type=int, default=1, help="of --speed")
+    parser.add_argument("--architecture", default="auto", help="of --speed")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
@@ -72,6 +134,18 @@ def main():
     recipe.pop("data")
     config: TrainConfig = make_config(recipe | {"seed": options.seed})
     data = load(options.data, data_dir=options.data_dir)
+
+    if options.speed:
+        torch.set_num_threads(options.threads)
+        config = replace(config, architecture=options.architecture, accelerator="cpu")
+        rows = speeds(data, config)
+        for name, row in rows.items():
+            print(f"{name:18} {row['examples_per_second']:6}/s  {row['over_stage_1']:.2f}")
+
+        out = options.out or Path(f"results/benchmark-stage-two-speed-{options.data}.json")
+        about = provenance(data=data, options=config.as_dict()) | {"threads": options.threads}
+        out.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        return
 
     torch.manual_seed(config.seed)
     model = make_model(data, config)

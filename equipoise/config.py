@@ -324,7 +324,7 @@ class TrainConfig:
                     "stage_2_likelihood=digital trains the predicted variance alone; "
                     "set stage_2_gradients=stop or frozen"
                 )
-            if self.recalibrate != "none":
+            if self.recalibrate not in ("none", "monotone"):
                 problems.append(
                     f"recalibrate={self.recalibrate} fits the std to residuals of levels, which a "
                     "std below rounding does not describe; leave it out with "

@@ -56,6 +56,17 @@ def test_held_out_variance_at_its_smallest_size(tmp_path):
         assert row["var_over_mse"] == pytest.approx(row["noise_var"] / row["test_mse"])
 
 
+def test_predicted_std_at_its_smallest_size(tmp_path):
+    variants = ("head", "unseen", "digital")
+    rows = run("predicted_std", tmp_path / "x.json", "--variants", *variants)["rows"]
+    assert [row["variant"] for row in rows] == list(variants)
+    for row in rows:
+        as_predicted, calibrated = row["none"], row["monotone"]
+        assert as_predicted["mse"] == calibrated["mse"]
+        assert as_predicted["mse"][0] == pytest.approx(row["mse_before"], abs=1e-6)
+        assert 0 < as_predicted["off_bounds_share"] <= 1
+
+
 def test_a_finished_row_is_not_computed_again(benchmark, tmp_path, capsys):
     experiment = benchmark("experiment")
     path = tmp_path / "results" / "x.json"
