@@ -77,9 +77,10 @@ class TrainConfig:
     examples, as in the paper, shrink as the networks learn them by heart. 'held-out' takes those of
     the validation set at the end of a stage. Within an epoch it multiplies those of the training by
     the ratio of the two after the epoch before."""
-    floor: float | Literal["quantisation"] = 1.0
-    """Smallest variance in stage 2. A number is a multiple of stage 1's optimum, and 1.0 is the
-    paper's choice. 'quantisation' is the variance of rounding to grey levels."""
+    floor: float | Literal["quantisation"] | None = None
+    """Smallest variance in stage 2. A number is a multiple of stage 1's optimum. 'quantisation' is
+    the variance of rounding to grey levels. null takes 1.0, the paper's choice, for images, and 0.1
+    for tables."""
     stage_2_gradients: Literal["stop", "frozen", "joint"] = "stop"
     """Gradients in stage 2. 'stop' trains the mean on as in stage 1, and keeps the predicted
     variance from bending it. 'frozen' trains the variance only, so that the mean stays the same to

@@ -97,7 +97,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise_var: The variance if ``noise="fixed"``, in squared model units.
         variance_from: Whose residuals eq. (10) is taken over, "held-out" or "training".
         floor: Smallest variance in stage 2, as a multiple of the optimum of stage 1, or
-            "quantisation".
+            "quantisation". None takes 1.0 for images and 0.1 for tables.
         recalibrate: How the predicted std is calibrated on held-out examples, "none", "monotone",
             "scale", "dimension" or "coverage".
         noise_correlation: Correlation of the errors, estimated on held-out examples after
@@ -156,7 +156,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise: Literal["global", "channel", "dimension", "fixed"] = "global",
         noise_var: float | None = None,
         variance_from: Literal["held-out", "training"] = "held-out",
-        floor: float | Literal["quantisation"] = 1.0,
+        floor: float | Literal["quantisation"] | None = None,
         recalibrate: Literal["none", "monotone", "scale", "dimension", "coverage"] = "none",
         noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] | None = None,
         stage_1_epochs: int | Literal["auto"] = "auto",

@@ -119,7 +119,8 @@ def test_reconstructions_are_close_and_know_how_close(vae, parts):
     error = x - seen.mean
     assert np.square(error).sum() < 0.4 * np.square(x - parts[0].mean(0)).sum()
     varies = parts[0].std(0) > 0
-    assert 0.75 < (error / seen.std)[:, varies].std() < 1.25
+    # Below one, because no std is below that of stage 1, the floor of images.
+    assert 0.5 < (error / seen.std)[:, varies].std() < 1.25
     np.testing.assert_array_equal(vae.predict_std(x), seen.std)
     np.testing.assert_array_equal(vae.inverse_transform(vae.transform(x)), seen.mean)
 

@@ -31,7 +31,7 @@ from equipoise.randomness import stream
 from equipoise.records import check_record
 from equipoise.residuals import overfitting_ratio
 from equipoise.run import Row
-from equipoise.stages import Decision, Stage, StageSchedule, floor_var
+from equipoise.stages import Decision, Stage, StageSchedule, choose_floor, floor_var
 from equipoise.training.checkpoint import (
     CheckpointState,
     digest_of,
@@ -431,7 +431,8 @@ class Trainer:
         if self.optimal_var is None:
             raise RuntimeError("Stage 2 starts from the optimal variance of stage 1.")
         reference = self.optimal_var.clamp_min(self.model.noise.floor_var.double())
-        floor = floor_var(self.config.floor, reference, self.model.scaling.quantum)
+        option = choose_floor(self.config.floor, self.model.shape)
+        floor = floor_var(option, reference, self.model.scaling.quantum)
 
         is_per_dimension = self.config.recalibrate == "dimension"
         calibration_shape = self.model.shape if is_per_dimension else ()
