@@ -33,6 +33,8 @@ FOLDER_FORMAT = "equipoise-folder-1"
 CHECKED = (".json", ".jsonl")
 """Endings of files whose digest stands in the manifest. Files of tensors carry their own."""
 MAX_MANIFEST_BYTES = 50_000_000
+OUTPUT_SECONDS = 60.0
+"""How long a job waits for another that writes its outputs into the same folder."""
 
 
 class StoreError(ValueError):
@@ -439,7 +441,40 @@ def exclusive(folder: Path, job: str) -> Iterator[None]:
         StoreError: If another job works there. The message names its process and machine.
     """
     own_folder(folder)
-    lock = FileLock(folder / LOCK, timeout=0)
+    with _locked(folder, job):
+        _remove_leftovers(folder.rglob(".equipoise-*"))
+        yield
+
+
+@contextlib.contextmanager
+def exclusive_outputs(folder: Path, job: str) -> Iterator[None]:
+    """Let one job at a time write outputs into a folder, so that those there are of one job.
+
+    Another one waits for a minute, because the writing alone takes less.
+
+    Args:
+        folder: Path of the folder, see :func:`own_outputs`. It is made if it does not exist.
+        job: What is done there, such as "sampling".
+
+    Yields:
+        None.
+
+    Raises:
+        StoreError: If another job writes there all that time. The message names its process and
+            machine.
+        OSError: If the folder cannot be made or written to.
+    """
+    with _named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    own_outputs(folder)
+    with _locked(folder, job, OUTPUT_SECONDS):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, job: str, seconds: float = 0) -> Iterator[None]:
+    """Hold the lock of a folder, after waiting for it so long, and say there who holds it."""
+    lock = FileLock(folder / LOCK, timeout=seconds)
     try:
         lock.acquire()
     except Timeout as error:
@@ -448,7 +483,6 @@ def exclusive(folder: Path, job: str) -> Iterator[None]:
         ) from error
 
     try:
-        _remove_leftovers(folder.rglob(".equipoise-*"))
         holder = {
             "job": job,
             "process": os.getpid(),
