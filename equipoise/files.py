@@ -144,6 +144,24 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
         file.write(values.data)
 
 
+def expanded(path: str | Path) -> Path:
+    """Put a home folder in the place of the ``~`` or ``~user`` with which a path may begin.
+
+    Args:
+        path: The path.
+
+    Returns:
+        The path, without ``~``.
+
+    Raises:
+        StoreError: If the system knows no such home folder, as in some containers.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise StoreError(f"{path}: no such home folder is known; give the whole path") from error
+
+
 def check_regular(path: Path) -> None:
     """Refuse what is not a regular file, such as a pipe, on which reading would wait for ever.
 
