@@ -414,17 +414,19 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def discard_if_empty(folder: Path) -> None:
+def discard_if_empty(folder: Path, *, keep_folder: bool = False) -> None:
     """Remove a folder in which nothing was written but equipoise's own manifest and lock.
 
     Args:
         folder: Path of the folder.
+        keep_folder: Whether the folder itself stays, empty, because it was there before.
     """
     if folder.is_dir() and is_empty(folder):
         with contextlib.suppress(OSError):
             for name in (MANIFEST, LOCK, HOLDER):
                 (folder / name).unlink(missing_ok=True)
-            folder.rmdir()
+            if not keep_folder:
+                folder.rmdir()
 
 
 def is_empty(folder: Path) -> bool:

@@ -258,6 +258,10 @@ def test_an_empty_folder_of_ours_is_discarded_and_another_is_not(tmp_path):
     assert not folder.exists()
 
     own_folder(folder)
+    discard_if_empty(folder, keep_folder=True)
+    assert list(folder.iterdir()) == []
+
+    own_folder(folder)
     (folder / "mine.txt").write_text("")
     discard_if_empty(folder)
     assert (folder / "mine.txt").exists()

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -491,7 +492,8 @@ def _load_named(name: str, data_dir: Path | None, reader: ImageReader, download:
 def _load_path(path: Path, reader: ImageReader) -> Found:
     source = str(path)
     if path.is_dir():
-        return Found(path.absolute().name, source, reader.read(list_images(path).encoded()))
+        name = os.path.basename(os.path.abspath(path))  # of "..", too
+        return Found(name, source, reader.read(list_images(path).encoded()))
 
     if not path.exists():
         similar = _similar_names(path)
