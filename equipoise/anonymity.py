@@ -4,8 +4,8 @@ A path is cut down to its last part. Where a text leaves open how far a path goe
 folders have blanks in their names, rather too much is cut than too little.
 """
 
+import os
 import re
-from pathlib import Path
 from typing import Any
 
 PATH_KEYS = frozenset({"command", "source", "load", "data_dir", "features", "against", "test"})
@@ -78,7 +78,7 @@ def _last_part(found: re.Match[str]) -> str:
         return found["last"]
 
     path = found["path"].rstrip("/\\")
-    if path == str(Path.home()):
+    if path == os.path.expanduser("~"):
         return "~"
     return re.split(r"[/\\:]", path)[-1].strip(".~")
 

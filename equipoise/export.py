@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
 from equipoise.correlated_noise import marginal_of
-from equipoise.files import own_outputs, whole_file
+from equipoise.files import exclusive_outputs, whole_file
 from equipoise.model import VAE
 
 TOLERANCE = 1e-4
@@ -87,24 +87,25 @@ def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[
         )
 
     form = FORMATS[to]()
-    own_outputs(folder)
     files = []
-    for name, part in _parts(model, mixture).items():
-        path = folder / f"{name}{form.ending}"
-        # Made in memory, because torch's own writer ends the whole process where the disk is full.
-        content = form.make(_trace(part), part)
-        with whole_file(path) as temporary:
-            temporary.write_bytes(content)
+    with exclusive_outputs(folder, "export"):
+        for name, part in _parts(model, mixture).items():
+            path = folder / f"{name}{form.ending}"
+            # Made in memory, because torch's own writer ends the whole process where the disk is
+            # full.
+            content = form.make(_trace(part), part)
+            with whole_file(path) as temporary:
+                temporary.write_bytes(content)
 
-            deviation = _deviation(form.load(temporary.read_bytes()), part)
-            if not deviation <= TOLERANCE:  # also true if the deviation is NaN
-                raise ArithmeticError(
-                    f"{path} was not written: it would deviate from the model by {deviation:.2g} "
-                    f"of the largest value, more than {TOLERANCE:g}. Export to another format."
-                )
+                deviation = _deviation(form.load(temporary.read_bytes()), part)
+                if not deviation <= TOLERANCE:  # also true if the deviation is NaN
+                    raise ArithmeticError(
+                        f"{path} was not written: it would deviate from the model by "
+                        f"{deviation:.2g} of the largest value, more than {TOLERANCE:g}. "
+                        "Export to another format."
+                    )
 
-        files.append(Exported(path, _signature(part), deviation))
-
+            files.append(Exported(path, _signature(part), deviation))
     return files
 
 

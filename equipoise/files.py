@@ -33,6 +33,8 @@ FOLDER_FORMAT = "equipoise-folder-1"
 CHECKED = (".json", ".jsonl")
 """Endings of files whose digest stands in the manifest. Files of tensors carry their own."""
 MAX_MANIFEST_BYTES = 50_000_000
+OUTPUT_SECONDS = 60.0
+"""How long a job waits for another that writes its outputs into the same folder."""
 
 
 class StoreError(ValueError):
@@ -140,6 +142,24 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         file.write(values.data)
+
+
+def expanded(path: str | Path) -> Path:
+    """Put a home folder in the place of the ``~`` or ``~user`` with which a path may begin.
+
+    Args:
+        path: The path.
+
+    Returns:
+        The path, without ``~``.
+
+    Raises:
+        StoreError: If the system knows no such home folder, as in some containers.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise StoreError(f"{path}: no such home folder is known; give the whole path") from error
 
 
 def check_regular(path: Path) -> None:
@@ -394,17 +414,19 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def discard_if_empty(folder: Path) -> None:
+def discard_if_empty(folder: Path, *, keep_folder: bool = False) -> None:
     """Remove a folder in which nothing was written but equipoise's own manifest and lock.
 
     Args:
         folder: Path of the folder.
+        keep_folder: Whether the folder itself stays, empty, because it was there before.
     """
     if folder.is_dir() and is_empty(folder):
         with contextlib.suppress(OSError):
             for name in (MANIFEST, LOCK, HOLDER):
                 (folder / name).unlink(missing_ok=True)
-            folder.rmdir()
+            if not keep_folder:
+                folder.rmdir()
 
 
 def is_empty(folder: Path) -> bool:
@@ -439,7 +461,40 @@ def exclusive(folder: Path, job: str) -> Iterator[None]:
         StoreError: If another job works there. The message names its process and machine.
     """
     own_folder(folder)
-    lock = FileLock(folder / LOCK, timeout=0)
+    with _locked(folder, job):
+        _remove_leftovers(folder.rglob(".equipoise-*"))
+        yield
+
+
+@contextlib.contextmanager
+def exclusive_outputs(folder: Path, job: str) -> Iterator[None]:
+    """Let one job at a time write outputs into a folder, so that those there are of one job.
+
+    Another one waits for a minute, because the writing alone takes less.
+
+    Args:
+        folder: Path of the folder, see :func:`own_outputs`. It is made if it does not exist.
+        job: What is done there, such as "sampling".
+
+    Yields:
+        None.
+
+    Raises:
+        StoreError: If another job writes there all that time. The message names its process and
+            machine.
+        OSError: If the folder cannot be made or written to.
+    """
+    with _named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    own_outputs(folder)
+    with _locked(folder, job, OUTPUT_SECONDS):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, job: str, seconds: float = 0) -> Iterator[None]:
+    """Hold the lock of a folder, after waiting for it so long, and say there who holds it."""
+    lock = FileLock(folder / LOCK, timeout=seconds)
     try:
         lock.acquire()
     except Timeout as error:
@@ -448,7 +503,6 @@ def exclusive(folder: Path, job: str) -> Iterator[None]:
         ) from error
 
     try:
-        _remove_leftovers(folder.rglob(".equipoise-*"))
         holder = {
             "job": job,
             "process": os.getpid(),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from equipoise import plots
 from equipoise.data import Data
-from equipoise.files import own_outputs, whole_file, write_array
+from equipoise.files import exclusive_outputs, whole_file, write_array
 from equipoise.model import VAE
 from equipoise.randomness import stream
 from equipoise.run import Run
@@ -73,7 +73,6 @@ def write_samples(
     Returns:
         NAME.png, NAME.npy (rounded to the levels of digital data) and NAME-std.npy.
     """
-    own_outputs(folder)
     codes = codes.to(model.scaling.scale.dtype)  # mixtures draw in float64
     parts = [model.decode(chunk) for chunk in torch.split(codes, DECODED_AT_ONCE)]
     means = torch.cat([part.mean for part in parts])
@@ -91,18 +90,18 @@ def write_samples(
         generated = model.scaling.restore(noisy).numpy()
         figure = plots.table_samples(generated, real, _column_names(model))
 
-    files = [plots.save(figure, folder / f"{name}.png")]
-    if not arrays:
-        return files
+    contents = {}
+    if arrays:
+        contents = {
+            name: model.scaling.restore_levels(x),
+            f"{name}-std": model.scaling.restore_std(std),
+        }
 
-    contents = {
-        name: model.scaling.restore_levels(x),
-        f"{name}-std": model.scaling.restore_std(std),
-    }
-    for file, tensor in contents.items():
-        files.append(folder / f"{file}.npy")
-        write_array(files[-1], tensor.numpy())
-
+    with exclusive_outputs(folder, "sampling"):
+        files = [plots.save(figure, folder / f"{name}.png")]
+        for file, tensor in contents.items():
+            files.append(folder / f"{file}.npy")
+            write_array(files[-1], tensor.numpy())
     return files
 
 
@@ -119,7 +118,6 @@ def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[P
         reconstructions.npz with ``data``, ``mean``, ``std`` and ``error`` in raw units, and
         reconstructions.png.
     """
-    own_outputs(folder)
     scaling = model.scaling
     scaling.check(torch.from_numpy(raw))
 
@@ -132,11 +130,6 @@ def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[P
         restored["std"][rows] = scaling.restore_std(reconstruction.std).numpy()
         restored["error"][rows] = scaling.restore_std(x - reconstruction.mean).numpy()
 
-    path, picture = folder / "reconstructions.npz", folder / "reconstructions.png"
-    with whole_file(path) as temporary:
-        # NumPy's types take any keyword argument for its own flag.
-        np.savez_compressed(temporary, data=raw, **restored)  # type: ignore[arg-type]
-
     if len(model.shape) == 3:
         x = scaling(torch.from_numpy(raw[:SHOWN_IMAGES]))
         reconstruction = model.reconstruct(x)
@@ -147,7 +140,12 @@ def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[P
         mean, std = restored["mean"][shown], restored["std"][shown]
         figure = plots.table_reconstructions(raw[shown], mean, std, _column_names(model))
 
-    return [path, plots.save(figure, picture)]
+    path, picture = folder / "reconstructions.npz", folder / "reconstructions.png"
+    with exclusive_outputs(folder, "reconstruction"):
+        with whole_file(path) as temporary:
+            # NumPy's types take any keyword argument for its own flag.
+            np.savez_compressed(temporary, data=raw, **restored)  # type: ignore[arg-type]
+        return [path, plots.save(figure, picture)]
 
 
 def _column_names(model: VAE) -> list[str]:

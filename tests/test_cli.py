@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import equipoise
 from equipoise.aggregate import single_gaussian
 from equipoise.cli import main
 from equipoise.files import LOCK, MANIFEST
@@ -314,6 +315,45 @@ def test_a_run_from_python_does_not_take_other_data_for_its_own(tmp_path, capsys
             else [name, run_from_python.folder, *rest]
         )
         assert "trained from Python" in refused(*arguments, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["train", ""], "data"),
+        (["train", "--resume", ""], "resume"),
+        (["train", "--out", ""], "out"),
+        (["train", "--data-dir", ""], "data-dir"),
+        (["train", "--set", ""], "set"),
+        (["sample", ""], "run"),
+        (["evaluate", "runs/x", "--data", ""], "data"),
+        (["evaluate", "runs/x", "--sections", "noise", ""], "sections"),
+    ],
+)
+def test_an_empty_argument_does_not_stand_for_the_default(arguments, name, capsys):
+    assert f"{name} is empty" in refused(*arguments, capsys=capsys)
+
+
+def test_a_run_beside_its_data_has_a_name_of_its_own(tmp_path, monkeypatch):
+    inside = tmp_path / "photos" / "inside"
+    inside.mkdir(parents=True)
+    images = load_digits().images.astype(np.uint8)
+    for number, image in enumerate(images[:30]):
+        Image.fromarray(image).save(inside.parent / f"{number}.png")
+
+    monkeypatch.chdir(inside)
+    main(["train", "..", *QUICK])
+    assert [path.name for path in (inside / "runs").iterdir()] == ["photos"]
+
+    inside.parent.rename(tmp_path / "others")
+    monkeypatch.chdir(tmp_path / "others" / "inside")
+    for number, image in enumerate(images[30:60]):
+        Image.fromarray(image).save(Path("..") / f"{number}.png")
+    monkeypatch.setattr(Run, "data", lambda *_: equipoise.load_data(images[60:90]))
+    monkeypatch.setattr(Run, "check_data", lambda *_: None)
+    main(["evaluate", "runs/photos", "--data", "..", "--sections", "noise"])
+    assert Path("runs/photos/evaluation-others.json").is_file()
+    assert list(Path("runs/photos").glob("*.png")) == []
 
 
 def test_a_folder_does_not_hide_a_named_set(tmp_path, monkeypatch):

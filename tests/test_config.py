@@ -55,7 +55,7 @@ def test_all_problems_come_in_one_message():
     for part in (
         "unknown option latentdim; did you mean latent_dim?",
         "width must be a whole number, got 'wide'",
-        "floor must be a number or 'quantisation', got 'low'",
+        "floor must be a number or 'quantisation' or null, got 'low'",
         "learning_rate must be above 0",
         "noise=fixed needs noise_var",
         "recalibrate=scale",

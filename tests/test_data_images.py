@@ -430,6 +430,35 @@ def test_the_description_comes_last(folder, cache, monkeypatch):
     assert len(everything(load(folder))) == 24
 
 
+def test_without_a_home_folder_only_the_cache_needs_a_place(folder, cache, monkeypatch):
+    def no_user(_number):
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", no_user)
+    monkeypatch.delenv("HOME")
+    load(folder)
+    monkeypatch.delenv("EQUIPOISE_CACHE")
+    load(COLOUR)
+    with pytest.raises(FileNotFoundError, match="mnist was not found"):
+        load("mnist", data_dir=cache)
+    with pytest.raises(ValueError, match=r"no place for the cache.*in \$EQUIPOISE_CACHE"):
+        load(folder)
+    load(folder, cache_dir=cache)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"source": "~nobody-of-that-name/pictures"},
+        {"source": "mnist", "data_dir": "~nobody-of-that-name"},
+        {"source": "digits", "cache_dir": "~nobody-of-that-name"},
+    ],
+)
+def test_the_home_of_nobody_is_refused_by_name(arguments):
+    with pytest.raises(ValueError, match=r"~nobody-of-that-name.*give the whole path"):
+        load(**arguments)
+
+
 def test_a_cache_that_cannot_be_made(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write the cache"):

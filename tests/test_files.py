@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from equipoise import files
 from equipoise.files import (
     HOLDER,
     LOCK,
@@ -19,6 +21,7 @@ from equipoise.files import (
     adopt,
     discard_if_empty,
     exclusive,
+    exclusive_outputs,
     is_empty,
     is_ours,
     own_folder,
@@ -31,6 +34,7 @@ from equipoise.files import (
     write_json,
     written_names,
 )
+from equipoise.records import read_bytes
 
 
 def names_in(folder):
@@ -221,12 +225,41 @@ def test_a_killed_job_leaves_neither_a_lock_nor_a_temporary_file(tmp_path):
         pytest.fail("the lock of a dead process was not released")
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["of its own", "within a run"])
+def test_outputs_of_two_jobs_are_not_mixed(tmp_path, inside, monkeypatch):
+    folder = tmp_path / "samples"
+    if inside:
+        own_folder(tmp_path)
+
+    def write(job):
+        for _ in range(10):
+            with exclusive_outputs(folder, job):
+                for name in ("a.json", "b.json"):
+                    write_json(folder / name, job)
+                assert read_bytes(folder / "a.json") == read_bytes(folder / "b.json")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "abcd"))
+    assert owner_of(folder / "a.json") == (tmp_path if inside else folder)
+
+    monkeypatch.setattr(files, "OUTPUT_SECONDS", 0.1)
+    with (
+        exclusive_outputs(folder, "sampling"),
+        pytest.raises(StoreError, match=f"in use: sampling in process {os.getpid()}"),
+    ):
+        exclusive_outputs(folder, "export").__enter__()
+
+
 def test_an_empty_folder_of_ours_is_discarded_and_another_is_not(tmp_path):
     folder = tmp_path / "run"
     with exclusive(folder, "training"):
         assert is_empty(folder)
     discard_if_empty(folder)
     assert not folder.exists()
+
+    own_folder(folder)
+    discard_if_empty(folder, keep_folder=True)
+    assert list(folder.iterdir()) == []
 
     own_folder(folder)
     (folder / "mine.txt").write_text("")

@@ -1,5 +1,6 @@
 """A run folder is one owned object: nobody's files are lost, nothing of two runs is mixed."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -87,6 +88,28 @@ def test_a_folder_with_somebody_elses_files_is_refused(tmp_path, capsys):
     assert "equipoise did not write it" in refusal_of(capsys, *arguments, "--force")
     after = contents_of(tmp_path / "mine")
     assert {path: after[path] for path in before} == before
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_a_file_in_the_place_of_the_folder_stays(tmp_path, capsys, force):
+    (tmp_path / "mine").write_text("mine")
+    assert "is no folder" in refusal_of(capsys, "train", "--out", tmp_path / "mine", *force)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_an_empty_folder_of_somebody_elses_stays(tmp_path, monkeypatch):
+    def no_permission(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr("equipoise.training.job.write_json", no_permission)
+    with pytest.raises(PermissionError):
+        equipoise.train(equipoise.load_data(table()), CONFIG, tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []
+
+    with pytest.raises(PermissionError):
+        equipoise.train(equipoise.load_data(table()), CONFIG, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_force_writes_beside_other_files(tmp_path):

@@ -64,7 +64,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     name, after_interruption = None, "nothing was done"
     try:
         try:
-            from equipoise.cli.parser import COMMANDS, make_parser
+            from equipoise.cli.parser import COMMANDS, make_parser, refuse_empty
 
             parser = make_parser()
             options = parser.parse_args(arguments)
@@ -73,6 +73,7 @@ def _run(arguments: Sequence[str] | None) -> None:
                 parser.print_help()
                 return
 
+            refuse_empty(options)
             command = COMMANDS[name]
             after_interruption = command.after_interruption
             command.run(options)

@@ -1,6 +1,6 @@
 """The parser of all commands. Only their options are imported, so that help is fast."""
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
 from equipoise import __version__
 from equipoise.cli import (
@@ -16,6 +16,7 @@ from equipoise.cli import (
     train,
 )
 from equipoise.cli.command import add_help
+from equipoise.config import ConfigError
 
 COMMANDS = {
     "train": train.COMMAND,
@@ -29,6 +30,24 @@ COMMANDS = {
     "paper": paper.COMMAND,
     "push": push.COMMAND,
 }
+
+
+def refuse_empty(options: Namespace) -> None:
+    """Refuse arguments that are empty, which would be taken for those that are not given.
+
+    Args:
+        options: What the parser has read.
+
+    Raises:
+        ConfigError: If there are some. It names them.
+    """
+    empty = [
+        f"{name.replace('_', '-')} is empty; is a variable of the shell not set?"
+        for name, value in vars(options).items()
+        if "" in (value if isinstance(value, list) else [value])
+    ]
+    if empty:
+        raise ConfigError(empty)
 
 
 def make_parser() -> ArgumentParser:

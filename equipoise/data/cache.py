@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from equipoise.data.arrays import Part, Summary, summarise
 from equipoise.data.dataset import Array
 from equipoise.data.gate import read_npy
+from equipoise.files import StoreError, expanded
 from equipoise.records import read_record
 
 SILENT_SECONDS = 5.0
@@ -39,8 +40,14 @@ def default_cache_dir() -> Path:
 
     Returns:
         The folder, which need not exist.
+
+    Raises:
+        StoreError: If there is no home folder, and $EQUIPOISE_CACHE is not set.
     """
-    return Path(os.environ.get("EQUIPOISE_CACHE") or "~/.cache/equipoise").expanduser()
+    try:
+        return expanded(os.environ.get("EQUIPOISE_CACHE") or "~/.cache/equipoise")
+    except StoreError as error:
+        raise StoreError(f"no place for the cache: {error} in $EQUIPOISE_CACHE") from error
 
 
 def read_part(folder: Path, key: str) -> Part | None:

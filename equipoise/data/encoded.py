@@ -8,7 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -224,7 +224,7 @@ class ImageReader:
         crop: Side of the centred square that is cut out, as a share of the width. None means the
             largest square.
         strict: Whether an unreadable image is an error. If False, it is skipped.
-        cache_dir: Folder for decoded images.
+        cache_dir: Folder for decoded images. None means $EQUIPOISE_CACHE, or ~/.cache/equipoise.
         progress: Function that is called with (done, total). Each image counts twice: once for
             its header and once for its pixels.
         limits: The most that an image may claim.
@@ -234,9 +234,14 @@ class ImageReader:
     channels: Channels | None = None
     crop: float | None = None
     strict: bool = False
-    cache_dir: Path = field(default_factory=default_cache_dir)
+    cache_dir: Path | None = None
     progress: Progress | None = None
     limits: Limits = DEFAULT_LIMITS
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the cache. It is looked for only where it is needed: there may be no home."""
+        return self.cache_dir or default_cache_dir()
 
     def read(self, images: Encoded) -> Part:
         """Read images from the cache, or decode them into it.
@@ -262,14 +267,14 @@ class ImageReader:
         if self.strict and images.unreadable:
             raise ValueError(f"{images.source}: cannot read {_first(images.unreadable)}")
 
-        part = read_part(self.cache_dir, key)
+        part = read_part(self.folder, key)
         damaged: tuple[str, ...] = ()
         if part is None:
-            if (self.cache_dir / f"{key}.json").exists():
+            if (self.folder / f"{key}.json").exists():
                 damaged = ("the decoded images in the cache were damaged, and are decoded anew",)
-            with one_writer(self.cache_dir, key):
+            with one_writer(self.folder, key):
                 # Another process may have written the part while this one waited.
-                part = read_part(self.cache_dir, key) or self._decode(images, key)
+                part = read_part(self.folder, key) or self._decode(images, key)
 
         if self.strict and len(part.values) < images.count:
             raise ValueError(f"{images.source}: {part.notes[0]}")
@@ -312,10 +317,10 @@ class ImageReader:
                     return effects
                 return (f"unreadable files skipped: {len(skipped)} ({_first(skipped)})", *effects)
 
-            part = write_part(self.cache_dir, key, rows(), plan.shape, notes)
+            part = write_part(self.folder, key, rows(), plan.shape, notes)
             if passing:
                 # The images themselves may be whole, and readable the next time.
-                forget_part(self.cache_dir, key)
+                forget_part(self.folder, key)
             return part
 
     def _each(

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +18,13 @@ from equipoise.data.arrays import (
     prepare,
     refuse_hidden,
 )
-from equipoise.data.cache import default_cache_dir
 from equipoise.data.dataset import MAX_VALIDATION, Array, Channels, Data, Subset
 from equipoise.data.encoded import ImageReader, Progress, list_images
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
 from equipoise.data.named import NAMES, celeba, digits, idx_set
 from equipoise.data.stream import Stream, first_examples, reader
+from equipoise.files import expanded
 from equipoise.text import visible
 
 NPZ_KEYS = (("train", "x_train"), ("validation", "x_validation", "x_val"), ("test", "x_test"))
@@ -131,7 +132,7 @@ def load(
         data,
         loading=_record(
             source,
-            data_dir=data_dir and str(Path(data_dir).expanduser().resolve()),
+            data_dir=data_dir and str(expanded(data_dir).resolve()),
             image_size=image_size,
             channels=channels,
             test_fraction=test_fraction,
@@ -320,10 +321,10 @@ def _record(source: object, **arguments: object) -> dict[str, Any]:
 
     name = str(source)
     # A path is never the name of a set, as when the examples were found.
-    if source not in NAMES and Path(name).expanduser().exists():
-        name = str(Path(name).expanduser().resolve())
-    elif name.startswith("hf:") and Path(name[3:]).expanduser().exists():
-        name = f"hf:{Path(name[3:]).expanduser().resolve()}"
+    if source not in NAMES and expanded(name).exists():
+        name = str(expanded(name).resolve())
+    elif name.startswith("hf:") and expanded(name[3:]).exists():
+        name = f"hf:{expanded(name[3:]).resolve()}"
     set_arguments = {
         key: value for key, value in arguments.items() if value is not None and value is not False
     }
@@ -363,7 +364,7 @@ def load_examples(
         ValueError: If the examples have another shape or cannot be read.
     """
     is_files = isinstance(source, str | Path) and (
-        str(source).startswith("hf:") or Path(source).expanduser().is_dir()
+        str(source).startswith("hf:") or expanded(source).is_dir()
     )
     image_size: int | None = None
     channels: Channels | None = None
@@ -395,12 +396,11 @@ def _reader(
     progress: Progress | None,
     limits: Limits,
 ) -> ImageReader:
-    folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     return ImageReader(
         image_size,
         channels,
         strict=strict,
-        cache_dir=folder,
+        cache_dir=None if cache_dir is None else expanded(cache_dir),
         progress=progress,
         limits=limits,
     )
@@ -466,12 +466,12 @@ def _find(
         return Found("array", label, Part(_as_array(source)))
 
     if source in NAMES:
-        folder = None if data_dir is None else Path(data_dir).expanduser()
+        folder = None if data_dir is None else expanded(data_dir)
         return _load_named(str(source), folder, reader, download)
 
     if str(source).startswith("hf:"):
         return hub_set(str(source).removeprefix("hf:"), reader)
-    return _load_path(Path(source).expanduser(), reader)
+    return _load_path(expanded(source), reader)
 
 
 def _load_named(name: str, data_dir: Path | None, reader: ImageReader, download: bool) -> Found:
@@ -492,7 +492,8 @@ def _load_named(name: str, data_dir: Path | None, reader: ImageReader, download:
 def _load_path(path: Path, reader: ImageReader) -> Found:
     source = str(path)
     if path.is_dir():
-        return Found(path.absolute().name, source, reader.read(list_images(path).encoded()))
+        name = os.path.basename(os.path.abspath(path))  # of "..", too
+        return Found(name, source, reader.read(list_images(path).encoded()))
 
     if not path.exists():
         similar = _similar_names(path)

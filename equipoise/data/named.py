@@ -1,5 +1,6 @@
 """Data sets with a name (digits, mnist, fashion-mnist, celeba) and the places of their files."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from equipoise.data.arrays import Found, Part
 from equipoise.data.encoded import ImageReader, Listing, list_images
 from equipoise.data.gate import DEFAULT_LIMITS, Limits
 from equipoise.data.idx import read_idx_images
+from equipoise.files import StoreError, expanded
 from equipoise.records import read_bytes
 
 NAMES = ("digits", "mnist", "fashion-mnist", "celeba")
@@ -195,7 +197,13 @@ def places(data_dir: Path | None, inside: tuple[str, ...]) -> list[Path]:
         "~/.cache/equipoise/data",
         "/usr/share/datasets",
     )
-    return [Path(root).expanduser() / folder for root in roots if root for folder in inside]
+    found = []
+    for root in roots:
+        # There may be no home.
+        with contextlib.suppress(StoreError):
+            if root:
+                found += [expanded(root) / folder for folder in inside]
+    return found
 
 
 def _not_found(name: str, searched: list[Path], advice: str) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import os
 import re
 import time
 import warnings
@@ -193,7 +194,8 @@ class _Elsewhere:
     """Where the evaluation on other examples goes, so that the run's own stays."""
 
     def __init__(self, run: Run, name: str) -> None:
-        stem = re.sub(r"[^\w.-]+", "-", Path(name).name) or "other"
+        last = os.path.basename(os.path.abspath(name))  # of "..", too
+        stem = re.sub(r"[^\w.-]+", "-", last) or "other"
         self.evaluation_file = run.folder / f"evaluation-{stem}.json"
         self.figures = run.figures / stem
 

@@ -1,6 +1,7 @@
 """The main job: data in, a run folder out."""
 
 import datetime
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -117,10 +118,11 @@ def train(
     with ExitStack() as stack:
 
         def begin() -> None:
+            was_there = bool(out) and run.folder.is_dir()
             try:
                 stack.enter_context(run.exclusive("training"))
             except OSError:
-                discard_if_empty(run.folder)
+                discard_if_empty(run.folder, keep_folder=was_there)
                 raise
             if resume:
                 return
@@ -131,7 +133,7 @@ def train(
                 write_json(run.config_file, _settings(data, config, model, command))
             except Exception:
                 stack.close()
-                discard_if_empty(run.folder)
+                discard_if_empty(run.folder, keep_folder=was_there)
                 raise
 
         in_main_process(fabric, begin)
@@ -222,6 +224,8 @@ def _choose_folder(data: Data, out: str | Path | None, resume: bool, force: bool
         return str(run.folder)
 
     _refuse_run(run)
+    if os.path.lexists(run.folder) and not run.folder.is_dir():
+        raise StoreError(f"{run.folder} is no folder: choose another --out.")
     if not is_empty(run.folder) and not force:
         raise StoreError(
             f"{run.folder} is not empty, and holds no run: choose another --out. With --force the "
@@ -259,7 +263,10 @@ def _check_noise(run: Run, model: VAE, *, is_given: bool) -> None:
 
 def _free_folder(name: str) -> Path:
     """Make the folder runs/NAME, or runs/NAME-2, runs/NAME-3, ... where that is taken."""
-    base = Path("runs") / name.replace("/", "-")
+    name = name.replace("/", "-")
+    if not name.strip("."):
+        name = "data"  # "" and ".." are other folders
+    base = Path("runs") / name
     base.parent.mkdir(parents=True, exist_ok=True)
 
     folder, number = base, 2
