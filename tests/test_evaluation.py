@@ -341,6 +341,20 @@ def test_a_table_is_compared_in_its_columns(table, tmp_path):
     assert found["latent"]["active_units"]["of"] == 2
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, on the way
+def test_a_figure_that_is_not_finite_is_named(table, tmp_path):
+    data = equipoise.load_data(table)
+    config = equipoise.TrainConfig(
+        latent_dim=2, width=4, stage_1_epochs=1, stage_2_epochs=0, n_components=1
+    )
+    run = train(data, config, tmp_path / "run")
+
+    far = Examples("far", Subset.whole(data.test[:] * np.float32(1e30)))
+    with pytest.raises(ArithmeticError, match=r"^(noise|likelihood)\.\S+ is (nan|inf)"):
+        evaluate(run, data, test=far, sections=["noise", "likelihood"])
+    assert not (run.folder / "evaluation-far.json").exists()
+
+
 def test_each_batch_of_a_table_gets_noise_of_its_own(tmp_path):
     """Rows that repeat after each batch: reconstructions would, too, were the noise the same."""
     rows = np.random.default_rng(0).normal(size=(BATCH, 4))

@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import math
 import os
 import re
 import time
@@ -121,6 +122,7 @@ def evaluate(
         What was written, as JSON values. An estimate is ``{"value", "standard_error", "n"}``.
 
     Raises:
+        ArithmeticError: if a figure is not finite, so that its section is not written.
         ConfigError: if an argument is out of its domain.
         ImportError: if a source of codes needs a library that is missing.
     """
@@ -177,7 +179,9 @@ def evaluate(
         for name in chosen:
             started = time.perf_counter()
             with torch.no_grad():
-                evaluation[name] = _as_json(SECTIONS[name].compute(subject))
+                section = _as_json(SECTIONS[name].compute(subject))
+            _check_finite(section, name)
+            evaluation[name] = section
 
             evaluation["about"]["sections"][name] = {
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -369,3 +373,16 @@ def _as_json(value: Any) -> Any:  # noqa: ANN401 (any record)
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     return value
+
+
+def _check_finite(value: Any, name: str) -> None:  # noqa: ANN401 (any JSON value)
+    """Refuse figures that are NaN or infinite, which a file of JSON cannot hold."""
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_finite(part, f"{name}.{key}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ArithmeticError(
+            f"{name} is {value}, so that its section is not written: the examples to judge by may "
+            "have values far from those of the training data; the other sections can be computed "
+            "by --sections"
+        )
