@@ -162,6 +162,21 @@ def expanded(path: str | Path) -> Path:
         raise StoreError(f"{path}: no such home folder is known; give the whole path") from error
 
 
+def check_text(path: str | Path) -> None:
+    """Refuse a path of bytes that are no text: JSON cannot name it, and safetensors not open it.
+
+    Args:
+        path: The path.
+
+    Raises:
+        StoreError: If it is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise StoreError(f"the name {path} is not UTF-8: rename it, or choose another") from error
+
+
 def check_regular(path: Path) -> None:
     """Refuse what is not a regular file, such as a pipe, on which reading would wait for ever.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
 from equipoise.correlated_noise import CorrelatedNoise
-from equipoise.files import StoreError, owner_of, whole_file
+from equipoise.files import StoreError, check_text, owner_of, whole_file
 from equipoise.flow_fit import CodeFlow
 from equipoise.model import VAE, Scaling
 from equipoise.networks import build_decoder, build_encoder
@@ -81,6 +81,7 @@ def write_tensors(
     Raises:
         StoreError: If another program's file is there.
     """
+    check_text(path)
     if owner_of(path) is None and path.exists():
         # No manifest tells whose file it is, but its metadata do.
         try:
@@ -195,6 +196,7 @@ def _open(path: Path) -> Iterator[Any]:
     What the system refuses, such as a permission or one more open file, is no damage: it passes as
     an OSError.
     """
+    check_text(path)
     # Because safetensors says of any file that the system does not open that it does not exist.
     path.open("rb").close()
     try:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from equipoise.cli import main
 from equipoise.files import StoreError, exclusive, is_ours, write_json
 from equipoise.report import write_report
 from equipoise.run import Run
-from equipoise.store import read_digest, save_model
+from equipoise.store import read_digest, save_model, write_tensors
 
 SETTINGS = {
     "latent_dim": 2,
@@ -110,6 +111,24 @@ def test_an_empty_folder_of_somebody_elses_stays(tmp_path, monkeypatch):
     with pytest.raises(PermissionError):
         equipoise.train(equipoise.load_data(table()), CONFIG, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_names_that_no_reader_could_open_are_refused_before_anything_is_written(tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    np.save(f"{odd}.npy", table())
+    with pytest.raises(ValueError, match="is not UTF-8: rename it"):
+        equipoise.load_data(f"{odd}.npy")
+    with pytest.raises(StoreError, match="is not UTF-8: rename it"):
+        equipoise.train(equipoise.load_data(table()), CONFIG, odd)
+    with pytest.raises(StoreError, match="is not UTF-8: rename it"):
+        write_tensors(odd, "model", {}, {})
+    assert not odd.exists()
+
+    text = tmp_path / "café \U0001f600"
+    np.save(f"{text}.npy", table())
+    run = equipoise.train(equipoise.load_data(f"{text}.npy"), CONFIG, text)
+    assert run.data().name == text.name
+    assert run.model().latent_dim == 2
 
 
 def test_force_writes_beside_other_files(tmp_path):

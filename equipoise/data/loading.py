@@ -24,7 +24,7 @@ from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
 from equipoise.data.named import NAMES, celeba, digits, idx_set
 from equipoise.data.stream import Stream, first_examples, reader
-from equipoise.files import expanded
+from equipoise.files import check_text, expanded
 from equipoise.text import visible
 
 NPZ_KEYS = (("train", "x_train"), ("validation", "x_validation", "x_val"), ("test", "x_test"))
@@ -314,7 +314,8 @@ def _record(source: object, **arguments: object) -> dict[str, Any]:
     """Record with which arguments a source that has a name is found again.
 
     Paths become absolute, so that a run finds its data from anywhere. Arguments that change nothing
-    are left out. Nothing is recorded of an object in memory.
+    are left out. Nothing is recorded of an object in memory. A name that cannot be written down is
+    refused, because no run would find its data again.
     """
     if not isinstance(source, str | Path):
         return {}
@@ -325,6 +326,7 @@ def _record(source: object, **arguments: object) -> dict[str, Any]:
         name = str(expanded(name).resolve())
     elif name.startswith("hf:") and expanded(name[3:]).exists():
         name = f"hf:{expanded(name[3:]).resolve()}"
+    check_text(name)
     set_arguments = {
         key: value for key, value in arguments.items() if value is not None and value is not False
     }

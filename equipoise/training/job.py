@@ -13,7 +13,7 @@ from torch import nn
 
 from equipoise.config import ConfigError, TrainConfig
 from equipoise.data import Data
-from equipoise.files import StoreError, discard_if_empty, is_empty, write_json
+from equipoise.files import StoreError, check_text, discard_if_empty, is_empty, write_json
 from equipoise.mixture_fit import EMStep, MixtureFit
 from equipoise.model import VAE
 from equipoise.noise import NoiseModel, describe_noise
@@ -210,6 +210,7 @@ def _save(
 
 def _choose_folder(data: Data, out: str | Path | None, resume: bool, force: bool) -> str:
     """Choose the folder of a run, and refuse one that cannot be used for it."""
+    check_text(out or data.name)
     if not out:
         return str(_free_folder(data.name))
     run = Run(out)
