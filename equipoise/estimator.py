@@ -27,7 +27,7 @@ from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
 from equipoise.data.dataset import Array
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
-from equipoise.gaussian import RowGenerators, standard_normal_log_prob
+from equipoise.gaussian import row_generators, standard_normal_log_prob
 from equipoise.model import VAE, encode_all
 from equipoise.noise_fit import choose_form, fit_correlation
 from equipoise.objectives import (
@@ -351,13 +351,18 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         model = self.model_
         log_scale = float(model.scaling.scale.log().expand(model.shape).sum())
 
-        x_scaled = model.scaling(raw)
-        generators = RowGenerators.of(x_scaled)
         log_prior = self._log_priors()[self.prior_]
-        bounds = importance_weighted_bound(
-            model, x_scaled, importance_samples, generators, log_prior=log_prior
-        )
-        scores: Float64[np.ndarray, " n"] = bounds.numpy() - log_scale
+        x_scaled = model.scaling(raw)
+        # One by one, because products of matrices round by the number of rows.
+        bounds = [
+            importance_weighted_bound(
+                model, example, importance_samples, generator, log_prior=log_prior
+            )
+            for example, generator in zip(
+                torch.split(x_scaled, 1), row_generators(x_scaled), strict=True
+            )
+        ]
+        scores: Float64[np.ndarray, " n"] = torch.cat(bounds).numpy() - log_scale
         return scores
 
     def score(self, x: object, y: object = None) -> float:
@@ -544,10 +549,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _choose_prior(self, held_out: Tensor) -> str:
         """Take the mixture as p(z) where held-out examples are more likely with it."""
-        generators = RowGenerators.of(held_out)
+        generator = torch.Generator().manual_seed(0)
         log_priors = list(self._log_priors().values())
         (bounds,) = importance_weighted_bounds(
-            self.model_, held_out, PRIOR_SAMPLES, log_priors, generators
+            self.model_, held_out, PRIOR_SAMPLES, log_priors, generator
         )
         gain = Estimate.of_mean(bounds[1] - bounds[0])
         error = math.inf if gain.standard_error is None else gain.standard_error

@@ -54,45 +54,24 @@ class SharedGenerator(NamedTuple):
     world_size: int
 
 
-class RowGenerators(NamedTuple):
-    """A source of randomness for each row of a batch, so that it does not depend on the others.
+Randomness: TypeAlias = torch.Generator | SharedGenerator | None
+"""Source of randomness. None means the global generator of torch."""
+
+
+def row_generators(x: Float[Tensor, "batch *event"]) -> list[torch.Generator]:
+    r"""Seed a generator for each example by a hash of its values.
 
     Args:
-        generators: One generator per example.
+        x: The examples, (B, \*). Equal examples get equal draws.
+
+    Returns:
+        One generator per example, on the device of ``x``.
     """
-
-    generators: tuple[torch.Generator, ...]
-
-    @classmethod
-    def of(cls, x: Float[Tensor, "batch *event"]) -> "RowGenerators":
-        r"""Seed a generator for each example by a hash of its values.
-
-        Args:
-            x: The examples, (B, \*). Equal examples get equal draws.
-
-        Returns:
-            The generators, on the device of ``x``.
-        """
-        generators = []
-        for row in x.detach().cpu().numpy():
-            seed = int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest())
-            generators.append(torch.Generator(x.device).manual_seed(seed))
-        return cls(tuple(generators))
-
-    def rows(self, rows: slice) -> "RowGenerators":
-        """Return the generators of some of the examples.
-
-        Args:
-            rows: Which.
-
-        Returns:
-            Their generators.
-        """
-        return RowGenerators(self.generators[rows])
-
-
-Randomness: TypeAlias = torch.Generator | SharedGenerator | RowGenerators | None
-"""Source of randomness. None means the global generator of torch."""
+    generators = []
+    for row in x.detach().cpu().numpy():
+        seed = int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest())
+        generators.append(torch.Generator(x.device).manual_seed(seed))
+    return generators
 
 
 def random_like(
@@ -101,8 +80,7 @@ def random_like(
     r"""Draw as many random numbers as there are values, each example's from its own source.
 
     Args:
-        values: Tensor with the shape, dtype and device of the result, (B, \*). There may be several
-            rows for each of :class:`RowGenerators`, next to each other.
+        values: Tensor with the shape, dtype and device of the result, (B, \*).
         draw: Fills a tensor in place, given it and a generator.
         generator: Source of randomness, on the device of ``values``.
 
@@ -112,13 +90,6 @@ def random_like(
     if isinstance(generator, SharedGenerator):
         whole = values.new_empty(generator.batch_size, *values.shape[1:])
         return draw(whole, generator.generator)[generator.rank :: generator.world_size]
-
-    if isinstance(generator, RowGenerators):
-        n_rows = len(generator.generators)
-        parts = values.new_empty(n_rows, len(values) // n_rows, *values.shape[1:])
-        for part, of_row in zip(parts, generator.generators, strict=True):
-            draw(part, of_row)
-        return parts.flatten(0, 1)
 
     return draw(torch.empty_like(values), generator)
 

@@ -31,7 +31,6 @@ from equipoise.digital import DigitalGaussian, Levels
 from equipoise.gaussian import (
     Gaussian,
     Randomness,
-    RowGenerators,
     standard_normal_like,
     standard_normal_log_prob,
     sum_dimensions,
@@ -526,7 +525,7 @@ def importance_weighted_bounds(
     x: Float[Tensor, "batch *event"],
     n_samples: int,
     log_priors: Sequence[LogPrior],
-    generator: torch.Generator | RowGenerators | None = None,
+    generator: torch.Generator | None = None,
     *,
     observed: Sequence[Tensor] | None = None,
     levels: Levels | None = None,
@@ -578,8 +577,7 @@ def importance_weighted_bounds(
         for start in range(0, len(x), max_rows):
             rows = slice(start, start + max_rows)
             observed_rows = [values[rows] for values in observed]
-            of_rows = generator.rows(rows) if isinstance(generator, RowGenerators) else generator
-            parts.append(bounds(x[rows], n_samples, log_priors, of_rows, observed=observed_rows))
+            parts.append(bounds(x[rows], n_samples, log_priors, generator, observed=observed_rows))
         return torch.cat(parts, 2)
 
     posterior = model.encode(x)
@@ -622,7 +620,7 @@ def importance_weighted_bound(
     model: LatentVariableModel,
     x: Float[Tensor, "batch *event"],
     n_samples: int,
-    generator: torch.Generator | RowGenerators | None = None,
+    generator: torch.Generator | None = None,
     *,
     log_prior: LogPrior = standard_normal_log_prob,
     max_rows: int | None = None,

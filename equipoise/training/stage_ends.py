@@ -134,7 +134,7 @@ class Prediction(NamedTuple):
     """What a variance for each input is worth, against the one variance that it came from.
 
     Args:
-        gain: Log-likelihood of held-out examples over that with the shared variance, nats per
+        gain: Log-likelihood of held-out examples over that with the variance of stage 1, nats per
             example.
         shared_var: The shared variance, eq. (10) over the held-out examples, of the shape of the
             reference, float64.
@@ -150,11 +150,11 @@ def worth_of_prediction(
 ) -> Prediction:
     r"""Compare the predicted variance with a shared one, around the same means.
 
-    .. math:: \log p(x_n|z_n) + \tfrac12 \Bigl(\sum_i \log 2\pi r\sigma_{*i}^2
-        + \frac{D\,c_n}{r}\Bigr)
+    .. math:: \log p(x_n|z_n) + \tfrac12 \Bigl(\sum_i \log 2\pi\sigma_{*i}^2 + D\,c_n\Bigr)
 
-    The shared variance is :math:`r \sigma_{*i}^2` with sigma_*^2 the reference of stage 2, c_n the
-    mean squared residual of an example in its units, and r their mean, eq. (10).
+    sigma_*^2 is the variance of stage 1, and c_n the mean squared residual of an example in its
+    units. The shared variance that may take the place of the prediction is
+    :math:`\bar c\,\sigma_*^2`, eq. (10) for the means as they are now.
 
     Args:
         model: A model with a predicted variance, and the networks standing still.
@@ -182,15 +182,15 @@ def worth_of_prediction(
 
     moments = all_reduce(moments)
     n = int(moments[0, 0])
-    r = moments[0, 2] / n
-    normaliser = (reference.double() + r.log() + LOG_2PI).mean() * dimensions / 2
+    mean_size = moments[0, 2] / n
+    normaliser = (reference.double() + LOG_2PI).mean()
 
     # The gain is linear in the two figures of an example.
-    weights = torch.stack([normaliser, torch.ones_like(r), dimensions / (2 * r)])
+    weights = moments.new_tensor([float(normaliser) * dimensions / 2, 1.0, dimensions / 2])
     mean = float(weights @ moments[0] / n)
     square = float(weights @ moments @ weights / n)
     error = math.sqrt(max(0.0, square - mean**2) / (n - 1)) if n > 1 else None
-    return Prediction(Estimate(mean, error, n), r * reference.double().exp())
+    return Prediction(Estimate(mean, error, n), mean_size * reference.double().exp())
 
 
 def recalibrate(
