@@ -583,7 +583,11 @@ def load_flow(path: Path) -> tuple[CodeFlow, dict[str, Any]]:
         if name.startswith(prefix)
     }
     base = restore_mixture(base_tensors, str(path))
-    flow = CodeFlow(base.float(), sizes["n_transforms"], sizes["hidden"])
+    try:
+        flow = CodeFlow(base.float(), sizes["n_transforms"], sizes["hidden"])
+    except RuntimeError as error:
+        # Covariances may be positive definite in float64 only.
+        raise StoreError(f"{path} does not hold a flow: {error}") from error
     fill(flow, tensors, str(path))
     others = {name: value for name, value in description.items() if name != "flow"}
     return flow.requires_grad_(False).eval(), others

@@ -1,6 +1,7 @@
 """Images from folders, CelebA and the hub: their format, unreadable files, and the cache."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from equipoise.data import encoded, load
+from equipoise.data.cache import read_part
 
 RANDOM = np.random.default_rng(0)
 COLOUR = RANDOM.integers(0, 256, (24, 12, 10, 3), dtype=np.uint8)
@@ -639,3 +641,11 @@ def test_named_sets_are_fetched_only_if_asked(hub):
         (1, 12, 10),
         10,
     )
+
+
+def test_a_part_of_the_cache_without_values_is_made_anew(tmp_path):
+    part = tmp_path / "key.npy"
+    np.save(part, np.zeros((5, 1, 0, 8), np.uint8))
+    about = {"digest": "", "low": 0.0, "high": 0.0, "n_constant": 0, "notes": []}
+    (tmp_path / "key.json").write_text(json.dumps(about))
+    assert read_part(tmp_path, "key") is None

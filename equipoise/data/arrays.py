@@ -433,6 +433,8 @@ def _chunks(values: Array | Subset, dtype: np.dtype[Any]) -> Iterator[tuple[int,
     A chunk takes about 16 MB.
     """
     width = int(np.prod(values.shape[1:]))
+    if not width:
+        raise ValueError(f"examples of shape {values.shape[1:]} have no values")
     rows = max(1, CHUNK_BYTES // (width * dtype.itemsize))
 
     for start in range(0, len(values), rows):

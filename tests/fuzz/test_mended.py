@@ -21,6 +21,15 @@ from tests.fuzz.hostile import write_sealed
 from tests.fuzz.readers import READERS
 
 
+def make_almost_singular(tensors):
+    """Covariances that are positive definite in float64, and no longer in float32."""
+    for name in ("base.weights", "base.means", "base.covariances"):
+        tensors[name] = tensors[name].double()
+    d = tensors["base.means"].shape[1]
+    ones = torch.ones(d, d, dtype=torch.float64)
+    tensors["base.covariances"][:] = ones + 1e-10 * torch.eye(d)
+
+
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory):
     """Valid files of the readers that are needed here."""
@@ -141,6 +150,7 @@ def test_a_mixture_has_floats_of_one_type(valid, tmp_path, dtype, names):
         lambda tensors: tensors.update({"base.means": tensors["base.means"].long()}),
         lambda tensors: tensors.update({"base.means": tensors["base.means"].double()}),
         lambda tensors: tensors.pop("base.covariances"),
+        lambda tensors: make_almost_singular(tensors),
     ],
 )
 def test_the_base_of_a_flow_is_a_mixture(valid, tmp_path, alter):
