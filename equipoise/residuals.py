@@ -392,7 +392,7 @@ class ErrorsByStd(nn.Module):
     def monotone_map(self, min_var: float = 0.0) -> Float64[Tensor, "2 knots"]:
         r"""Map the predicted std to the error that was found, so that a larger std stays larger.
 
-        .. math:: \min_{v_1 \le v_2 \le \dots} \sum_b n_b (e_b^2 - v_b)^2
+        .. math:: \min_{v_1 \le v_2 \le \ldots} \sum_b n_b (e_b^2 - v_b)^2
 
         e_b is the root mean squared residual of bin b, of n_b values; bins have equally many. The
         solution is also that of highest likelihood of a Gaussian. It is constant over blocks of
