@@ -35,7 +35,7 @@ from equipoise.gaussian import (
     standard_normal_like,
     sum_dimensions,
 )
-from equipoise.residuals import AllReduce, ResidualCovariance
+from equipoise.residuals import ResidualCovariance, SquareSums
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -491,7 +491,7 @@ class CosineTransform(nn.Module):
         return self.rows.mT @ coefficients @ self.columns
 
 
-class BandCovariance(nn.Module):
+class BandCovariance(SquareSums):
     r"""Second moments of the colours of residuals in each band of frequencies, in float64.
 
     Like :class:`ResidualCovariance`, it sums samples and combines by adding ``sum`` and ``count``.
@@ -500,16 +500,11 @@ class BandCovariance(nn.Module):
         shape: Shape of one image, (C, H, W).
     """
 
-    sum: Tensor
-    count: Tensor
-
     def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.transform = CosineTransform(shape, torch.float64)
-        n_bands, n_channels = len(self.transform.sizes), shape[0]
-        zeros = torch.zeros(n_bands, n_channels, n_channels, dtype=torch.float64)
-        self.register_buffer("sum", zeros)
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        transform = CosineTransform(shape, torch.float64)
+        n_channels = shape[0]
+        super().__init__((len(transform.sizes), n_channels, n_channels))
+        self.transform = transform
 
     @torch.no_grad()
     def update(self, residual: Float[Tensor, "batch c h w"]) -> None:
@@ -522,26 +517,6 @@ class BandCovariance(nn.Module):
         moments = torch.einsum("bchw,bdhw->hwcd", coefficients, coefficients)
         self.sum.index_add_(0, self.transform.bands.flatten(), moments.flatten(0, 1))
         self.count += len(residual)
-
-    @torch.no_grad()
-    def add(self, other: "BandCovariance", scale: float = 1.0) -> None:
-        """Add another statistic's residuals.
-
-        Args:
-            other: The statistic, of the same shape.
-            scale: Factor on the variance of its residuals.
-        """
-        self.sum += scale * other.sum
-        self.count += other.count
-
-    def all_reduce(self, all_reduce: AllReduce) -> None:
-        """Add the batches of the other processes.
-
-        Args:
-            all_reduce: Sums over the processes.
-        """
-        self.sum.copy_(all_reduce(self.sum))
-        self.count.copy_(all_reduce(self.count))
 
     @property
     def covariance(self) -> Tensor:

@@ -396,7 +396,7 @@ class _Estimation:
         (statistic,) = self._blank(form, 1)
         for k, fold in enumerate(self.held_out[form]):
             if k != left_out:
-                statistic.add(fold)  # type: ignore[arg-type] # of the same form
+                statistic.add(fold)
         return statistic
 
     def _floor(self, statistic: Statistic) -> Tensor:

@@ -20,7 +20,43 @@ AllReduce: TypeAlias = Callable[[Tensor], Tensor]
 """A function that sums a tensor over processes, with the same result in all of them."""
 
 
-class ResidualVariance(nn.Module):
+class SquareSums(nn.Module):
+    """Sums of squares or products of residuals, and how many they are of, in float64.
+
+    Args:
+        shape: Shape of the sums.
+    """
+
+    sum: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("sum", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def add(self, other: "SquareSums", scale: float = 1.0) -> None:
+        """Add another statistic's residuals.
+
+        Args:
+            other: The statistic, of the same shape.
+            scale: Factor on the variance of its residuals.
+        """
+        self.sum += scale * other.sum
+        self.count += other.count
+
+    def all_reduce(self, all_reduce: AllReduce) -> None:
+        """Add the batches of the other processes.
+
+        Args:
+            all_reduce: Sums over the processes.
+        """
+        self.sum.copy_(all_reduce(self.sum))
+        self.count.copy_(all_reduce(self.count))
+
+
+class ResidualVariance(SquareSums):
     r"""Mean squared residual as sum and count in float64, the closed form of eq. (10).
 
     .. math:: \sigma_*^2 = \frac1{ND} \sum_n \mathrm{E}_{q(z|x_n)} \sum_i (x_{ni} - m_i(z))^2
@@ -40,13 +76,8 @@ class ResidualVariance(nn.Module):
         tensor(3., dtype=torch.float64)
     """
 
-    sum: Tensor
-    count: Tensor
-
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.register_buffer("sum", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        super().__init__(shape)
 
     @torch.no_grad()
     def update(
@@ -75,15 +106,6 @@ class ResidualVariance(nn.Module):
 
         self.sum.mul_(keep).add_(squared)
         self.count.mul_(keep).add_(count)
-
-    def all_reduce(self, all_reduce: AllReduce) -> None:
-        """Add the batches of the other processes.
-
-        Args:
-            all_reduce: Sums over the processes.
-        """
-        self.sum.copy_(all_reduce(self.sum))
-        self.count.copy_(all_reduce(self.count))
 
     @property
     def var(self) -> Tensor:
@@ -186,7 +208,7 @@ def overfitting_ratio(standardised: Estimate) -> float:
     return 1 + weight * max(0.0, value - 1)
 
 
-class ResidualCovariance(nn.Module):
+class ResidualCovariance(SquareSums):
     r"""Second moments of residuals as sum and count in float64: eq. (10) as a matrix.
 
     .. math:: C = \frac1N \sum_n \mathrm{E}_{q(z|x_n)}\, u_n u_n^T, \qquad
@@ -207,13 +229,8 @@ class ResidualCovariance(nn.Module):
                 [0., 1.]], dtype=torch.float64)
     """
 
-    sum: Tensor
-    count: Tensor
-
     def __init__(self, dimensions: int) -> None:
-        super().__init__()
-        self.register_buffer("sum", torch.zeros(dimensions, dimensions, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        super().__init__((dimensions, dimensions))
 
     @torch.no_grad()
     def update(self, residual: Float[Tensor, "batch *event"]) -> None:
@@ -225,26 +242,6 @@ class ResidualCovariance(nn.Module):
         rows = residual.flatten(1).double()
         self.sum += rows.mT @ rows
         self.count += len(rows)
-
-    @torch.no_grad()
-    def add(self, other: "ResidualCovariance", scale: float = 1.0) -> None:
-        """Add another statistic's residuals.
-
-        Args:
-            other: The statistic, of the same dimensions.
-            scale: Factor on the variance of its residuals.
-        """
-        self.sum += scale * other.sum
-        self.count += other.count
-
-    def all_reduce(self, all_reduce: AllReduce) -> None:
-        """Add the batches of the other processes.
-
-        Args:
-            all_reduce: Sums over the processes.
-        """
-        self.sum.copy_(all_reduce(self.sum))
-        self.count.copy_(all_reduce(self.count))
 
     @property
     def covariance(self) -> Tensor:
