@@ -63,6 +63,9 @@ class NoiseModel(nn.Module, ABC):
     """Ratio of the variance of held-out residuals to that of training residuals, by which the
     closed form multiplies the latter within an epoch. The training loop sets it after each."""
 
+    is_closed_form: bool = False
+    """Whether :meth:`update` sets the variance to :attr:`overfitting` times eq. (10)."""
+
     _classes: ClassVar[dict[str, type["NoiseModel"]]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401 (of any metaclass)
@@ -336,6 +339,7 @@ class _SharedNoise(NoiseModel):
             raise ValueError(f"Need min_var > 0 and memory >= 1 batch, got {min_var} and {memory}.")
 
         self.update_rule = update
+        self.is_closed_form = update == "closed-form"
         self.memory = memory
         self.min_var = min_var
         if update == "gradient":
@@ -360,7 +364,7 @@ class _SharedNoise(NoiseModel):
             residual: x - m(z) with z sampled from q(z|x), (B, \*).
             all_reduce: Sums over processes, if ``residual`` is this process's part of the batch.
         """
-        if self.update_rule == "closed-form":
+        if self.is_closed_form:
             self.running.update(residual, 1 - 1 / self.memory, all_reduce)
             self.set_var(self.overfitting * self.running.var)
         elif not self.running.count:

@@ -251,7 +251,7 @@ def _summary(run: Run, settings: Settings) -> str:
     if overfitting is not None:
         by_heart = (
             f" Held-out examples have {overfitting:.2f} times the squared error of the training "
-            "examples, with which the noise variance is multiplied."
+            "examples."
         )
     return (
         f"The model has {settings['parameters']:,} parameters. It was trained on "

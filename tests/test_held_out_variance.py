@@ -222,6 +222,16 @@ def test_training_for_too_long_does_no_harm():
     )
 
 
+@pytest.mark.parametrize(
+    "options", [{"noise": "fixed", "noise_var": 0.05}, {"noise_update": "gradient"}], ids=str
+)
+def test_a_variance_without_closed_form_has_no_ratio_within_epochs(options):
+    """It is not multiplied by a ratio, so that one relative to it would grow without end."""
+    trainer, rows = trained(small_table(), replace(SMALL, stage_1_epochs=12, **options))
+    assert [row["overfitting"] for row in rows[:-1]] == [1.0] * 11
+    assert 1 <= trainer.overfitting < 3
+
+
 def test_resuming_with_a_ratio_is_the_run(tmp_path):
     data, config = small_table(), replace(SMALL, stage_1_epochs=60)
     whole, rows = trained(data, config)

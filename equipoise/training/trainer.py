@@ -286,10 +286,12 @@ class Trainer:
             **validation.row("validation"),
             "validation_noise_std": math.sqrt(validation.noise_var),
             "validation_floor_share": validation.floor_share,
-            "overfitting": self.overfitting,
             "active_units": validation.active_units,
             "decision": decision.reason,
         }
+
+        if self.config.variance_from == "held-out":
+            row["overfitting"] = self.overfitting
 
         messages: list[str] = []
         if decision.switched:
@@ -378,8 +380,7 @@ class Trainer:
 
     def _look_at_overfitting(self, validation: SplitFigures) -> None:
         """Note by how much held-out residuals exceed those of the training, for the next epoch."""
-        is_shared = self.schedule.stage is Stage.SHARED_VARIANCE
-        if is_shared and self.config.variance_from == "held-out":
+        if self.model.noise.is_closed_form and self.config.variance_from == "held-out":
             # The model's variance has been multiplied by the ratio of the epoch before.
             measured = validation.standardised_var.times(self.overfitting)
             self._set_overfitting(overfitting_ratio(measured))
