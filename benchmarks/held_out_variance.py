@@ -3,9 +3,10 @@ r"""Does the learned variance hold on new data, and does training that is too lo
     python benchmarks/held_out_variance.py --data-dir DATA \
         --variants training:variance_from=training held-out:variance_from=held-out
 
-Each case is trained for long, in stage 1 alone, with three seeds and without early stopping. The
-split into training, validation and test set is the same for all seeds. The case ``factors`` has 50
-rows of 500 columns, which are three factors and noise of variance .25, and 200 rows for the test.
+Each case is trained for long, in stage 1 alone, with three seeds and without early stopping. It
+ends with the last weights, unless a variant says ``keep_weights=best``. The split into training,
+validation and test set is the same for all seeds. The case ``factors`` has 50 rows of 500 columns,
+which are three factors and noise of variance .25, and 200 rows for the test.
 
 The figures are the test ELBO, the variance sigma*^2 over the squared error of the test set (with z
 sampled), and the validation ELBO at the end less that of the best epoch.
@@ -67,7 +68,13 @@ def settings_of(case):
     """Put together the options of a case."""
     recipe = read_recipe(RECIPES[case.data]) if case.data in RECIPES else {}
     recipe.pop("data", None)
-    fixed = {"stage_1_epochs": case.epochs, "stage_2_epochs": 0, "tolerance": 0.0}
+    fixed = {
+        "stage_1_epochs": case.epochs,
+        "stage_2_epochs": 0,
+        "tolerance": 0.0,
+        "early_stopping": 0,
+        "keep_weights": "last",
+    }
     return recipe | fixed | dict(case.options)
 
 

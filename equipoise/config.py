@@ -31,6 +31,8 @@ EARLIER_VALUES: dict[str, Any] = {
     "stage_2_network": "decoder",
     "stage_2_likelihood": "density",
     "noise_correlation": "none",
+    "keep_weights": "last",
+    "early_stopping": 0,
 }
 """Values that options had in effect before there were such options, for runs of that time."""
 
@@ -113,9 +115,17 @@ class TrainConfig:
     """Epoch limit of stage 2, which predicts a variance per pixel and input. 0 leaves it out."""
     tolerance: float = 1e-3
     """Relative change below which a figure counts as settled. A stage has converged when its noise
-    variance and its validation ELBO are both settled. 0 always runs to the epoch limits."""
+    variance and its validation ELBO are both settled. 0 never calls it converged."""
     patience: int = 3
     """Number of epochs in a row for which both figures must be settled."""
+    keep_weights: Literal["best", "last"] = "best"
+    """Which weights a stage ends with: those of the epoch with the highest validation ELBO, or
+    those of its last epoch. The variance of eq. (10) and the mixture are fitted to them. Neither
+    this nor early_stopping applies where stage 2 descends something else (stage_2_likelihood=
+    digital)."""
+    early_stopping: int | None = None
+    """Number of epochs without a higher validation ELBO after which a stage ends. 0 never ends it
+    so. null takes a third of the stage's epoch limit, and at least 10."""
 
     batch_size: int = 256
     """Examples per step, over all processes together."""
@@ -384,6 +394,7 @@ _AT_LEAST: dict[str, float] = {
     "stage_2_epochs": 0,
     "tolerance": 0,
     "patience": 1,
+    "early_stopping": 0,
     "batch_size": 1,
     "weight_decay": 0,
     "clip": 0,
@@ -403,6 +414,7 @@ _AT_MOST: dict[str, int] = {
     "stage_1_epochs": 1_000_000,
     "stage_2_epochs": 1_000_000,
     "patience": 1_000_000,
+    "early_stopping": 1_000_000,
     "batch_size": 10_000_000,
     "n_components": 1_000_000,
     "seed": 2**32 - 1,

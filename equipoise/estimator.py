@@ -111,6 +111,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         learning_rate: Peak of the learning rate of stage 1.
         weight_decay: AdamW's decoupled weight decay. If there are few examples, it is worth a
             search.
+        keep_weights: Weights that a stage ends with, those of the "best" epoch by the ELBO of the
+            held-out examples, or of the "last".
+        early_stopping: Number of epochs without a higher held-out ELBO after which a stage ends.
+            None takes a third of its epochs, and at least 10; 0 never stops.
         n_components: Number of components of the mixture. "auto" chooses it by the likelihood of
             held-out codes.
         validation_fraction: Share of the examples that are held out: for the noise variance and
@@ -164,6 +168,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         batch_size: int = 256,
         learning_rate: float = 2e-3,
         weight_decay: float = 0.0,
+        keep_weights: Literal["best", "last"] = "best",
+        early_stopping: int | None = None,
         n_components: int | Literal["auto"] = "auto",
         validation_fraction: float | Literal["auto"] = "auto",
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
@@ -183,6 +189,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
+        self.keep_weights = keep_weights
+        self.early_stopping = early_stopping
         self.n_components = n_components
         self.validation_fraction = validation_fraction
         self.accelerator = accelerator

@@ -144,6 +144,7 @@ class EpochRow(TypedDict):
     validation_floor_share: float
     overfitting: NotRequired[float]
     active_units: Count
+    kept_epoch: NotRequired[Count]
     decision: str
 
 

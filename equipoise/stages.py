@@ -42,16 +42,18 @@ class StageSchedule:
     """Decides after each epoch whether the stage continues.
 
     A stage has converged if the relative changes of the noise variance *and* of the validation ELBO
-    are both below ``tolerance`` for ``patience`` epochs in a row. It also ends at its epoch limit.
-    A stage of zero epochs is skipped.
+    are both below ``tolerance`` for ``patience`` epochs in a row. It also ends when the ELBO has
+    not risen for ``early_stopping`` epochs, and at its epoch limit. A stage of zero epochs is
+    skipped.
 
     Args:
         stage_1_epochs: Largest number of epochs of stage 1. 0 is for a model that is already
             trained.
         stage_2_epochs: Largest number of epochs of stage 2. With 0 only stage 1 is trained.
-        tolerance: Relative change below which a figure counts as settled. With 0 no stage ends
-            early.
+        tolerance: Relative change below which a figure counts as settled. With 0 none does.
         patience: Number of epochs in a row that must be settled.
+        early_stopping: Number of epochs without a higher validation ELBO after which a stage ends.
+            0 is never; None a third of the stage's epochs, and at least 10.
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -66,7 +68,12 @@ class StageSchedule:
     """
 
     def __init__(
-        self, stage_1_epochs: int, stage_2_epochs: int, tolerance: float = 1e-3, patience: int = 3
+        self,
+        stage_1_epochs: int,
+        stage_2_epochs: int,
+        tolerance: float = 1e-3,
+        patience: int = 3,
+        early_stopping: int | None = None,
     ) -> None:
         if min(stage_1_epochs, stage_2_epochs) < 0 or stage_1_epochs + stage_2_epochs < 1:
             raise ValueError(
@@ -78,6 +85,8 @@ class StageSchedule:
                 "StageSchedule needs tolerance >= 0 and patience >= 1, "
                 f"got {tolerance} and {patience}."
             )
+        if early_stopping is not None and early_stopping < 0:
+            raise ValueError(f"StageSchedule needs early_stopping >= 0, got {early_stopping}.")
 
         self.epochs = {
             Stage.SHARED_VARIANCE: stage_1_epochs,
@@ -85,11 +94,13 @@ class StageSchedule:
         }
         self.tolerance = tolerance
         self.patience = patience
+        self.early_stopping = early_stopping
 
         self.stage = Stage.SHARED_VARIANCE if stage_1_epochs else Stage.PREDICTED_VARIANCE
         self.epochs_done = 0
         self.settled = 0
         self.previous: tuple[float, float] | None = None
+        self.best = (0, -math.inf)
 
     def observe(self, noise_var: float, validation_elbo: float) -> Decision:
         """Decide what follows from the figures of an epoch.
@@ -113,12 +124,20 @@ class StageSchedule:
         else:
             self.settled = 0
         self.previous = (noise_var, validation_elbo)
+        if validation_elbo >= self.best[1]:
+            self.best = (self.epochs_done, validation_elbo)
 
         limit = self.epochs[self.stage]
         if self.settled >= self.patience:
             return self._advance(
                 f"converged at epoch {self.epochs_done}: noise variance and validation ELBO "
                 f"changed by less than {self.tolerance:g} for {self.patience} epochs"
+            )
+        without_gain = self.epochs_done - self.best[0]
+        if not self._may_wait(without_gain, limit):
+            return self._advance(
+                f"stopped at epoch {self.epochs_done}: the validation ELBO has not risen for "
+                f"{without_gain} epochs"
             )
         if self.epochs_done >= limit:
             return self._advance(f"ended at its limit of {limit} epochs")
@@ -136,6 +155,11 @@ class StageSchedule:
             for new, old in zip(figures, self.previous, strict=True)
         )
 
+    def _may_wait(self, without_gain: int, limit: int) -> bool:
+        if self.early_stopping is None:
+            return without_gain < max(10, limit // 3)
+        return self.early_stopping == 0 or without_gain < self.early_stopping
+
     def _advance(self, reason: str) -> Decision:
         last_stage = self.stage
         self.stage = Stage(last_stage + 1)
@@ -145,6 +169,7 @@ class StageSchedule:
         self.epochs_done = 0
         self.settled = 0
         self.previous = None
+        self.best = (0, -math.inf)
 
         return Decision(self.stage, True, f"stage {last_stage:d} {reason}")
 
@@ -155,6 +180,8 @@ class StageSchedule:
             "epochs_done": self.epochs_done,
             "settled": self.settled,
             "previous": list(self.previous) if self.previous else None,
+            # JSON has no infinity.
+            "best": list(self.best) if self.best[0] else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -167,6 +194,8 @@ class StageSchedule:
         self.epochs_done = state["epochs_done"]
         self.settled = state["settled"]
         self.previous = tuple(state["previous"]) if state["previous"] else None
+        best = state.get("best")
+        self.best = (best[0], best[1]) if best else (0, -math.inf)
 
 
 def choose_floor(option: Floor | None, shape: tuple[int, ...]) -> Floor:

@@ -233,6 +233,8 @@ class Lab:
             "tolerance": 0.0,
             # Eq. (10) as the paper has it.
             "variance_from": "training",
+            "keep_weights": "last",
+            "early_stopping": 0,
             "seed": self.seed,
         }
         return make_config(recipe | stages, METHODS[spec.method] | dict(spec.options))

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from msgspec import Meta
@@ -36,6 +36,7 @@ class CheckpointState(TypedDict):
     noise: NoiseRecord
     model: dict[str, Any]
     descent: dict[str, Any] | None
+    best: NotRequired[dict[str, Any] | None]
     config: dict[str, Any]
     fingerprint: Digest
     digest: Digest

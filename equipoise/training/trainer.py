@@ -32,6 +32,7 @@ from equipoise.records import check_record
 from equipoise.residuals import overfitting_ratio
 from equipoise.run import Row
 from equipoise.stages import Decision, Stage, StageSchedule, choose_floor, floor_var
+from equipoise.training.best import BestWeights
 from equipoise.training.checkpoint import (
     CheckpointState,
     digest_of,
@@ -132,7 +133,11 @@ class Trainer:
         self.test = self._pass(data.test, EVALUATION_BATCH)
 
         self.schedule = StageSchedule(
-            config.stage_1_epochs, config.stage_2_epochs, config.tolerance, config.patience
+            config.stage_1_epochs,
+            config.stage_2_epochs,
+            config.tolerance,
+            config.patience,
+            config.early_stopping,
         )
         self.position = Position()
         self.history: list[Row] = []
@@ -142,6 +147,7 @@ class Trainer:
         if not model.noise.depends_on_code:
             self.stage_1_noise = describe_noise(model.noise)
         self.descent: Descent | None = None
+        self.best = BestWeights()
         self.generator = self._stream("training")
         self.means = RunningMeans(self.fabric.device)
         self.sigterm = Sigterm()
@@ -265,6 +271,8 @@ class Trainer:
         stage = self.schedule.stage
         n_steps = self.schedule.epochs[stage] * len(self.training)
         self.descent = Descent(self.model, self.config, stage, n_steps, self.fabric)
+        if not self._is_judged_by_elbo():
+            self.schedule.early_stopping = 0
 
     def _epoch(self) -> None:
         """Train for an epoch, validate, let the schedule decide, and write it all down."""
@@ -275,6 +283,7 @@ class Trainer:
 
         validation = self.figures(self.validation)
         self._look_at_overfitting(validation)
+        self._look_at_weights(validation)
         decision = self.schedule.observe(validation.noise_var, validation.elbo)
         row: Row = {
             "epoch": self.position.epoch,
@@ -352,8 +361,8 @@ class Trainer:
 
     def _end_stage(
         self, ended: Stage, decision: Decision, validation: SplitFigures
-    ) -> tuple[dict[str, float], list[str]]:
-        """Put averaged weights in place, end the stage by its formula, and look at the test set.
+    ) -> tuple[Row, list[str]]:
+        """Put the weights to keep in place, end the stage by its formula, look at the test set.
 
         Returns figures for the epoch's row, and what a person should read.
         """
@@ -361,7 +370,13 @@ class Trainer:
         if self.descent is not None:
             self.descent.take_average()
 
-        figures: dict[str, float] = {}
+        figures: Row = {"kept_epoch": self.position.epoch}
+        if 0 < self.best.epoch < self.position.epoch:
+            figures["kept_epoch"] = self.best.epoch
+            messages.append(self._put_back_best(validation))
+            validation = self.figures(self.validation)
+        self.best = BestWeights()
+
         if ended is Stage.SHARED_VARIANCE:
             more_figures, text = self._find_optimal_var()
             figures |= more_figures
@@ -377,6 +392,26 @@ class Trainer:
         for warning in warnings:
             messages.append(f"Warning: {warning}")
         return figures | test.row("test"), messages
+
+    def _is_judged_by_elbo(self) -> bool:
+        """Tell whether the ELBO, which is one of densities, is what the stage descends."""
+        is_digital = self.config.stage_2_likelihood == "digital"
+        return not (is_digital and self.schedule.stage is Stage.PREDICTED_VARIANCE)
+
+    def _look_at_weights(self, validation: SplitFigures) -> None:
+        """Remember the weights if they are the stage's best so far."""
+        is_best_kept = self.config.keep_weights == "best" and self._is_judged_by_elbo()
+        if is_best_kept and self.descent is not None:
+            model = self.descent.evaluated_model
+            self.best.observe(self.position.epoch, validation.elbo, model)
+
+    def _put_back_best(self, last: SplitFigures) -> str:
+        """Go back to the weights of the stage's best epoch, and say what that gains."""
+        self.best.put_back(self.model)
+        return (
+            f"Kept the weights of epoch {self.best.epoch}, whose validation ELBO was the best of "
+            f"the stage: {self.best.elbo:.1f} nats, for {last.elbo:.1f} after the last epoch."
+        )
 
     def _look_at_overfitting(self, validation: SplitFigures) -> None:
         """Note by how much held-out residuals exceed those of the training, for the next epoch."""
@@ -549,6 +584,7 @@ class Trainer:
             "noise": describe_noise(self.model.noise),
             "model": self.model.state_dict(),
             "descent": descent,
+            "best": None if self.best.weights is None else self.best.state_dict(),
             "generator": self.generator.get_state(),
             # The global ones serve a user's own networks, such as those with dropout.
             "global_generators": self._gather(torch.get_rng_state()),
@@ -563,6 +599,7 @@ class Trainer:
         descent = self.descent
         if self.schedule.stage is Stage.FINISHED:
             descent = None
+        best = {} if self.best.weights is None else {"best": self.best.state_dict()}
 
         return digest_of(
             {
@@ -572,6 +609,7 @@ class Trainer:
                 "layouts": None if descent is None else descent.layouts(),
                 "generator": self.generator.get_state(),
             }
+            | best
         )
 
     def _restore(self) -> bool:
@@ -628,6 +666,8 @@ class Trainer:
             self._enter_stage()
             if self.descent is not None:
                 self.descent.load_state_dict(state["descent"])
+            if state.get("best"):
+                self.best.load_state_dict(state["best"])
         self._restore_generators(state)
 
     def _check_state(self, path: Path, state: dict[str, Any]) -> None:
