@@ -47,8 +47,8 @@ SECTIONS = {
             "epochs.",
             "variance-sweep": "ELBO for a range of noise variances, with the networks unchanged. "
             "It is highest where the variance equals the squared error on these data. The learned "
-            "variance is the squared error on the training data, eq. (10). The gap between the two "
-            "shows the overfitting.",
+            "variance is eq. (10) over the validation examples, or over those of the training with "
+            "variance_from=training; then the gap between the two shows the overfitting.",
         },
     ),
     "samples": Section(

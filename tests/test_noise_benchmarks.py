@@ -48,6 +48,13 @@ def test_noise_updates_at_their_smallest_size(tmp_path):
     assert row["frechet"] > 0
 
 
+def test_recipes_at_their_smallest_size(tmp_path):
+    content = run("recipes", tmp_path / "x.json", "--variants", "wide:width=4,latent_dim=3")
+    (row,) = content["rows"]
+    assert row["options"]["latent_dim"] == 3 and row["kept_epoch"] == 1
+    assert min(row["reconstructions"], row["mixture 4"]) > 0
+
+
 def test_held_out_variance_at_its_smallest_size(tmp_path):
     rows = run("held_out_variance", tmp_path / "x.json", "--variants", "narrow:width=8")["rows"]
     assert [row["case"] for row in rows] == ["digits, 1", "factors, 2"]
