@@ -111,7 +111,8 @@ def main():
     parser.add_argument("--samples", type=int, default=N_SAMPLES)
     options = parser.parse_args()
     if options.tiny:
-        options.data, options.epochs, options.seeds = ["digits"], 1, options.seeds[:1]
+        options.data, options.epochs, options.samples = ["digits"], 1, 20
+        options.seeds = options.seeds[:1]
     one_thread()
 
     # All are loaded first, so that one that is missing is noticed before the others are trained on.

@@ -10,8 +10,8 @@ Screening is on few examples and epochs; those that survive it are compared at t
 A variant is what it changes in the shipped recipe. Each model is judged by the test ELBO, by the
 Fréchet distance of its reconstructions, and for each number of components of the mixture by the
 Fréchet distance of its samples and by the log-density of held-out codes; a mixture that memorises
-gains in the one and loses in the other. (Log-densities compare at equal d only.) Distances are from as many test images as there are
-samples. Differences are to the first variant, with equal seeds.
+gains in the one and loses in the other. Log-densities compare at equal d only. Distances are from
+as many test images as there are samples. Differences are to the first variant, with equal seeds.
 
 A row that is in the JSON is not computed again, so that the command may be stopped and repeated.
 """
@@ -136,7 +136,8 @@ def main():
     parser.add_argument("--samples", type=int, default=N_SAMPLES)
     options = parser.parse_args()
     if options.tiny:
-        options.data, options.epochs, options.seeds = ["digits"], 1, options.seeds[:1]
+        options.data, options.epochs, options.samples = ["digits"], 1, 20
+        options.seeds = options.seeds[:1]
         options.variants, options.components = options.variants[:2], [4]
     one_thread()
 

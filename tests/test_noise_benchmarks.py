@@ -51,7 +51,8 @@ def test_noise_updates_at_their_smallest_size(tmp_path):
 def test_recipes_at_their_smallest_size(tmp_path):
     content = run("recipes", tmp_path / "x.json", "--variants", "wide:width=4,latent_dim=3")
     (row,) = content["rows"]
-    assert row["options"]["latent_dim"] == 3 and row["kept_epoch"] == 1
+    assert row["options"]["latent_dim"] == 3
+    assert row["kept_epoch"] == 1
     assert min(row["reconstructions"], row["mixture 4"]) > 0
 
 
