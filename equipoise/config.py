@@ -81,25 +81,28 @@ class TrainConfig:
     the ratio of the two after the epoch before."""
     floor: float | Literal["quantisation"] | None = None
     """Smallest variance in stage 2. A number is a multiple of stage 1's optimum. 'quantisation' is
-    the variance of rounding to grey levels. null takes 1.0, the paper's choice, for images, and 0.1
-    for tables."""
-    stage_2_gradients: Literal["stop", "frozen", "joint"] = "stop"
+    the variance of rounding to grey levels. null takes 'quantisation' for digital images, as those
+    of 8 bits, 1.0 for others, which is the paper's choice, and 0.1 for tables."""
+    stage_2_gradients: Literal["stop", "frozen", "joint"] | None = None
     """Gradients in stage 2. 'stop' trains the mean on as in stage 1, and keeps the predicted
     variance from bending it. 'frozen' trains the variance only, so that the mean stays the same to
-    the bit. 'joint' trains everything on eq. (11), as the paper does."""
-    stage_2_network: Literal["decoder", "head"] = "decoder"
+    the bit. 'joint' trains everything on eq. (11), as the paper does. null takes 'frozen' for
+    digital images, and otherwise 'stop'."""
+    stage_2_network: Literal["decoder", "head"] | None = None
     """What predicts the variance in stage 2: a second decoder, or a small head on the features that
-    the decoder has before its last layer. Networks of your own have a second decoder."""
-    stage_2_likelihood: Literal["density", "digital"] = "density"
+    the decoder has before its last layer. Networks of your own have a second decoder. null takes
+    'head' for digital images, and otherwise 'decoder'."""
+    stage_2_likelihood: Literal["density", "digital"] | None = None
     """What the predicted variance of stage 2 descends: minus the log-density of eq. (11), or, for
     digital data such as 8-bit images, minus the log-probability of the levels, with which the floor
-    may be far below rounding, as floor=1e-6. The mean keeps descending stage 1's density."""
-    recalibrate: Literal["none", "monotone", "scale", "dimension", "coverage"] = "none"
+    may be far below rounding, as floor=1e-6. The mean keeps descending stage 1's density. null
+    takes 'digital' for digital images unless stage_2_gradients=joint."""
+    recalibrate: Literal["none", "monotone", "scale", "dimension", "coverage"] | None = None
     """How the predicted std is calibrated on the validation set after stage 2: by an increasing map
     from the std to the error that was found ('monotone'), by the one factor of highest likelihood
     ('scale'), by one per dimension ('dimension'), or by the factor with which .683 of all errors
     lie within one std ('coverage'), which is for data without bounds: most errors of images are
-    those of backgrounds."""
+    those of backgrounds. null takes 'monotone' for digital images, and otherwise 'none'."""
     noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] | None = None
     """Correlation of the errors, estimated on the validation set when training has ended: any
     matrix ('full', up to 2048 dimensions), common factors ('low-rank'), or a variance per band of
@@ -119,10 +122,10 @@ class TrainConfig:
     patience: int = 3
     """Number of epochs in a row for which both figures must be settled."""
     keep_weights: Literal["best", "last"] = "best"
-    """Which weights a stage ends with: those of the epoch with the highest validation ELBO, or
-    those of its last epoch. The variance of eq. (10) and the mixture are fitted to them. Neither
-    this nor early_stopping applies where stage 2 descends something else (stage_2_likelihood=
-    digital)."""
+    """Which weights a stage ends with: those of the epoch with the highest validation ELBO if that
+    exceeds the last epoch's by more than the standard error of the difference, or always those of
+    the last epoch. The variance of eq. (10) and the mixture are fitted to them. Neither this nor
+    early_stopping applies where stage 2 descends something else (stage_2_likelihood=digital)."""
     early_stopping: int | None = None
     """Number of epochs without a higher validation ELBO after which a stage ends. 0 never ends it
     so. null takes a third of the stage's epoch limit, and at least 10."""
@@ -131,8 +134,9 @@ class TrainConfig:
     """Examples per step, over all processes together."""
     learning_rate: float = 2e-3
     """Peak of the learning rate of stage 1. It warms up linearly and decays as a cosine."""
-    stage_2_learning_rate: float = 1e-3
-    """Peak of the learning rate of stage 2."""
+    stage_2_learning_rate: float | None = None
+    """Peak of the learning rate of stage 2. null takes 5e-3 for a head on networks that stand
+    still, and otherwise 1e-3."""
     warm_up: float = 0.1
     """Share of a stage's steps over which the learning rate warms up."""
     weight_decay: float = 0.0
@@ -335,14 +339,14 @@ class TrainConfig:
                     "stage_2_likelihood=digital trains the predicted variance alone; "
                     "set stage_2_gradients=stop or frozen"
                 )
-            if self.recalibrate not in ("none", "monotone"):
+            if self.recalibrate not in (None, "none", "monotone"):
                 problems.append(
                     f"recalibrate={self.recalibrate} fits the std to residuals of levels, which a "
                     "std below rounding does not describe; leave it out with "
                     "stage_2_likelihood=digital"
                 )
 
-        if self.recalibrate != "none" and self.stage_2_epochs == 0:
+        if self.recalibrate not in (None, "none") and self.stage_2_epochs == 0:
             problems.append(
                 f"recalibrate={self.recalibrate} rescales the variance of stage 2, "
                 "but stage_2_epochs=0"

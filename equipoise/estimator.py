@@ -97,9 +97,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise_var: The variance if ``noise="fixed"``, in squared model units.
         variance_from: Whose residuals eq. (10) is taken over, "held-out" or "training".
         floor: Smallest variance in stage 2, as a multiple of the optimum of stage 1, or
-            "quantisation". None takes 1.0 for images and 0.1 for tables.
+            "quantisation". None takes "quantisation" for digital images, 1.0 for others and 0.1 for
+            tables.
         recalibrate: How the predicted std is calibrated on held-out examples, "none", "monotone",
-            "scale", "dimension" or "coverage".
+            "scale", "dimension" or "coverage". None takes "monotone" for digital images, and "none"
+            otherwise.
         noise_correlation: Correlation of the errors, estimated on held-out examples after
             training, "none", "full", "low-rank", "bands" or "auto". None takes "auto" for tables
             and "none" for images.
@@ -161,7 +163,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise_var: float | None = None,
         variance_from: Literal["held-out", "training"] = "held-out",
         floor: float | Literal["quantisation"] | None = None,
-        recalibrate: Literal["none", "monotone", "scale", "dimension", "coverage"] = "none",
+        recalibrate: Literal["none", "monotone", "scale", "dimension", "coverage"] | None = None,
         noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] | None = None,
         stage_1_epochs: int | Literal["auto"] = "auto",
         stage_2_epochs: int | Literal["auto"] = "auto",

@@ -198,21 +198,6 @@ class StageSchedule:
         self.best = (best[0], best[1]) if best else (0, -math.inf)
 
 
-def choose_floor(option: Floor | None, shape: tuple[int, ...]) -> Floor:
-    """Choose the floor, by the data where the option is null.
-
-    Args:
-        option: Option ``floor``.
-        shape: Shape of one example.
-
-    Returns:
-        The option; in place of null 0.1 for rows of tables and 1.0 for images.
-    """
-    if option is not None:
-        return option
-    return 0.1 if len(shape) == 1 else 1.0
-
-
 def floor_var(floor: Floor, optimal_var: Tensor, quantum: float | None) -> Tensor:
     r"""Return the floor of the variance in stage 2.
 

@@ -9,13 +9,16 @@ import torch
 
 from equipoise.config import TrainConfig
 from equipoise.data import load
+from equipoise.estimate import Estimate
 from equipoise.stages import Stage, StageSchedule
+from equipoise.training.best import BestWeights, paired_gain
 from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 
 LEARNS_BY_HEART = TrainConfig(
     latent_dim=2,
-    stage_1_epochs=12,
+    stage_1_epochs=50,
+    early_stopping=0,
     stage_2_epochs=0,
     batch_size=16,
     learning_rate=0.03,
@@ -30,7 +33,7 @@ def examples(kind):
     generator = np.random.default_rng(0)
     if kind == "table":
         return generator.normal(size=(80, 6))
-    return generator.integers(0, 256, (80, 12, 9), dtype=np.uint8)
+    return generator.integers(0, 256, (50, 9, 8), dtype=np.uint8)
 
 
 def train(data, config, **arguments):
@@ -73,25 +76,22 @@ def test_a_stage_ends_with_the_weights_of_its_best_epoch(kind, ema_decay, monkey
 
 def test_the_last_weights_can_be_kept():
     data = load(examples("table"), test_fraction=0.2, validation_fraction=0.3)
-    config = replace(LEARNS_BY_HEART, stage_1_epochs=50, early_stopping=0)
-    _, best = train(data, config)
-    _, last = train(data, replace(config, keep_weights="last"))
+    _, best = train(data, LEARNS_BY_HEART)
+    _, last = train(data, replace(LEARNS_BY_HEART, keep_weights="last"))
 
     assert last[-1]["kept_epoch"] == len(last) > best[-1]["kept_epoch"]
     assert best[-1]["test_elbo"] > last[-1]["test_elbo"]
 
 
-@pytest.mark.parametrize("stages", [(12, 0), (6, 8)])
-def test_the_best_weights_survive_an_interruption(tmp_path, stages):
+@pytest.mark.parametrize("stop_after", [20, 38])
+def test_the_best_weights_survive_an_interruption(tmp_path, stop_after):
     data = load(examples("images"), test_fraction=0.2, validation_fraction=0.3)
-    first, second = stages
-    config = replace(LEARNS_BY_HEART, stage_1_epochs=first, stage_2_epochs=second)
+    config = replace(LEARNS_BY_HEART, stage_1_epochs=40)
     whole, rows = train(data, config)
 
     class InterruptedRunError(Exception):
         pass
 
-    stop_after = first + second - 1
     torch.manual_seed(0)
     half = Trainer(make_model(data, config), data, config, folder=tmp_path)
     look = half._look_at_overfitting
@@ -107,9 +107,41 @@ def test_the_best_weights_survive_an_interruption(tmp_path, stages):
     again = Trainer(make_model(data, config), data, config, folder=tmp_path)
     resumed = again.fit(resume=True)
 
-    assert resumed[-1]["kept_epoch"] == rows[-1]["kept_epoch"] < stop_after
+    assert resumed[-1]["kept_epoch"] == rows[-1]["kept_epoch"] < 40
     for name, value in whole.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value)
+
+
+def test_a_best_epoch_within_the_error_of_the_last_is_not_kept(monkeypatch):
+    data = load(examples("table"), test_fraction=0.2, validation_fraction=0.3)
+    config = replace(LEARNS_BY_HEART, stage_1_epochs=3)
+    kept = []
+    for gains in ([0.5, 1.5], [-0.5, 1.5]):  # 1.0 ± 0.5, then 0.5 ± 1.0
+        figures = iter([torch.zeros(2), torch.tensor(gains)])
+        monkeypatch.setattr(Trainer, "_validation_elbos", lambda self, f=figures: next(f))
+        monkeypatch.setattr(BestWeights, "observe", observe_first)
+        kept.append(train(data, config)[1][-1]["kept_epoch"])
+    assert kept == [1, 3]
+
+
+def observe_first(self, epoch, elbo, model, observe=BestWeights.observe):
+    """Take the first epoch for the best."""
+    observe(self, epoch, -float(epoch), model)
+
+
+def test_a_paired_gain_is_the_mean_difference():
+    first, second = torch.randn(50), torch.randn(50)
+    gain = paired_gain(first, second, lambda sums: sums)
+    expected = Estimate.of_mean(second.double() - first.double())
+    assert gain.n == 50
+    assert gain[:2] == pytest.approx(expected[:2])
+
+    # Two processes with half of the examples each.
+    halves = [(first[:20], second[:20]), (first[20:], second[20:])]
+    sums = []
+    for a, b in halves:
+        paired_gain(a, b, lambda part: sums.append(part) or part)
+    assert paired_gain(first[:20], second[:20], lambda part: sum(sums)) == pytest.approx(gain)
 
 
 @pytest.mark.parametrize(("early_stopping", "last"), [(2, 5), (4, 7), (0, 20), (None, 13)])

@@ -37,7 +37,12 @@ from equipoise.training.figures import NotFiniteError, SplitFigures
 from equipoise.training.job import train
 from equipoise.training.logging import JsonlSink
 from equipoise.training.preemption import Preempted
-from equipoise.training.setup import check_fit, make_model, parameter_groups
+from equipoise.training.setup import (
+    check_fit,
+    choose_stage_two,
+    make_model,
+    parameter_groups,
+)
 from equipoise.training.trainer import Trainer
 from tests.oracles import Ppca, epoch_row, linear_gaussian_data
 
@@ -85,9 +90,19 @@ def fit(data, config, **kwargs):
     return model.eval(), trainer
 
 
+PAPERS_STAGE_2 = {
+    "floor": 1.0,
+    "stage_2_network": "decoder",
+    "stage_2_gradients": "stop",
+    "stage_2_likelihood": "density",
+    "recalibrate": "none",
+}
+"""What stage 2 is for images that are not digital."""
+
+
 def test_both_stages_run_and_are_recorded(digits):
     recorder = Recorder()
-    model, trainer = fit(digits, QUICK, sinks=[recorder])
+    model, trainer = fit(digits, replace(QUICK, **PAPERS_STAGE_2), sinks=[recorder])
     assert isinstance(model.noise, PredictedNoise)
     assert [row["stage"] for row in recorder.rows] == [1, 1, 1, 2, 2]
     assert recorder.total_steps == 5 * math.ceil(len(digits.train) / 128)
@@ -210,7 +225,9 @@ def resume(data, config, folder, recorder=None):
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"ema_decay": 0.9, "noise": "dimension"}], ids=["plain", "average"]
+    "extra",
+    [{}, {"ema_decay": 0.9, "noise": "dimension", "stage_2_gradients": "stop"}],
+    ids=["plain", "average"],
 )
 def test_a_preempted_run_stops_at_a_step_and_resumes_bit_for_bit(
     digits, tmp_path, every_step, extra
@@ -451,6 +468,7 @@ def test_options_of_the_loop(digits, options):
 def test_a_frozen_mean_is_the_same_to_the_bit(digits, architecture, options):
     """Neither decay nor averages of weights move what stands still, over several epochs."""
     config = replace(QUICK, architecture=architecture, stage_2_gradients="frozen", **options)
+    config = replace(config, stage_2_likelihood="density")
     x = torch.rand(50, 1, 8, 8)
     model, _ = fit(digits, replace(config, stage_2_epochs=0))
     with torch.no_grad():
@@ -502,7 +520,7 @@ def test_a_variance_of_levels_costs_fewer_bits_and_leaves_the_mean(digits):
     """Its floor is far below rounding, where a density would follow single levels."""
     bits, errors = [], []
     for options in ({"floor": "quantisation"}, {"stage_2_likelihood": "digital", "floor": 1e-6}):
-        config = replace(QUICK, stage_1_epochs=6, stage_2_epochs=6, **options)
+        config = replace(QUICK, **(PAPERS_STAGE_2 | options), stage_1_epochs=6, stage_2_epochs=6)
         model, trainer = fit(digits, config)
         x = model.scaling(torch.from_numpy(digits.test[:]))
         with torch.no_grad():
@@ -514,6 +532,54 @@ def test_a_variance_of_levels_costs_fewer_bits_and_leaves_the_mean(digits):
     assert bits[1] < bits[0]
     # The clipping of gradients, which goes by the norm of all, is all that they share.
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("examples", "options", "expected"),
+    [
+        ("digital", {}, ("head", "frozen", "digital", "quantisation", "monotone", 5e-3)),
+        ("float", {}, ("decoder", "stop", "density", 1.0, "none", 1e-3)),
+        ("table", {}, ("decoder", "stop", "density", 0.1, "none", 1e-3)),
+        (
+            "digital",
+            {"stage_2_gradients": "joint"},
+            ("head", "joint", "density", "quantisation", "monotone", 1e-3),
+        ),
+        (
+            "digital",
+            {"recalibrate": "scale", "floor": 0.5},
+            ("head", "frozen", "density", 0.5, "scale", 5e-3),
+        ),
+        (
+            "digital",
+            {"stage_2_network": "decoder", "stage_2_learning_rate": 0.1},
+            ("decoder", "frozen", "digital", "quantisation", "monotone", 0.1),
+        ),
+    ],
+)
+def test_stage_2_suits_the_data(examples, options, expected):
+    rng = np.random.default_rng(0)
+    data = load(
+        {
+            "digital": rng.integers(0, 256, (60, 8, 8), dtype=np.uint8),
+            "float": rng.normal(size=(60, 1, 8, 8)).astype(np.float32),
+            "table": rng.normal(size=(60, 5)),
+        }[examples]
+    )
+    config = replace(QUICK, latent_dim=2, **options)
+    assert not config.problems()
+    assert choose_stage_two(make_model(data, config), config) == expected
+
+
+def test_gradients_of_stage_1_do_not_count_in_the_clipping_of_a_frozen_stage_2(digits):
+    config = replace(QUICK, stage_2_gradients="frozen")
+    model, _ = fit(digits, replace(config, stage_2_epochs=0))
+    assert any(parameter.grad is not None for parameter in model.encoder.parameters())
+
+    again = Trainer(model.train(), digits, replace(config, stage_1_epochs=0, stage_2_epochs=1))
+    again.fit()
+    frozen = [*model.encoder.parameters(), *model.decoder.parameters()]
+    assert all(parameter.grad is None for parameter in frozen)
 
 
 def test_levels_need_digital_data():
@@ -544,9 +610,8 @@ def standardised(model, split, varying):
 
 def test_recalibration_by_coverage(digits):
     """The mean stays, one std holds .683 of the errors, and intervals hold their share."""
-    config = replace(
-        QUICK, width=16, learning_rate=5e-3, stage_1_epochs=12, stage_2_epochs=8, floor=0.01
-    )
+    config = replace(QUICK, width=16, learning_rate=5e-3, stage_1_epochs=12, stage_2_epochs=8)
+    config = replace(config, **(PAPERS_STAGE_2 | {"floor": 0.01}))
     varying = varying_dimensions(torch.from_numpy(digits.train[:]))
     assert 0.5 < varying.float().mean() < 0.9  # some pixels never vary: they do not count
     plain, recorder = fit(digits, config)[0], Recorder()
@@ -611,7 +676,7 @@ def test_a_head_on_networks_of_ones_own_is_a_second_decoder_and_said_to_be(digit
 def test_a_trained_model_takes_stage_2_only(digits):
     model, first = fit(digits, replace(QUICK, stage_2_epochs=0))
     before = first.figures(first.validation)
-    config = replace(QUICK, stage_1_epochs=0, stage_2_epochs=1)
+    config = replace(QUICK, **PAPERS_STAGE_2, stage_1_epochs=0, stage_2_epochs=1)
     trainer = Trainer(model.train(), digits, config)
     trainer.fit()
     assert isinstance(model.noise, PredictedNoise)

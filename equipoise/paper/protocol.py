@@ -49,6 +49,16 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """The options of each method. They replace those in the recipe of its data set."""
 
+PAPERS_STAGE_2: dict[str, Any] = {
+    "floor": 1.0,
+    "stage_2_network": "decoder",
+    "stage_2_gradients": "stop",
+    "stage_2_likelihood": "density",
+    "recalibrate": "none",
+    "stage_2_learning_rate": 1e-3,
+}
+"""A second decoder and a floor of sigma*^2, where a method does not say otherwise."""
+
 TITLES = {
     "learned": "learned variance (ours)",
     "vae": "VAE, variance 0.5",
@@ -231,6 +241,7 @@ class Lab:
             "stage_1_epochs": first,
             "stage_2_epochs": epochs - first,
             "tolerance": 0.0,
+            **PAPERS_STAGE_2,
             # Eq. (10) as the paper has it.
             "variance_from": "training",
             "keep_weights": "last",

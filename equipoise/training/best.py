@@ -1,11 +1,14 @@
-"""The weights of the best epoch of a stage, by the validation ELBO."""
+"""The weights of the best epoch of a stage, by the validation ELBO, and what they gain."""
 
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from equipoise.estimate import Estimate
 from equipoise.model import VAE
+from equipoise.residuals import AllReduce
 
 
 class BestWeights:
@@ -43,9 +46,13 @@ class BestWeights:
 
         Args:
             model: The model, which is changed in place.
+
+        Raises:
+            ValueError: if no epoch was observed.
         """
-        if self.weights is not None:
-            model.load_state_dict(self.weights)
+        if self.weights is None:
+            raise ValueError("no epoch was observed, and there are no weights to put back")
+        model.load_state_dict(self.weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as numbers and tensors, after the first epoch.
@@ -62,3 +69,26 @@ class BestWeights:
             state: What it returned.
         """
         self.elbo, self.epoch, self.weights = state["elbo"], state["epoch"], state["weights"]
+
+
+def paired_gain(first: Tensor, second: Tensor, all_reduce: AllReduce) -> Estimate:
+    r"""Average the difference of two figures of the same examples.
+
+    .. math:: \bar d = \frac1N \sum_n (b_n - a_n), \qquad
+        \mathrm{se}^2 = \frac{\overline{d^2} - \bar d^2}{N - 1}
+
+    Args:
+        first: The figure a of each example of this process, (N_p,).
+        second: The figure b of the same examples, (N_p,).
+        all_reduce: Sums over processes.
+
+    Returns:
+        The mean difference over all processes, with its standard error over examples.
+    """
+    gains = second.double() - first.double()
+    sums = torch.stack([torch.ones_like(gains).sum(), gains.sum(), gains.square().sum()])
+    n, total, squares = all_reduce(sums).tolist()
+
+    mean = total / n
+    error = math.sqrt(max(0.0, squares / n - mean**2) / (n - 1)) if n > 1 else None
+    return Estimate(mean, error, int(n))

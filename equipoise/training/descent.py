@@ -15,7 +15,7 @@ from equipoise.model import VAE
 from equipoise.objectives import Terms
 from equipoise.stages import Stage
 from equipoise.training.clipping import RelativeClipping
-from equipoise.training.setup import is_mean_frozen, make_objective, parameter_groups
+from equipoise.training.setup import choose_stage_two, make_objective, parameter_groups
 
 
 class Descent:
@@ -37,9 +37,12 @@ class Descent:
         self.fabric = fabric
 
         peak = config.learning_rate
+        self.frozen: list[nn.Parameter] = []
         if stage is Stage.PREDICTED_VARIANCE:
-            peak = config.stage_2_learning_rate
-        self.frozen = _freeze(model) if is_mean_frozen(config, stage) else []
+            stage_two = choose_stage_two(model, config)
+            peak = stage_two.learning_rate
+            if stage_two.gradients == "frozen":
+                self.frozen = _freeze(model)
         groups = parameter_groups(model, peak, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
 
@@ -183,4 +186,6 @@ def _freeze(model: VAE) -> list[nn.Parameter]:
     frozen = [parameter for parameter in networks.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
+        # What stage 1 left there would count in the norm by which gradients are clipped.
+        parameter.grad = None
     return frozen

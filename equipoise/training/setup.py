@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ from equipoise.objectives import (
     Objective,
 )
 from equipoise.residuals import ResidualVariance
-from equipoise.stages import Stage
+from equipoise.stages import Floor, Stage
 from equipoise.training.trackers import TRACKERS, is_installed
 
 MIN_TRAIN = 20
@@ -294,23 +294,76 @@ def choose_latent_dim(data: Data, config: TrainConfig) -> int:
     return config.latent_dim
 
 
+class StageTwo(NamedTuple):
+    """How stage 2 predicts the variance: the options of these names, none of them null."""
+
+    network: Literal["decoder", "head"]
+    gradients: str
+    likelihood: str
+    floor: Floor
+    recalibrate: str
+    learning_rate: float
+
+
+def choose_stage_two(model: VAE, config: TrainConfig) -> StageTwo:
+    """Choose how stage 2 predicts the variance, by the data where an option is null.
+
+    Args:
+        model: The model, whose networks and data decide.
+        config: Options ``stage_2_network``, ``stage_2_gradients``, ``stage_2_likelihood``,
+            ``floor``, ``recalibrate`` and ``stage_2_learning_rate``.
+
+    Returns:
+        What stage 2 does.
+    """
+    is_table = len(model.shape) == 1
+    is_digital = model.scaling.quantum is not None and not is_table
+    if is_digital:
+        chosen = StageTwo("head", "frozen", "digital", "quantisation", "monotone", 5e-3)
+    else:
+        chosen = StageTwo("decoder", "stop", "density", 0.1 if is_table else 1.0, "none", 1e-3)
+
+    if config.stage_2_gradients == "joint":
+        chosen = chosen._replace(likelihood="density")
+    if config.recalibrate not in (None, "none", "monotone"):
+        # These fit the std to residuals of levels, which a std below rounding does not describe.
+        chosen = chosen._replace(likelihood="density")
+
+    given: dict[str, Any] = {
+        "network": config.stage_2_network,
+        "gradients": config.stage_2_gradients,
+        "likelihood": config.stage_2_likelihood,
+        "floor": config.floor,
+        "recalibrate": config.recalibrate,
+    }
+    chosen = chosen._replace(**{name: value for name, value in given.items() if value is not None})
+    if model.architecture is None:
+        chosen = chosen._replace(network="decoder")
+
+    rate = config.stage_2_learning_rate
+    if rate is None:
+        rate = 5e-3 if chosen[:2] == ("head", "frozen") else 1e-3
+    return chosen._replace(learning_rate=rate)
+
+
 def make_objective(model: VAE, config: TrainConfig, stage: Stage) -> Objective:
     """Make what a stage descends.
 
     Args:
         model: The model to train. Methods differ in nothing but the objective.
-        config: Options ``objective``, ``beta``, ``penalty``, ``stage_2_gradients`` and
-            ``stage_2_likelihood``.
+        config: Options ``objective``, ``beta`` and ``penalty``, and those of stage 2.
         stage: Stage of Algorithm 1. Objectives other than the bound have the first only.
 
     Returns:
         The objective.
     """
-    levels = model.levels if config.stage_2_likelihood == "digital" else None
-    if is_mean_frozen(config, stage):
-        return FrozenMeanElbo(model, levels)
-    if stage is Stage.PREDICTED_VARIANCE and config.stage_2_gradients == "stop":
-        return DetachedVarianceElbo(model, config.beta, levels)
+    if stage is Stage.PREDICTED_VARIANCE:
+        stage_two = choose_stage_two(model, config)
+        levels = model.levels if stage_two.likelihood == "digital" else None
+        if stage_two.gradients == "frozen":
+            return FrozenMeanElbo(model, levels)
+        if stage_two.gradients == "stop":
+            return DetachedVarianceElbo(model, config.beta, levels)
 
     row = OBJECTIVES[config.objective]
     weights = []
@@ -319,19 +372,6 @@ def make_objective(model: VAE, config: TrainConfig, stage: Stage) -> Objective:
     if row.penalty is not None:
         weights.append(row.penalty if config.penalty is None else config.penalty)
     return OBJECTIVE_CLASSES[config.objective](model, *weights)
-
-
-def is_mean_frozen(config: TrainConfig, stage: Stage) -> bool:
-    """Tell whether encoder and decoder stand still in a stage.
-
-    Args:
-        config: Option ``stage_2_gradients``.
-        stage: Stage of Algorithm 1.
-
-    Returns:
-        True if only the noise model is trained.
-    """
-    return stage is Stage.PREDICTED_VARIANCE and config.stage_2_gradients == "frozen"
 
 
 def parameter_groups(model: VAE, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -31,8 +31,8 @@ from equipoise.randomness import stream
 from equipoise.records import check_record
 from equipoise.residuals import overfitting_ratio
 from equipoise.run import Row
-from equipoise.stages import Decision, Stage, StageSchedule, choose_floor, floor_var
-from equipoise.training.best import BestWeights
+from equipoise.stages import Decision, Stage, StageSchedule, floor_var
+from equipoise.training.best import BestWeights, paired_gain
 from equipoise.training.checkpoint import (
     CheckpointState,
     digest_of,
@@ -47,6 +47,7 @@ from equipoise.training.figures import RunningMeans, SplitFigures, split_figures
 from equipoise.training.logging import Sink
 from equipoise.training.passes import EVALUATION_BATCH, SplitPass
 from equipoise.training.preemption import Preempted, Sigterm
+from equipoise.training.setup import choose_stage_two
 from equipoise.training.stage_ends import (
     exact_optimal_var,
     held_out_var,
@@ -132,6 +133,7 @@ class Trainer:
         self.validation = self._pass(data.validation, EVALUATION_BATCH)
         self.test = self._pass(data.test, EVALUATION_BATCH)
 
+        self.stage_two = choose_stage_two(model, config)
         self.schedule = StageSchedule(
             config.stage_1_epochs,
             config.stage_2_epochs,
@@ -202,7 +204,7 @@ class Trainer:
             self.model,
             self.validation,
             varying,
-            self.config.recalibrate,
+            self.stage_two.recalibrate,
             self._stream("recalibration"),
             self.all_reduce,
         )
@@ -372,8 +374,7 @@ class Trainer:
 
         figures: Row = {"kept_epoch": self.position.epoch}
         if 0 < self.best.epoch < self.position.epoch:
-            figures["kept_epoch"] = self.best.epoch
-            messages.append(self._put_back_best(validation))
+            messages += self._put_back_best(figures)
             validation = self.figures(self.validation)
         self.best = BestWeights()
 
@@ -395,7 +396,7 @@ class Trainer:
 
     def _is_judged_by_elbo(self) -> bool:
         """Tell whether the ELBO, which is one of densities, is what the stage descends."""
-        is_digital = self.config.stage_2_likelihood == "digital"
+        is_digital = self.stage_two.likelihood == "digital"
         return not (is_digital and self.schedule.stage is Stage.PREDICTED_VARIANCE)
 
     def _look_at_weights(self, validation: SplitFigures) -> None:
@@ -405,13 +406,31 @@ class Trainer:
             model = self.descent.evaluated_model
             self.best.observe(self.position.epoch, validation.elbo, model)
 
-    def _put_back_best(self, last: SplitFigures) -> str:
-        """Go back to the weights of the stage's best epoch, and say what that gains."""
+    def _put_back_best(self, figures: Row) -> list[str]:
+        """Go back to the stage's best epoch if it is better than the last beyond the error.
+
+        Its number goes into the figures. Returns what a person should read.
+        """
+        last = {name: value.clone() for name, value in self.model.state_dict().items()}
+        elbo_of_last = self._validation_elbos()
         self.best.put_back(self.model)
-        return (
-            f"Kept the weights of epoch {self.best.epoch}, whose validation ELBO was the best of "
-            f"the stage: {self.best.elbo:.1f} nats, for {last.elbo:.1f} after the last epoch."
-        )
+        gain = paired_gain(elbo_of_last, self._validation_elbos(), self.all_reduce)
+
+        # The last epoch had the lowest learning rate, and is not the best of many by chance.
+        if gain.standard_error is None or gain.value <= gain.standard_error:
+            self.model.load_state_dict(last)
+            return []
+
+        figures["kept_epoch"] = self.best.epoch
+        return [
+            f"Kept the weights of epoch {self.best.epoch}, because those of the last have a "
+            f"validation ELBO that is {_with_error(gain)} nats lower."
+        ]
+
+    def _validation_elbos(self) -> Tensor:
+        """Compute the ELBO of this process's validation examples, always with the same noise."""
+        batches = self.validation.terms(self.model, self._stream("figures"))
+        return torch.cat([terms.elbo for terms in batches])
 
     def _look_at_overfitting(self, validation: SplitFigures) -> None:
         """Note by how much held-out residuals exceed those of the training, for the next epoch."""
@@ -467,19 +486,17 @@ class Trainer:
         if self.optimal_var is None:
             raise RuntimeError("Stage 2 starts from the optimal variance of stage 1.")
         reference = self.optimal_var.clamp_min(self.model.noise.floor_var.double())
-        option = choose_floor(self.config.floor, self.model.shape)
-        floor = floor_var(option, reference, self.model.scaling.quantum)
+        stage_two = self.stage_two
+        floor = floor_var(stage_two.floor, reference, self.model.scaling.quantum)
 
-        is_per_dimension = self.config.recalibrate == "dimension"
+        is_per_dimension = stage_two.recalibrate == "dimension"
         calibration_shape = self.model.shape if is_per_dimension else ()
-        network = self.config.stage_2_network
-        if network == "head" and self.model.architecture is None:
-            network = "decoder"
+        if self.config.stage_2_network == "head" and stage_two.network == "decoder":
             self._message(
                 "The decoder is your own, and has no features that a head could read: the variance "
                 "is predicted by a second decoder (stage_2_network=decoder)."
             )
-        self.model.predict_variance(reference, floor, calibration_shape, network)
+        self.model.predict_variance(reference, floor, calibration_shape, stage_two.network)
         self.position = self.position._replace(stage_step=0)
 
     def _refuse_worse_prediction(self) -> list[str]:
@@ -487,7 +504,7 @@ class Trainer:
 
         Returns what a person should read.
         """
-        if self.config.stage_2_likelihood == "digital":
+        if self.stage_two.likelihood == "digital":
             # It was not trained for a density, and its std may be far below rounding.
             return []
 
