@@ -381,8 +381,8 @@ def format_figure(figure: Any) -> str:  # noqa: ANN401 (any JSON value)
         return ", ".join(format_figure(value) for value in values)
 
     if isinstance(figure, dict):
-        errors = [figure.get("error_over_seeds"), figure.get("standard_error")]
-        text = _format_estimate(figure["value"], [error for error in errors if error])
+        errors = [figure[key] for key in ("error_over_seeds", "standard_error") if key in figure]
+        text = _format_estimate(figure["value"], [error for error in errors if error is not None])
         others = [
             f"{key.replace('_', ' ')} {format_figure(other)}"
             for key, other in figure.items()
@@ -400,16 +400,20 @@ def format_figure(figure: Any) -> str:  # noqa: ANN401 (any JSON value)
 
 
 def _format_estimate(value: Any, errors: list[float]) -> str:  # noqa: ANN401 (any JSON value)
-    if not errors:
+    if not any(errors):
         return format_figure(value)
 
-    decimals = [max(0, 1 - math.floor(math.log10(error))) for error in errors]
-    if min(decimals) < 8:
-        parts = [f"{value:,.{min(decimals)}f}"]
-        parts += [f"{error:,.{n}f}" for error, n in zip(errors, decimals, strict=True)]
-    else:
-        parts = [f"{value:.4g}", *(f"{error:.2g}" for error in errors)]
-    return " ±\u00a0".join(parts)
+    decimals = max(0, 1 - math.floor(math.log10(max(errors))))
+    shown = f"{value:,.{decimals}f}" if decimals < 8 else f"{value:.4g}"
+    return " ±\u00a0".join([shown, *map(_format_error, errors)])
+
+
+def _format_error(error: float) -> str:
+    if not error:
+        return "0"
+
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{error:,.{decimals}f}" if decimals < 8 else f"{error:.2g}"
 
 
 def warnings_of(evaluation: dict[str, Any]) -> Iterator[str]:

@@ -99,5 +99,5 @@ def _ratio(row: dict[str, Any]) -> str:
     ratio = row["ratio"]
     text = cell(brief(ratio, ".2f"))
     if has_seeds(ratio) and not is_different(row["prior"], row["mixture"]):
-        text += ", within errors"
+        text += " (no difference)"
     return text

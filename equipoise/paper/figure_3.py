@@ -6,7 +6,7 @@ import torch
 
 from equipoise import plots
 from equipoise.glossary import CURVES
-from equipoise.paper.markdown import Better, brief, estimate, table
+from equipoise.paper.markdown import Better, brief, cell, estimate, table
 from equipoise.paper.protocol import SET_TITLES, TITLES, WITH_NOISE, Lab, Spec
 
 TITLE = "Figure 3: where reconstructions cannot be trusted"
@@ -70,7 +70,7 @@ def markdown(content: dict[str, Any]) -> str:
             random = estimate(row, "random_sparsification_error_area")
             areas = None
             if ause and random:
-                areas = brief(ause, ".3f"), brief(random, ".3f")
+                areas = brief(ause, ".3f"), cell(brief(random, ".3f"))
 
             lines.append([SET_TITLES[data], TITLES[method], *coverage, ence, areas])
 

@@ -37,13 +37,12 @@ NOTES = "results-notes.md"
 It says what differs from the paper, and why.
 """
 ABOUT_SEEDS = (
-    "Figures are means over {seeds}, ± the standard error over seeds, ± that over test examples or "
-    "samples (the mean over the seeds, since all have the same test examples; it does not fall "
-    "with more seeds). What is the same for all seeds has no error over seeds. **Bold** in a "
-    "column: the best figure, and all that differ from it by at most two of both errors combined, "
-    "2 √(s² + a² + b²), where s is the standard error over seeds of the difference at the same "
-    "seed, and a and b are the errors of both figures over examples. So what is not bold there is "
-    "worse by more. Pictures of images show seed {first}; error bars are over seeds."
+    "Means over {seeds}, ± the standard error over seeds, ± that over test examples or samples. A "
+    "single ± is over seeds. Two figures *differ* if their difference is larger than two of both "
+    "errors combined, 2 √(s² + a² + b²), where s is the standard error over seeds of the "
+    "difference at the same seed, and a and b are the errors of both figures over examples. **Bold** "
+    "in a column: the best figure, and all that do not differ from it. Pictures of images show seed "
+    "{first}; error bars are over seeds."
 )
 """What a table of several seeds needs to be read."""
 WIDTH = 120

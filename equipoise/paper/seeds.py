@@ -39,10 +39,10 @@ def over_seeds(contents: Sequence[Any]) -> Any:  # noqa: ANN401 (any JSON value)
         contents: JSON values of the same form, one for each seed.
 
     Returns:
-        A value of this form. What is equal for all seeds is kept as it is. Of numbers and of
-        estimates (``{"value", "standard_error", "n"}``) it has the mean, as ``{"value",
-        "error_over_seeds", "standard_error", "n", "of_seeds"}``, where ``of_seeds`` is the list of
-        the seeds' values. It has None where a seed has no figure.
+        A value of this form. Of estimates (``{"value", "standard_error", "n"}``), and of numbers
+        that are not equal for all seeds, it has the mean, as ``{"value", "error_over_seeds",
+        "standard_error", "n", "of_seeds"}``, where ``of_seeds`` is the list of the seeds' values.
+        What else is equal is kept as it is. It has None where a seed has no figure.
 
     Raises:
         ValueError: If the seeds have values that are neither equal nor figures.
@@ -51,12 +51,10 @@ def over_seeds(contents: Sequence[Any]) -> Any:  # noqa: ANN401 (any JSON value)
         >>> over_seeds([{"K": 8, "mse": 1.0}, {"K": 8, "mse": 3.0}])
         {'K': 8, 'mse': {'value': 2.0, 'error_over_seeds': 1.0, 'of_seeds': [1.0, 3.0]}}
     """
-    first = contents[0]
-    if all(content == first for content in contents):
+    first, *others = contents
+    if not others:
         return first
 
-    if any(content is None for content in contents):
-        return None
     if all(isinstance(content, dict) for content in contents):
         if all("value" in content for content in contents):
             return _mean(contents)
@@ -64,6 +62,10 @@ def over_seeds(contents: Sequence[Any]) -> Any:  # noqa: ANN401 (any JSON value)
         keys = dict.fromkeys(key for content in contents for key in content)
         return {key: over_seeds([content.get(key) for content in contents]) for key in keys}
 
+    if all(content == first for content in others):
+        return first
+    if any(content is None for content in contents):
+        return None
     if all(_is_number(content) for content in contents):
         return _mean([{"value": content} for content in contents])
     raise ValueError(f"these figures of several seeds cannot be averaged: {list(contents)}")
