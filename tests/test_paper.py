@@ -177,7 +177,8 @@ def test_an_item_from_the_command_line_and_again(tmp_path):
         "date",
         "versions",
         "machine",
-        "seed",
+        "format",
+        "seeds",
         "data",
         "options",
         "seconds",
@@ -243,14 +244,26 @@ def test_cells():
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"seed": 1}, {"epochs": {"mnist": 7}}, {"item": "other"}, {"features": "x"}]
+    "change",
+    [
+        {},
+        {"seeds": [1]},
+        {"seeds": [0, 1]},
+        {"epochs": {"mnist": 7}},
+        {"item": "other"},
+        {"features": "x"},
+        {"rows": None},
+        {"rows": {"mnist": {"samples": {"value": [1.0]}}}},
+        {"rows": {"mnist": {"samples": {"value": 1.0, "error_over_seeds": 0.1}}}},
+    ],
 )
 def test_results_of_other_settings_are_not_replaced(tmp_path, change):
     lab = Lab("tiny", tmp_path / "runs", epochs=1, images=tmp_path / "images")
     out, page = tmp_path / "results", tmp_path / "results.md"
     refuse_to_replace(lab, ["figure-4"], out, page)
-    settings = {"budget": "tiny", "epochs": {"mnist": 1}, "seed": 0, "features": lab.features}
-    write_json(out / "figure-4-tiny.json", {"item": "figure-4", **settings, **change})
+    record = json.loads((ROOT / "results" / "figure-4-full.json").read_text())
+    settings = {"budget": "tiny", "epochs": {"mnist": 1}, "seeds": [0], "features": lab.features}
+    write_json(out / "figure-4-tiny.json", record | settings | change)
     if not change:
         refuse_to_replace(lab, ["figure-4"], out, page)
         page.write_text("mine")

@@ -40,9 +40,9 @@ ABOUT_SEEDS = (
     "Means over {seeds}, ± the standard error over seeds, ± that over test examples or samples. A "
     "single ± is over seeds. Two figures *differ* if their difference is larger than two of both "
     "errors combined, 2 √(s² + a² + b²), where s is the standard error over seeds of the "
-    "difference at the same seed, and a and b are the errors of both figures over examples. **Bold** "
-    "in a column: the best figure, and all that do not differ from it. Pictures of images show seed "
-    "{first}; error bars are over seeds."
+    "difference at the same seed, and a and b are the errors of both figures over examples. "
+    "**Bold** in a column: the best figure, and all that do not differ from it. Pictures of images "
+    "show seed {first}; error bars are over seeds."
 )
 """What a table of several seeds needs to be read."""
 WIDTH = 120

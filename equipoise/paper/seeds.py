@@ -157,8 +157,7 @@ def error_over_seeds(figure: Any) -> float:  # noqa: ANN401 (a JSON value)
     Returns:
         The error, 0 for a figure of one training or one that is the same for all seeds.
     """
-    error: float = figure["error_over_seeds"] if has_seeds(figure) else 0.0
-    return error
+    return float(figure["error_over_seeds"]) if has_seeds(figure) else 0.0
 
 
 def _values(figure: Any) -> np.ndarray:  # noqa: ANN401 (a JSON value)
@@ -178,13 +177,12 @@ def value_of(figure: Any) -> float:  # noqa: ANN401 (a JSON value)
     Returns:
         The value.
     """
-    value: float = figure["value"] if isinstance(figure, dict) else figure
-    return value
+    return float(figure["value"] if isinstance(figure, dict) else figure)
 
 
 def _error_over_examples(figure: Any) -> float:  # noqa: ANN401 (a JSON value)
     """The standard error over examples, or 0 if it is not known."""
-    return (figure.get("standard_error") or 0) if isinstance(figure, dict) else 0
+    return float(figure.get("standard_error") or 0) if isinstance(figure, dict) else 0.0
 
 
 def _is_number(value: Any) -> bool:  # noqa: ANN401 (a JSON value)
