@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,7 @@ def test_results_of_other_settings_are_not_replaced(tmp_path, change):
     write_json(out / "figure-4-tiny.json", record | settings | change)
     if not change:
         refuse_to_replace(lab, ["figure-4"], out, page)
+        refuse_to_replace(replace(lab, seeds=(1, 0)), ["figure-4"], out, page)  # seed 0 is in it
         page.write_text("mine")
     with pytest.raises(ConfigError, match="--force to replace it"):
         refuse_to_replace(lab, ["figure-4"], out, page)

@@ -302,10 +302,10 @@ class Lab:
             ConfigError: If a run folder holds a model with other options.
         """
         needed = _without_repeats(spec for spec in specs if spec.data in self.size.sets)
-        # The longest first, so that none is left to run alone at the end.
-        needed.sort(key=self._steps, reverse=True)
         labs = [self.of_seed(seed) for seed in self.seeds]
         missing = [(lab, spec) for lab in labs for spec in needed if not lab._is_done(spec)]
+        # Of a seed the longest first, so that none is left to run alone at the end.
+        missing.sort(key=lambda model: (self.seeds.index(model[0].seed), -self._steps(model[1])))
 
         if self.jobs == 1 or len(missing) < 2:
             for number, (lab, spec) in enumerate(missing, 1):
