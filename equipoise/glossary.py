@@ -239,6 +239,8 @@ TERMS: dict[str, Term] = {
 }
 
 
+ESTIMATE = frozenset({"value", "standard_error", "error_over_seeds", "of_seeds", "n"})
+"""Keys of a figure that are its value, its errors, and what these are computed from."""
 CURVES = frozenset({"reliability", "sparsification", "spectra", "pit_histogram"})
 """Keys of curves, which are plotted and not printed."""
 
@@ -356,7 +358,9 @@ def title(keys: Keys) -> str:
 def format_figure(figure: Any) -> str:  # noqa: ANN401 (any JSON value)
     r"""Format a figure.
 
-    The standard error has two digits. The value has the same number of decimals.
+    The standard error has two digits. The value has the same number of decimals. A figure over
+    seeds, see :func:`equipoise.paper.seeds.over_seeds`, has its error over seeds before that over
+    examples, and its value has the decimals of the larger one.
 
     Args:
         figure: An estimate as a dictionary, any other JSON value, or a list of them.
@@ -369,17 +373,20 @@ def format_figure(figure: Any) -> str:  # noqa: ANN401 (any JSON value)
         '50.0 ±\xa01.5'
         >>> format_figure({"value": 16, "of": 16, "threshold": 0.01, "n": 180})
         '16 (of 16, threshold 0.01)'
+        >>> format_figure({"value": 1.5, "error_over_seeds": 0.25, "of_seeds": [1.25, 1.75]})
+        '1.50 ±\xa00.25'
     """
     if isinstance(figure, list):
         values = [item["value"] if isinstance(item, dict) else item for item in figure]
         return ", ".join(format_figure(value) for value in values)
 
     if isinstance(figure, dict):
-        text = _format_estimate(figure["value"], figure.get("standard_error"))
+        errors = [figure[key] for key in ("error_over_seeds", "standard_error") if key in figure]
+        text = _format_estimate(figure["value"], [error for error in errors if error is not None])
         others = [
             f"{key.replace('_', ' ')} {format_figure(other)}"
             for key, other in figure.items()
-            if key not in ("value", "standard_error", "n")
+            if key not in ESTIMATE
         ]
         return f"{text} ({', '.join(others)})" if others else text
 
@@ -392,14 +399,21 @@ def format_figure(figure: Any) -> str:  # noqa: ANN401 (any JSON value)
     return str(figure)
 
 
-def _format_estimate(value: Any, error: float | None) -> str:  # noqa: ANN401 (any JSON value)
-    if not error:
+def _format_estimate(value: Any, errors: list[float]) -> str:  # noqa: ANN401 (any JSON value)
+    if not any(errors):
         return format_figure(value)
 
+    decimals = max(0, 1 - math.floor(math.log10(max(errors))))
+    shown = f"{value:,.{decimals}f}" if decimals < 8 else f"{value:.4g}"
+    return " ±\u00a0".join([shown, *map(_format_error, errors)])
+
+
+def _format_error(error: float) -> str:
+    if not error:
+        return "0"
+
     decimals = max(0, 1 - math.floor(math.log10(error)))
-    if decimals < 8:
-        return f"{value:,.{decimals}f} ±\u00a0{error:,.{decimals}f}"
-    return f"{value:.4g} ±\u00a0{error:.2g}"
+    return f"{error:,.{decimals}f}" if decimals < 8 else f"{error:.2g}"
 
 
 def warnings_of(evaluation: dict[str, Any]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from sklearn.metrics import roc_auc_score
 
 from equipoise.files import whole_file
@@ -351,13 +352,18 @@ def density_rows(
     return figure
 
 
-def bars(groups: dict[str, dict[str, list[float]]], names: list[str]) -> Figure:
+def bars(
+    groups: dict[str, dict[str, list[float]]],
+    names: list[str],
+    errors: dict[str, dict[str, list[float]]] | None = None,
+) -> Figure:
     """Bars in one panel for each group (the paper's figure 2).
 
     Args:
         groups: values by title of the panel, then by name of the series. Each series has one value
             for each of ``names``.
         names: labels under the bars.
+        errors: standard errors of the values, in the same form. Those above 0 are drawn.
 
     Returns:
         The figure.
@@ -373,6 +379,8 @@ def bars(groups: dict[str, dict[str, list[float]]], names: list[str]) -> Figure:
                 offset = (i - (len(series) - 1) / 2) * width
                 places = np.arange(len(values)) + offset
                 axis.bar(places, values, width, color=color, label=name)
+                if errors:
+                    _draw_errors(axis, places, values, errors[title][name], "black")
 
             axis.set_xticks(
                 range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor"
@@ -382,6 +390,17 @@ def bars(groups: dict[str, dict[str, list[float]]], names: list[str]) -> Figure:
         figure.axes[0].legend(frameon=False)
 
     return figure
+
+
+def _draw_errors(
+    axis: Axes, places: ArrayLike, values: ArrayLike, errors: ArrayLike, color: str
+) -> None:
+    """Draw error bars at the points whose errors are above 0."""
+    points = np.stack([np.asarray(part, dtype=float) for part in (places, values, errors)])
+    known = points[:, points[2] > 0]
+    if known.size:
+        x, y, error = known
+        axis.errorbar(x, y, error, fmt="none", ecolor=color, elinewidth=1, capsize=2)
 
 
 class NoiseCurves(NamedTuple):
@@ -541,6 +560,7 @@ def variance_sweep(
     measures: dict[str, dict[str, Float[np.ndarray, " n"]]],
     learned_var: float,
     learned: dict[str, dict[str, float]] | None = None,
+    errors: dict[str, dict[str, Float[np.ndarray, " n_and_learned"]]] | None = None,
 ) -> Figure:
     """Measures against the noise variance, with the learned one marked (the paper's figure 1).
 
@@ -552,6 +572,8 @@ def variance_sweep(
         learned_var: the learned variance, eq. (10), squared model units.
         learned: values of a model that learned its variance, by label and name as in ``measures``.
             They are drawn as stars.
+        errors: standard errors of ``measures`` and, last, of ``learned``, in the same form,
+            (n + 1,). Those above 0 are drawn.
 
     Returns:
         The figure. Points have markers if there are fewer than 10 variances.
@@ -586,6 +608,10 @@ def variance_sweep(
                 if learned:
                     value = learned[label][name]
                     axis.plot(learned_var, value, "*", ms=13, mfc=color, mec="white", zorder=3)
+                if learned and errors:
+                    places = [*noise_vars, learned_var]
+                    heights = [*values, learned[label][name]]
+                    _draw_errors(axis, places, heights, errors[label][name], color)
 
             axis.legend(frameon=False)
 

@@ -193,6 +193,13 @@ class Estimate(TypedDict):
     n: NotRequired[Count | None]
 
 
+class FigureOverSeeds(Estimate):
+    """A mean over trainings with several seeds, with its error over seeds and each one's value."""
+
+    error_over_seeds: NonNegative
+    of_seeds: Annotated[list[Number], Meta(min_length=2)]
+
+
 class FigureParts(TypedDict):
     """A figure with whatever else is known of it."""
 
@@ -233,6 +240,48 @@ class Evaluation(TypedDict):
     latent: NotRequired[LatentFigures]
     noise: NotRequired[dict[str, Any]]
     outliers: NotRequired[dict[str, Any]]
+
+
+class ComparedData(TypedDict):
+    """A data set of the paper's comparison."""
+
+    name: Name
+    fingerprint: Digest
+    n_train: Count
+    n_validation: Count
+    n_test: Count
+
+
+class ComparisonSeconds(TypedDict):
+    """What an item of the paper's comparison took, in seconds."""
+
+    training: NonNegative
+    evaluation: NonNegative
+    item: NonNegative
+    models: dict[str, tuple[NonNegative, NonNegative]]
+
+
+class PaperResults(TypedDict):
+    """``ITEM-BUDGET.json``: the figures of an item of the paper's comparison, in ``rows``.
+
+    Files of earlier versions have one seed and no format.
+    """
+
+    format: NotRequired[Name]
+    command: Name
+    date: Name
+    machine: Name
+    versions: dict[str, str]
+    item: Name
+    budget: Name
+    epochs: dict[str, Limit]
+    seed: NotRequired[Count]
+    seeds: NotRequired[Annotated[list[Count], Meta(min_length=1)]]
+    features: Name
+    data: dict[str, ComparedData]
+    options: dict[str, dict[str, Any]]
+    seconds: ComparisonSeconds
+    rows: dict[str, Any]
 
 
 class TrackerRecord(TypedDict):
@@ -359,10 +408,17 @@ def check_figures(value: Any, what: str) -> None:  # noqa: ANN401 (any JSON valu
 
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, dict):
-            check_record(item, Estimate if item.get("standard_error") else Figure, what)
+            check_record(item, _record_of_figure(item), what)
             check_record({"figure": item}, FigureParts, what)
         else:
             check_record({"value": item}, Figure, what)
+
+
+def _record_of_figure(figure: dict[str, Any]) -> Any:  # noqa: ANN401 (a typed record)
+    """The schema of a figure with these keys."""
+    if "of_seeds" in figure or "error_over_seeds" in figure:
+        return FigureOverSeeds
+    return Estimate if figure.get("standard_error") else Figure
 
 
 def decode_record(text: bytes | str, record: type[T], what: str) -> T:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -177,7 +178,8 @@ def test_an_item_from_the_command_line_and_again(tmp_path):
         "date",
         "versions",
         "machine",
-        "seed",
+        "format",
+        "seeds",
         "data",
         "options",
         "seconds",
@@ -243,16 +245,29 @@ def test_cells():
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"seed": 1}, {"epochs": {"mnist": 7}}, {"item": "other"}, {"features": "x"}]
+    "change",
+    [
+        {},
+        {"seeds": [1]},
+        {"seeds": [0, 1]},
+        {"epochs": {"mnist": 7}},
+        {"item": "other"},
+        {"features": "x"},
+        {"rows": None},
+        {"rows": {"mnist": {"samples": {"value": [1.0]}}}},
+        {"rows": {"mnist": {"samples": {"value": 1.0, "error_over_seeds": 0.1}}}},
+    ],
 )
 def test_results_of_other_settings_are_not_replaced(tmp_path, change):
     lab = Lab("tiny", tmp_path / "runs", epochs=1, images=tmp_path / "images")
     out, page = tmp_path / "results", tmp_path / "results.md"
     refuse_to_replace(lab, ["figure-4"], out, page)
-    settings = {"budget": "tiny", "epochs": {"mnist": 1}, "seed": 0, "features": lab.features}
-    write_json(out / "figure-4-tiny.json", {"item": "figure-4", **settings, **change})
+    record = json.loads((ROOT / "results" / "figure-4-full.json").read_text())
+    settings = {"budget": "tiny", "epochs": {"mnist": 1}, "seeds": [0], "features": lab.features}
+    write_json(out / "figure-4-tiny.json", record | settings | change)
     if not change:
         refuse_to_replace(lab, ["figure-4"], out, page)
+        refuse_to_replace(replace(lab, seeds=(1, 0)), ["figure-4"], out, page)  # seed 0 is in it
         page.write_text("mine")
     with pytest.raises(ConfigError, match="--force to replace it"):
         refuse_to_replace(lab, ["figure-4"], out, page)

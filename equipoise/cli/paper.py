@@ -1,6 +1,6 @@
 """``equipoise paper``: reproduce the paper's tables and figures."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from equipoise.cli.command import (
@@ -27,6 +27,22 @@ PAPER_ITEMS = (
     "beyond-size",
 )
 """Tables and figures of the paper, and what goes beyond it."""
+
+
+def _read_seeds(text: str) -> tuple[int, ...]:
+    """Read "3" as the seeds 0, 1 and 2, and "0,4,7" as these."""
+    wrong = ArgumentTypeError(
+        f"give a number of seeds from 1 on, or two or more different ones as in 0,4,7; got {text!r}"
+    )
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise wrong from None
+
+    seeds = tuple(range(numbers[0]) if len(numbers) == 1 else numbers)
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise wrong
+    return seeds
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -72,7 +88,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="Replace figures that were made with other epochs, another seed or other features, "
+        help="Replace figures that were made with other epochs, other seeds or other features, "
         "and files that are not results.",
     )
 
@@ -83,7 +99,22 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="N",
         help="Number of models that are trained at the same time. The default is 1.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Seed of all models. The default is 0.")
+
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--seeds",
+        type=_read_seeds,
+        default=(0,),
+        metavar="N",
+        help="Train every model with N seeds, 0 to N - 1, or with those of a list such as 0,4,7. "
+        "The tables then have both errors, as explained below. The default is 1.",
+    )
+    which.add_argument(
+        "--seed",
+        type=int,
+        metavar="S",
+        help="Train every model with this one seed. The default is 0.",
+    )
 
     parser.add_argument(
         "--features",
@@ -106,7 +137,17 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "small": "All data sets, in about two hours on two CPU cores.",
         "full": "All data sets, on one GPU.",
     }
-    parser.epilog = f"{about_items}\n\n{items}\n\nbudgets:\n{list_entries(budgets)}"
+    about_seeds = paragraph(
+        "With several seeds, a figure is the mean over seeds, ± its standard error over seeds, ± "
+        "that over test examples or samples. Bold in a column are the best figure and those that "
+        "differ from it by at most two of both errors combined. Every seed other than 0 has run "
+        "folders of its own, NAME-seed=S. They are made seed by seed, and those that are there are "
+        "used again: '--seeds 3' after '--seeds 1' trains seeds 1 and 2, and replaces the figures "
+        "of seed 0 by those of all three."
+    )
+    parser.epilog = (
+        f"{about_items}\n\n{items}\n\nbudgets:\n{list_entries(budgets)}\n\nseeds:\n{about_seeds}"
+    )
 
 
 def _run(options: Namespace) -> None:
@@ -141,7 +182,7 @@ def _run(options: Namespace) -> None:
             data_dir=options.data_dir,
             jobs=options.jobs,
             epochs=options.epochs,
-            seed=options.seed,
+            seeds=options.seeds if options.seed is None else (options.seed,),
             features=options.features,
             images=page.parent / "images" / "paper",
             sinks=(terminal,),

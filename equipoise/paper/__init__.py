@@ -1,8 +1,8 @@
 """The paper's comparison: one module for each table and figure, and for what goes beyond the paper.
 
 Each module has three functions: ``specs(lab)`` lists the models that it needs, ``compute(lab)``
-returns its figures as JSON values and draws its pictures, and ``markdown(content)`` lays those
-figures out for the page of results.
+returns the figures of one seed as JSON values, and ``markdown(content)`` lays the figures of one or
+several seeds out for the page of results. If it has pictures, ``draw(lab, content)`` draws them.
 """
 
 from types import ModuleType

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from equipoise.paper.markdown import estimate, table
+from equipoise.paper.markdown import Better, cell, estimate, table
 from equipoise.paper.protocol import SET_TITLES, Lab, Spec
 
 TITLE = "Beyond the paper: better codes to sample from"
@@ -14,6 +14,7 @@ TEXT = (
     "on reconstructions."
 )
 SOURCES = ("mixture=auto", "flow")
+BETTER: Better = {"Fréchet": "lower", "kernel distance": "lower", "held out, nats": "higher"}
 ROWS = ("reconstruction", "prior", "gaussian", "mixture", *SOURCES)
 
 
@@ -57,23 +58,26 @@ def markdown(content: dict[str, Any]) -> str:
         titles = {
             "reconstruction": "reconstructions",
             "gaussian": "one Gaussian",
-            "mixture": f"mixture of {K['mixture']}",
-            "mixture=auto": f"mixture=auto, K = {K['mixture=auto']}",
+            "mixture": f"mixture of {cell(K['mixture'])}",
+            "mixture=auto": f"mixture=auto, K = {cell(K['mixture=auto'])}",
         }
 
         lines = []
         for row in ROWS:
             figures = rows[row]
+            distances = [figures["frechet_distance"], figures["kernel_distance"]]
+            if row == "reconstruction":  # no source of codes, and not compared with them
+                distances = [cell(distance) for distance in distances]
+
             lines.append(
                 [
                     titles.get(row, row),
-                    figures["frechet_distance"],
-                    figures["kernel_distance"],
+                    *distances,
                     estimate(figures, "held_out_log_likelihood"),
                     estimate(figures, "closer"),
                 ]
             )
 
-        parts.append(table([SET_TITLES[data], *head], lines))
+        parts.append(table([SET_TITLES[data], *head], lines, BETTER))
 
     return "\n\n".join(parts)

@@ -2,13 +2,19 @@
 
 from typing import Any
 
-from equipoise.paper.markdown import table
+from equipoise.paper.markdown import Better, table
 from equipoise.paper.protocol import Lab, Spec
 
 TITLE = "Beyond the paper: what larger models and longer training buy"
 TEXT = (
     "MNIST, learned variance, one change at a time. The first row is the model of the other tables."
 )
+BETTER: Better = {
+    "ELBO, nats": "higher",
+    "MSE": "lower",
+    "Fréchet, rec.": "lower",
+    "Fréchet, mixture": "lower",
+}
 CHANGES: dict[str, tuple[tuple[str, Any], ...]] = {
     "16 latent units, width 32": (),
     "8 latent units": (("latent_dim", 8),),
@@ -68,4 +74,4 @@ def markdown(content: dict[str, Any]) -> str:
         "Fréchet, mixture",
     ]
     lines = [[name, *row.values()] for name, row in content["rows"].items()]
-    return table(head, lines)
+    return table(head, lines, BETTER)

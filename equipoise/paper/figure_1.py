@@ -6,8 +6,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from equipoise import plots
-from equipoise.paper.markdown import table
+from equipoise.paper.markdown import Better, brief, cell, table
 from equipoise.paper.protocol import Lab, Spec
+from equipoise.paper.seeds import error_over_seeds, value_of
 
 TITLE = "Figure 1: fixed variances against the learned one"
 TEXT = (
@@ -15,6 +16,11 @@ TEXT = (
     "the highest ELBO and one of the best Fréchet distances. Samples of the mixture are better "
     "there than those of the prior, and the difference grows as the variance gets smaller."
 )
+BETTER: Better = {
+    "ELBO, nats": "higher",
+    "Fréchet, prior": "lower",
+    "Fréchet, mixture": "lower",
+}
 SPECS = {
     "1": Spec("mnist", "beta-vae"),
     "0.5": Spec("mnist", "vae"),
@@ -32,7 +38,7 @@ def specs(lab: Lab) -> list[Spec]:
 
 
 def compute(lab: Lab) -> dict[str, Any]:
-    """Collect ELBO, Fréchet distances and KL of each variance, and draw the figure."""
+    """Collect ELBO, Fréchet distances and KL of each variance."""
     rows = {}
     for name, spec in SPECS.items():
         evaluation = lab.evaluation(spec)
@@ -45,12 +51,15 @@ def compute(lab: Lab) -> dict[str, Any]:
             "kl_mixture_prior": evaluation["latent"]["kl_mixture_prior"],
         }
 
-    plots.save(draw(rows), lab.images / "figure-1.png")
     return {"rows": rows}
 
 
-def draw(rows: dict[str, Any]) -> Figure:
-    """Draw the figure: a line through the fixed variances, and a star for the learned one."""
+def draw(lab: Lab, content: dict[str, Any]) -> None:
+    """Draw a line through the fixed variances and a star for the learned one, with its errors."""
+    plots.save(_draw(content["rows"]), lab.images / "figure-1.png")
+
+
+def _draw(rows: dict[str, Any]) -> Figure:
     panels = {
         "ELBO, nats": {"test data": "elbo"},
         "Fréchet distance": {"prior": "frechet_prior", "mixture": "frechet_mixture"},
@@ -58,17 +67,22 @@ def draw(rows: dict[str, Any]) -> Figure:
     }
     learned = rows["learned"]
     fixed = [row for name, row in rows.items() if name != "learned"]
-    fixed.sort(key=lambda row: row["noise_var"])
+    fixed.sort(key=lambda row: value_of(row["noise_var"]))
 
-    measures, stars = {}, {}
+    measures, stars, errors = {}, {}, {}
     for label, lines in panels.items():
         measures[label] = {
-            name: np.array([row[key]["value"] for row in fixed]) for name, key in lines.items()
+            name: np.array([value_of(row[key]) for row in fixed]) for name, key in lines.items()
         }
-        stars[label] = {name: learned[key]["value"] for name, key in lines.items()}
+        stars[label] = {name: value_of(learned[key]) for name, key in lines.items()}
+        errors[label] = {
+            name: np.array([error_over_seeds(row[key]) for row in [*fixed, learned]])
+            for name, key in lines.items()
+        }
 
-    noise_vars = np.array([row["noise_var"] for row in fixed])
-    return plots.variance_sweep(noise_vars, measures, learned["noise_var"], stars)
+    noise_vars = np.array([value_of(row["noise_var"]) for row in fixed])
+    learned_var = value_of(learned["noise_var"])
+    return plots.variance_sweep(noise_vars, measures, learned_var, stars, errors)
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -78,7 +92,7 @@ def markdown(content: dict[str, Any]) -> str:
     for name, row in content["rows"].items():
         title = name
         if name == "learned":
-            title = f"{row['noise_var']:.3g} (learned)"
+            title = f"{cell(brief(row['noise_var'], '.3g'))} (learned)"
 
         lines.append(
             [
@@ -90,4 +104,4 @@ def markdown(content: dict[str, Any]) -> str:
             ]
         )
 
-    return table(head, lines)
+    return table(head, lines, BETTER)

@@ -7,8 +7,9 @@ from matplotlib.figure import Figure
 
 from equipoise import plots
 from equipoise.aggregate import StandardNormal
-from equipoise.paper.markdown import table
+from equipoise.paper.markdown import brief, cell, table
 from equipoise.paper.protocol import PAPERS_FIVE, SET_TITLES, TITLES, Lab, Spec
+from equipoise.paper.seeds import error_over_seeds, has_seeds, is_different, value_of
 from equipoise.randomness import stream
 
 TITLE = "Figure 2: the prior against the mixture"
@@ -25,9 +26,8 @@ def specs(lab: Lab) -> list[Spec]:
     return [Spec(data, method) for data in lab.sets for method in PAPERS_FIVE]
 
 
-@torch.no_grad()
 def compute(lab: Lab) -> dict[str, Any]:
-    """Collect both distances and their ratio, and draw bars, and samples of each data set."""
+    """Collect both distances and their ratio."""
     rows: dict[str, Any] = {}
     for spec in specs(lab):
         samples = lab.evaluation(spec)["samples"]
@@ -39,24 +39,31 @@ def compute(lab: Lab) -> dict[str, Any]:
             "ratio": prior["value"] / mixture["value"],
         }
 
-    plots.save(draw(rows), lab.images / "figure-2.png")
-    for data in lab.sets:
-        plots.save(_draw_samples(lab, data), lab.images / f"figure-2-{data}.png")
-
     return {"rows": rows}
 
 
-def draw(rows: dict[str, Any]) -> Figure:
+@torch.no_grad()
+def draw(lab: Lab, content: dict[str, Any]) -> None:
+    """Draw bars of both distances, with their errors over seeds, and samples of each data set."""
+    plots.save(_draw_bars(content["rows"]), lab.images / "figure-2.png")
+    for data in lab.sets:
+        plots.save(_draw_samples(lab, data), lab.images / f"figure-2-{data}.png")
+
+
+def _draw_bars(rows: dict[str, Any]) -> Figure:
     """Draw bars of both distances."""
-    groups = {}
+    groups, errors = {}, {}
     for data, methods in rows.items():
-        groups[SET_TITLES[data]] = {
-            source: [row[source]["value"] for row in methods.values()]
-            for source in ("prior", "mixture")
+        figures = {
+            source: [row[source] for row in methods.values()] for source in ("prior", "mixture")
+        }
+        groups[SET_TITLES[data]] = {name: list(map(value_of, row)) for name, row in figures.items()}
+        errors[SET_TITLES[data]] = {
+            name: list(map(error_over_seeds, row)) for name, row in figures.items()
         }
 
     titles = [TITLES[method].split(",")[0].replace(" (ours)", "") for method in PAPERS_FIVE]
-    return plots.bars(groups, titles)
+    return plots.bars(groups, titles, errors)
 
 
 def _draw_samples(lab: Lab, data: str) -> Figure:
@@ -81,9 +88,16 @@ def markdown(content: dict[str, Any]) -> str:
     rows = content["rows"]
     head = ["Fréchet distance, prior / mixture", *(SET_TITLES[data] for data in rows)]
 
-    lines = []
-    for method in PAPERS_FIVE:
-        ratios = [f"{rows[data][method]['ratio']:.2f}" for data in rows]
-        lines.append([TITLES[method], *ratios])
-
+    lines = [
+        [TITLES[method], *(_ratio(rows[data][method]) for data in rows)] for method in PAPERS_FIVE
+    ]
     return table(head, lines)
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    """Write a ratio; over seeds, say where the two distances do not differ."""
+    ratio = row["ratio"]
+    text = cell(brief(ratio, ".2f"))
+    if has_seeds(ratio) and not is_different(row["prior"], row["mixture"]):
+        text += " (no difference)"
+    return text

@@ -6,7 +6,7 @@ import torch
 
 from equipoise import plots
 from equipoise.glossary import CURVES
-from equipoise.paper.markdown import estimate, table
+from equipoise.paper.markdown import Better, brief, cell, estimate, table
 from equipoise.paper.protocol import SET_TITLES, TITLES, WITH_NOISE, Lab, Spec
 
 TITLE = "Figure 3: where reconstructions cannot be trusted"
@@ -18,6 +18,7 @@ TEXT = (
     "20 bins) and the area under the sparsification error curve (in brackets that of a random "
     "order). One variance for all pixels cannot distinguish one pixel from another."
 )
+BETTER: Better = {"ENCE": "lower", "sparsification error": "lower"}
 METHODS = ("learned", "pixel", "pixel-low")
 SHOWN = 25
 PICTURED = "pixel-low"
@@ -30,9 +31,8 @@ def specs(lab: Lab) -> list[Spec]:
     return [Spec(data, method, sections=WITH_NOISE) for data in lab.sets for method in METHODS]
 
 
-@torch.no_grad()
 def compute(lab: Lab) -> dict[str, Any]:
-    """Collect the calibration by data set and method, and draw the figures."""
+    """Collect the calibration by data set and method."""
     rows: dict[str, Any] = {}
     for spec in specs(lab):
         varying = lab.evaluation(spec)["noise"].get("varying") or {}
@@ -40,6 +40,12 @@ def compute(lab: Lab) -> dict[str, Any]:
             name: figure for name, figure in varying.items() if name not in CURVES
         }
 
+    return {"rows": rows}
+
+
+@torch.no_grad()
+def draw(lab: Lab, content: dict[str, Any]) -> None:
+    """Draw reconstructions of each data set with their std."""
     for data in lab.sets:
         model = lab.model(Spec(data, PICTURED))
         x = model.scaling(torch.from_numpy(lab.data(data).test[:SHOWN]).to(lab.device))
@@ -48,8 +54,6 @@ def compute(lab: Lab) -> dict[str, Any]:
         images = [part.cpu().numpy() for part in (x, reconstruction.mean, reconstruction.std)]
         figure = plots.reconstructions(*images, show_inputs=data not in WITHOUT_INPUTS)
         plots.save(figure, lab.images / f"figure-3-{data}.png")
-
-    return {"rows": rows}
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -66,9 +70,10 @@ def markdown(content: dict[str, Any]) -> str:
             random = estimate(row, "random_sparsification_error_area")
             areas = None
             if ause and random:
-                areas = f"{ause['value']:.3f} ({random['value']:.3f})"
+                areas = brief(ause, ".3f"), cell(brief(random, ".3f"))
 
             lines.append([SET_TITLES[data], TITLES[method], *coverage, ence, areas])
 
     shares = ["within 1 std", "2 std", "3 std", "in .683 interval", ".954", ".997"]
-    return table(["", "", *shares, "ENCE", "sparsification error"], lines)
+    head = ["", "", *shares, "ENCE", "sparsification error"]
+    return table(head, lines, BETTER, groups=[line[0] for line in lines])

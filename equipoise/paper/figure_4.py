@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from equipoise import plots
+from equipoise.correlation import AnyGaussian
 from equipoise.paper.markdown import table
 from equipoise.paper.protocol import SET_TITLES, Lab, Spec
 from equipoise.randomness import stream
@@ -27,29 +28,39 @@ def specs(lab: Lab) -> list[Spec]:
 
 @torch.no_grad()
 def compute(lab: Lab) -> dict[str, Any]:
-    """Compute the mean predicted std of samples and of reconstructions, and draw the figures."""
+    """Compute the mean predicted std of samples and of reconstructions."""
     rows = {}
     for spec in specs(lab):
-        model, mixture = lab.model(spec), lab.run(spec).mixture().to(lab.device)
-        generator = stream(lab.seed, "figure_4", device=lab.device)
-        samples = model.generate(AVERAGED, mixture, generator)
-
+        model = lab.model(spec)
         test = lab.data(spec.data).test
         raw = torch.from_numpy(test[: min(AVERAGED, len(test))]).to(lab.device)
         reconstructions = model.reconstruct(model.scaling(raw))
 
         rows[spec.data] = {
-            "samples": _mean_std(samples.std),
+            "samples": _mean_std(_samples(lab, spec).std),
             "reconstructions": _mean_std(reconstructions.std),
         }
 
+    return {"rows": rows}
+
+
+@torch.no_grad()
+def draw(lab: Lab, content: dict[str, Any]) -> None:
+    """Draw samples of each data set with their std."""
+    for spec in specs(lab):
+        samples = _samples(lab, spec)
         shown_means, shown_stds = samples.mean[:SHOWN], samples.std[:SHOWN]
         figure = plots.samples(
             shown_means.cpu().numpy(), shown_stds.cpu().numpy(), "samples, mixture"
         )
         plots.save(figure, lab.images / f"figure-4-{spec.data}.png")
 
-    return {"rows": rows}
+
+def _samples(lab: Lab, spec: Spec) -> AnyGaussian:
+    """Draw samples of the mixture."""
+    mixture = lab.run(spec).mixture().to(lab.device)
+    generator = stream(lab.seed, "figure_4", device=lab.device)
+    return lab.model(spec).generate(AVERAGED, mixture, generator)
 
 
 def _mean_std(std: Tensor) -> dict[str, float]:

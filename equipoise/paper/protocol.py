@@ -159,7 +159,8 @@ class Lab:
         jobs: The number of models that are trained at once, each in a process of its own.
         epochs: The epochs of every method on every data set, instead of those of the budget. None
             means those of the budget.
-        seed: The seed of every training.
+        seeds: The seeds with which every model is trained. The items are computed for one of them
+            at a time, see :meth:`of_seed`, and pictures of images are drawn for the first.
         features: The features that samples are compared in, see
             :func:`equipoise.metrics.features.load_features`.
         images: The folder of the figures.
@@ -173,7 +174,7 @@ class Lab:
     data_dir: str | None = None
     jobs: int = 1
     epochs: int | None = None
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     features: str = FEATURES
     images: Path = Path("docs/images/paper")
     sinks: tuple[Sink, ...] = ()
@@ -189,6 +190,22 @@ class Lab:
     def sets(self) -> tuple[str, ...]:
         """The paper's names of the data sets in the budget."""
         return tuple(self.size.sets)
+
+    @property
+    def seed(self) -> int:
+        """The first seed."""
+        return self.seeds[0]
+
+    def of_seed(self, seed: int) -> "Lab":
+        """The same comparison with one seed.
+
+        Args:
+            seed: The seed.
+
+        Returns:
+            The lab. It shares the data that are loaded.
+        """
+        return replace(self, seeds=(seed,))
 
     @property
     def device(self) -> torch.device:
@@ -262,7 +279,7 @@ class Lab:
         return self.epochs or self.size.epochs[data]
 
     def run(self, spec: Spec) -> Run:
-        """The run folder of a model.
+        """The run folder of a model, trained with the first seed.
 
         Args:
             spec: The model.
@@ -270,7 +287,8 @@ class Lab:
         Returns:
             The run. It may not exist yet.
         """
-        return Run(self.runs / self.budget / spec.name)
+        name = f"{spec.name}-seed={self.seed}" if self.seed else spec.name
+        return Run(self.runs / self.budget / name)
 
     def evaluation(self, spec: Spec) -> dict[str, Any]:
         """The result of a model's evaluation.
@@ -286,6 +304,8 @@ class Lab:
     def prepare(self, specs: Iterable[Spec]) -> None:
         """Train and evaluate the models that are missing, and resume those that were interrupted.
 
+        This is done seed by seed, so that an interruption leaves whole comparisons behind.
+
         Args:
             specs: The models.
 
@@ -293,31 +313,35 @@ class Lab:
             ConfigError: If a run folder holds a model with other options.
         """
         needed = _without_repeats(spec for spec in specs if spec.data in self.size.sets)
-        missing = [spec for spec in needed if not self._is_done(spec)]
-        # The longest first, so that none is left to run alone at the end.
-        missing.sort(key=self._steps, reverse=True)
+        labs = [self.of_seed(seed) for seed in self.seeds]
+        missing = [(lab, spec) for lab in labs for spec in needed if not lab._is_done(spec)]
+        # Of a seed the longest first, so that none is left to run alone at the end.
+        missing.sort(key=lambda model: (self.seeds.index(model[0].seed), -self._steps(model[1])))
 
         if self.jobs == 1 or len(missing) < 2:
-            for number, spec in enumerate(missing, 1):
-                self.message(f"Model {number} of {len(missing)}: {spec.name}")
-                self._make(spec)
+            for number, (lab, spec) in enumerate(missing, 1):
+                self.message(f"Model {number} of {len(missing)}: {lab.run(spec).folder.name}")
+                lab._make(spec)
         else:
             self._make_at_once(missing)
 
-    def _make_at_once(self, specs: list[Spec]) -> None:
+    def _make_at_once(self, models: "list[tuple[Lab, Spec]]") -> None:
         """Make models in several processes. If some fail, the others are still made."""
-        lab = replace(self, jobs=1, sinks=(), message=_silent, loaded={})
-        n_processes = min(self.jobs, len(specs))
+        n_processes = min(self.jobs, len(models))
         with ProcessPoolExecutor(n_processes, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(_make_alone, lab, spec, self.jobs): spec for spec in specs}
+            futures = {}
+            for lab, spec in models:
+                alone = replace(lab, jobs=1, sinks=(), message=_silent, loaded={})
+                future = pool.submit(_make_alone, alone, spec, self.jobs)
+                futures[future] = lab.run(spec).folder.name
 
             problems = []
             try:
                 for number, future in enumerate(as_completed(futures), 1):
-                    spec, error = futures[future], future.exception()
-                    title = f"Model {number} of {len(specs)}: {spec.name}"
+                    name, error = futures[future], future.exception()
+                    title = f"Model {number} of {len(models)}: {name}"
                     if error:
-                        problems.append(f"{spec.name}: {error}")
+                        problems.append(f"{name}: {error}")
                         self.message(f"{title} failed: {error}")
                     else:
                         self.message(f"{title}, {future.result():.0f} s")

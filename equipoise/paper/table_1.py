@@ -9,7 +9,7 @@ from equipoise import plots
 from equipoise.aggregate import AggregatePosterior, StandardNormal
 from equipoise.data import Batches
 from equipoise.model import encode_all
-from equipoise.paper.markdown import table
+from equipoise.paper.markdown import Better, brief, cell, table
 from equipoise.paper.protocol import Lab, Spec
 
 TITLE = "Table 1: the noise variance decides how far the codes are from the prior"
@@ -33,6 +33,7 @@ SPECS = {
     "learned": Spec("mnist", "learned", (D2,), **NEEDED),
     "0.01": Spec("mnist", "fixed", (D2, ("noise_var", 0.01)), **NEEDED),
 }
+BETTER: Better = {"ELBO, nats": "higher", "MSE": "lower"}
 REACH, POINTS = 8.0, 160
 """Half the side of the plane that is shown, and the number of grid points along the side."""
 
@@ -42,25 +43,31 @@ def specs(lab: Lab) -> list[Spec]:
     return list(SPECS.values())
 
 
-@torch.no_grad()
 def compute(lab: Lab) -> dict[str, Any]:
-    """Collect KL, ELBO and squared error of each variance, and draw the densities."""
-    grid = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64, device=lab.device)
-    points = torch.cartesian_prod(grid, grid).flip(1)
-
-    rows, pictures = {}, {}
+    """Collect KL, ELBO and squared error of each variance."""
+    rows = {}
     for name, spec in SPECS.items():
         evaluation = lab.evaluation(spec)
         likelihood = evaluation["likelihood"]
-        noise_var = likelihood["noise_var"]["value"]
         rows[name] = {
-            "noise_var": noise_var,
+            "noise_var": likelihood["noise_var"]["value"],
             "kl_mixture_prior": evaluation["latent"]["kl_mixture_prior"],
             "elbo": likelihood["elbo"],
             "kl": likelihood["kl"],
             "mse": likelihood["mse"],
         }
 
+    return {"rows": rows}
+
+
+@torch.no_grad()
+def draw(lab: Lab, content: dict[str, Any]) -> None:
+    """Draw the densities of the codes."""
+    grid = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64, device=lab.device)
+    points = torch.cartesian_prod(grid, grid).flip(1)
+
+    pictures = {}
+    for name, spec in SPECS.items():
         train = lab.data(spec.data).train.at_hand
         posterior = encode_all(lab.model(spec), Batches(train, 1000, lab.device).epoch())
         mixture = lab.run(spec).mixture().to(lab.device)
@@ -70,6 +77,7 @@ def compute(lab: Lab) -> dict[str, Any]:
             "prior": StandardNormal(2).to(lab.device, torch.float64),
         }
 
+        noise_var = lab.evaluation(spec)["likelihood"]["noise_var"]["value"]
         title = f"σ² = {noise_var:.2g}"
         if name == "learned":
             title += " (learned)"
@@ -81,7 +89,6 @@ def compute(lab: Lab) -> dict[str, Any]:
 
     axis = np.asarray(grid.cpu())
     plots.save(plots.density_rows(axis, axis, pictures), lab.images / "table-1.png")
-    return {"rows": rows}
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -91,10 +98,10 @@ def markdown(content: dict[str, Any]) -> str:
     for name, row in content["rows"].items():
         title = name
         if name == "learned":
-            title = f"{row['noise_var']:.3g} (learned)"
+            title = f"{cell(brief(row['noise_var'], '.3g'))} (learned)"
 
         lines.append(
             [title, row["kl_mixture_prior"], PAPER[name], row["elbo"], row["kl"], row["mse"]]
         )
 
-    return table(head, lines)
+    return table(head, lines, BETTER)
