@@ -51,9 +51,7 @@ def test_the_error_is_that_of_the_jackknife_over_both_sets():
         directly(x[torch.arange(53) % 10 != j], y[torch.arange(75) % 10 != j], 3) for j in range(10)
     ]
     found = precision_recall(x, y)
-    for figure, value, groups in zip(
-        found, directly(x, y, 3), np.array(without).T, strict=True
-    ):
+    for figure, value, groups in zip(found, directly(x, y, 3), np.array(without).T, strict=True):
         assert figure == pytest.approx(Estimate.of_groups(value, groups, figure.n))
 
 
@@ -63,6 +61,14 @@ def test_the_error_is_at_least_the_spread_over_repetitions():
         spread = np.std([figure.value for figure in figures], ddof=1)
         error = np.mean([figure.standard_error for figure in figures])
         assert 1 < error / spread < 2.2
+
+
+def test_ties_are_within_the_balls():
+    # On a grid of distance .1 every point is as far from its neighbours as the radii of the balls.
+    grid = torch.cartesian_prod(torch.arange(12.0), torch.arange(12.0)) / 10
+    x = torch.cat([grid[::2], grid[::2] + 7])
+    expected = directly((10 * x).round(), (10 * grid).round(), 3)
+    assert values(precision_recall(x, grid)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("d", [1, 40])
@@ -87,9 +93,7 @@ def test_half_of_the_modes_are_precise_and_recall_half():
 
 def test_narrow_samples_lose_recall_and_wide_samples_lose_precision():
     y = normal(400, 8, 3)
-    narrow, wide = (
-        values(precision_recall(scale * normal(400, 8, 4), y)) for scale in (0.6, 1.6)
-    )
+    narrow, wide = (values(precision_recall(scale * normal(400, 8, 4), y)) for scale in (0.6, 1.6))
     assert narrow[0] > 0.9 > 0.5 > narrow[1]
     assert wide[0] < 0.5 < 0.9 < wide[1]
 
@@ -100,7 +104,9 @@ def test_few_vectors_have_no_error():
     assert found.recall.n == 9
 
 
-@pytest.mark.parametrize(("n", "m", "d", "k"), [(3, 9, 2, 3), (9, 3, 2, 3), (9, 9, 3, 3), (9, 9, 2, 0)])
+@pytest.mark.parametrize(
+    ("n", "m", "d", "k"), [(3, 9, 2, 3), (9, 3, 2, 3), (9, 9, 3, 3), (9, 9, 2, 0)]
+)
 def test_bad_sets_are_refused(n, m, d, k):
     with pytest.raises(ValueError, match="more than k vectors"):
         precision_recall(torch.zeros(n, 2), torch.zeros(m, d), k)

@@ -171,6 +171,6 @@ def test_more_components_than_codes_are_refused(run, data):
 def test_other_names_are_refused_with_the_choices(name):
     with pytest.raises(
         ValueError,
-        match=r"no source of codes .*prior, gaussian, mixture, mixture=K, mixture=auto, mixture@T, flow",
+        match=r"no source of codes .*gaussian, mixture, mixture=K, mixture=auto, mixture@T, flow",
     ):
         check_source(name)

@@ -19,6 +19,9 @@ NEIGHBOURS = 3
 ROUNDING = 1e-12
 """Squared distances below this share of the squared lengths are rounding errors of float64."""
 
+TIES = 1e-9
+"""Relative difference of squared distances that are taken as equal."""
+
 ROWS_AT_ONCE = 1000
 """Number of examples in a block of distances. With 10,000 others, a block takes 80 MB."""
 
@@ -91,8 +94,8 @@ def precision_recall(
     features, reference = features - reference.mean(0), reference - reference.mean(0)
 
     precise, recalled = [], torch.zeros_like(reference_radii, dtype=torch.bool)
-    blocks = zip(features.split(ROWS_AT_ONCE), radii.split(ROWS_AT_ONCE, 1), strict=True)
-    for rows, rows_radii in blocks:
+    blocks = torch.split(features, ROWS_AT_ONCE), torch.split(radii, ROWS_AT_ONCE, 1)
+    for rows, rows_radii in zip(*blocks, strict=True):
         distances = _squared_distances(rows, reference)
         precise.append(_covered(distances, reference_radii))
         recalled |= _covered(distances.mT, rows_radii)
@@ -114,14 +117,15 @@ def _radii(x: Tensor, k: int, n_groups: int) -> Tensor:
         distances.diagonal(first).fill_(torch.inf)
 
         # The k nearest of each group are enough to find the k nearest of any groups.
-        by_group = nn.functional.pad(distances, (0, padding), value=torch.inf)
-        by_group = by_group.unflatten(1, (-1, n_groups))
+        padded = nn.functional.pad(distances, (0, padding), value=torch.inf)
+        by_group = padded.reshape(len(distances), -1, n_groups)
         nearest = by_group.topk(min(k, by_group.shape[1]), 1, largest=False, sorted=False).values
 
         choices = [nearest, *(_without(nearest, j, n_groups) for j in range(n_groups))]
         blocks.append(torch.stack([some.flatten(1).kthvalue(k).values for some in choices]))
 
-    radii = torch.cat(blocks, 1)
+    # An example on the surface of a ball is within it, whatever the rounding.
+    radii = torch.cat(blocks, 1) * (1 + TIES)
     for j in range(n_groups):
         radii[1 + j, j::n_groups] = -1
     return radii
