@@ -54,6 +54,7 @@ bench data_dir:
     python benchmarks/stage_two.py fashion-mnist --data-dir {{data_dir}}
     python benchmarks/one_class_tables.py
     python benchmarks/noise_updates.py --data-dir {{data_dir}}
+    python benchmarks/codes.py --data-dir {{data_dir}}
     python benchmarks/held_out_variance.py --data-dir {{data_dir}}
     python benchmarks/correlated_noise.py --data-dir {{data_dir}}
 

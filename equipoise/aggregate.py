@@ -457,6 +457,36 @@ def single_gaussian(mixture: GaussianMixture) -> GaussianMixture:
     return GaussianMixture(torch.ones_like(mixture.weights[:1]), mean[None], covariance[None])
 
 
+@torch.no_grad()
+def tempered(mixture: GaussianMixture, temperature: float) -> GaussianMixture:
+    r"""Multiply the covariances of a mixture's components by a temperature.
+
+    .. math:: \hat q_\tau(z) = \sum_k \pi_k N(z; \mu_k, \tau \Sigma_k)
+
+    Below 1 codes are drawn from nearer the centres of the components, and are more typical and less
+    diverse. Weights and means stay.
+
+    Args:
+        mixture: The mixture of K components.
+        temperature: tau, above 0. At 1 it is the mixture itself.
+
+    Returns:
+        A mixture of K components.
+
+    Raises:
+        ValueError: If the temperature is not finite and above 0, or too low for the covariances to
+            stay positive definite.
+
+    Example:
+        >>> mixture = GaussianMixture(torch.ones(1), torch.zeros(1, 1), torch.ones(1, 1, 1))
+        >>> tempered(mixture, 0.25).scale_trils  # std
+        tensor([[[0.5000]]])
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"expected a finite temperature above 0, got {temperature}")
+    return GaussianMixture(mixture.weights, mixture.means, temperature * mixture.covariances)
+
+
 def _factorise(mixture: GaussianMixture, _incompatible_keys: Any = None) -> None:  # noqa: ANN401
     """Check the state of a mixture, and compute the factors of its covariances and their inverses.
 

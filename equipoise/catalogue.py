@@ -159,6 +159,11 @@ SOURCES: dict[str, Source] = {
     "mixture=auto": Source(
         "a mixture whose K is chosen by held-out codes", is_fitted=True, is_mixture=True
     ),
+    "mixture@T": Source(
+        "a mixture whose component covariances are multiplied by T, such as mixture@0.8 or "
+        "mixture=500@0.8",
+        is_mixture=True,
+    ),
     "flow": Source("a normalising flow (extra 'flow')", is_fitted=True),
     "aggregate": Source(
         "the exact aggregate posterior, which gives noisy reconstructions of training data"

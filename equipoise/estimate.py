@@ -106,19 +106,35 @@ class Estimate(NamedTuple):
         squares = float(np.square(numerators - ratio * denominators).sum())
         return cls(ratio, math.sqrt(n / (n - 1) * squares) / total, n)
 
+    @classmethod
+    def of_groups(cls, value: float, without_group: Float[np.ndarray, " g"], n: int) -> "Estimate":
+        r"""Estimate the error of a statistic by the delete-a-group jackknife.
+
+        .. math:: \mathrm{s.e.}^2 = \frac{g - 1}{g} \sum_j (\theta_{(j)} - \bar\theta_{(\cdot)})^2
+
+        Source: Efron and Stein (1981), *The jackknife estimate of variance*.
+
+        Args:
+            value: The statistic of all examples.
+            without_group: The statistic without each of g groups of equal size, (g,), at least two.
+            n: Number of examples.
+
+        Returns:
+            The statistic with its standard error.
+        """
+        g = len(without_group)
+        squares = float(np.square(without_group - without_group.mean()).sum())
+        return cls(value, math.sqrt((g - 1) / g * squares), n)
+
 
 def jackknife(
     statistic: Callable[[NDArray[np.int64]], float], n: int, groups: int = 10
 ) -> Estimate:
     r"""Estimate a statistic of n independent examples by the delete-a-group jackknife.
 
-    .. math:: \mathrm{s.e.}^2 = \frac{g - 1}{g} \sum_j (\theta_{(j)} - \bar\theta_{(\cdot)})^2
-
-    Here :math:`\theta_{(j)}` is the statistic without every g-th example from the j-th on. The
-    method is for statistics without a standard error in closed form, whose values within an example
-    are correlated, such as the pixels of an image.
-
-    Source: Efron and Stein (1981), *The jackknife estimate of variance*.
+    Each of the g groups has every g-th example, from another one on, see
+    :meth:`Estimate.of_groups`. The method is for statistics without a standard error in closed
+    form, whose values within an example are correlated, such as the pixels of an image.
 
     Args:
         statistic: Function from the indices of a subset of the examples, (k,), to the statistic of
@@ -142,5 +158,4 @@ def jackknife(
         return Estimate(value, None, n)
 
     without_group = np.array([statistic(rows[rows % g != j]) for j in range(g)])
-    squares = float(np.square(without_group - without_group.mean()).sum())
-    return Estimate(value, math.sqrt((g - 1) / g * squares), n)
+    return Estimate.of_groups(value, without_group, n)

@@ -316,8 +316,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         Args:
             n: Number of examples, at least 1.
-            source: Source of the codes. "mixture", "gaussian" for one Gaussian with the mixture's
-                mean and covariance, or "prior" for N(0, I).
+            source: Source of the codes. "mixture", "mixture@0.8" for the mixture with its component
+                covariances times 0.8, "gaussian" for one Gaussian with the mixture's mean and
+                covariance, or "prior" for N(0, I).
             noise: Whether to add the noise of p(x|z). Without it the samples are means, which look
                 best as images, but vary less than the rows of a table do.
 

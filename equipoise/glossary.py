@@ -114,6 +114,20 @@ TERMS: dict[str, Term] = {
         "Unbiased squared maximum mean discrepancy of the features. It may be negative.",
         "lower",
     ),
+    "precision": Term(
+        "Precision",
+        "",
+        "Share of the samples whose features are within the manifold of real images, the balls "
+        "around them that reach to the third nearest.",
+        "higher",
+    ),
+    "recall": Term(
+        "Recall",
+        "",
+        "Share of the real images whose features are within the manifold of the samples. A sampler "
+        "that leaves some kinds of images out has a low recall.",
+        "higher",
+    ),
     # latent
     "kl_mixture_prior": Term(
         "KL(mixture, prior)", "nats", "Distance of the density of the codes from the prior."
@@ -261,6 +275,8 @@ def term(key: str) -> Term:
         'IWAE-20, first 500, mixture as p(z)'
         >>> term("mixture=500").title
         'mixture of 500'
+        >>> term("mixture@0.8").title
+        'mixture at temperature 0.8'
         >>> term("some_new_figure").title
         'Some new figure'
     """
@@ -282,6 +298,10 @@ def term(key: str) -> Term:
     if mixture:
         K = mixture[1]
         return Term(f"mixture of {int(K):,}" if K else "mixture of chosen K")
+
+    base, is_tempered, temperature = key.partition("@")
+    if is_tempered:
+        return Term(f"{term(base).title} at temperature {temperature}")
 
     if key in TERMS:
         return TERMS[key]

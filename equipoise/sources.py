@@ -2,7 +2,8 @@
 
 :data:`equipoise.catalogue.SOURCES` lists them. A source is either ready once a run has its mixture
 (:data:`READY`), or fitted to the codes of the training set when it is first asked for and then kept
-in the run folder (:data:`FITTED`). The exact aggregate posterior, eq. (12), is encoded anew.
+in the run folder (:data:`FITTED`). Of a mixture of either kind, :data:`TEMPERED` changes the
+covariances. The exact aggregate posterior, eq. (12), is encoded anew.
 """
 
 import re
@@ -23,6 +24,7 @@ from equipoise.aggregate import (
     LatentDistribution,
     StandardNormal,
     single_gaussian,
+    tempered,
 )
 from equipoise.catalogue import SOURCES
 from equipoise.config import ConfigError, TrainConfig
@@ -283,6 +285,18 @@ FITTED: dict[str, FittedSource] = {
 }
 """Sources that are fitted when they are first asked for, by their rows in the catalogue."""
 
+TEMPERED = "mixture@T"
+"""The row in the catalogue of a mixture at a temperature."""
+
+
+_MIXTURE_OF_K = r"mixture=[1-9]\d*"
+_PATTERNS = {
+    "mixture=K": _MIXTURE_OF_K,
+    # The part behind "@" is a decimal number above 0.
+    TEMPERED: rf"(mixture|mixture=auto|{_MIXTURE_OF_K})@(?=.*[1-9])\d{{1,9}}(\.\d{{1,9}})?",
+}
+"""What the names in rows with a variable part look like."""
+
 
 def check_source(name: str) -> str:
     """Find the row of the catalogue that a source's name belongs to.
@@ -291,7 +305,8 @@ def check_source(name: str) -> str:
         name: Name that the user gave.
 
     Returns:
-        The row in :data:`equipoise.catalogue.SOURCES`. "mixture=500" belongs to "mixture=K".
+        The row in :data:`equipoise.catalogue.SOURCES`. "mixture=500" belongs to "mixture=K", and
+        "mixture=500@0.8" to "mixture@T".
 
     Raises:
         ConfigError: with the choices, if there is no such source.
@@ -299,17 +314,15 @@ def check_source(name: str) -> str:
     Example:
         >>> check_source("mixture=500")
         'mixture=K'
+        >>> check_source("mixture@0.8")
+        'mixture@T'
         >>> check_source("mixture=0")
         Traceback (most recent call last):
         ...
         equipoise.config.ConfigError: there is no source of codes 'mixture=0'; choose from ...
     """
     for row in SOURCES:
-        if row.endswith("=K"):
-            is_match = re.fullmatch(re.escape(row[:-1]) + r"[1-9]\d*", name) is not None
-        else:
-            is_match = name == row
-        if is_match:
+        if re.fullmatch(_PATTERNS.get(row, re.escape(row)), name):
             return row
 
     raise ConfigError([f"there is no source of codes {name!r}; choose from {', '.join(SOURCES)}"])
@@ -335,7 +348,7 @@ def ready_source(name: str, mixture: GaussianMixture) -> LatentDistribution:
     """Find a source that needs no other fit than the mixture.
 
     Args:
-        name: "prior", "gaussian" or "mixture".
+        name: "prior", "gaussian", "mixture", or "mixture@T" for a temperature T.
         mixture: The mixture fitted to the aggregate posterior, eq. (13).
 
     Returns:
@@ -344,10 +357,14 @@ def ready_source(name: str, mixture: GaussianMixture) -> LatentDistribution:
     Raises:
         ValueError: if there is no such source, or it is not ready.
     """
+    base, at, temperature = name.partition("@")
+    if base == "mixture" and at:
+        check_source(name)
+        return tempered(mixture, float(temperature))
+
     if name not in READY:
-        raise ValueError(
-            f"expected a source of codes among {', '.join(map(repr, READY))}, got {name!r}"
-        )
+        names = ", ".join(map(repr, [*READY, TEMPERED]))
+        raise ValueError(f"expected a source of codes among {names}, got {name!r}")
     return READY[name](mixture)
 
 
@@ -383,6 +400,12 @@ def code_source(
         ImportError: if the flow's library, of the extra ``flow``, is missing.
     """
     row = check_source(name)
+    if row == TEMPERED:
+        # The mixture itself is found, or fitted and kept, under its own name.
+        base, _, temperature = name.partition("@")
+        mixture = code_source(run, model, base, data, progress)
+        return tempered(cast(GaussianMixture, mixture), float(temperature))
+
     home = model.scaling.scale.device
     if row in READY:
         return READY[row](run.mixture().to(home))

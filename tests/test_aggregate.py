@@ -324,3 +324,29 @@ def test_mixture_refuses(change, message):
     }
     with pytest.raises(ValueError, match=message):
         GaussianMixture(**(valid | change))
+
+
+@pytest.mark.parametrize(("K", "d"), [(1, 1), (5, 3)])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_a_temperature_multiplies_the_covariances_alone(K, d, temperature):
+    mixture, z = random_mixture(K, d), normal(100, d, seed=6)
+    tempered = aggregate.tempered(mixture, temperature)
+
+    components = MultivariateNormal(mixture.means, temperature * mixture.covariances)
+    expected = MixtureSameFamily(Categorical(mixture.weights), components)
+    torch.testing.assert_close(tempered.log_prob(z), expected.log_prob(z))
+
+    between = aggregate.tempered(mixture, 1e-12).moments().covariance
+    within = mixture.moments().covariance - between
+    torch.testing.assert_close(tempered.moments().covariance, temperature * within + between)
+
+    # The draws are those of the mixture, moved towards the means.
+    z, moved = mixture.sample(50, seeded(), 0), tempered.sample(50, seeded(), 0)
+    mean = mixture.means[0]
+    torch.testing.assert_close(moved - mean, temperature**0.5 * (z - mean))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_other_temperatures_are_refused(temperature):
+    with pytest.raises(ValueError, match="temperature above 0"):
+        aggregate.tempered(random_mixture(), temperature)

@@ -9,7 +9,7 @@ from equipoise.model import VAE
 from equipoise.networks import NETWORKS
 from equipoise.noise import NOISE_BUILDERS, NoiseOptions
 from equipoise.objectives import OBJECTIVE_CLASSES
-from equipoise.sources import FITTED, READY, check_source
+from equipoise.sources import FITTED, READY, TEMPERED, check_source
 from equipoise.stages import Stage
 from equipoise.training.setup import make_objective
 
@@ -18,7 +18,7 @@ def test_every_row_has_its_class_and_every_class_its_row():
     assert set(NOISE_BUILDERS) == set(NOISES)
     assert set(NETWORKS) == set(ARCHITECTURES)
     assert set(OBJECTIVE_CLASSES) == set(OBJECTIVES)
-    assert {*READY, *FITTED, "aggregate"} == set(SOURCES)
+    assert {*READY, *FITTED, TEMPERED, "aggregate"} == set(SOURCES)
 
 
 @pytest.mark.parametrize("name", NOISES)
@@ -54,6 +54,16 @@ def test_help_names_every_choice():
             assert f"'{name}': {row.summary}." in text
 
 
-@pytest.mark.parametrize("name", ["prior", "mixture", "mixture=12", "mixture=auto", "flow"])
-def test_a_name_belongs_to_its_row(name):
-    assert check_source(name) == ("mixture=K" if name == "mixture=12" else name)
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        *((name, name) for name in ("prior", "mixture", "mixture=auto", "flow", "aggregate")),
+        ("mixture=12", "mixture=K"),
+        ("mixture@0.8", "mixture@T"),
+        ("mixture@2", "mixture@T"),
+        ("mixture=12@0.05", "mixture@T"),
+        ("mixture=auto@1", "mixture@T"),
+    ],
+)
+def test_a_name_belongs_to_its_row(name, row):
+    assert check_source(name) == row

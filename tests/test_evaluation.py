@@ -114,7 +114,9 @@ def test_samples_are_ranked_real_data_first(found):
     distance = {row: section[row]["frechet_distance"]["value"] for row in ROWS}
     assert distance["real"] == min(distance.values())
     assert distance["mixture"] < distance["prior"]
-    assert {section[row]["frechet_distance"]["n"] for row in ROWS} == {180}
+    for name in ("frechet_distance", "precision", "recall"):
+        assert {section[row][name]["n"] for row in ROWS} == {180}
+    assert section["reconstruction"]["precision"]["value"] > section["prior"]["precision"]["value"]
 
 
 def test_latent_figures_agree_with_the_likelihoods(found):
@@ -283,7 +285,7 @@ def test_a_mixture_of_one_component_per_training_example_is_found_out(run, digit
 
 
 def test_further_sources_are_judged_beside_the_runs_own(run, digits, found):
-    sources = ["mixture=3", "flow", "mixture=1455", "prior"]
+    sources = ["mixture=3", "flow", "mixture=1455", "prior", "mixture@0.5"]
     more = evaluate(
         run,
         digits,
@@ -292,14 +294,17 @@ def test_further_sources_are_judged_beside_the_runs_own(run, digits, found):
         features=Projections(),
         progress=lambda *step: None,
     )
-    judged = ["mixture=3", "flow", "mixture=1455"]
+    judged = ["mixture=3", "flow", "mixture=1455", "mixture@0.5"]
     assert more["about"]["sources"] == {
         "mixture=3": {"n_components": 3},
         "flow": {},
         "mixture=1455": {"n_components": 1455},
+        "mixture@0.5": {"n_components": 5},
     }
     for name in judged:
         assert more["samples"][name]["frechet_distance"]["n"] == 180
+    colder, own = more["samples"]["mixture@0.5"], found["samples"]["mixture"]
+    assert colder["recall"]["value"] < own["recall"]["value"]
     assert {row: more["samples"][row] for row in ROWS} == {
         row: found["samples"][row] for row in ROWS
     }

@@ -54,6 +54,14 @@ def test_recipes_at_their_smallest_size(tmp_path):
     assert row["options"]["latent_dim"] == 3
     assert row["kept_epoch"] == 1
     assert min(row["reconstructions"], row["mixture 4"]) > 0
+def test_codes_at_their_smallest_size(tmp_path):
+    wide, narrow, aggregate = run("codes", tmp_path / "x.json")["rows"]
+    assert wide["n_components"] == narrow["n_components"] == 4
+    assert aggregate["n_components"] is None
+    for row in (wide, narrow, aggregate):
+        assert row["frechet"] > 0
+        assert 0 <= row["recall"] <= 1
+        assert math.isfinite(row["held_out"])
 
 
 def test_held_out_variance_at_its_smallest_size(tmp_path):

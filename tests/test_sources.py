@@ -8,7 +8,14 @@ from equipoise.aggregate import AggregatePosterior, GaussianMixture, StandardNor
 from equipoise.files import StoreError
 from equipoise.flow_fit import CodeFlow
 from equipoise.run import Run
-from equipoise.sources import check_source, code_source, encode_examples, file_stem
+from equipoise.sources import (
+    check_source,
+    code_source,
+    encode_examples,
+    exportable_mixture,
+    file_stem,
+    ready_source,
+)
 from equipoise.store import load_mixture, save_mixture, save_model
 from equipoise.training.job import train
 
@@ -117,6 +124,30 @@ def test_a_fit_is_kept_until_the_model_changes(run, data, name):
         assert ratio > 2
 
 
+def test_a_temperature_is_no_new_fit(run, data):
+    mixture = run.mixture()
+    colder = code_source(run, run.model(), "mixture@0.5", no_data)
+    assert torch.equal(colder.weights, mixture.weights)
+    assert torch.equal(colder.means, mixture.means)
+    assert torch.equal(colder.covariances, 0.5 * mixture.covariances)
+
+    # Of another K, only the mixture itself is fitted, once.
+    fitted = code_source(run, run.model(), "mixture=4", lambda: data)
+    files = set(run.folder.iterdir())
+    colder = code_source(run, run.model(), "mixture=4@0.5", no_data)
+    assert torch.equal(colder.covariances, 0.5 * fitted.covariances)
+    assert set(run.folder.iterdir()) == files
+    assert exportable_mixture(run, run.model(), "mixture=4@0.5", no_data).n_components == 4
+
+
+def test_a_ready_mixture_takes_a_temperature(run):
+    mixture = run.mixture()
+    assert torch.equal(ready_source("mixture@1", mixture).covariances, mixture.covariances)
+    for name in ("mixture@0", "mixture=4@0.5", "flow"):
+        with pytest.raises(ValueError, match="source of codes"):
+            ready_source(name, mixture)
+
+
 def test_other_data_are_refused(run, data):
     other = equipoise.load_data(torch.randint(0, 17, (100, 1, 8, 8), dtype=torch.uint8).numpy())
     with pytest.raises(StoreError, match="was trained on"):
@@ -130,11 +161,16 @@ def test_more_components_than_codes_are_refused(run, data):
 
 
 @pytest.mark.parametrize(
-    "name", ["mixture=0", "mixture=", "mixture=2.5", "mixture=many", "flows", "", "prior=3"]
+    "name",
+    [
+        *("mixture=0", "mixture=", "mixture=2.5", "mixture=many", "flows", "", "prior=3"),
+        *("mixture@", "mixture@0", "mixture@0.00", "mixture@-1", "mixture@nan", "mixture@1e3"),
+        *("flow@0.8", "aggregate@0.8", "mixture@0.8@0.8", "mixture=0@0.8"),
+    ],
 )
 def test_other_names_are_refused_with_the_choices(name):
     with pytest.raises(
         ValueError,
-        match=r"no source of codes .*prior, gaussian, mixture, mixture=K, mixture=auto, flow",
+        match=r"no source of codes .*gaussian, mixture, mixture=K, mixture=auto, mixture@T, flow",
     ):
         check_source(name)

@@ -1,9 +1,10 @@
-"""The section ``samples``: distances of samples, and of real data, from the test data."""
+"""The section ``samples``: how far samples, and real data, are from the test data."""
 
 import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,23 +16,26 @@ from equipoise.data import Batches, Subset
 from equipoise.evaluation.subject import BATCH, Subject
 from equipoise.glossary import term
 from equipoise.metrics.features import FeatureExtractor, cached_features, features_of
+from equipoise.metrics.precision_recall import precision_recall
 from equipoise.metrics.samples import sample_quality
 from equipoise.sources import ready_source
 
 SHOWN_IMAGES = 36
+COVERED = 2000
+"""Largest number of examples on either side of precision and recall, whose cost is its square."""
 JUDGED_SOURCES = tuple(name for name, source in SOURCES.items() if source.is_judged)
 ROWS = ("real", "reconstruction", *JUDGED_SOURCES)
 """Rows of the table: training data, decoded test data, and the sources that are always judged."""
 
 
 def samples_section(subject: Subject) -> dict[str, Any]:
-    """Compute Fréchet and kernel distances from the test data.
+    """Compute Fréchet and kernel distances from the test data, precision and recall.
 
     Args:
         subject: What is evaluated.
 
     Returns:
-        Distances by row: real training data, reconstructions, and samples of each source.
+        Figures by row: real training data, reconstructions, and samples of each source.
     """
     extractor = subject.extractor
     if extractor is None:
@@ -39,6 +43,8 @@ def samples_section(subject: Subject) -> dict[str, Any]:
     extractor.module.to(subject.device)
 
     test = subject.some(subject.test.raw, subject.n_samples)
+    # At random, because the examples are in their own order.
+    compared = np.random.RandomState(subject.seed).permutation(len(test))[:COVERED]
     reference = _real_features(subject, extractor, "test", test)
     section: dict[str, Any] = {
         "features": extractor.name,
@@ -51,9 +57,12 @@ def samples_section(subject: Subject) -> dict[str, Any]:
         features = _row_features(subject, extractor, row)
         subject.progress(f"Distances of {row}", done, len(rows))
         quality = sample_quality(features, reference, subject.seed)
+        coverage = precision_recall(features[compared], reference[compared])
         section[row] = {
             "frechet_distance": quality.frechet,
             "kernel_distance": quality.kernel,
+            "precision": coverage.precision,
+            "recall": coverage.recall,
         }
     subject.progress("Distances", len(rows), len(rows))
 
