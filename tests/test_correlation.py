@@ -25,6 +25,7 @@ from equipoise.correlation import (
     build_correlation,
     describe_correlation,
 )
+from equipoise.estimate import Estimate
 from equipoise.export import export
 from equipoise.files import StoreError
 from equipoise.gaussian import Gaussian
@@ -546,6 +547,34 @@ def test_one_odd_row_cannot_decide_for_a_form():
     odd = equipoise.load_data(rows, validation_fraction=0.5)
     fit = fit_correlation(ignorant((4,)), replace(odd, validation=odd.train), "auto")
     assert fit.form == "none"
+
+
+def test_two_rows_cannot_decide_for_a_form():
+    """Two rows often gain alike by chance, and then their standard error is small."""
+    chosen = 0
+    for seed in range(60):
+        data = table_of(normal(60, 4, seed=seed))
+        train, two = data.train.take(slice(20)), data.train.take(slice(20, 22))
+        few = replace(data, train=train, validation=two)
+        chosen += fit_correlation(ignorant((4,)), few, "auto").form != "none"
+    assert chosen <= 1  # by two standard errors, 5
+
+
+def test_the_message_says_in_which_direction_the_likelihood_goes():
+    fit = fit_correlation(ignorant((4,)), table_of(normal(60, 4)), "full")
+    gain = Estimate(-1.5, 0.2, 12)
+    worse = fit._replace(
+        scores={"white": Estimate(-4, 0.2, 12), fit.setting: Estimate(-5.5, 0.2, 12)},
+        gains={fit.setting: gain},
+    )
+    assert "falls from -4.0 to -5.5 nats" in worse.message
+    assert "take the form auto or none" in worse.message
+    better = fit._replace(
+        scores={"white": Estimate(-4, 0.2, 12), fit.setting: Estimate(-3, 0.2, 12)},
+        gains={fit.setting: Estimate(1, 0.2, 12)},
+    )
+    assert "rises from -4.0 to -3.0 nats" in better.message
+    assert "none" not in better.message
 
 
 def test_a_form_that_is_asked_for_is_taken_and_judged():
