@@ -698,6 +698,8 @@ def test_the_estimator_has_it(form, table, tmp_path):
     ).fit(table)
     has_it = isinstance(estimator.model_.noise, CorrelatedNoise)
     assert has_it or form in ("auto", "none")
+    chosen = estimator.model_.noise.correlation.form if has_it else "none"
+    assert estimator.noise_correlation_ == chosen
 
     scores = estimator.score_samples(table[:20], importance_samples=2)
     assert np.isfinite(scores).all()
@@ -705,6 +707,7 @@ def test_the_estimator_has_it(form, table, tmp_path):
     estimator.save(tmp_path / "estimator.safetensors")
     loaded = equipoise.VAEEstimator.load(tmp_path / "estimator.safetensors")
     np.testing.assert_array_equal(loaded.score_samples(table[:20], 2), scores)
+    assert loaded.noise_correlation_ == chosen
 
     estimator.partial_fit(table)
     assert isinstance(estimator.model_.noise, CorrelatedNoise) or form in ("auto", "none")
