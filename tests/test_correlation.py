@@ -756,3 +756,28 @@ def test_the_command_fits_it(run, capsys):
     main(["fit-noise", str(run.folder), "--form", "bands", "--quiet"])
     assert "Correlated noise (bands)" in capsys.readouterr().out
     assert run.model().noise.correlation.form == "bands"
+
+    main(["export", str(run.folder), "--to", "torch"])
+    assert "not its correlation" in capsys.readouterr().out
+
+
+def test_resuming_a_finished_run_says_that_its_correlation_is_replaced(run, digits):
+    """The end of a training is done anew, by the options of the run, which has none."""
+    said = []
+
+    class Ear:
+        def start(self, *_): ...
+        def step(self, *_): ...
+        def epoch(self, row): ...
+        def close(self): ...
+        def message(self, text):
+            said.append(text)
+
+    fit_noise(run, digits, "full")
+    equipoise.train(digits, CONFIG, run.folder, resume=True, sinks=[Ear()])
+    assert any("the run had (full) is replaced" in text for text in said)
+    assert not isinstance(run.model().noise, CorrelatedNoise)
+
+    said.clear()
+    equipoise.train(digits, CONFIG, run.folder, resume=True, sinks=[Ear()])
+    assert not any("replaced" in text for text in said)
