@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
 from equipoise.config import EARLIER_VALUES, TrainConfig, make_config
+from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.correlation import AnyGaussian
 from equipoise.data import load, load_examples
 from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
@@ -140,6 +141,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         overfitting_: How many times as large as that of the training examples the squared error of
             held-out examples is, at the end of stage 1. It is 1 if nothing was learned by heart, or
             if ``variance_from="training"``.
+        noise_correlation_: Form of the correlation of the errors, "none", "full", "low-rank" or
+            "bands": what was chosen if ``noise_correlation`` is "auto" or None.
         history_: Figures of each epoch, as in ``metrics.jsonl`` of a run.
         n_features_in_: Number of features or of pixel values of an example.
         feature_names_in_: Names of the columns of a data frame, if they are strings.
@@ -574,6 +577,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.model_ = model
         self.mixture_ = mixture
         self.prior_ = prior
+
+        self.noise_correlation_ = "none"
+        if isinstance(model.noise, CorrelatedNoise):
+            self.noise_correlation_ = model.noise.correlation.form
 
         shared_log_var = model.noise.shared_log_var
         if shared_log_var is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from scipy import special, stats
 from torch import Tensor
 
 from equipoise.config import ConfigError
@@ -48,7 +49,8 @@ WEIGHTS = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 
 FACTORS = (0, 1, 2, 4, 8, 16)
 """Numbers of common factors, among which the held-out rows choose."""
 ERRORS = 2
-"""Standard errors by which a form must gain, because the best of many candidates is judged."""
+"""Standard errors by which a form must gain, because the best of many candidates is judged. Where
+there are few rows, Student's t of the same probability."""
 RELATIVE_FLOOR = 1e-4
 """Floor of continuous data: this share of the mean variance; more for columns that hardly vary."""
 MAX_AUTO, MAX_DIMENSIONS = 1024, 2048
@@ -100,10 +102,14 @@ class CorrelationFit(NamedTuple):
             )
 
         before, after = self.scores["white"].value, self.scores[self.setting].value
-        return (
-            f"Correlated noise ({self.setting}): log p(x|z) of {rows} rises from {before:.1f} to "
-            f"{after:.1f} nats. Over the best white noise, {gains} nats."
+        change = "rises" if after > before else "falls"
+        message = (
+            f"Correlated noise ({self.setting}): log p(x|z) of {rows} {change} from {before:.1f} "
+            f"to {after:.1f} nats. Over the best white noise, {gains} nats."
         )
+        if self.gains[self.setting].value < 0:
+            message += " Independent errors are more likely: take the form auto or none."
+        return message
 
     def record(self) -> CorrelationFitRecord:
         """Return everything but the correlation itself, as JSON values."""
@@ -144,7 +150,9 @@ def _full_candidates(shape: Shape, statistic: ResidualCovariance, floor: Tensor)
 def _low_rank_candidates(shape: Shape, statistic: ResidualCovariance, floor: Tensor) -> Candidates:
     numbers = [n for n in FACTORS if 2 * n < math.prod(shape)]
     return {
-        f"low-rank, {n} factors": LowRankCorrelation.fit(shape, statistic, floor, n)
+        f"low-rank, {n} factor{'' if n == 1 else 's'}": LowRankCorrelation.fit(
+            shape, statistic, floor, n
+        )
         for n in numbers
     }
 
@@ -236,8 +244,9 @@ def fit_correlation(
     Each candidate is estimated on four fifths of the held-out rows and judged by the likelihood of
     the last fifth, five times. 'auto' takes the best candidate whose gain over white noise exceeds
     two standard errors and is positive for more than half of the rows: one odd row can decide for
-    no form. Otherwise the errors stay independent. The candidate is then estimated anew on all
-    rows.
+    no form. Of few rows the standard error is itself uncertain, and as many are asked for as
+    Student's t exceeds equally rarely, 14 of two rows. Otherwise the errors stay independent. The
+    candidate is then estimated anew on all rows.
 
     Digital data are judged after dequantisation, and the variance of rounding,
     :math:`\mathrm{E}[q^2/12s^2]`, is added to the variance of every direction. Of continuous data
@@ -290,9 +299,8 @@ def _choose(estimation: "_Estimation", *, is_given: bool) -> CorrelationFit:
     for form, setting in best.items():
         gain = rows[setting] - rows[white]
         gains[setting] = Estimate.of_mean(gain)
-        error = gains[setting].standard_error
-        is_beyond_error = error is not None and gains[setting].value > ERRORS * error
-        if is_given or (is_beyond_error and float((gain > 0).double().mean()) > 0.5):
+        is_more_likely = float((gain > 0).double().mean()) > 0.5
+        if is_given or (_is_beyond_error(gains[setting]) and is_more_likely):
             accepted.append(form)
 
     n_held_out = len(rows["white"])
@@ -304,6 +312,14 @@ def _choose(estimation: "_Estimation", *, is_given: bool) -> CorrelationFit:
     return CorrelationFit(
         form, best[form], correlation, scores, gains, n_held_out, estimation.n_training
     )
+
+
+def _is_beyond_error(gain: Estimate) -> bool:
+    """Tell whether a gain is larger than chance makes it, which two rows hardly ever know."""
+    if gain.standard_error is None:
+        return False
+    errors = stats.t.ppf(special.ndtr(ERRORS), gain.n - 1)
+    return bool(gain.value > errors * gain.standard_error)
 
 
 class _Batch(NamedTuple):

@@ -165,10 +165,30 @@ def read_codes_digest(path: Path) -> str:
     Raises:
         StoreError: If the file does not exist, is damaged, or was not written by equipoise.
     """
-    metadata = _read_metadata(path)
-    text = metadata["description"]
-    description = decode_record(text, ModelDescription, f"{path}, description")
-    return description.get("codes_of", metadata["sha256"])
+    return _read_description(path).get("codes_of", read_digest(path))
+
+
+def read_correlation_form(path: Path) -> str:
+    """Read which form of correlation the errors of a model have, without reading the tensors.
+
+    Args:
+        path: Path of a file that :func:`save_model` wrote.
+
+    Returns:
+        "full", "low-rank" or "bands"; "none" if the errors are independent of each other, or if
+        nobody has estimated it.
+
+    Raises:
+        StoreError: If the file does not exist, is damaged, or was not written by equipoise.
+    """
+    fit = _read_description(path).get("correlation_fit")
+    return "none" if fit is None else fit["form"]
+
+
+def _read_description(path: Path) -> ModelDescription:
+    """Read the description of a model, without reading the tensors."""
+    text = _read_metadata(path)["description"]
+    return decode_record(text, ModelDescription, f"{path}, description")
 
 
 def _read_metadata(path: Path) -> Metadata:

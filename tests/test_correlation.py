@@ -25,6 +25,7 @@ from equipoise.correlation import (
     build_correlation,
     describe_correlation,
 )
+from equipoise.estimate import Estimate
 from equipoise.export import export
 from equipoise.files import StoreError
 from equipoise.gaussian import Gaussian
@@ -548,6 +549,34 @@ def test_one_odd_row_cannot_decide_for_a_form():
     assert fit.form == "none"
 
 
+def test_two_rows_cannot_decide_for_a_form():
+    """Two rows often gain alike by chance, and then their standard error is small."""
+    chosen = 0
+    for seed in range(60):
+        data = table_of(normal(60, 4, seed=seed))
+        train, two = data.train.take(slice(20)), data.train.take(slice(20, 22))
+        few = replace(data, train=train, validation=two)
+        chosen += fit_correlation(ignorant((4,)), few, "auto").form != "none"
+    assert chosen <= 1  # by two standard errors, 5
+
+
+def test_the_message_says_in_which_direction_the_likelihood_goes():
+    fit = fit_correlation(ignorant((4,)), table_of(normal(60, 4)), "full")
+    gain = Estimate(-1.5, 0.2, 12)
+    worse = fit._replace(
+        scores={"white": Estimate(-4, 0.2, 12), fit.setting: Estimate(-5.5, 0.2, 12)},
+        gains={fit.setting: gain},
+    )
+    assert "falls from -4.0 to -5.5 nats" in worse.message
+    assert "take the form auto or none" in worse.message
+    better = fit._replace(
+        scores={"white": Estimate(-4, 0.2, 12), fit.setting: Estimate(-3, 0.2, 12)},
+        gains={fit.setting: Estimate(1, 0.2, 12)},
+    )
+    assert "rises from -4.0 to -3.0 nats" in better.message
+    assert "none" not in better.message
+
+
 def test_a_form_that_is_asked_for_is_taken_and_judged():
     data = table_of(normal(1000, 4))
     for form in ("full", "low-rank"):
@@ -669,6 +698,8 @@ def test_the_estimator_has_it(form, table, tmp_path):
     ).fit(table)
     has_it = isinstance(estimator.model_.noise, CorrelatedNoise)
     assert has_it or form in ("auto", "none")
+    chosen = estimator.model_.noise.correlation.form if has_it else "none"
+    assert estimator.noise_correlation_ == chosen
 
     scores = estimator.score_samples(table[:20], importance_samples=2)
     assert np.isfinite(scores).all()
@@ -676,6 +707,7 @@ def test_the_estimator_has_it(form, table, tmp_path):
     estimator.save(tmp_path / "estimator.safetensors")
     loaded = equipoise.VAEEstimator.load(tmp_path / "estimator.safetensors")
     np.testing.assert_array_equal(loaded.score_samples(table[:20], 2), scores)
+    assert loaded.noise_correlation_ == chosen
 
     estimator.partial_fit(table)
     assert isinstance(estimator.model_.noise, CorrelatedNoise) or form in ("auto", "none")
@@ -724,3 +756,28 @@ def test_the_command_fits_it(run, capsys):
     main(["fit-noise", str(run.folder), "--form", "bands", "--quiet"])
     assert "Correlated noise (bands)" in capsys.readouterr().out
     assert run.model().noise.correlation.form == "bands"
+
+    main(["export", str(run.folder), "--to", "torch"])
+    assert "not its correlation" in capsys.readouterr().out
+
+
+def test_resuming_a_finished_run_says_that_its_correlation_is_replaced(run, digits):
+    """The end of a training is done anew, by the options of the run, which has none."""
+    said = []
+
+    class Ear:
+        def start(self, *_): ...
+        def step(self, *_): ...
+        def epoch(self, row): ...
+        def close(self): ...
+        def message(self, text):
+            said.append(text)
+
+    fit_noise(run, digits, "full")
+    equipoise.train(digits, CONFIG, run.folder, resume=True, sinks=[Ear()])
+    assert any("the run had (full) is replaced" in text for text in said)
+    assert not isinstance(run.model().noise, CorrelatedNoise)
+
+    said.clear()
+    equipoise.train(digits, CONFIG, run.folder, resume=True, sinks=[Ear()])
+    assert not any("replaced" in text for text in said)

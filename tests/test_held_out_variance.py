@@ -19,8 +19,13 @@ from equipoise.run import Run
 from equipoise.store import save_model
 from equipoise.training.passes import SplitPass
 from equipoise.training.setup import make_model
-from equipoise.training.stage_ends import SHRINKAGES, held_out_var, worth_of_prediction
-from equipoise.training.trainer import Trainer
+from equipoise.training.stage_ends import (
+    SHRINKAGES,
+    HeldOutVar,
+    held_out_var,
+    worth_of_prediction,
+)
+from equipoise.training.trainer import Trainer, _describe_held_out
 from tests.test_exact_resume import Stop
 
 
@@ -278,6 +283,21 @@ def test_the_user_is_told_how_much_was_learned_by_heart(tmp_path):
     assert "times the squared error" in write_report(run.folder).read_text()
 
 
+@pytest.mark.parametrize(
+    ("measured", "ratio", "says"),
+    [
+        (Estimate(0.0, 0.0, 5), 1.0, "is less by chance, so that 1.00"),
+        (Estimate(0.8, 0.1, 5), 1.0, "is less by chance, so that 1.00"),
+        (Estimate(1.5, 1.4, 5), 1.0, "is so uncertain that 1.00"),
+        (Estimate(1.5, 0.01, 5), 1.5, None),
+    ],
+)
+def test_the_reason_of_a_ratio_is_told(measured, ratio, says):
+    """Without any held-out error, as for black images, there is nothing to divide by."""
+    text = _describe_held_out(HeldOutVar(torch.tensor(0.1), ratio, measured, 0.0), 50)
+    assert says in text if says else "taken" not in text
+
+
 def test_runs_from_before_the_option_keep_their_meaning_and_their_model(tmp_path):
     """Their model is tied to the options that there were, and a new option must not untie it."""
     config = replace(SMALL, stage_1_epochs=1, variance_from="training")
@@ -348,6 +368,7 @@ def test_a_stage_2_that_is_worse_than_stage_1_is_refused(noise):
 
     assert not trainer.model.noise.depends_on_code
     assert any("stage 2 is refused" in text for text in said)
+    assert not any("predicted std lie" in text for text in said)  # there is none any more
     figures = trainer.figures(trainer.validation)
     assert figures.standardised_var.value == pytest.approx(1.0, rel=0.3)
     assert figures.elbo > rows[-1]["validation_elbo"]

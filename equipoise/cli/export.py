@@ -42,6 +42,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> None:
     """Export the model of a run, with a sampler of codes."""
+    from equipoise.correlated_noise import CorrelatedNoise
     from equipoise.export import export
     from equipoise.run import Run
     from equipoise.sources import exportable_mixture
@@ -61,6 +62,8 @@ def _run(options: Namespace) -> None:
         for file in export(model, mixture, options.to, folder):
             deviation = f"largest relative deviation from the model: {file.deviation:.1g}"
             terminal.message(f"{file.path}\n  {file.signature}\n  {deviation}")
+        if isinstance(model.noise, CorrelatedNoise):
+            terminal.message("The decoder has the std of the noise, not its correlation.")
 
 
 COMMAND = Command(

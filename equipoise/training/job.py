@@ -23,7 +23,7 @@ from equipoise.randomness import stream_seed
 from equipoise.records import FORMAT
 from equipoise.run import Run, origin_of
 from equipoise.sources import describe_mixture, fit_aggregate
-from equipoise.store import read_digest, save_mixture, save_model
+from equipoise.store import read_correlation_form, read_digest, save_mixture, save_model
 from equipoise.training.checkpoint import has_checkpoint
 from equipoise.training.engine import (
     broadcast,
@@ -166,10 +166,12 @@ def train(
         fit = fit_aggregate(model, data, config, fabric.device, on_mixture, processes)
         model.cpu()
 
+        replaced = _describe_replaced(run, correlation_fit) if resume else []
         in_main_process(fabric, partial(_save, run, model, fit, config, data, correlation_fit))
         messages = _describe_fit(fit)
         if correlation_fit is not None:
             messages.insert(0, correlation_fit.message)
+        messages += replaced
         for sink in all_sinks:
             for text in messages:
                 sink.message(text)
@@ -301,6 +303,21 @@ def _settings(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "versions": versions(),
     }
+
+
+def _describe_replaced(run: Run, correlation_fit: CorrelationFit | None) -> list[str]:
+    """Say if the run had another correlation, which its own options do not ask for."""
+    try:
+        before = read_correlation_form(run.model_file)
+    except StoreError:
+        return []  # not written yet, or damaged, and now written anew
+    after = "none" if correlation_fit is None else correlation_fit.form
+    if before == after:
+        return []
+    return [
+        f"Warning: the correlation of the errors that the run had ({before}) is replaced by that "
+        f"of its own options ({after}). 'equipoise fit-noise' estimates another."
+    ]
 
 
 def _describe_fit(fit: MixtureFit) -> list[str]:

@@ -49,6 +49,7 @@ from equipoise.training.passes import EVALUATION_BATCH, SplitPass
 from equipoise.training.preemption import Preempted, Sigterm
 from equipoise.training.setup import choose_stage_two
 from equipoise.training.stage_ends import (
+    HeldOutVar,
     exact_optimal_var,
     held_out_var,
     recalibrate,
@@ -383,8 +384,10 @@ class Trainer:
             figures |= more_figures
             messages.append(text)
         else:
-            messages += self.recalibrate()
-            messages += self._refuse_worse_prediction()
+            calibration = self.recalibrate()
+            refusal = self._refuse_worse_prediction()
+            # Of a prediction that is refused, no calibration is left.
+            messages += calibration + refusal if self.model.noise.depends_on_code else refusal
 
         test = self.figures(self.test)
         messages.append(_describe_test(test))
@@ -465,14 +468,7 @@ class Trainer:
             var = found.var
             self._set_overfitting(found.ratio)
             figures["overfitting"] = found.ratio
-            source = (
-                f"over {found.measured.n:,} held-out examples, whose squared error is "
-                f"{_with_error(found.measured)} times that of the {n_training:,} of the training"
-            )
-            if abs(found.ratio / found.measured.value - 1) > NEGLIGIBLE_SHRINKAGE:
-                source += f", which is so uncertain that {found.ratio:.2f} is taken"
-            if found.shrinkage:
-                source += f"; {found.shrinkage:.1%} of each is the mean over the dimensions"
+            source = _describe_held_out(found, n_training)
 
         model.noise.set_var(var)
         self.optimal_var = var
@@ -747,6 +743,21 @@ def _with_error(estimate: Estimate) -> str:
     if estimate.standard_error is None:
         return f"{estimate.value:.2f}"
     return f"{estimate.value:.2f} ± {estimate.standard_error:.2f}"
+
+
+def _describe_held_out(found: HeldOutVar, n_training: int) -> str:
+    """Say over which examples eq. (10) was taken, and by how much they differ from the others."""
+    measured = found.measured
+    text = (
+        f"over {measured.n:,} held-out examples, whose squared error is {_with_error(measured)} "
+        f"times that of the {n_training:,} of the training"
+    )
+    if abs(found.ratio - measured.value) > NEGLIGIBLE_SHRINKAGE * measured.value:
+        reason = "is so uncertain that" if measured.value > 1 else "is less by chance, so that"
+        text += f", which {reason} {found.ratio:.2f} is taken"
+    if found.shrinkage:
+        text += f"; {found.shrinkage:.1%} of each is the mean over the dimensions"
+    return text
 
 
 def _describe_test(test: SplitFigures) -> str:
