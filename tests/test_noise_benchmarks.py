@@ -54,6 +54,8 @@ def test_recipes_at_their_smallest_size(tmp_path):
     assert row["options"]["latent_dim"] == 3
     assert row["kept_epoch"] == 1
     assert min(row["reconstructions"], row["mixture 4"]) > 0
+
+
 def test_codes_at_their_smallest_size(tmp_path):
     wide, narrow, aggregate = run("codes", tmp_path / "x.json")["rows"]
     assert wide["n_components"] == narrow["n_components"] == 4
