@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from equipoise.config import make_config, read_recipe, shipped_recipes
+from equipoise.config import make_config, read_papers_recipe
 from equipoise.data import Batches, load
 from equipoise.data.varying import varying_mask
 from equipoise.estimate import Estimate
@@ -56,7 +56,7 @@ def main():
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
-    recipe = read_recipe(shipped_recipes()[options.data])
+    recipe = read_papers_recipe(options.data)
     recipe.pop("data")
     changes = {
         "stage_1_epochs": options.stage_1_epochs,

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from equipoise.config import make_config, read_recipe, shipped_recipes
+from equipoise.config import make_config, read_papers_recipe
 from equipoise.data import load
 from equipoise.provenance import provenance
 from equipoise.run import Run
@@ -62,7 +62,7 @@ def main():
     options = parser.parse_args()
 
     data = load("mnist", data_dir=options.data_dir)
-    recipe = read_recipe(shipped_recipes()["mnist"])
+    recipe = read_papers_recipe("mnist")
     recipe.pop("data")
 
     speeds, curves = {way: ([], []) for way in WAYS}, {}

@@ -2,7 +2,7 @@
 
     python benchmarks/noise_updates.py --data-dir DATA
 
-Models of the recipe's length, stage 1 alone, are compared in pairs of equal seeds: by the ELBO, by
+Models of the paper's sizes, stage 1 alone, are compared in pairs of equal seeds: by the ELBO, by
 the variance over the squared error of the test set (z sampled), and by the Fréchet distance of
 samples with codes of the run's mixture from as many test images. Further variants are written as in
 ``--variants closed-form slow:learning_rate=0.002``; differences are to the first one.
@@ -17,7 +17,7 @@ import torch
 from experiment import Rows, arguments, facts, one_thread, over_seeds, paired, trained
 from tables import table
 
-from equipoise.config import read_recipe, shipped_recipes
+from equipoise.config import read_papers_recipe
 from equipoise.data import Batches, load
 from equipoise.metrics.features import cached_features, features_of, load_features
 from equipoise.metrics.samples import frechet_distance
@@ -106,7 +106,7 @@ def main():
     parser = arguments(__doc__.splitlines()[0], out, "--variants", VARIANTS)
     parser.add_argument("--data", nargs="+", default=["mnist", "fashion-mnist"])
     parser.add_argument("--data-dir")
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+    parser.add_argument("--epochs", type=int, help="instead of ten")
     parser.add_argument("--examples", type=int, help="train on the first of them only")
     parser.add_argument("--samples", type=int, default=N_SAMPLES)
     options = parser.parse_args()
@@ -121,7 +121,7 @@ def main():
     rows, cells = Rows(options.out), []
     for name, data in data_sets.items():
         data = replace(data, train=data.train.take(slice(options.examples)))
-        recipe = read_recipe(shipped_recipes()[name]) | {"stage_2_epochs": 0}
+        recipe = read_papers_recipe(name) | {"stage_2_epochs": 0}
         recipe.pop("data")
         if options.epochs:
             recipe["stage_1_epochs"] = options.epochs

@@ -44,7 +44,7 @@ from pythae.samplers import GaussianMixtureSampler, GaussianMixtureSamplerConfig
 from pythae.trainers import BaseTrainerConfig, CoupledOptimizerTrainerConfig
 
 from equipoise.aggregate import StandardNormal
-from equipoise.config import make_config, read_recipe, shipped_recipes
+from equipoise.config import make_config, read_papers_recipe
 from equipoise.data import Batches, load
 from equipoise.metrics.features import cached_features, features_of, load_features
 from equipoise.metrics.samples import sample_quality
@@ -355,7 +355,7 @@ def main():
     torch.set_num_threads(options.threads)
     logging.disable(logging.INFO)
 
-    recipe = read_recipe(shipped_recipes()["mnist"])
+    recipe = read_papers_recipe("mnist")
     data = load(recipe.pop("data"), data_dir=options.data_dir)
     changes = {
         "stage_1_epochs": options.epochs,

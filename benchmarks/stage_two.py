@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from equipoise.config import TrainConfig, make_config, read_recipe, shipped_recipes
+from equipoise.config import TrainConfig, make_config, read_papers_recipe
 from equipoise.data import Batches, load
 from equipoise.estimate import Estimate
 from equipoise.metrics.likelihood import iwae, likelihood
@@ -130,7 +130,7 @@ def main():
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
-    recipe = read_recipe(shipped_recipes()[options.data])
+    recipe = read_papers_recipe(options.data)
     recipe.pop("data")
     config: TrainConfig = make_config(recipe | {"seed": options.seed})
     data = load(options.data, data_dir=options.data_dir)

@@ -19,7 +19,7 @@ from tables import step_profile
 from throughput import PRECISIONS, Silent
 from torch.profiler import ProfilerActivity, profile
 
-from equipoise.config import make_config, read_recipe, shipped_recipes
+from equipoise.config import make_config, read_papers_recipe
 from equipoise.data import load
 from equipoise.processes import choose_device
 from equipoise.provenance import provenance
@@ -96,7 +96,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-step-profile.json"))
     options = parser.parse_args()
 
-    recipe = read_recipe(shipped_recipes()["mnist"])
+    recipe = read_papers_recipe("mnist")
     data = load(recipe.pop("data"), data_dir=options.data_dir)
     epochs = {"stage_1_epochs": 3, "stage_2_epochs": 3, "tolerance": 0.0}
     config = make_config(recipe | epochs | {"accelerator": options.accelerator})

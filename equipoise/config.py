@@ -701,3 +701,16 @@ def shipped_recipes() -> dict[str, Path]:
         if folder.is_dir():
             return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
     return {}
+
+
+def read_papers_recipe(name: str) -> dict[str, Any]:
+    """Read the recipe of a data set with the paper's sizes, which comparisons are made with.
+
+    Args:
+        name: Name of the data set.
+
+    Returns:
+        The options of the recipe ``NAME-paper``, or of NAME where there is one recipe only.
+    """
+    recipes = shipped_recipes()
+    return read_recipe(recipes.get(f"{name}-paper", recipes[name]))

@@ -21,8 +21,7 @@ from equipoise.config import (
     ConfigError,
     TrainConfig,
     make_config,
-    read_recipe,
-    shipped_recipes,
+    read_papers_recipe,
 )
 from equipoise.data import Data, load
 from equipoise.evaluation import evaluate
@@ -246,7 +245,7 @@ class Lab:
         Returns:
             The configuration.
         """
-        recipe = read_recipe(shipped_recipes()[self.size.sets[spec.data]])
+        recipe = read_papers_recipe(self.size.sets[spec.data])
         recipe.pop("data")
 
         epochs = self.epochs_of(spec.data)
