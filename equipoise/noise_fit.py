@@ -53,8 +53,9 @@ ERRORS = 2
 there are few rows, Student's t of the same probability."""
 RELATIVE_FLOOR = 1e-4
 """Floor of continuous data: this share of the mean variance; more for columns that hardly vary."""
-MAX_AUTO, MAX_DIMENSIONS = 1024, 2048
-"""Most dimensions for which 'auto' tries a full matrix, and for which one is estimated at all."""
+MAX_AUTO, MAX_AUTO_FACTORS, MAX_DIMENSIONS = 1024, 512, 2048
+"""Most dimensions for which 'auto' tries a full matrix, and common factors, whose search takes
+minutes beyond; and for which one of them is estimated at all."""
 BATCH = 500
 
 Statistic: TypeAlias = ResidualCovariance | BandCovariance
@@ -75,6 +76,7 @@ class CorrelationFit(NamedTuple):
         gains: Gain of each form's best candidate over the better of the two, paired over rows.
         n_held_out: Number of held-out rows.
         n_training: Number of rows of the training set that joined in.
+        is_too_wide: Whether 'auto' tried no form, because of the number of dimensions.
     """
 
     form: str
@@ -84,6 +86,7 @@ class CorrelationFit(NamedTuple):
     gains: dict[str, Estimate]
     n_held_out: int
     n_training: int
+    is_too_wide: bool = False
 
     @property
     def message(self) -> str:
@@ -93,6 +96,11 @@ class CorrelationFit(NamedTuple):
             f"{name} gains {gain.value:.2f} +- {gain.standard_error or math.inf:.2f}"
             for name, gain in self.gains.items()
         )
+        if self.is_too_wide:
+            return (
+                f"Errors are independent of each other: with more than {MAX_AUTO:,} dimensions no "
+                "form of correlation is tried unless it is named (full or low-rank, minutes)."
+            )
         if not gains:
             return "Errors are independent of each other, as asked."
         if self.setting is None:
@@ -174,7 +182,7 @@ FORMS: dict[str, Form] = {
         math.prod,
         _low_rank_candidates,
         needs_images=False,
-        is_tried=lambda shape: len(shape) == 1 and math.prod(shape) <= MAX_DIMENSIONS,
+        is_tried=lambda shape: len(shape) == 1 and math.prod(shape) <= MAX_AUTO_FACTORS,
     ),
     "bands": Form(
         BandCovariance,
@@ -274,7 +282,8 @@ def fit_correlation(
     if form == "auto":
         names = [name for name, each in FORMS.items() if each.is_tried(model.shape)]
     if not names:
-        return CorrelationFit("none", None, None, {}, {}, len(data.validation), 0)
+        is_too_wide = form == "auto"
+        return CorrelationFit("none", None, None, {}, {}, len(data.validation), 0, is_too_wide)
 
     estimation = _Estimation(model, data, names, seed, processes)
     fit = _choose(estimation, is_given=form != "auto")

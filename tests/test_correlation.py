@@ -248,6 +248,21 @@ def test_factors_are_those_of_scikit_learn():
     assert float(density.log_prob(u).mean()) == pytest.approx(oracle.score(both_signs), abs=1e-3)
 
 
+@pytest.mark.parametrize(("columns", "expected"), [(600, "full"), (1100, "")])
+def test_auto_leaves_out_what_would_take_minutes(columns, expected):
+    """Common factors of hundreds of columns, and any form of more than a thousand."""
+    model, data = table_of_width(columns)
+    fit = fit_correlation(model, data, "auto")
+    assert {name.partition(",")[0] for name in fit.gains} == ({expected} - {""})
+    assert ("no form of correlation is tried" in fit.message) == (not expected)
+
+
+def table_of_width(columns):
+    """Return an untrained model of a wide table, and the table."""
+    data = equipoise.load_data(np.random.default_rng(0).normal(size=(40, columns)))
+    return VAE.build((columns,), 2, architecture="mlp", width=2).eval(), data
+
+
 def test_low_rank_is_its_dense_matrix():
     loadings, uniqueness = normal(6, 2), normal(6, seed=1).square() + 0.1
     correlation = LowRankCorrelation.of((6,), loadings, uniqueness)
