@@ -146,10 +146,14 @@ class MixtureFit(NamedTuple):
             value, that of the result.
         converged: Whether the last change was below the tolerance.
         n_iterations: Number of iterations.
-        n_floored: Number of components whose covariance is limited by the floor. If it is not zero,
-            some codes coincide or there are too many components.
+        n_floored: Number of components whose covariance is limited by the floor in a direction in
+            which the codes vary. If it is not zero, some codes coincide or there are too many
+            components.
         held_out: For each K in the order of the search, the mean log-likelihood of the held-out
             codes in nats per code, with its standard error. It is empty if no codes were held out.
+        n_flat: Number of directions in which the codes do not vary: units that are not used or that
+            copy others, or as many as there are too few codes. All components have the variance of
+            the floor there.
     """
 
     mixture: GaussianMixture
@@ -158,6 +162,7 @@ class MixtureFit(NamedTuple):
     n_iterations: int
     n_floored: int
     held_out: dict[int, Estimate]
+    n_flat: int = 0
 
 
 @torch.no_grad()
@@ -224,8 +229,10 @@ def fit_mixture(
             codes, and k-means; the one of highest likelihood after three iterations is taken.
             Otherwise it is k-means.
         floor: Smallest variance of a component in any direction, relative to that of all codes in
-            this direction. Smaller variances are raised to the floor, and the others do not change.
-            The floor is at least a thousand rounding errors of ``dtype``.
+            this direction. In a direction in which the codes have less than 1e-6 of their largest
+            variance, it is relative to the largest. Smaller variances are raised to the floor, and
+            the others do not change.
+            It is at least a thousand rounding errors of ``dtype``.
         tol: EM stops when the mean log-likelihood changes by less than this, in nats per code.
         max_iter: Largest number of iterations, at least 1.
         dtype: Precision of the two matrix products. Sums over chunks and parameters are always
@@ -306,12 +313,12 @@ def fit_mixture(
     def step(rows: _Rows, components: _Components, reduce: AllReduce) -> _Step:
         statistics = _statistics(rows, whitening, components, dtype)
         statistics = SufficientStatistics(*map(reduce, statistics))
-        components, n_floored = _clip(_maximise(statistics), floor)
+        components, n_floored = _clip(_maximise(statistics), floor, whitening.varying)
         mean = (statistics.log_likelihood / statistics.n_codes).item()
         return _Step(components, mean + whitening.log_det, int(statistics.n_codes), n_floored)
 
     def iterate(rows: _Rows, first: _Components, tol: float) -> MixtureFit:
-        components, n_floored = _clip(first, floor)
+        components, n_floored = _clip(first, floor, whitening.varying)
         log_likelihoods: list[float] = []
         converged = False
 
@@ -333,6 +340,7 @@ def fit_mixture(
             n_iterations=len(log_likelihoods),
             n_floored=n_floored,
             held_out={},
+            n_flat=int((~whitening.varying).sum()),
         )
 
     starts = _Starts(rows, whitening, processes, generator)
@@ -447,6 +455,7 @@ def fit_variational_mixture(
         n_iterations=int(model.n_iter_),
         n_floored=0,
         held_out={},
+        n_flat=int((~whitening.varying).sum()),
     )
 
 
@@ -489,9 +498,7 @@ def _search(
     while best <= FEW_COMPONENTS:
         top = max(fits, key=lambda K: float(log_probs[K].mean()))
         best = min(
-            K
-            for K in fits
-            if _is_negligible(log_probs[top] - log_probs[K]) and bic(K) <= bic(top)
+            K for K in fits if _is_negligible(log_probs[top] - log_probs[K]) and bic(K) <= bic(top)
         )
         below = max((smaller for smaller in fits if smaller < best), default=best - 1)
         if best - below == 1:
@@ -685,6 +692,7 @@ class _Whitening(NamedTuple):
     colour: Tensor
     whiten: Tensor  # the inverse of colour
     log_det: float  # the log-determinant of whiten: log q(z) = log q(w) + log_det
+    varying: Tensor  # (d,), False for the axes of w in which the codes have no variance
 
     def apply(self, z: Tensor) -> Tensor:
         return (z - self.centre) @ self.whiten.mT
@@ -741,17 +749,20 @@ def _whiten(rows: _Rows, processes: Processes) -> _Whitening:
             "all codes are the same: the encoder ignores its input (posterior collapse)"
         )
 
-    # A direction has no variance if a unit is not used, or is a copy of another. It needs a scale
-    # nevertheless.
-    std = torch.where(std > 0, std, std.max())
+    # A unit that is not used, a copy of another, or fewer codes than units: some directions have no
+    # variance. They are measured in the scale of the largest, so that the floor there is relative
+    # to it.
+    std = torch.where(std > math.sqrt(FLOOR) * std.max(), std, std.max())
     values, vectors = torch.linalg.eigh(covariance / torch.outer(std, std))
-    scale = values.clamp(min=FLOOR).sqrt()
+    varying = values > FLOOR * values[-1]
+    scale = torch.where(varying, values, values[-1]).sqrt()
 
     return _Whitening(
         centre=centre,
         colour=std.unsqueeze(1) * vectors * scale,
         whiten=(vectors / scale).mT / std,
         log_det=-(std.log().sum() + scale.log().sum()).item(),
+        varying=varying,
     )
 
 
@@ -838,21 +849,34 @@ def _maximise(statistics: SufficientStatistics) -> _Components:
     return _Components(weights / weights.sum(), means, covariances)
 
 
-def _clip(components: _Components, floor: float) -> tuple[_Components, int]:
-    """Raise eigenvalues below the floor to it, which gives the best covariance allowed."""
-    covariances = components.covariances
+def _clip(
+    components: _Components, floor: float, varying: Tensor | None = None
+) -> tuple[_Components, int]:
+    """Raise eigenvalues below the floor to it, which gives the best covariance allowed.
+
+    Also count the components that are limited in the axes where codes vary.
+    """
+    low = _is_low(components.covariances, floor)
+    n_floored = int(low.sum())
+
+    if n_floored:
+        covariances = components.covariances.clone()
+        if varying is not None and not varying.all():
+            n_floored = int(_is_low(covariances[:, varying][:, :, varying], floor).sum())
+        values, vectors = torch.linalg.eigh(covariances[low])
+        covariances[low] = _symmetric((vectors * values.clamp(min=floor).unsqueeze(1)) @ vectors.mT)
+        components = components._replace(covariances=covariances)
+
+    return components, n_floored
+
+
+def _is_low(covariances: Tensor, floor: float) -> Tensor:
+    """Tell which covariances have an eigenvalue below the floor."""
     identity = torch.eye(covariances.shape[1], dtype=covariances.dtype, device=covariances.device)
 
     # If this Cholesky factor exists, no eigenvalue is below the floor. It costs far less than the
     # eigenvalues.
-    low = torch.linalg.cholesky_ex(covariances - floor * identity).info > 0
-
-    if low.any():
-        values, vectors = torch.linalg.eigh(covariances[low])
-        covariances = covariances.clone()
-        covariances[low] = _symmetric((vectors * values.clamp(min=floor).unsqueeze(1)) @ vectors.mT)
-
-    return components._replace(covariances=covariances), int(low.sum())
+    return torch.linalg.cholesky_ex(covariances - floor * identity).info > 0
 
 
 class _Starts:

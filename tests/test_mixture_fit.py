@@ -599,11 +599,38 @@ def test_unit_without_variance(column):
     fit = fit_mixture(codes, 4, generator=seeded())
     without = fit_mixture(codes[:, :2], 4, generator=seeded())
 
-    assert fit.n_floored == 4
+    assert (fit.n_floored, fit.n_flat) == (0, 2)
     assert sorted(fit.mixture.weights.tolist()) == pytest.approx(
         sorted(without.mixture.weights.tolist()), abs=0.01
     )
-    assert fit.mixture.covariances[:, 2, 2].max() < FLOOR * codes.var(0).max()
+    variances = fit.mixture.covariances[:, 2, 2]
+    assert variances.max() < 3 * FLOOR * codes.var(0).max()
+
+
+def flat_codes():
+    """Codes that do not vary in some direction, by all ways there are."""
+    few, codes = normal(6, 8), normal(600, 4)
+    unused, tiny, copied = (codes.clone() for _ in range(3))
+    unused[:, 3] = 0
+    tiny[:, 3] *= 1e-9
+    copied[:, 3] = copied[:, 2]
+    return {"few": (few, 3), "unused": (unused, 1), "tiny": (tiny, 1), "copied": (copied, 1)}
+
+
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("way", ["few", "unused", "tiny", "copied"])
+def test_floor_where_codes_do_not_vary(way, K):
+    """It was relative to the variance of rounding: new codes had -5e12 nats."""
+    codes, n_flat = flat_codes()[way]
+    fit = fit_mixture(codes, K, generator=seeded())
+    variances = torch.linalg.eigvalsh(fit.mixture.covariances)
+    largest = torch.linalg.eigvalsh(codes.T.cov()).max()
+
+    assert fit.n_flat == n_flat
+    if K == 1:
+        assert variances.min() > 0.3 * FLOOR * largest
+        assert fit.n_floored == 0
+        assert fit.mixture.log_prob(normal(5, codes.shape[1], seed=9)).min() > -1e8
 
 
 def test_float32_products():
