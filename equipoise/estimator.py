@@ -373,9 +373,19 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             y: Ignored.
 
         Returns:
-            Nats per example.
+            Nats per example. Minus infinity if an example is so odd that its density is too small
+            for a number; a warning names it.
         """
-        return float(self.score_samples(x).mean())
+        scores = self.score_samples(x)
+        far = np.flatnonzero(np.isneginf(scores))
+        if len(far) > 0:
+            warnings.warn(
+                f"The mean is minus infinity, because {len(far)} of {len(scores)} examples have "
+                f"no density left, the first in row {far[0]}: their values are far from all of "
+                "the training. Check them; score_samples gives the scores of the others.",
+                stacklevel=2,
+            )
+        return float(scores.mean())
 
     def save(self, path: str | Path) -> None:
         """Save the fitted estimator in one safetensors file, which appears complete or not at all.

@@ -949,7 +949,7 @@ class _Starts:
             log_probs[K] = max(candidates, key=lambda values: float(values.mean()))
 
         top = max(log_probs, key=lambda K: float(log_probs[K].mean()))
-        found = min(K for K in log_probs if _is_negligible(log_probs[top] - log_probs[K]))
+        found = min(K for K in log_probs if _gain(log_probs[top] - log_probs[K]) <= CLEAR_GAIN)
         return int(self.processes.broadcast(torch.tensor(found, device=w.device)))
 
 

@@ -354,3 +354,35 @@ def test_held_out_rows_choose_the_density_of_codes(tmp_path):
     assert loaded.score(x[300:]) == with_mixture
     loaded.prior_ = "prior"
     assert loaded.score(x[300:]) < with_mixture
+
+
+# Rows far from all of the training
+
+
+@pytest.fixture(scope="module")
+def both_stages(table):
+    """Correlated noise around a predicted variance: all that may overflow."""
+    return VAEEstimator(**QUICK | {"noise_correlation": "full"}).fit(table)
+
+
+def test_far_rows_have_no_nan(both_stages, table):
+    """Scores fall to minus infinity, and never become NaN; means and std stay finite."""
+    rows = np.repeat(table[:1].astype(np.float32), 7, 0)
+    for row, far in enumerate((1e3, 1e6, 1e10, 1e15, 1e20, 9.97e36)):
+        rows[row + 1, 2] = far
+
+    scores = both_stages.score_samples(rows)
+    assert not np.isnan(scores).any()
+    assert np.all(scores[1:] <= scores[:-1])
+    assert np.isfinite(scores[:4]).all()
+    for values in (*both_stages.reconstruct(rows), both_stages.transform(rows)):
+        assert np.isfinite(values).all()
+
+
+def test_a_row_without_density_is_named(table):
+    options = {"stage_2_epochs": 0, "noise_correlation": "none"}
+    vae = VAEEstimator(**QUICK | options).fit(table)
+    rows = table[:20].astype(np.float32)
+    rows[3, 0] = 3e38
+    with pytest.warns(UserWarning, match="1 of 20 examples have no density .* in row 3"):
+        assert vae.score(rows) == -math.inf
