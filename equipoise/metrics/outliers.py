@@ -186,8 +186,8 @@ def outlier_scores(scores: ModelScores, reference: ModelScores) -> OutlierScores
     far = np.flatnonzero(~np.isfinite(vectors).all(1))
     if len(far) > 0:
         raise ValueError(
-            f"{len(far)} examples of the reference have infinite scores, the first in row {far[0]}; "
-            "leave them out"
+            f"{len(far)} examples of the reference have infinite scores, the first in row "
+            f"{far[0]}; leave them out"
         )
 
     mean = vectors.mean(0)
