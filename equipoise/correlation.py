@@ -39,6 +39,8 @@ from equipoise.residuals import ResidualCovariance, SquareSums
 
 Array: TypeAlias = NDArray[np.float64]
 
+MAX_RESIDUAL = 1e15
+"""Largest standardised residual. Larger ones would overflow in the sums of matrix products."""
 MAX_SIDE = 4096
 """Largest side of an image in bands, whose transform is a matrix of that size."""
 
@@ -565,6 +567,7 @@ class CorrelatedGaussian(NamedTuple):
             The distances, (B,). Their mean is D under the density itself.
         """
         u = (x - self.mean) * torch.exp(-0.5 * self.log_var)
+        u = u.clamp(-MAX_RESIDUAL, MAX_RESIDUAL)
         return sum_dimensions(self.correlation.whiten(u).square())
 
     def log_prob(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:

@@ -33,7 +33,7 @@ class Estimate(NamedTuple):
 
         Returns:
             The mean, with the standard error std / sqrt(n). The standard error of a single draw is
-            None.
+            None, and so is that of draws which are not all finite.
 
         Raises:
             ValueError: If there are no draws.
@@ -52,7 +52,7 @@ class Estimate(NamedTuple):
             raise ValueError("the mean of no draws is not defined; give at least one")
 
         standard_error = None
-        if n > 1:
+        if n > 1 and np.isfinite(values).all():
             standard_error = float(values.std(ddof=1)) / math.sqrt(n)
         return cls(float(values.mean()), standard_error, n)
 

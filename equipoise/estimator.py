@@ -28,7 +28,7 @@ from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
 from equipoise.data.dataset import Array
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
-from equipoise.gaussian import row_generators, standard_normal_log_prob
+from equipoise.gaussian import RowGenerators, standard_normal_log_prob
 from equipoise.model import VAE, encode_all
 from equipoise.noise_fit import choose_form, fit_correlation
 from equipoise.objectives import (
@@ -61,6 +61,8 @@ AUTO_VALIDATION, AUTO_SHARES = 50, (0.1, 0.25)
 """Examples that are held out if their share is "auto", and the smallest and largest share."""
 PRIOR_EXAMPLES, PRIOR_SAMPLES = 200, 20
 """Held-out examples that choose p(z), and codes drawn for each."""
+DECODED_AT_ONCE = 256
+"""Most codes that are decoded at once for a score: as many as caches of CPUs hold."""
 MIN_VALIDATION = 2
 """Smallest number of examples in the validation set."""
 
@@ -351,7 +353,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         unit, and s_i is the scale by which the model divides feature i. Therefore models that scale
         the same data differently can be compared. p(z) is the density :attr:`prior_`. The random
         draws of an example follow from its values, so that its score does not depend on the other
-        examples.
+        examples, but for the rounding of float32.
 
         Args:
             x: Examples as for :meth:`fit`.
@@ -367,14 +369,17 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         log_prior = self._log_priors()[self.prior_]
         x_scaled = model.scaling(raw)
-        # One by one, because products of matrices round by the number of rows.
+        rows = max(1, DECODED_AT_ONCE // importance_samples)
         bounds = [
             importance_weighted_bound(
-                model, example, importance_samples, generator, log_prior=log_prior
+                model,
+                examples,
+                importance_samples,
+                RowGenerators.of(examples),
+                log_prior=log_prior,
+                max_rows=DECODED_AT_ONCE,
             )
-            for example, generator in zip(
-                torch.split(x_scaled, 1), row_generators(x_scaled), strict=True
-            )
+            for examples in torch.split(x_scaled, rows)
         ]
         scores: Float64[np.ndarray, " n"] = torch.cat(bounds).numpy() - log_scale
         return scores
@@ -382,14 +387,27 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def score(self, x: object, y: object = None) -> float:
         """Average :meth:`score_samples` over the examples. Grid searches maximise this score.
 
+        Each example has draws of its own, so that those of n examples average out: the mean is as
+        far from that of other draws as the std of a score over draws, divided by the root of n.
+
         Args:
             x: Examples as for :meth:`fit`, preferably other examples than those of :meth:`fit`.
             y: Ignored.
 
         Returns:
-            Nats per example.
+            Nats per example. Minus infinity if an example is so odd that its density is too small
+            for a number; a warning names it.
         """
-        return float(self.score_samples(x).mean())
+        scores = self.score_samples(x)
+        far = np.flatnonzero(np.isneginf(scores))
+        if len(far) > 0:
+            warnings.warn(
+                f"The mean is minus infinity, because {len(far)} of {len(scores)} examples have "
+                f"no density left, the first in row {far[0]}: their values are far from all of "
+                "the training. Check them; score_samples gives the scores of the others.",
+                stacklevel=2,
+            )
+        return float(scores.mean())
 
     def save(self, path: str | Path) -> None:
         """Save the fitted estimator in one safetensors file, which appears complete or not at all.

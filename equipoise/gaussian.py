@@ -54,24 +54,38 @@ class SharedGenerator(NamedTuple):
     world_size: int
 
 
-Randomness: TypeAlias = torch.Generator | SharedGenerator | None
-"""Source of randomness. None means the global generator of torch."""
+class RowGenerators(NamedTuple):
+    r"""A source of randomness for each example, which follows from its values.
 
-
-def row_generators(x: Float[Tensor, "batch *event"]) -> list[torch.Generator]:
-    r"""Seed a generator for each example by a hash of its values.
+    The draws of an example do not depend on the other examples, and no draw is shared by all of
+    them, so that a mean over examples averages out what is drawn, too.
 
     Args:
-        x: The examples, (B, \*). Equal examples get equal draws.
-
-    Returns:
-        One generator per example, on the device of ``x``.
+        generators: One generator for each of B examples, on the device of the draws. Of B k rows,
+            the first k are drawn from the first generator, and so on.
     """
-    generators = []
-    for row in x.detach().cpu().numpy():
-        seed = int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest())
-        generators.append(torch.Generator(x.device).manual_seed(seed))
-    return generators
+
+    generators: tuple[torch.Generator, ...]
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "batch *event"]) -> "RowGenerators":
+        r"""Seed a generator for each example by a hash of its values.
+
+        Args:
+            x: The examples, (B, \*). Equal examples get equal draws.
+
+        Returns:
+            The generators, on the device of ``x``.
+        """
+        generators = []
+        for row in x.detach().cpu().numpy():
+            seed = int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest())
+            generators.append(torch.Generator(x.device).manual_seed(seed))
+        return cls(tuple(generators))
+
+
+Randomness: TypeAlias = torch.Generator | SharedGenerator | RowGenerators | None
+"""Source of randomness. None means the global generator of torch."""
 
 
 def random_like(
@@ -90,6 +104,11 @@ def random_like(
     if isinstance(generator, SharedGenerator):
         whole = values.new_empty(generator.batch_size, *values.shape[1:])
         return draw(whole, generator.generator)[generator.rank :: generator.world_size]
+
+    if isinstance(generator, RowGenerators):
+        k = len(values) // len(generator.generators)
+        parts = [draw(values.new_empty(k, *values.shape[1:]), g) for g in generator.generators]
+        return torch.cat(parts)
 
     return draw(torch.empty_like(values), generator)
 

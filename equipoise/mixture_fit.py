@@ -32,7 +32,9 @@ from torch import Tensor
 from equipoise.aggregate import GaussianMixture
 from equipoise.estimate import Estimate
 from equipoise.gaussian import LOG_2PI, Gaussian
+from equipoise.mixture_start import TREE_CODES, Labels, Trees, k_means
 from equipoise.processes import ALONE, Processes
+from equipoise.residuals import AllReduce
 
 # Smallest variance of a component in any direction, relative to that of all codes: the std is at
 # least 1/1000. Without a floor the likelihood has no bound, because a component can shrink onto one
@@ -42,10 +44,22 @@ FLOOR = 1e-6
 # A component that explains less than this number of codes is empty.
 EMPTY = 1e-3
 
-# EM starts from k-means. k-means runs on this number of codes per component, and on at least
-# START_CODES codes.
+# EM starts from partitions of this number of codes per component, and of at least START_CODES.
 START_CODES_PER_COMPONENT = 50
 START_CODES = 10_000
+
+# Up to this number of components a missed cluster is worth a search: EM starts from the best of
+# several partitions after SHORT_ITERATIONS on SHORT_CODES, and "auto" finds the number itself.
+# Among more components, one more or less changes little.
+FEW_COMPONENTS = 32
+SHORT_ITERATIONS, SHORT_CODES = 3, 2000
+
+# "auto" goes on while the gain is more than its standard error. A gain or a loss of more than this
+# number of standard errors is no chance.
+CLEAR_GAIN = 2.0
+
+# A gain of less than this, in nats per code, is worth no component unless it is clear.
+SMALL_GAIN = 0.05
 
 # Before EM runs on all codes, it may run on a subsample. The subsample has this number of codes per
 # component and latent unit, and at least SUBSAMPLE_CODES codes. It is used only if there are at
@@ -132,10 +146,14 @@ class MixtureFit(NamedTuple):
             value, that of the result.
         converged: Whether the last change was below the tolerance.
         n_iterations: Number of iterations.
-        n_floored: Number of components whose covariance is limited by the floor. If it is not zero,
-            some codes coincide or there are too many components.
+        n_floored: Number of components whose covariance is limited by the floor in a direction in
+            which the codes vary. If it is not zero, some codes coincide or there are too many
+            components.
         held_out: For each K in the order of the search, the mean log-likelihood of the held-out
             codes in nats per code, with its standard error. It is empty if no codes were held out.
+        n_flat: Number of directions in which the codes do not vary: units that are not used or that
+            copy others, or as many as there are too few codes. All components have the variance of
+            the floor there.
     """
 
     mixture: GaussianMixture
@@ -144,6 +162,7 @@ class MixtureFit(NamedTuple):
     n_iterations: int
     n_floored: int
     held_out: dict[int, Estimate]
+    n_flat: int = 0
 
 
 @torch.no_grad()
@@ -189,21 +208,31 @@ def fit_mixture(
         codes: Samples of q(z|x), one or more per example, (N, d), or the posterior means if
             ``log_vars`` is set. A tensor is used on its device. An array, memory-mapped or not, is
             converted chunk by chunk.
-        n_components: Number of components K, or "auto". "auto" fits K = 1, 2, 4, ... and scores
-            each on held-out codes. It stops when the mean gain over the previous K is no more than
-            its standard error, and returns the last mixture that gained. The search ends at
-            K = 512, or when there are fewer than 2 (d + 1) codes per component.
+        n_components: Number of components K, or "auto". "auto" fits K = 1, then the
+            number of clusters that a tree of the codes promises, a quarter more, and then twice as
+            many at a time. Each is scored on held-out codes. The search looks past one K that gains
+            no more than its standard error, unless it clearly loses, and stops at the second; above
+            K = 64 it stops at the first. Up to K = 32 the numbers below the best are bisected. The
+            result is the smallest K that is worse than the best by no more than the standard error
+            of the difference, or by less than 0.05 nats and two standard errors, if the Bayesian
+            information criterion over the other codes does not object, because held-out codes may
+            be few. The search ends at K = 512, or when there are fewer than 2 (d + 1) codes per
+            component.
         log_vars: Logarithms of the posterior variances, (N, d). None if ``codes`` are samples.
         held_out: Codes of other examples on which each K is scored, samples of q(z|x), (M, d). If
             None, "auto" sets a random tenth of the rows aside, at most 20,000, and samples from
             them if ``log_vars`` is set. Pass held-out codes if an example has several rows, so that
             no example is on both sides.
-        start: Mixture that EM starts from. If None, EM starts from k-means on a random subset,
-            itself started by k-means++. The means are the cluster centres. All components share the
-            covariance within clusters.
+        start: Mixture that EM starts from. If None, EM starts from a partition of a random subset.
+            The means are those of its clusters, and all components share the covariance within
+            clusters. Up to K = 32, the partitions are Ward's trees of the codes and of the whitened
+            codes, and k-means; the one of highest likelihood after three iterations is taken.
+            Otherwise it is k-means.
         floor: Smallest variance of a component in any direction, relative to that of all codes in
-            this direction. Smaller variances are raised to the floor, and the others do not change.
-            The floor is at least a thousand rounding errors of ``dtype``.
+            this direction. In a direction in which the codes have less than 1e-6 of their largest
+            variance, it is relative to the largest. Smaller variances are raised to the floor, and
+            the others do not change.
+            It is at least a thousand rounding errors of ``dtype``.
         tol: EM stops when the mean log-likelihood changes by less than this, in nats per code.
         max_iter: Largest number of iterations, at least 1.
         dtype: Precision of the two matrix products. Sums over chunks and parameters are always
@@ -281,22 +310,25 @@ def fit_mixture(
     whitening = _whiten(rows, processes)
     floor = max(floor, 1e3 * torch.finfo(dtype).eps)
 
+    def step(rows: _Rows, components: _Components, reduce: AllReduce) -> _Step:
+        statistics = _statistics(rows, whitening, components, dtype)
+        statistics = SufficientStatistics(*map(reduce, statistics))
+        components, n_floored = _clip(_maximise(statistics), floor, whitening.varying)
+        mean = (statistics.log_likelihood / statistics.n_codes).item()
+        return _Step(components, mean + whitening.log_det, int(statistics.n_codes), n_floored)
+
     def iterate(rows: _Rows, first: _Components, tol: float) -> MixtureFit:
-        components, n_floored = _clip(first, floor)
+        components, n_floored = _clip(first, floor, whitening.varying)
         log_likelihoods: list[float] = []
         converged = False
 
         while not converged and len(log_likelihoods) < max_iter:
-            statistics = _statistics(rows, whitening, components, dtype)
-            statistics = SufficientStatistics(*map(processes.all_reduce, statistics))
-            log_likelihood = (statistics.log_likelihood / statistics.n_codes).item()
-            log_likelihoods.append(log_likelihood + whitening.log_det)
-            components, n_floored = _clip(_maximise(statistics), floor)
+            components, log_likelihood, n, n_floored = step(rows, components, processes.all_reduce)
+            log_likelihoods.append(log_likelihood)
 
             if on_iteration is not None:
                 K = len(components.weights)
-                step = EMStep(K, len(log_likelihoods), log_likelihoods[-1], int(statistics.n_codes))
-                on_iteration(step)
+                on_iteration(EMStep(K, len(log_likelihoods), log_likelihood, n))
 
             if len(log_likelihoods) > 1:
                 converged = abs(log_likelihoods[-1] - log_likelihoods[-2]) < tol
@@ -308,13 +340,30 @@ def fit_mixture(
             n_iterations=len(log_likelihoods),
             n_floored=n_floored,
             held_out={},
+            n_flat=int((~whitening.varying).sum()),
         )
 
+    starts = _Starts(rows, whitening, processes, generator)
+
+    def first_of(K: int) -> _Components:
+        """Return the start of highest likelihood after a few iterations."""
+        candidates = [_clip(candidate, floor)[0] for candidate in starts.of(K)]
+        if len(candidates) == 1:
+            return candidates[0]
+
+        few = starts.few()
+        found: list[tuple[float, _Components]] = []
+        for components in candidates:
+            for _ in range(SHORT_ITERATIONS):
+                components, log_likelihood, *_ = step(few, components, _alone)
+            found.append((log_likelihood, components))
+
+        # All processes have the same sample, but may round differently.
+        best = max(found, key=lambda pair: pair[0])[1]
+        return _Components(*map(processes.broadcast, best))
+
     def fit(K: int) -> MixtureFit:
-        if start is None:
-            first = _k_means(rows, whitening, K, processes, generator)
-        else:
-            first = whitening.components(start)
+        first = first_of(K) if start is None else whitening.components(start)
 
         n_first = _first_phase(subsample, n_codes, K, rows.dim)
         if n_first < n_codes:
@@ -325,14 +374,18 @@ def fit_mixture(
 
         return iterate(rows, first, tol)
 
-    if test_codes is None:
-        return fit(int(n_components))
     if n_components != "auto":
-        return _search(fit, [n_components], test_codes)
+        found = fit(int(n_components))
+        if test_codes is None:
+            return found
+        score = Estimate.of_mean(found.mixture.log_prob(test_codes))
+        return found._replace(held_out={int(n_components): score})
 
+    if test_codes is None:
+        raise RuntimeError('"auto" holds codes out')
     largest = max(1, min(MAX_COMPONENTS, n_codes // (2 * (rows.dim + 1))))
-    powers_of_two = [2**i for i in range(largest.bit_length())]
-    return _search(fit, powers_of_two, test_codes)
+    promising = starts.promising(min(largest, FEW_COMPONENTS), test_codes, floor)
+    return _search(fit, n_codes, largest, promising, test_codes)
 
 
 @torch.no_grad()
@@ -402,28 +455,76 @@ def fit_variational_mixture(
         n_iterations=int(model.n_iter_),
         n_floored=0,
         held_out={},
+        n_flat=int((~whitening.varying).sum()),
     )
 
 
 def _search(
-    fit: Callable[[int], MixtureFit], candidates: Sequence[int], test_codes: Tensor
+    fit: Callable[[int], MixtureFit],
+    n_codes: int,
+    largest: int,
+    promising: int,
+    test_codes: Tensor,
 ) -> MixtureFit:
-    """Fit larger and larger K until the gain on held-out codes is within its standard error."""
-    best = fit(candidates[0])
-    best_log_prob = best.mixture.log_prob(test_codes)
-    scores = {candidates[0]: Estimate.of_mean(best_log_prob)}
+    """Fit larger and larger K until held-out codes gain no more, then those in between.
 
-    for K in candidates[1:]:
-        candidate = fit(K)
-        log_prob = candidate.mixture.log_prob(test_codes)
-        scores[K] = Estimate.of_mean(log_prob)
+    ``promising`` is the number of components at which the search begins, after one.
+    """
+    fits: dict[int, MixtureFit] = {}
+    log_probs: dict[int, Tensor] = {}
 
-        gain = Estimate.of_mean(log_prob - best_log_prob)
-        if gain.value <= (gain.standard_error or 0.0):
+    def attempt(K: int) -> None:
+        if K not in fits:
+            fits[K] = fit(K)
+            log_probs[K] = fits[K].mixture.log_prob(test_codes)
+
+    def bic(K: int) -> float:
+        """Return the Bayesian information criterion of Schwarz (1978), lower is better."""
+        d = test_codes.shape[1]
+        n_parameters = K * (1 + d + d * (d + 1) / 2) - 1
+        return n_parameters * math.log(n_codes) - 2 * n_codes * fits[K].log_likelihoods[-1]
+
+    attempt(1)
+    best, n_missed, size = 1, 0, max(2, promising)
+    while size <= largest and n_missed < (2 if size <= 2 * FEW_COMPONENTS else 1):
+        attempt(size)
+        gain = _gain(log_probs[size] - log_probs[best])
+        if gain > 1:
+            best, n_missed = size, 0
+        else:
+            n_missed += 1 if gain > -CLEAR_GAIN else 2
+        size = max(size + 1, size * 5 // 4) if size == promising < FEW_COMPONENTS else 2 * size
+
+    while best <= FEW_COMPONENTS:
+        top = max(fits, key=lambda K: float(log_probs[K].mean()))
+        best = min(
+            K for K in fits if _is_negligible(log_probs[top] - log_probs[K]) and bic(K) <= bic(top)
+        )
+        below = max((smaller for smaller in fits if smaller < best), default=best - 1)
+        if best - below == 1:
             break
-        best, best_log_prob = candidate, log_prob
+        attempt(best - 1 if best == promising else (below + best) // 2)
 
-    return best._replace(held_out=scores)
+    scores = {K: Estimate.of_mean(log_prob) for K, log_prob in log_probs.items()}
+    return fits[best]._replace(held_out=scores)
+
+
+def _gain(differences: Tensor) -> float:
+    """Return the mean of differences in units of its standard error."""
+    mean, error, _ = Estimate.of_mean(differences)
+    return mean / max(error or 0.0, 1e-300)
+
+
+def _is_negligible(differences: Tensor) -> bool:
+    """Tell whether a gain is within its error, or small and within twice its error."""
+    mean, error, _ = Estimate.of_mean(differences)
+    error = error or 0.0
+    return mean <= max(error, min(CLEAR_GAIN * error, SMALL_GAIN))
+
+
+def _alone(values: Tensor) -> Tensor:
+    """Sum over one process."""
+    return values
 
 
 @dataclass(frozen=True)
@@ -575,6 +676,15 @@ class _Components(NamedTuple):
         return torch.cat([constant.unsqueeze(1), linear, quadratic], 1)
 
 
+class _Step(NamedTuple):
+    """What an iteration of EM gives, and the likelihood before it."""
+
+    components: _Components
+    log_likelihood: float
+    n_codes: int
+    n_floored: int
+
+
 class _Whitening(NamedTuple):
     """The affine map z = centre + colour w, under which w has mean 0 and covariance I."""
 
@@ -582,6 +692,7 @@ class _Whitening(NamedTuple):
     colour: Tensor
     whiten: Tensor  # the inverse of colour
     log_det: float  # the log-determinant of whiten: log q(z) = log q(w) + log_det
+    varying: Tensor  # (d,), False for the axes of w in which the codes have no variance
 
     def apply(self, z: Tensor) -> Tensor:
         return (z - self.centre) @ self.whiten.mT
@@ -638,17 +749,20 @@ def _whiten(rows: _Rows, processes: Processes) -> _Whitening:
             "all codes are the same: the encoder ignores its input (posterior collapse)"
         )
 
-    # A direction has no variance if a unit is not used, or is a copy of another. It needs a scale
-    # nevertheless.
-    std = torch.where(std > 0, std, std.max())
+    # A unit that is not used, a copy of another, or fewer codes than units: some directions have no
+    # variance. They are measured in the scale of the largest, so that the floor there is relative
+    # to it.
+    std = torch.where(std > math.sqrt(FLOOR) * std.max(), std, std.max())
     values, vectors = torch.linalg.eigh(covariance / torch.outer(std, std))
-    scale = values.clamp(min=FLOOR).sqrt()
+    varying = values > FLOOR * values[-1]
+    scale = torch.where(varying, values, values[-1]).sqrt()
 
     return _Whitening(
         centre=centre,
         colour=std.unsqueeze(1) * vectors * scale,
         whiten=(vectors / scale).mT / std,
         log_det=-(std.log().sum() + scale.log().sum()).item(),
+        varying=varying,
     )
 
 
@@ -735,56 +849,138 @@ def _maximise(statistics: SufficientStatistics) -> _Components:
     return _Components(weights / weights.sum(), means, covariances)
 
 
-def _clip(components: _Components, floor: float) -> tuple[_Components, int]:
-    """Raise eigenvalues below the floor to it, which gives the best covariance allowed."""
-    covariances = components.covariances
+def _clip(
+    components: _Components, floor: float, varying: Tensor | None = None
+) -> tuple[_Components, int]:
+    """Raise eigenvalues below the floor to it, which gives the best covariance allowed.
+
+    Also count the components that are limited in the axes where codes vary.
+    """
+    low = _is_low(components.covariances, floor)
+    n_floored = int(low.sum())
+
+    if n_floored:
+        covariances = components.covariances.clone()
+        if varying is not None and not varying.all():
+            n_floored = int(_is_low(covariances[:, varying][:, :, varying], floor).sum())
+        values, vectors = torch.linalg.eigh(covariances[low])
+        covariances[low] = _symmetric((vectors * values.clamp(min=floor).unsqueeze(1)) @ vectors.mT)
+        components = components._replace(covariances=covariances)
+
+    return components, n_floored
+
+
+def _is_low(covariances: Tensor, floor: float) -> Tensor:
+    """Tell which covariances have an eigenvalue below the floor."""
     identity = torch.eye(covariances.shape[1], dtype=covariances.dtype, device=covariances.device)
 
     # If this Cholesky factor exists, no eigenvalue is below the floor. It costs far less than the
     # eigenvalues.
-    low = torch.linalg.cholesky_ex(covariances - floor * identity).info > 0
-
-    if low.any():
-        values, vectors = torch.linalg.eigh(covariances[low])
-        covariances = covariances.clone()
-        covariances[low] = _symmetric((vectors * values.clamp(min=floor).unsqueeze(1)) @ vectors.mT)
-
-    return components._replace(covariances=covariances), int(low.sum())
+    return torch.linalg.cholesky_ex(covariances - floor * identity).info > 0
 
 
-def _k_means(
-    rows: _Rows,
-    whitening: _Whitening,
-    K: int,
-    processes: Processes,
-    generator: torch.Generator | None,
-) -> _Components:
-    """Return the clusters of a random subset. All have the covariance within clusters."""
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
+class _Starts:
+    """What EM may start from: partitions of random codes, the same in all processes."""
 
-    n = max(START_CODES, START_CODES_PER_COMPONENT * K)
-    subset, _ = _split(rows, n, processes, generator)
-    w = processes.gather(whitening.apply(subset.draw(generator)))
+    def __init__(
+        self,
+        rows: _Rows,
+        whitening: _Whitening,
+        processes: Processes,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.rows = rows
+        self.whitening = whitening
+        self.processes = processes
+        self.generator = generator
+        self._sample: Tensor | None = None
+        self._trees: Trees | None = None
 
-    model = KMeans(K, n_init=1, max_iter=50, random_state=_seed(generator))
-    with warnings.catch_warnings():
-        # scikit-learn warns if there are fewer distinct codes than clusters. EM revives the empty
-        # clusters.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(w.cpu().numpy())
+    def _draw(self, n: int) -> Tensor:
+        """Draw n codes of all processes."""
+        subset, _ = _split(self.rows, n, self.processes, self.generator)
+        return self.processes.gather(subset.draw(self.generator))
 
-    labels = torch.as_tensor(model.labels_, dtype=torch.long, device=w.device)
-    means = torch.as_tensor(model.cluster_centers_, device=w.device)
-    weights = labels.bincount(minlength=K).to(w) / len(w)
+    def sample(self) -> Tensor:
+        """The codes that are divided where there are few components."""
+        # No functools.cached_property: in Python 3.11 its lock is one for all threads, and those
+        # of several processes wait for each other in here.
+        if self._sample is None:
+            self._sample = self._draw(START_CODES)
+        return self._sample
 
-    within = w - means[labels]
+    def few(self) -> _Rows:
+        """Fewer of them, which tell the better start."""
+        return _Rows.of(_some(self.sample(), SHORT_CODES), None, None, None)
+
+    def tree_codes(self) -> Tensor:
+        """Return those that are in the trees, whitened."""
+        return self.whitening.apply(_some(self.sample(), TREE_CODES))
+
+    def trees(self) -> Trees:
+        """Ward's trees of the codes, in their own coordinates and whitened."""
+        if self._trees is None:
+            z, w = _some(self.sample(), TREE_CODES), self.tree_codes()
+            self._trees = Trees(z.cpu().numpy(), w.cpu().numpy(), most=FEW_COMPONENTS)
+        return self._trees
+
+    def of(self, K: int) -> list[_Components]:
+        """Return the starts of K components."""
+        if K > FEW_COMPONENTS:
+            w = self.whitening.apply(self._draw(max(START_CODES, START_CODES_PER_COMPONENT * K)))
+        else:
+            w = self.whitening.apply(self.sample())
+
+        divided = [_shared(w, k_means(w.cpu().numpy(), K, _seed(self.generator)), K)]
+        if 1 < K <= FEW_COMPONENTS and len(w) >= K:
+            w = self.tree_codes()
+            divided += [_shared(w, labels, K) for labels in self.trees().cut(K)]
+        # Every process has divided them, because it would have to wait anyway. All use what rank 0
+        # found.
+        return [_Components(*map(self.processes.broadcast, parts)) for parts in divided]
+
+    def promising(self, largest: int, test_codes: Tensor, floor: float) -> int:
+        """Find the number of clusters of a tree at which held-out codes are most likely."""
+        w, judges = self.tree_codes(), self.whitening.apply(_some(test_codes, TREE_CODES))
+        log_probs: dict[int, Tensor] = {}
+        for K in range(1, min(largest, len(w)) + 1):
+            divided = [_shared(w, labels, K) for labels in self.trees().cut(K)]
+            candidates = [_log_prob_of_shared(judges, way, floor) for way in divided]
+            log_probs[K] = max(candidates, key=lambda values: float(values.mean()))
+
+        top = max(log_probs, key=lambda K: float(log_probs[K].mean()))
+        found = min(K for K in log_probs if _gain(log_probs[top] - log_probs[K]) <= CLEAR_GAIN)
+        return int(self.processes.broadcast(torch.tensor(found, device=w.device)))
+
+
+def _some(codes: Tensor, n: int) -> Tensor:
+    """Take n codes, which are random but always the same; all if there are fewer."""
+    if len(codes) <= n:
+        return codes
+    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))
+    return codes[order[:n].to(codes.device)]
+
+
+def _log_prob_of_shared(w: Tensor, components: _Components, floor: float) -> Tensor:
+    """Return the log-density of whitened codes under components of one covariance."""
+    weights, means, covariances = components
+    values, vectors = torch.linalg.eigh(covariances[0])
+    scale = values.clamp(min=floor).sqrt()
+    distances = torch.cdist(w @ vectors / scale, means @ vectors / scale)
+    log_joint = weights.log() - 0.5 * distances.square()
+    return log_joint.logsumexp(1) - scale.log().sum() - 0.5 * w.shape[1] * LOG_2PI
+
+
+def _shared(w: Tensor, labels: Labels, K: int) -> _Components:
+    """Make components of whitened codes that are divided, with one covariance for all."""
+    label = torch.as_tensor(labels, device=w.device)
+    counts = label.bincount(minlength=K)
+    sums = w.new_zeros(K, w.shape[1]).index_add_(0, label, w)
+    means = sums / counts.clamp(min=1).unsqueeze(1)
+
+    within = w - means[label]
     covariance = within.mT @ within / len(w)
-    components = _Components(weights, means, covariance.expand(K, -1, -1))
-
-    # Every process has computed clusters, because it would have to wait anyway. All use those of
-    # rank 0.
-    return _Components(*map(processes.broadcast, components))
+    return _Components(counts.to(w) / len(w), means, covariance.expand(K, -1, -1))
 
 
 def _first_phase(subsample: int | str | None, n_codes: int, K: int, d: int) -> int:

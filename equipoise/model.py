@@ -36,6 +36,13 @@ LOG_VAR_RANGE = (-20.0, 5.0)
 If one bad step throws the encoder beyond a bound, it keeps the gradient that brings it back."""
 
 
+MAX_INPUT = 1e6
+"""Largest input of an encoder in evaluation, model units: a million std of a table's column.
+
+Beyond it float32 overflows somewhere in the networks, and a code would be NaN. The likelihood is
+that of the input as it is."""
+
+
 @runtime_checkable
 class CodeSource(Protocol):
     """A source of codes to decode: the prior, a fitted mixture or the aggregate posterior."""
@@ -303,8 +310,11 @@ class VAE(nn.Module):
             x: Data in model units, (B, \*).
 
         Returns:
-            Gaussian over codes, (B, d).
+            Gaussian over codes, (B, d). In evaluation mode, that of the data within
+            :data:`MAX_INPUT`.
         """
+        if not self.training:
+            x = x.clamp(-MAX_INPUT, MAX_INPUT)
         parameters = self.encoder(x)
         if isinstance(parameters, tuple):
             mean, log_var = parameters

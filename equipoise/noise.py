@@ -38,6 +38,8 @@ NoiseUpdate = Literal["closed-form", "gradient"]
 MIN_VAR = 1e-10
 """Smallest variance of any model, in squared units of data of order one. float32 cannot resolve a
 smaller residual."""
+MAX_LOG_VAR = 60.0
+"""Largest log-variance that is predicted in evaluation. Its std of 1e13 float32 still squares."""
 MAP_POINTS = 129
 """Knots of a calibrated map of the log-std, from the smallest to the largest that was found."""
 MAX_INTERVAL_STD, INTERVAL_POINTS = 4.0, 33
@@ -534,6 +536,8 @@ class PredictedNoise(NoiseModel):
         correction = self.network(z)
         dtype = torch.promote_types(correction.dtype, self.reference_log_var.dtype)
         log_var = self.reference_log_var + correction.to(dtype)
+        if not self.training:
+            log_var = log_var.clamp_max(MAX_LOG_VAR)
         return self._calibrated(lower_bound(log_var, self.floor_log_var))
 
     def _calibrated(self, log_var: Tensor) -> Tensor:

@@ -525,7 +525,7 @@ def importance_weighted_bounds(
     x: Float[Tensor, "batch *event"],
     n_samples: int,
     log_priors: Sequence[LogPrior],
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     *,
     observed: Sequence[Tensor] | None = None,
     levels: Levels | None = None,
@@ -547,7 +547,8 @@ def importance_weighted_bounds(
         x: Data in model units, (B, \*).
         n_samples: Number of samples K per example, at least 1.
         log_priors: P functions log p(z), for example the prior N(0, I) and a fitted mixture.
-        generator: Source of randomness for the samples.
+        generator: Source of randomness for the samples. :class:`RowGenerators` go with at most
+            ``max_rows`` / ``n_samples`` examples, or one.
         observed: O tensors of the shape of ``x`` whose densities are computed, for example ``x``
             without its rounding. None means ``x`` alone.
         levels: Levels of digital data. With them, the probability of ``x``, see
@@ -620,7 +621,7 @@ def importance_weighted_bound(
     model: LatentVariableModel,
     x: Float[Tensor, "batch *event"],
     n_samples: int,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     *,
     log_prior: LogPrior = standard_normal_log_prob,
     max_rows: int | None = None,

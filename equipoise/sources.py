@@ -157,8 +157,34 @@ def describe_mixture(fit: MixtureFit, config: TrainConfig) -> dict[str, Any]:
         "iterations": fit.n_iterations,
         "converged": fit.converged,
         "components_floored": fit.n_floored,
+        "flat_directions": fit.n_flat,
         "held_out": held_out,
     }
+
+
+def mixture_warnings(fit: MixtureFit) -> list[str]:
+    """Find what makes the density of a mixture doubtful.
+
+    Args:
+        fit: What :func:`fit_aggregate` returned.
+
+    Returns:
+        A sentence for each problem.
+    """
+    warnings = []
+    if fit.n_floored:
+        warnings.append(
+            f"{fit.n_floored} of the mixture's {fit.mixture.n_components} components have shrunk "
+            "to their floor; its density is not to be trusted. There are too many components for "
+            "the codes: lower n_components, or n_components=auto."
+        )
+    if fit.n_flat:
+        warnings.append(
+            f"The codes do not vary in {fit.n_flat} of {fit.mixture.latent_dim} directions, where "
+            "the mixture has a std of a thousandth of the largest: units that are not used or that "
+            "copy others, or too few examples. Lower latent_dim."
+        )
+    return warnings
 
 
 READY: dict[str, Callable[[GaussianMixture], LatentDistribution]] = {

@@ -85,6 +85,13 @@ def test_predicted_std_at_its_smallest_size(tmp_path):
         assert 0 < as_predicted["off_bounds_share"] <= 1
 
 
+def test_auto_components_at_its_smallest_size(tmp_path):
+    content = run("auto_components", tmp_path / "x.json")
+    (row,) = content["rows"]
+    assert row["found"] == row["clusters"] == 2
+    assert content["summary"]["found"] == content["summary"]["runs"] == 1
+
+
 def test_a_finished_row_is_not_computed_again(benchmark, tmp_path, capsys):
     experiment = benchmark("experiment")
     path = tmp_path / "results" / "x.json"

@@ -85,8 +85,24 @@ class TestScores:
             model_scores(model, standard_normal_mixture(), [])
         bad = x[:4].clone()
         bad[2, 0] = math.nan
-        with pytest.raises(ValueError, match="not finite for 1 of 4"):
+        with pytest.raises(ValueError, match="NaN for 1 of 4 examples, the first in row 2"):
             model_scores(model, standard_normal_mixture(), [bad])
+
+    def test_far_examples_are_odd_and_stop_no_others(self, linear):
+        model, _, _, x = linear
+        rows = x[:40].clone()
+        rows[1, 0], rows[2, 0] = 1e20, 3e38
+        scores = model_scores(model, standard_normal_mixture(), [rows], seeded(0))
+        scores.standardised_residual[2] = math.inf
+        near = ModelScores(*(np.delete(values, [1, 2]) for values in scores))
+        judged = outlier_scores(scores, near)
+
+        assert not any(np.isnan(values).any() for values in judged)
+        assert np.all(judged.combined[1:3] > 1e10)
+        assert np.all(judged.tail_probability[1:3] == 1 / 39)
+        assert np.isfinite(np.delete(judged.combined, [1, 2])).all()
+        with pytest.raises(ValueError, match=r"1 examples of the reference .* in row 2"):
+            outlier_scores(near, scores)
 
 
 class TestCombination:

@@ -37,6 +37,10 @@ Float32 cannot resolve smaller ones.
 """
 
 
+LARGEST_DEVIATION = 1e100
+"""Deviation of a score from which its square counts as infinite."""
+
+
 class ModelScores(NamedTuple):
     """Scores of each example by the parts of a model.
 
@@ -104,10 +108,11 @@ def model_scores(
         generator: source of randomness for the one sample of z per example in the ELBO.
 
     Returns:
-        The scores, in the order of the examples.
+        The scores, in the order of the examples. They are infinite for examples whose density is
+        too small for a number.
 
     Raises:
-        ValueError: if there are no batches, or a score is not finite.
+        ValueError: if there are no batches, or a score is NaN.
     """
     objective = Elbo(model)
     rows = []
@@ -127,11 +132,11 @@ def model_scores(
 
     scores = ModelScores(*torch.cat(rows, 1).double().cpu().numpy())
     for name, values in scores._asdict().items():
-        n_bad = int((~np.isfinite(values)).sum())
-        if n_bad > 0:
+        bad = np.flatnonzero(np.isnan(values))
+        if len(bad) > 0:
             raise ValueError(
-                f"{name} is not finite for {n_bad} of {len(values)} examples; "
-                "check that their values are finite"
+                f"{name} is NaN for {len(bad)} of {len(values)} examples, the first in row "
+                f"{bad[0]}; check that their values are finite"
             )
     return scores
 
@@ -158,10 +163,11 @@ def outlier_scores(scores: ModelScores, reference: ModelScores) -> OutlierScores
             at least 5 examples.
 
     Returns:
-        The scores, D^2 and its tail probability, which is no smaller than 1 / (1 + N).
+        The scores, D^2 and its tail probability, which is no smaller than 1 / (1 + N). D^2 is
+        infinite where a score is.
 
     Raises:
-        ValueError: if the reference has fewer than 5 examples.
+        ValueError: if the reference has fewer than 5 examples, or infinite scores.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -177,13 +183,23 @@ def outlier_scores(scores: ModelScores, reference: ModelScores) -> OutlierScores
             f"a covariance of three scores needs a reference of {MIN_REFERENCE} examples, got {n}"
         )
 
+    far = np.flatnonzero(~np.isfinite(vectors).all(1))
+    if len(far) > 0:
+        raise ValueError(
+            f"{len(far)} examples of the reference have infinite scores, the first in row "
+            f"{far[0]}; leave them out"
+        )
+
     mean = vectors.mean(0)
     precision = SCORE_PRECISION * np.abs(mean).clip(1.0)
     covariance = np.cov(vectors.T) + np.diag(np.square(precision))
 
     def squared_distance(of: ModelScores) -> Array:
         deviation = of._vectors - mean
-        squared: Array = (deviation * np.linalg.solve(covariance, deviation.T).T).sum(1)
+        squared: Array = np.full(len(deviation), np.inf)
+        finite = np.abs(deviation).max(1) < LARGEST_DEVIATION
+        near = deviation[finite]
+        squared[finite] = (near * np.linalg.solve(covariance, near.T).T).sum(1)
         return squared
 
     combined = squared_distance(scores)

@@ -22,7 +22,7 @@ from equipoise.provenance import data_record, versions
 from equipoise.randomness import stream_seed
 from equipoise.records import FORMAT
 from equipoise.run import Run, origin_of
-from equipoise.sources import describe_mixture, fit_aggregate
+from equipoise.sources import describe_mixture, fit_aggregate, mixture_warnings
 from equipoise.store import read_correlation_form, read_digest, save_mixture, save_model
 from equipoise.training.checkpoint import has_checkpoint
 from equipoise.training.engine import (
@@ -332,10 +332,5 @@ def _describe_fit(fit: MixtureFit) -> list[str]:
             f"by held-out log-likelihood of codes ({scores} nats)."
         )
 
-    if fit.n_floored:
-        messages.append(
-            f"Warning: {fit.n_floored} of the mixture's {n_components} components have shrunk to "
-            "their floor; its density is not to be trusted. There are too many components for the "
-            "codes: lower n_components, or n_components=auto."
-        )
+    messages += [f"Warning: {text}" for text in mixture_warnings(fit)]
     return messages
