@@ -876,7 +876,8 @@ def _is_low(covariances: Tensor, floor: float) -> Tensor:
 
     # If this Cholesky factor exists, no eigenvalue is below the floor. It costs far less than the
     # eigenvalues.
-    return torch.linalg.cholesky_ex(covariances - floor * identity).info > 0
+    is_low: Tensor = torch.linalg.cholesky_ex(covariances - floor * identity).info > 0
+    return is_low
 
 
 class _Starts:
@@ -968,7 +969,8 @@ def _log_prob_of_shared(w: Tensor, components: _Components, floor: float) -> Ten
     scale = values.clamp(min=floor).sqrt()
     distances = torch.cdist(w @ vectors / scale, means @ vectors / scale)
     log_joint = weights.log() - 0.5 * distances.square()
-    return log_joint.logsumexp(1) - scale.log().sum() - 0.5 * w.shape[1] * LOG_2PI
+    log_volume: Tensor = scale.log().sum() + 0.5 * w.shape[1] * LOG_2PI
+    return log_joint.logsumexp(1) - log_volume
 
 
 def _shared(w: Tensor, labels: Labels, K: int) -> _Components:

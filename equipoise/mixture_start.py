@@ -47,7 +47,7 @@ class Trees:
     """Ward's trees of the same codes in several coordinates.
 
     Args:
-        codes: The codes in each of the coordinates, (n, d), n at most :data:`TREE_CODES`. A tree
+        *codes: The codes in each of the coordinates, (n, d), n at most :data:`TREE_CODES`. A tree
             depends on the coordinates: clusters may be apart in the codes' own, and hidden among
             directions of noise once these are whitened, or the other way round.
         most: Most clusters that are asked for.
