@@ -39,7 +39,7 @@ from equipoise.objectives import (
 from equipoise.randomness import stream, stream_seed
 from equipoise.records import EstimatorDescription
 from equipoise.run import Row
-from equipoise.sources import fit_aggregate, ready_source
+from equipoise.sources import fit_aggregate, mixture_warnings, ready_source
 from equipoise.store import (
     read_tensors,
     restore_mixture,
@@ -138,7 +138,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             examples are more likely than with N(0, I), beyond the error of the difference, and
             "prior" otherwise.
         noise_var_: Variance of stage 1, eq. (10), in squared model units. For standardised columns
-            it is the share of their variance that the model leaves unexplained. It is an array if
+            it is the share of their variance that the model leaves unexplained; constant columns do
+            not count. It is an array if
             ``noise`` is "channel" or "dimension", and a number otherwise.
         overfitting_: How many times as large as that of the training examples the squared error of
             held-out examples is, at the end of stage 1. It is 1 if nothing was learned by heart, or
@@ -180,7 +181,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         n_components: int | Literal["auto"] = "auto",
         validation_fraction: float | Literal["auto"] = "auto",
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
-        random_state: int | np.random.RandomState | None = None,
+        random_state: int | np.integer[Any] | np.random.RandomState | None = None,
     ) -> None:
         self.latent_dim = latent_dim
         self.architecture = architecture
@@ -224,7 +225,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         figures = trainer.figures(trainer.validation)
         depends_on_code = trainer.model.noise.depends_on_code
         overfitting = trainer.overfitting
-        for text in warnings_for(figures, trainer.data_var, depends_on_code, overfitting):
+        for text in warnings_for(
+            figures, trainer.data_var, depends_on_code, overfitting, trainer.counted_share
+        ):
             warnings.warn(text, ConvergenceWarning, stacklevel=2)
 
         return self._finish(trainer)
@@ -417,7 +420,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         check_is_fitted(self, "model_")
 
-        random_state = self.random_state if isinstance(self.random_state, int) else None
+        random_state = None
+        if isinstance(self.random_state, int | np.integer):
+            random_state = int(self.random_state)
         description = {
             "model": self.model_.description(),
             "options": self._options(),
@@ -543,6 +548,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         # The caller tests the estimator on data of their own. The trainer needs a test set, so it
         # gets the validation set once more.
         data = replace(data, test=data.validation)
+        for text in data.cautions:
+            warnings.warn(text[0].upper() + text[1:] + ".", stacklevel=3)
         check_fit(data, config, min_train=MIN_EXAMPLES - MIN_VALIDATION)
 
         # The state of the caller's random numbers does not change.
@@ -569,8 +576,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         model, config = trainer.model.eval(), trainer.config
         form = choose_form(config.noise_correlation, model.shape)
         fit_correlation(model, trainer.data, form, seed=config.seed)
-        mixture = fit_aggregate(model, trainer.data, trainer.config, trainer.fabric.device).mixture
-        self._adopt(model.cpu(), mixture.cpu(), "prior")
+        fit = fit_aggregate(model, trainer.data, trainer.config, trainer.fabric.device)
+        for text in mixture_warnings(fit):
+            warnings.warn(text, ConvergenceWarning, stacklevel=3)
+        self._adopt(model.cpu(), fit.mixture.cpu(), "prior")
 
         held_out = torch.from_numpy(trainer.data.validation[:PRIOR_EXAMPLES])
         self.prior_ = self._choose_prior(model.scaling(held_out))

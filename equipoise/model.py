@@ -215,6 +215,8 @@ class VAE(nn.Module):
         torch.Size([5, 1, 8, 8])
     """
 
+    counted: Tensor | None
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -244,6 +246,8 @@ class VAE(nn.Module):
         self.width = width
         self.mean_bounds = mean_bounds
         self.deterministic = deterministic
+        # Set in training, and not saved: the dimensions over which residuals are pooled.
+        self.register_buffer("counted", None, persistent=False)
 
         self._check_shapes()
 
@@ -293,6 +297,17 @@ class VAE(nn.Module):
             mean_bounds=mean_bounds,
             deterministic=deterministic,
         )
+
+    def pooled(self, values: Float[Tensor, "batch *event"]) -> Tensor:
+        r"""Select the dimensions over which residuals are pooled into one variance.
+
+        Args:
+            values: Residuals, or what belongs to them, (B, \*).
+
+        Returns:
+            All of them, or without the constant columns of a table, (B, D').
+        """
+        return values if self.counted is None else values[:, self.counted]
 
     @property
     def levels(self) -> Levels | None:

@@ -289,6 +289,47 @@ def test_a_stream_after_stage_2_goes_back_to_stage_1(table):
     assert 0 < np.abs(vae.transform(table) - before).max() < 1  # it went on, from there
 
 
+# What the loader noticed
+
+
+def test_columns_that_float32_cannot_tell_apart_are_warned_of(table):
+    """Seconds since 1970 have a resolution of 128 s. Other columns vary by rounding only."""
+    rng = np.random.default_rng(0)
+    for column in (1.7e9 + rng.uniform(0, 300, 600), 1.7e9 + rng.uniform(0, 1, 600)):
+        with pytest.warns(UserWarning, match="Columns 0 vary by less than 1e-5 of their mean"):
+            VAEEstimator(**QUICK).fit(np.column_stack([column, table[:, 1:]]))
+
+    ulp = np.where(rng.random(600) < 0.5, 1.0, np.nextafter(np.float32(1), np.float32(2)))
+    with pytest.warns(UserWarning, match="Columns 0 vary by less than 1e-5 of their mean"):
+        vae = VAEEstimator(**QUICK).fit(np.column_stack([ulp, table[:, 1:]]))
+    assert vae.model_.scaling.scale[0] == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stage_2_epochs": 0},
+        {"stage_2_epochs": 5, "recalibrate": "scale"},
+        {"stage_2_epochs": 0, "noise": "dimension"},
+        {"stage_2_epochs": 5, "recalibrate": "dimension"},
+    ],
+)
+def test_constant_columns_change_no_variance(options):
+    """Of 4 columns beside 16 constant ones, .36 of the errors lay within a predicted std."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 2)) @ rng.normal(size=(2, 4)) + 0.3 * rng.normal(size=(500, 4))
+    wide = np.column_stack([x, np.full((500, 16), 3.0)])
+    options = QUICK | {"stage_1_epochs": 60, "width": 16, "noise_correlation": "none"} | options
+    coverages, noise_vars = [], []
+    for table in (x, wide):
+        vae = VAEEstimator(**options).fit(table)
+        mean, std = vae.reconstruct(table)
+        coverages.append((np.abs(mean - table) < std)[:, :4].mean())
+        noise_vars.append(np.mean(vae.noise_var_))
+    assert coverages[1] == pytest.approx(coverages[0], abs=0.08)
+    assert noise_vars[1] == pytest.approx(noise_vars[0], rel=0.3)
+
+
 # With scikit-learn
 
 
@@ -320,6 +361,9 @@ def test_a_saved_estimator_is_the_same(table, tmp_path):
     np.testing.assert_array_equal(loaded.noise_var_, vae.noise_var_)
     with pytest.raises(ValueError, match="feature names"):
         loaded.transform(frame[list("fedcba")])
+    for number in (np.int64(3), np.uint8(3)):
+        vae.set_params(random_state=number).save(path)
+        assert VAEEstimator.load(path).random_state == 3
     save_model(path, vae.model_)
     with pytest.raises(StoreError, match="holds a model, not a estimator"):
         VAEEstimator.load(path)

@@ -80,13 +80,17 @@ class Found:
 
 
 class Unit(NamedTuple):
-    """How values are stored and how they become model inputs; see :class:`Data`."""
+    """How values are stored and how they become model inputs; see :class:`Data`.
+
+    ``cautions`` are the notes that say why results may be doubtful.
+    """
 
     dtype: np.dtype[Any]
     offset: Float32[np.ndarray, "*shape"]
     scale: Float32[np.ndarray, "*shape"]
     quantum: float | None
     notes: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
 
 
 def prepare(
@@ -176,7 +180,8 @@ def prepare(
         quantum=unit.quantum,
         fingerprint=hashlib.sha256(digests.encode()).hexdigest(),
         source=content.source,
-        notes=tuple(dict.fromkeys([*notes, *unit.notes])),
+        notes=tuple(dict.fromkeys([*notes, *unit.notes, *unit.cautions])),
+        cautions=unit.cautions,
     )
 
 
@@ -350,14 +355,15 @@ def image_unit(dtype: np.dtype[Any], low: float, high: float, white: int = 255) 
 
     is_integer = dtype.kind in "ui"
     if dtype == np.uint8 or (is_integer and low >= 0 and high <= white):
-        notes = []
+        notes, cautions = [], []
         if dtype != np.uint8:
             notes.append(f"{dtype.name} values in 0..{white} stored as uint8")
         if high <= white / 8:
-            notes.append(
+            cautions.append(
                 f"the largest value is {high:g} where {white} is white: all images are nearly black"
             )
-        return _image_unit(np.uint8, 0.0, float(white), 1 / white, *notes)
+        unit = _image_unit(np.uint8, 0.0, float(white), 1 / white, *notes)
+        return unit._replace(cautions=tuple(cautions))
 
     if not is_integer and low >= 0 and high <= 1:
         return _image_unit(np.float32, 0.0, 1.0, None)
@@ -382,7 +388,8 @@ def table_unit(train: Subset) -> Unit:
         train: Training examples, (N, D), read as float32.
 
     Returns:
-        Mean and standard deviation of each column, (D,). Constant columns have a scale of 1.
+        Mean and standard deviation of each column, (D,). Columns that are constant, or vary by
+        the rounding of float32 only, have a scale of 1, or of their range if that is larger.
     """
     # Two passes in float64: the formula for one pass cancels if the mean is far from zero.
     count, width = train.shape
@@ -402,20 +409,41 @@ def table_unit(train: Subset) -> Unit:
     std = np.sqrt(squares / count)
 
     scale = std.astype(np.float32)
-    constant = (low == high) | (scale == 0)
-    coarse = ~constant & (std < 1e-5 * np.abs(mean))
+    constant = hardly_vary(low, high) | (scale == 0)
+    varies = low < high
+    if train.base.dtype.itemsize > 4 and constant.any():
+        original = train.base[:, constant][train.indices]
+        varies[constant] = original.min(0) < original.max(0)  # before it is rounded to float32
+    coarse = varies & (constant | (std < 1e-5 * np.abs(mean)))
 
-    notes = []
-    if constant.any():
-        notes.append(f"constant columns: {_columns(constant)}")
+    notes, cautions = [], []
+    if (constant & ~coarse).any():
+        notes.append(f"constant columns: {_columns(constant & ~coarse)}")
     if coarse.any():
-        notes.append(
+        cautions.append(
             f"columns {_columns(coarse)} vary by less than 1e-5 of their mean, near the resolution "
             "of float32: subtract the mean in float64 before"
         )
 
-    scale = np.where(constant, np.float32(1), scale)
-    return Unit(train.dtype, mean.astype(np.float32), scale, None, tuple(notes))
+    scale = np.where(constant, np.maximum(np.float32(1), (high - low).astype(np.float32)), scale)
+    offset = mean.astype(np.float32)
+    return Unit(train.dtype, offset, scale, None, tuple(notes), tuple(cautions))
+
+
+def hardly_vary(low: Array, high: Array) -> NDArray[np.bool_]:
+    """Tell columns that are constant but for the rounding of float32.
+
+    Args:
+        low: Smallest value of each column, (D,).
+        high: Largest value of each column, (D,).
+
+    Returns:
+        True for columns whose values are at most about two numbers of float32 apart, (D,).
+    """
+    largest = np.maximum(np.abs(low), np.abs(high))
+    few_roundings = 2 * np.finfo(np.float32).eps * largest.astype(np.float64)
+    constant: NDArray[np.bool_] = high.astype(np.float64) - low <= few_roundings
+    return constant
 
 
 def _columns(chosen: NDArray[np.bool_]) -> str:

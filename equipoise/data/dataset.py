@@ -148,6 +148,7 @@ class Data:
             therefore has the same fingerprint.
         source: Description of the place where the examples were found.
         notes: Sentences that a user should read.
+        cautions: Those of them that say why results may be doubtful.
         loading: Arguments of :func:`load` that find these examples again. They are those of
             :func:`load_stream` if "stream" is true among them. Empty for examples that came as
             an object in memory.
@@ -165,6 +166,7 @@ class Data:
     fingerprint: str
     source: str
     notes: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
     loading: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -12,26 +12,33 @@ LARGE_RATIO = 2.0
 
 
 def warnings_for(
-    figures: SplitFigures, data_var: float, floor_is_expected: bool, overfitting: float = 1.0
+    figures: SplitFigures,
+    data_var: float,
+    floor_is_expected: bool,
+    overfitting: float = 1.0,
+    counted_share: float = 1.0,
 ) -> list[str]:
     """Find what looks wrong with a model at the end of a stage.
 
     Args:
         figures: Figures on the validation set.
-        data_var: Variance of the data, averaged over the dimensions, in squared model units.
+        data_var: Variance of the data, averaged over the dimensions that are not constant, in
+            squared model units.
         floor_is_expected: Whether stage 1 has set the floor, so that some pixels lie on it by
             design.
         overfitting: How many times as large as the training residuals' variance that of held-out
             residuals is, see :func:`equipoise.residuals.overfitting_ratio`.
+        counted_share: Share of the dimensions that are not constant.
 
     Returns:
         One warning for each problem.
     """
     warnings = []
 
-    if figures.mse >= LARGE_SHARE * data_var:
+    mse = figures.mse / counted_share
+    if mse >= LARGE_SHARE * data_var:
         warnings.append(
-            f"Collapse: the reconstruction error {figures.mse:.4g} is no smaller than the data's "
+            f"Collapse: the reconstruction error {mse:.4g} is no smaller than the data's "
             f"variance {data_var:.4g}, so the model ignores its codes. If the noise variance is "
             "fixed, lower it; otherwise train longer, or lower learning_rate."
         )

@@ -228,7 +228,10 @@ def split_figures(
     for terms in split.terms(model, generator):
         means.add(terms, step)
         floor_share += model.noise.floor_share(terms.log_var) * len(terms.kl)
-        standardised.update(terms.residual, terms.log_var)
+        log_var = terms.log_var
+        if log_var.ndim:
+            log_var = model.pooled(log_var.expand_as(terms.residual))
+        standardised.update(model.pooled(terms.residual), log_var)
         posterior_mean = terms.posterior.mean.double()
         unit_sums += torch.stack([posterior_mean.sum(0), posterior_mean.square().sum(0)])
 

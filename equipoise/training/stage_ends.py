@@ -23,6 +23,27 @@ from equipoise.residuals import (
 from equipoise.training.passes import SplitPass
 
 
+def statistic_residual(model: VAE, residual: Tensor, shape: tuple[int, ...]) -> Tensor:
+    r"""Leave the constant columns of a table out of a statistic of residuals.
+
+    Args:
+        model: The model.
+        residual: x - m(z), (B, \*).
+        shape: Shape of the statistic, () or one example's.
+
+    Returns:
+        For a statistic over all dimensions, the residuals of those that are not constant. For one
+        of each dimension, all residuals; those of a constant column are as large as the others of
+        the example are on average, since a variance of zero would outweigh all other columns.
+    """
+    if model.counted is None:
+        return residual
+    counted = model.pooled(residual)
+    if not shape:
+        return counted
+    return torch.where(model.counted, residual, counted.square().mean(1, keepdim=True).sqrt())
+
+
 def exact_optimal_var(
     model: VAE, training: SplitPass, generator: torch.Generator, all_reduce: AllReduce
 ) -> Tensor:
@@ -41,7 +62,7 @@ def exact_optimal_var(
     """
     statistic = ResidualVariance(model.noise.statistic_shape).to(training.device)
     for terms in training.terms(model, generator):
-        statistic.update(terms.residual)
+        statistic.update(statistic_residual(model, terms.residual, model.noise.statistic_shape))
 
     statistic.all_reduce(all_reduce)
     return statistic.var
@@ -107,7 +128,12 @@ def held_out_var(
         The variance, and how it was found.
     """
     weights = SHRINKAGES if training_var.numel() > 1 else SHRINKAGES[:1]
-    common = training_var.mean()
+
+    def counted(var: Tensor) -> Tensor:
+        """Select the variances of the dimensions that are not constant."""
+        return model.pooled(var[None])[0] if var.shape == model.shape else var
+
+    common = counted(training_var).mean()
     floor = model.noise.floor_var.double().to(training_var.device)
     smallest = torch.maximum(floor, common / (n_training + 1))
     smallest = smallest.clamp_min(torch.finfo(torch.float64).tiny)
@@ -118,14 +144,14 @@ def held_out_var(
     statistics = [StandardisedVariance().to(held_out.device) for _ in candidates]
     for terms in held_out.terms(model, generator):
         for statistic, var in zip(statistics, candidates, strict=True):
-            statistic.update(terms.residual, var.log())
+            statistic.update(model.pooled(terms.residual), counted(var).log())
 
     found: list[tuple[float, HeldOutVar]] = []
     for statistic, var, weight in zip(statistics, candidates, weights, strict=True):
         statistic.all_reduce(all_reduce)
         measured = statistic.estimate()
         ratio = overfitting_ratio(measured)
-        log_likelihood = -float((ratio * var).log().mean()) - measured.value / ratio
+        log_likelihood = -float((ratio * counted(var)).log().mean()) - measured.value / ratio
         found.append((log_likelihood, HeldOutVar(ratio * var, ratio, measured, weight)))
     return max(found, key=lambda pair: pair[0])[1]
 
@@ -174,11 +200,14 @@ def worth_of_prediction(
 
     dimensions = math.prod(model.shape)
     moments = torch.zeros(3, 3, dtype=torch.float64, device=held_out.device)
+    counted_size = torch.zeros((), dtype=torch.float64, device=held_out.device)
     for terms in held_out.terms(model, generator):
         squared = terms.residual.double().square() * torch.exp(-reference.double())
         size = squared.flatten(1).mean(1)
         row = torch.stack([torch.ones_like(size), terms.log_likelihood.double(), size])
         moments += row @ row.mT
+        if model.counted is not None:
+            counted_size += model.pooled(squared).mean(1).sum()
 
     moments = all_reduce(moments)
     n = int(moments[0, 0])
@@ -190,7 +219,11 @@ def worth_of_prediction(
     mean = float(weights @ moments[0] / n)
     square = float(weights @ moments @ weights / n)
     error = math.sqrt(max(0.0, square - mean**2) / (n - 1)) if n > 1 else None
-    return Prediction(Estimate(mean, error, n), mean_size * reference.double().exp())
+    if model.counted is not None:
+        counted_mean: Tensor = all_reduce(counted_size) / n
+    else:
+        counted_mean = mean_size
+    return Prediction(Estimate(mean, error, n), counted_mean * reference.double().exp())
 
 
 def recalibrate(
@@ -221,7 +254,8 @@ def recalibrate(
     if option in ("scale", "dimension"):
         statistic = ResidualVariance(noise.calibration_shape).to(held_out.device)
         for terms in held_out.terms(model, generator):
-            statistic.update(terms.residual * torch.exp(-0.5 * terms.log_var))
+            standardised = terms.residual * torch.exp(-0.5 * terms.log_var)
+            statistic.update(statistic_residual(model, standardised, noise.calibration_shape))
         statistic.all_reduce(all_reduce)
         noise.recalibrate(statistic)
 

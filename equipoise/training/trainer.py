@@ -22,7 +22,7 @@ from equipoise.config import EARLIER_VALUES, PLACEMENT, ConfigError, TrainConfig
 from equipoise.correlated_noise import CorrelatedNoise, marginal_of
 from equipoise.data import Data, ExampleSet
 from equipoise.data.batches import examples
-from equipoise.data.varying import varying_mask
+from equipoise.data.varying import counted_columns, varying_mask
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.model import VAE
@@ -53,6 +53,7 @@ from equipoise.training.stage_ends import (
     exact_optimal_var,
     held_out_var,
     recalibrate,
+    statistic_residual,
     worth_of_prediction,
 )
 
@@ -128,6 +129,7 @@ class Trainer:
         # Trained with, it would take from the networks what it explains.
         self.leaves_out = isinstance(model.noise, CorrelatedNoise)
         model.noise = marginal_of(model.noise)
+        model.counted = counted_columns(data.train)
         model.to(self.fabric.device)
         batch_size = min(config.batch_size, len(data.train))
         self.training = self._pass(data.train, batch_size, seed=config.seed)
@@ -255,7 +257,9 @@ class Trainer:
         """Note the data's variance, and compare their range with what the decoder can reach."""
         sample = examples(self.data.train, RANGE_EXAMPLES, self.fabric.device)
         sample = self.model.scaling(sample)
-        self.data_var = float(sample.var(0).mean())
+        counted = self.model.pooled(sample)
+        self.data_var = float(counted.var(0).mean())
+        self.counted_share = counted[0].numel() / sample[0].numel()
 
         warning = range_warning(self.model.decoder, float(sample.min()), float(sample.max()))
         if warning:
@@ -339,7 +343,9 @@ class Trainer:
 
             # Before the closed form moves on, because the terms refer to the variance before it.
             self.means.add(terms, self.position.step)
-            self.model.noise.update(terms.residual, shared_sum)
+            noise = self.model.noise
+            residual = statistic_residual(self.model, terms.residual, noise.statistic_shape)
+            noise.update(residual, shared_sum)
             descent.update_average()
             self.position = self.position.next_step()
 
@@ -392,7 +398,9 @@ class Trainer:
         test = self.figures(self.test)
         messages.append(_describe_test(test))
         is_floor_expected = ended is Stage.PREDICTED_VARIANCE
-        warnings = warnings_for(validation, self.data_var, is_floor_expected, self.overfitting)
+        warnings = warnings_for(
+            validation, self.data_var, is_floor_expected, self.overfitting, self.counted_share
+        )
         for warning in warnings:
             messages.append(f"Warning: {warning}")
         return figures | test.row("test"), messages
