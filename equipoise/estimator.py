@@ -63,6 +63,8 @@ PRIOR_EXAMPLES, PRIOR_SAMPLES = 200, 20
 """Held-out examples that choose p(z), and codes drawn for each."""
 DECODED_AT_ONCE = 256
 """Most codes that are decoded at once for a score: as many as caches of CPUs hold."""
+CHUNK_SHIFT = 5.0
+"""Mean or std of a column of a chunk, in std of the first chunk, that is worth a word."""
 MIN_VALIDATION = 2
 """Smallest number of examples in the validation set."""
 
@@ -237,8 +239,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         The learning rate warms up and decays within the chunk. The noise variance becomes eq. (10)
         over the chunk, and the mixture is fitted to the codes of the chunk. The scaling of the data
-        is that of the first chunk. A stream has no end at which stage 2 could begin, so a model
-        that has been through stage 2 goes back to stage 1.
+        is that of the first chunk; a warning names a later chunk that is far from it. A stream has
+        no end at which stage 2 could begin, so a model that has been through stage 2 goes back to
+        stage 1.
 
         Args:
             x: Examples as for :meth:`fit`, at least 10. Good chunks have hundreds to thousands.
@@ -551,6 +554,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         for text in data.cautions:
             warnings.warn(text[0].upper() + text[1:] + ".", stacklevel=3)
         check_fit(data, config, min_train=MIN_EXAMPLES - MIN_VALIDATION)
+        if model is not None:
+            self._check_chunk(model, torch.from_numpy(data.train.at_hand[:]))
 
         # The state of the caller's random numbers does not change.
         with torch.random.fork_rng(devices=[]):
@@ -570,6 +575,28 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             figures = {name: row[name] for name in row if not name.startswith("test_")}
             self.history_.append(figures)
         return trainer
+
+    def _check_chunk(self, model: VAE, raw: Tensor) -> None:
+        """Refuse a chunk in another unit than the first, and warn of one far from it."""
+        model.scaling.check(raw)
+        x = model.scaling(raw)
+        if len(model.shape) > 1:
+            _warn_of_range(model.scaling.range_warning(raw))
+            return
+
+        mean, std = x.mean(0), x.std(0)
+        far = (mean.abs() > CHUNK_SHIFT) | (std > CHUNK_SHIFT)
+        if far.any():
+            columns = far.nonzero().flatten().tolist()
+            worst = int(torch.maximum(mean.abs(), std).argmax())
+            warnings.warn(
+                f"{len(columns)} columns of this chunk are far from the first chunk, whose scale "
+                f"the model keeps: column {worst} has the mean {float(mean[worst]):.3g} and the "
+                f"std {float(std[worst]):.3g} in std of the first chunk. The model resolves the "
+                "stream badly. Begin a new model with a chunk that is like the stream, such as "
+                "one that is shuffled.",
+                stacklevel=4,
+            )
 
     def _finish(self, trainer: Trainer) -> "VAEEstimator":
         """Fit the mixture to the codes of the training data."""
@@ -652,6 +679,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         array = self._array(x, reset=False)
         raw = torch.from_numpy(load_examples(array, self.model_.shape)[:])
         self.model_.scaling.check(raw)
+        _warn_of_range(self.model_.scaling.range_warning(raw))
         return raw
 
     def _encode(self, x: object) -> Tensor:
@@ -676,3 +704,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if array.shape[1:] != self.example_shape_:
             array = np.moveaxis(array, 1, -1).reshape(-1, *self.example_shape_)
         return array
+
+
+def _warn_of_range(text: str | None) -> None:
+    """Pass on what a scaling has noticed, to the caller of a public method."""
+    if text is not None:
+        warnings.warn(text, stacklevel=4)

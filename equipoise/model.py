@@ -36,6 +36,11 @@ LOG_VAR_RANGE = (-20.0, 5.0)
 If one bad step throws the encoder beyond a bound, it keeps the gradient that brings it back."""
 
 
+FAR_RANGES, SMALL_RANGE = 10.0, 0.02
+"""Mean distance of an image's values, in its range, from which they are in another unit; and the
+share of its range below which the largest value makes one wonder."""
+FAR_STDS, MIN_ROWS = 10.0, 10
+"""Std from the mean at which the median of a column makes one wonder, and rows that it takes."""
 MAX_INPUT = 1e6
 """Largest input of an encoder in evaluation, model units: a million std of a table's column.
 
@@ -149,7 +154,8 @@ class Scaling(nn.Module):
         r"""Refuse data that cannot be in the raw units of this model.
 
         A model of digital data takes whole numbers within its range. A model of continuous data
-        takes floating-point numbers.
+        takes floating-point numbers, and one of images refuses values that are on average more
+        than ten times its range away, such as pixels up to 255 where 1 is white.
 
         Args:
             raw: Raw data, (B, \*).
@@ -163,6 +169,8 @@ class Scaling(nn.Module):
                     f"The model was trained on real numbers; these are {raw.dtype}, in another "
                     "unit. Convert them first."
                 )
+            if not self.scale.ndim and float((self(raw) - 0.5).abs().mean()) > FAR_RANGES:
+                raise ValueError(f"{self._compare(raw)} Bring them to the same range.")
             return
 
         low = float(self.offset.min())
@@ -173,6 +181,47 @@ class Scaling(nn.Module):
                 f"{raw.dtype} from {float(raw.min()):g} to {float(raw.max()):g}. "
                 "Bring them to the same levels."
             )
+
+    def range_warning(self, raw: Tensor) -> str | None:
+        r"""Notice data that :meth:`check` accepts, but that seem to be in another unit.
+
+        Args:
+            raw: Raw data, (B, \*).
+
+        Returns:
+            For images, a warning if they reach half their range beyond it, or only a fiftieth of
+            it. For tables of at least ten rows, a warning if half the values of a column are more
+            than ten std from its mean. Otherwise None.
+        """
+        x = self(raw)
+        if not self.scale.ndim:
+            low, high = float(x.min()), float(x.max())
+            if -0.5 <= low <= high <= 1.5 and not 0 < high < SMALL_RANGE:
+                return None
+            return f"{self._compare(raw)} Are they in the same unit?"
+
+        if len(x) < MIN_ROWS:
+            return None
+        far = x.abs().median(0).values > FAR_STDS
+        if not far.any():
+            return None
+        columns = far.nonzero().flatten().tolist()
+        first = columns[0]
+        was = f"{float(self.offset[first]):.6g} with a std of {float(self.scale[first]):.3g}"
+        here = f"from {float(raw[:, first].min()):.6g} to {float(raw[:, first].max()):.6g}"
+        return (
+            f"Half of the values of {len(columns)} columns are more than {FAR_STDS:g} std from the "
+            f"mean of the training. Column {first} was {was} there, and is {here} here. Are they "
+            "in the same unit?"
+        )
+
+    def _compare(self, raw: Tensor) -> str:
+        """Name the range of an image in the training, and that of others."""
+        low, high = float(self.offset), float(self.offset + self.scale)
+        return (
+            f"The model was trained on values from {low:g} to {high:g}; these are from "
+            f"{float(raw.min()):g} to {float(raw.max()):g}."
+        )
 
     def restore_std(self, std: Tensor) -> Tensor:
         r"""Convert standard deviations or errors, which have no offset, to raw units.

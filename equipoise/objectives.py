@@ -442,12 +442,17 @@ def maximum_mean_discrepancy(z: Float[Tensor, "n d"], prior: Float[Tensor, "n d"
         The discrepancy, (), without unit. It may be negative. Its mean is zero if both samples have
         the same distribution.
 
+    Raises:
+        ValueError: If there is a single code, of which there is no distance to others.
+
     Example:
         >>> codes = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
         >>> bool(maximum_mean_discrepancy(codes, codes + 3) > 0.5)
         True
     """
     n, d = z.shape
+    if n < 2:
+        raise ValueError(f"the discrepancy is between pairs of codes, got {n}; take larger batches")
     both = torch.cat([z, prior])
 
     # A matrix product is used because the gradient of torch.cdist is infinite where two codes

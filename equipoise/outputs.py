@@ -3,6 +3,7 @@
 Programs get arrays in the user's own units, and people get pictures.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,9 @@ def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[P
     """
     scaling = model.scaling
     scaling.check(torch.from_numpy(raw))
+    text = scaling.range_warning(torch.from_numpy(raw[:DECODED_AT_ONCE]))
+    if text is not None:
+        warnings.warn(text, stacklevel=2)
 
     restored = {name: np.empty(raw.shape, np.float32) for name in ("mean", "std", "error")}
     for start in range(0, len(raw), DECODED_AT_ONCE):

@@ -455,3 +455,36 @@ def test_the_only_array_of_a_file_is_not_its_own_test_part(tmp_path, name):
     parts = [data.train[:], data.validation[:], data.test[:]]
     assert sum(map(len, parts)) == 100
     assert len(np.unique(np.concatenate(parts), axis=0)) == 100
+
+
+def test_masked_values_within_a_list_are_refused():
+    rows = [np.ma.masked_greater(row, 0.5) for row in np.random.default_rng(0).random((20, 3))]
+    with pytest.raises(ValueError, match="masked array"):
+        load(rows)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 32, 32)])
+def test_examples_on_both_sides_of_the_split_are_counted(shape):
+    """Against all pairs of rows: also rows that agree in all but one of many values."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(200, *shape)).astype(np.float32)
+    values[50:120] = values[:70]
+    values[120:150] = values[:30]
+    values[120:150].reshape(30, -1)[:, 1] += 1
+    data = load(values)
+
+    training = {row.tobytes() for row in data.train[:]}
+    texts = []
+    for name, part in (("validation", data.validation), ("test", data.test)):
+        n = sum(row.tobytes() in training for row in part[:])
+        assert 2 < n < len(part)
+        texts.append(f"{n} of {len(part)} {name} examples")
+        assert any(note.startswith(texts[-1]) for note in data.notes)
+    assert [text.startswith(start) for text, start in zip(data.cautions, texts, strict=True)]
+
+
+def test_zeros_of_both_signs_are_the_same_example():
+    values = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    values[:20, 0] = 0.0
+    values[20:] = values[:20] * np.float32([-1, 1])
+    assert load(values).cautions

@@ -63,7 +63,9 @@ def test_processes_share_each_epoch_evenly(n, batch_size, world_size, seed, drop
     for batch in range(len(ranks[0])):
         assert ranks[-1].size(batch) == sum(len(visit[batch]) for visit in visits)
     sizes = [len(batch) for visit in visits for batch in visit]
-    assert 0 < min(sizes) <= max(sizes) <= batch_size + (world_size > 1)
+    assert 0 < min(sizes) <= max(sizes) <= batch_size + 1 + (world_size > 1)
+    if min(batch_size, fewest) > 1:
+        assert min(sizes) > 1
     visited = sorted(x for visit in visits for batch in visit for x in batch)
     if drop_last:
         assert set(sizes) == {batch_size}
@@ -108,7 +110,9 @@ def test_start_resumes_within_an_epoch(resident_bytes):
 
 
 def test_in_order_without_a_seed():
-    assert seen(Batches(numbers(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert seen(Batches(numbers(5), 3)) == [[0, 1, 2], [3, 4]]
+    assert seen(Batches(numbers(5), 2)) == [[0, 1], [2, 3, 4]]  # never one alone
+    assert seen(Batches(numbers(1), 2)) == [[0]]
     assert seen(Batches(numbers(5), 2, drop_last=True), 9) == [[0, 1], [2, 3]]
 
 
@@ -150,4 +154,4 @@ def test_refusals(options, message):
 @pytest.mark.parametrize("start", [-1, 4])
 def test_start_is_checked_at_once(start):
     with pytest.raises(ValueError, match=r"start must be in 0\.\.3"):
-        Batches(numbers(5), 2).epoch(0, start)
+        Batches(numbers(6), 2).epoch(0, start)

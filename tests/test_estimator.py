@@ -330,6 +330,56 @@ def test_constant_columns_change_no_variance(options):
     assert noise_vars[1] == pytest.approx(noise_vars[0], rel=0.3)
 
 
+def test_rows_stored_twice_are_noticed(table):
+    with pytest.warns(UserWarning, match="of 120 validation examples .* are training"):
+        VAEEstimator(**QUICK | {"validation_fraction": 0.1}).fit(np.concatenate([table, table]))
+
+
+# Other units than those of the training
+
+
+@pytest.fixture(scope="module")
+def float_images():
+    images = load_digits().images[:400].astype(np.float32) / 16
+    return images, VAEEstimator(**QUICK).fit(images)
+
+
+def test_images_in_another_range_are_warned_of_or_refused(float_images):
+    images, vae = float_images
+    vae.transform(images[:3])
+    vae.transform(images[:3] * 0)
+    with pytest.warns(UserWarning, match="trained on values from 0 to 1; these are from 0 to 4"):
+        vae.score_samples(4 * images[:20])
+    with pytest.warns(UserWarning, match=r"these are from 0 to 0\.00392"):
+        vae.reconstruct(images[:20] / 255)
+    for method in (vae.transform, vae.score_samples, vae.reconstruct):
+        with pytest.raises(ValueError, match=r"from 0 to 1; these are from 0 to 255\. Bring"):
+            method(255 * images[:20])
+
+
+def test_tables_in_another_unit_are_warned_of(table, both_stages):
+    both_stages.transform(table[:30])
+    odd = table[:30].copy()
+    odd[:5] *= 1000  # a few odd rows are for the scores to tell
+    both_stages.transform(odd)
+    with pytest.warns(UserWarning, match=r"values of 1 columns are more than 10 std .* Column 3"):
+        both_stages.transform(table[:30] + np.array([0, 0, 0, 1, 0, 0]))
+
+
+def test_a_chunk_far_from_the_first_is_warned_of(table):
+    """The unit of the first chunk, 1e4 away, left the columns of all others unresolved."""
+    vae = VAEEstimator(**QUICK).partial_fit(table + 1e4 * table.std(0))
+    with pytest.warns(UserWarning, match="columns of this chunk are far from the first chunk"):
+        vae.partial_fit(table)
+
+
+def test_a_chunk_in_another_unit_is_refused(float_images):
+    images, _ = float_images
+    vae = VAEEstimator(**QUICK).partial_fit(images[:200])
+    with pytest.raises(ValueError, match="trained on values from 0 to 1"):
+        vae.partial_fit(255 * images[200:])
+
+
 # With scikit-learn
 
 

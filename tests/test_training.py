@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -1120,3 +1121,64 @@ def test_sums_are_as_good_as_float64_whatever_the_networks_compute_in(precision,
     for each in terms:
         statistic.update(each.residual)
     assert float(statistic.var) == pytest.approx(float(residual.square().mean()), rel=1e-7)
+
+
+# A last batch of one example, and what a failed start leaves behind
+
+
+def test_no_last_batch_of_one_example():
+    """WAE-MMD divides by n (n - 1), and batch normalisation has no variance of one example."""
+    rows = np.random.default_rng(0).normal(size=(80, 6)).astype(np.float32)
+    data = load(rows)
+    assert len(data.train) % 16 == 1
+    config = replace(QUICK, batch_size=16, stage_1_epochs=2, stage_2_epochs=0, latent_dim=2)
+
+    wae = replace(config, objective="wae-mmd", noise="fixed", noise_var=0.5)
+    history = Trainer(make_model(data, wae), data, wae).fit()
+    assert all(np.isfinite(row["train_elbo"]) for row in history)
+    encoder = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    model = make_model(data, config, encoder, nn.Linear(2, 6))
+    assert len(Trainer(model, data, config).fit()) == 2
+
+    single = replace(config, batch_size=1)
+    with pytest.raises(ConfigError, match="batch_size is at least 2"):
+        check_fit(data, replace(single, objective="wae-mmd"))
+    with pytest.raises(ConfigError, match="batch_size is at least 2"):
+        make_model(data, single, encoder, nn.Linear(2, 6))
+
+
+class Failing(nn.Module):
+    """A network that fails in its third batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(6, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.training and self.calls > 3:
+            raise RuntimeError("as in BatchNorm")
+        return self.layer(x)
+
+
+def test_a_failed_start_is_not_in_the_way(tmp_path):
+    data = load(np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32))
+    config = replace(QUICK, batch_size=16, stage_1_epochs=1, stage_2_epochs=0, latent_dim=2)
+    with pytest.raises(RuntimeError, match="as in BatchNorm"):
+        train(data, config, tmp_path / "run", encoder=Failing(), decoder=nn.Linear(2, 6))
+    assert not (tmp_path / "run").exists()
+    run = train(data, config, tmp_path / "run")
+    assert run.model_file.is_file()
+
+
+def test_config_json_has_the_options_that_the_run_went_on_with(tmp_path):
+    """A run without a checkpoint starts anew, with the options of the resume."""
+    data = load(np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32))
+    config = replace(QUICK, batch_size=16, stage_1_epochs=1, stage_2_epochs=0, latent_dim=2)
+    run = train(data, config, tmp_path / "run")
+    shutil.rmtree(run.checkpoints)
+    run.model_file.unlink()
+    again = replace(config, width=8, seed=5)
+    run = train(data, again, run.folder, resume=True)
+    assert run.config() == again
+    assert run.model().width == 8

@@ -14,6 +14,7 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 
 from equipoise.data.dataset import Array, Data, Subset, split
+from equipoise.data.duplicates import describe_shared
 
 MIN_EXAMPLES = 10
 """Smallest number of training examples."""
@@ -167,12 +168,22 @@ def prepare(
         whole = Subset.whole(examples(part.values, content.source))
         return replace(whole, dtype=unit.dtype)
 
+    train = subset(None, pieces.train)
+    held_out = {
+        "validation": subset(content.validation, pieces.validation),
+        "test": subset(content.test, pieces.test),
+    }
+    cautions = list(unit.cautions)
+    for name, part in held_out.items() if for_training else ():
+        text, is_caution = describe_shared(part, train, name)
+        if text is not None:
+            (cautions if is_caution else notes).append(text)
+
     digests = "".join(summary.digest for summary in summaries)
     return Data(
         name=content.name,
-        train=subset(None, pieces.train),
-        validation=subset(content.validation, pieces.validation),
-        test=subset(content.test, pieces.test),
+        train=train,
+        **held_out,
         kind=kind,
         shape=tuple(shape),
         offset=unit.offset,
@@ -180,8 +191,8 @@ def prepare(
         quantum=unit.quantum,
         fingerprint=hashlib.sha256(digests.encode()).hexdigest(),
         source=content.source,
-        notes=tuple(dict.fromkeys([*notes, *unit.notes, *unit.cautions])),
-        cautions=unit.cautions,
+        notes=tuple(dict.fromkeys([*notes, *unit.notes, *cautions])),
+        cautions=tuple(cautions),
     )
 
 
@@ -225,7 +236,8 @@ def refuse_hidden(values: object) -> None:
         ValueError: If it is a masked array with masked values, a sparse matrix, or a picture of
             indices into a palette.
     """
-    if np.ma.is_masked(values):
+    is_list = isinstance(values, list | tuple)
+    if np.ma.is_masked(values) or (is_list and any(map(np.ma.is_masked, values))):
         raise ValueError(
             "a masked array, whose masked values would be taken as they are: leave those examples "
             "out, or give the values in their place by filled()"

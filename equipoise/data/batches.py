@@ -59,9 +59,9 @@ def batches_of(
 
     Example:
         >>> import numpy as np
-        >>> batches = batches_of(Subset.whole(np.arange(5.0)[:, None]), batch_size=2, seed=0)
+        >>> batches = batches_of(Subset.whole(np.arange(5.0)[:, None]), batch_size=3, seed=0)
         >>> len(batches), sum(len(batch) for batch in batches.epoch())
-        (3, 5)
+        (2, 5)
     """
     if isinstance(examples, Stream):
         return StreamBatches(
@@ -92,9 +92,11 @@ def examples(part: ExampleSet, n: int, device: torch.device | str = "cpu") -> Te
 class EpochBatches(ABC):
     r"""Batches of raw examples, epoch by epoch. Each process gets its part of every batch.
 
-    All processes get the same number of batches, and no batch is empty. Each example is visited
-    once an epoch, unless ``drop_last`` is set. Therefore the last batch of some processes may have
-    one example more than ``batch_size``.
+    All processes get the same number of batches, and no batch is empty. No batch has a single
+    example either where there are others, because some losses and layers, such as batch
+    normalisation, need two: the last batch takes it. Each example is visited once an epoch, unless
+    ``drop_last`` is set. Therefore the last batch of a process may have one example more than
+    ``batch_size``, or two where there are several processes.
 
     Args:
         n: Number of examples.
@@ -131,7 +133,8 @@ class EpochBatches(ABC):
         # Some processes have one example more than this.
         fewest = n // world_size
         count = fewest // batch_size
-        if fewest % batch_size and not drop_last:
+        left = fewest % batch_size
+        if left and not drop_last and (left > 1 or not count):
             count += 1
         if count == 0:
             condition = " with drop_last" if drop_last else ""
@@ -219,7 +222,7 @@ class Batches(EpochBatches):
         >>> import numpy as np
         >>> batches = Batches(np.arange(5.0)[:, None], batch_size=2)
         >>> [batch.ravel().tolist() for batch in batches.epoch()]
-        [[0.0, 1.0], [2.0, 3.0], [4.0]]
+        [[0.0, 1.0], [2.0, 3.0, 4.0]]
     """
 
     def __init__(

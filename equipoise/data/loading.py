@@ -66,7 +66,8 @@ def load(
     """Load examples, check them and split them into three parts.
 
     The split is random but fixed: it depends only on the number of examples. If a data set has
-    its own test or validation part, that part is used.
+    its own test or validation part, that part is used. A note says how many held-out examples
+    equal a training example.
 
     Args:
         source: "digits", "mnist", "fashion-mnist" or "celeba"; the path of a folder of images or
@@ -162,7 +163,7 @@ def load_stream(
 
     Only the beginning stays in memory: the examples that are held out, and the first 5000
     training examples (``data.train.at_hand``). These give the units, the initial values and the
-    pictures.
+    pictures, and held-out examples are looked for among these alone.
 
     An epoch is one pass over the source. To shuffle it, each next example is drawn from a buffer.
     The order is a pure function of seed and epoch. A buffer mixes only neighbours, so a source

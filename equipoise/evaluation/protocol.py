@@ -287,6 +287,9 @@ def _share_among(examples: Subset, others: ExampleSet) -> float:
 
 def _check_units(model: VAE, test: Examples, against: Examples | None) -> None:
     """Refuse examples in another unit than the model's."""
+    text = model.scaling.range_warning(torch.from_numpy(test.raw[:BATCH]))
+    if text is not None:
+        warnings.warn(f"{test.name}: {text}", stacklevel=3)
     for examples in filter(None, (test, against)):
         for first in range(0, len(examples.raw), BATCH):
             model.scaling.check(torch.from_numpy(examples.raw[first : first + BATCH]))

@@ -13,7 +13,14 @@ from torch import nn
 
 from equipoise.config import ConfigError, TrainConfig
 from equipoise.data import Data
-from equipoise.files import StoreError, check_text, discard_if_empty, is_empty, write_json
+from equipoise.files import (
+    StoreError,
+    check_text,
+    discard_if_empty,
+    is_empty,
+    remove,
+    write_json,
+)
 from equipoise.mixture_fit import EMStep, MixtureFit
 from equipoise.model import VAE
 from equipoise.noise import NoiseModel, describe_noise
@@ -115,9 +122,12 @@ def train(
     if resume:
         _check_noise(run, model, is_given=noise is not None)
 
+    was_there = True
+
     with ExitStack() as stack:
 
         def begin() -> None:
+            nonlocal was_there
             was_there = bool(out) and run.folder.is_dir()
             try:
                 stack.enter_context(run.exclusive("training"))
@@ -125,6 +135,9 @@ def train(
                 discard_if_empty(run.folder, keep_folder=was_there)
                 raise
             if resume:
+                if not has_checkpoint(run.checkpoints):
+                    # It starts anew, and may do so with other options.
+                    write_json(run.config_file, _settings(data, config, model, command))
                 return
 
             # Another training may have come and gone since the folder was chosen.
@@ -149,7 +162,13 @@ def train(
         trainer = Trainer(
             model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric
         )
-        trainer.fit(resume=resume)
+        try:
+            trainer.fit(resume=resume)
+        except Exception:
+            if fabric.is_global_zero and not resume:
+                stack.callback(_discard_unstarted, run, was_there)
+            raise
+        in_main_process(fabric, partial(_note_options, run, config))
         # Its copy of the training examples on the device goes, too: they are encoded from their
         # source.
         del trainer
@@ -176,6 +195,22 @@ def train(
             for text in messages:
                 sink.message(text)
     return run
+
+
+def _discard_unstarted(run: Run, was_there: bool) -> None:
+    """Remove the files of a run that failed before its first checkpoint, for another try."""
+    if has_checkpoint(run.checkpoints):
+        return
+    for file in (run.config_file, run.metrics_file):
+        remove(file)
+    discard_if_empty(run.folder, keep_folder=was_there)
+
+
+def _note_options(run: Run, config: TrainConfig) -> None:
+    """Keep the options that a resumed run went on with, where it may have others."""
+    settings = run.settings()
+    if settings["options"] != config.as_dict():
+        write_json(run.config_file, {**settings, "options": config.as_dict()})
 
 
 def _check_arguments(data: object, config: object) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from equipoise.catalogue import ARCHITECTURES, NOISES, OBJECTIVES
 from equipoise.config import ConfigError, TrainConfig
@@ -88,6 +89,9 @@ def make_model(
         problem = _problem_of_tensors(nn.ModuleList([encoder, decoder]))
         if problem:
             raise ConfigError([f"the pair of encoder and decoder {problem}"])
+        layers = [*encoder.modules(), *decoder.modules()]
+        if config.batch_size < 2 and any(isinstance(m, _BatchNorm) for m in layers):
+            raise ConfigError(["batch normalisation of one example: batch_size is at least 2"])
         return VAE(encoder, decoder, noise, shape=data.shape, latent_dim=latent_dim, **traits)
 
     architecture = config.architecture
@@ -435,6 +439,9 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
             f"too few examples: {n_train} for training, {n_validation} for validation and "
             f"{n_test} for the test; at least {min_train}, 2 and 2 are needed"
         )
+
+    if config.objective == "wae-mmd" and config.batch_size < 2:
+        problems.append("objective=wae-mmd compares the codes of a batch: batch_size is at least 2")
 
     dimensions = math.prod(data.shape)
     latent_dim = choose_latent_dim(data, config)
