@@ -169,12 +169,11 @@ def prepare(
         return replace(whole, dtype=unit.dtype)
 
     train = subset(None, pieces.train)
-    held_out = {
-        "validation": subset(content.validation, pieces.validation),
-        "test": subset(content.test, pieces.test),
-    }
+    validation = subset(content.validation, pieces.validation)
+    test = subset(content.test, pieces.test)
     cautions = list(unit.cautions)
-    for name, part in held_out.items() if for_training else ():
+    held_out = {"validation": validation, "test": test} if for_training else {}
+    for name, part in held_out.items():
         text, is_caution = describe_shared(part, train, name)
         if text is not None:
             (cautions if is_caution else notes).append(text)
@@ -183,7 +182,8 @@ def prepare(
     return Data(
         name=content.name,
         train=train,
-        **held_out,
+        validation=validation,
+        test=test,
         kind=kind,
         shape=tuple(shape),
         offset=unit.offset,
@@ -236,8 +236,8 @@ def refuse_hidden(values: object) -> None:
         ValueError: If it is a masked array with masked values, a sparse matrix, or a picture of
             indices into a palette.
     """
-    is_list = isinstance(values, list | tuple)
-    if np.ma.is_masked(values) or (is_list and any(map(np.ma.is_masked, values))):
+    parts = values if isinstance(values, list | tuple) else [values]
+    if any(np.ma.is_masked(part) for part in parts):
         raise ValueError(
             "a masked array, whose masked values would be taken as they are: leave those examples "
             "out, or give the values in their place by filled()"
