@@ -25,6 +25,7 @@ from equipoise.data.varying import varying_mask
 from equipoise.estimate import Estimate
 from equipoise.metrics.calibration import noise_calibration
 from equipoise.metrics.likelihood import bits_per_dimension, iwae, likelihood
+from equipoise.paper.protocol import PAPERS_STAGE_2
 from equipoise.provenance import provenance
 from equipoise.store import load_model, save_model
 from equipoise.training.setup import make_model
@@ -64,7 +65,7 @@ def main():
         "seed": options.seed,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
-    config = make_config(recipe | changes)
+    config = make_config(recipe | PAPERS_STAGE_2 | changes)
     data = load(options.data, data_dir=options.data_dir)
     if options.train_examples:
         data = replace(data, train=data.train.take(slice(options.train_examples)))

@@ -23,6 +23,7 @@ from equipoise.data import Batches, load
 from equipoise.estimate import Estimate
 from equipoise.metrics.likelihood import bits_per_dimension, iwae, likelihood
 from equipoise.noise_fit import fit_correlation
+from equipoise.paper.protocol import PAPERS_STAGE_2
 from equipoise.provenance import provenance
 from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
@@ -90,7 +91,7 @@ def main():
 
 def compare(data, setting, seed):
     """Compute the figures of each stage and form."""
-    config = make_config(setting["options"] | {"seed": seed, "tolerance": 0.0})
+    config = make_config(PAPERS_STAGE_2 | setting["options"] | {"seed": seed, "tolerance": 0.0})
     torch.manual_seed(seed)
     model = make_model(data, config)
 

@@ -31,6 +31,7 @@ from equipoise.data.varying import varying_mask
 from equipoise.estimate import Estimate
 from equipoise.metrics.calibration import noise_calibration
 from equipoise.metrics.likelihood import bits_per_dimension, iwae, likelihood
+from equipoise.paper.protocol import PAPERS_STAGE_2
 from equipoise.training.trainer import Trainer
 
 N_TEST, N_IWAE = 2000, 200
@@ -53,7 +54,7 @@ CASES = [
 ]
 TINY = [Case("digits", 300, {"latent_dim": 4, "width": 4, "stage_1_epochs": 1})]
 
-HEAD = {
+HEAD = PAPERS_STAGE_2 | {
     "stage_2_network": "head",
     "stage_2_gradients": "frozen",
     "stage_2_learning_rate": 5e-3,
@@ -61,7 +62,7 @@ HEAD = {
     "floor": "quantisation",
 }
 VARIANTS = {
-    "as before": {"stage_2_epochs": 3},
+    "as before": PAPERS_STAGE_2 | {"stage_2_epochs": 3},
     "head": HEAD,
     "digital": HEAD | {"stage_2_likelihood": "digital"},
     "second decoder": HEAD | {"stage_2_network": "decoder", "stage_2_learning_rate": 1e-3},

@@ -26,6 +26,7 @@ from equipoise.config import TrainConfig, make_config, read_papers_recipe
 from equipoise.data import Batches, load
 from equipoise.estimate import Estimate
 from equipoise.metrics.likelihood import iwae, likelihood
+from equipoise.paper.protocol import PAPERS_STAGE_2
 from equipoise.provenance import provenance
 from equipoise.stages import Stage
 from equipoise.training.descent import Descent
@@ -132,7 +133,7 @@ def main():
 
     recipe = read_papers_recipe(options.data)
     recipe.pop("data")
-    config: TrainConfig = make_config(recipe | {"seed": options.seed})
+    config: TrainConfig = make_config(recipe | PAPERS_STAGE_2 | {"seed": options.seed})
     data = load(options.data, data_dir=options.data_dir)
 
     if options.speed:
