@@ -66,7 +66,7 @@ def test_one_gpu_replays_graphs(digits, monkeypatch, device, n_processes, mode):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"ema_decay": 0.9}, {"stage_2_network": "head"}, {"stage_2_gradients": "frozen"}],
+    [{}, {"ema_decay": 0.9}, {"stage_2_network": "decoder"}, {"stage_2_gradients": "stop"}],
 )
 def test_nothing_is_read_of_the_networks_after_their_step(digits, monkeypatch, options):
     """Graphs write every step's results over those of the one before; here they become NaN."""
@@ -98,7 +98,7 @@ def test_nothing_is_read_of_the_networks_after_their_step(digits, monkeypatch, o
     assert rows == expected_rows
     for name, value in expected_model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
-    n_networks = 4 if "stage_2_network" in options else 3
+    n_networks = 3 if "stage_2_network" in options else 4
     assert max(overwritten) == n_networks  # of a step of stage 2
     assert len(outputs) <= n_networks
 

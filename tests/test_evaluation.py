@@ -116,7 +116,8 @@ def test_samples_are_ranked_real_data_first(found):
     assert distance["mixture"] < distance["prior"]
     for name in ("frechet_distance", "precision", "recall"):
         assert {section[row][name]["n"] for row in ROWS} == {180}
-    assert section["reconstruction"]["precision"]["value"] > section["prior"]["precision"]["value"]
+    for name in ("precision", "recall"):
+        assert section["reconstruction"][name]["value"] >= section["prior"][name]["value"]
 
 
 def test_latent_figures_agree_with_the_likelihoods(found):

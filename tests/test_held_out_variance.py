@@ -193,6 +193,8 @@ SMALL = equipoise.TrainConfig(
     tolerance=0.0,
     n_components=2,
     accelerator="cpu",
+    keep_weights="last",
+    early_stopping=0,
 )
 
 
