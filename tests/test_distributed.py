@@ -119,6 +119,7 @@ def test_processes_stopped_and_killed_resume_bit_for_bit(by_two, tmp_path):
     assert without_times(run.history()) == without_times(by_two.history())
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_may_go_on(by_two, tmp_path):
     run = Run(tmp_path / "run")
     with subprocess.Popen(

@@ -938,6 +938,7 @@ train(load("digits"), make_config(options), sys.argv[1], resume=sys.argv[2] == "
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_moment_resumes_to_the_same_model(tmp_path):
     def start(folder, mode):
         return subprocess.Popen([sys.executable, "-c", KILLED, str(folder), mode])
@@ -959,6 +960,7 @@ def test_a_process_killed_at_any_moment_resumes_to_the_same_model(tmp_path):
         assert torch.equal(tensor, whole[name]), name
 
 
+@pytest.mark.slow
 def test_a_process_preempted_at_any_moment_resumes_to_the_same_run(tmp_path):
     """The command itself: exit code, message, and the model and mixture, byte by byte."""
     command = [sys.executable, "-m", "equipoise", "train"]

@@ -19,6 +19,7 @@ def test_some_points_of_some_jobs_survive():
     assert "9 of 9 survived" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_training_survives_a_kill_while_its_first_file_is_written():
     """Three such kills once left a folder that could neither resume nor start again."""
     points = map(str, range(8, 11))
