@@ -77,7 +77,7 @@ def test_each_example_is_visited_once_an_epoch(n, sizes, buffer_size, batch_size
     for batch in range(len(ranks[0])):
         assert ranks[0].size(batch) == sum(len(visit[batch]) for visit in visits)
     lengths = [len(batch) for visit in visits for batch in visit]
-    assert 0 < min(lengths) <= max(lengths) <= batch_size + (world_size > 1)
+    assert 0 < min(lengths) <= max(lengths) <= batch_size + 1 + (world_size > 1)
     assert sorted(x for visit in visits for batch in visit for x in batch) == list(range(2, n))
     # The same batches as of an array of as many, and of the source cut otherwise.
     like = Batches(table_of(n)[2:], batch_size, world_size=world_size)
