@@ -70,6 +70,14 @@ def measure(data, options, n_samples):
 @torch.no_grad()
 def sample_distance(model, mixture, data, n, seed, device):
     """Compute the Fréchet distance of n decoded codes of the mixture from n test images."""
+    generator = stream(seed, "samples", device=device)
+    return distance_from_test(
+        lambda x: model.generate(len(x), mixture, generator).mean, model, data, n, device
+    )
+
+
+def distance_from_test(make, model, data, n, device):
+    """Compute the Fréchet distance of images from n test images, of whose batches they are made."""
     extractor = load_features("auto", data)
     extractor.module.to(device)
     # At random, because the test set of MNIST begins with the easier half.
@@ -77,12 +85,8 @@ def sample_distance(model, mixture, data, n, seed, device):
     test = data.test.take(np.sort(chosen))
     reference = cached_features(extractor, test, Batches(test, BATCH, device).epoch())
 
-    generator = stream(seed, "samples", device=device)
-    sizes = [min(BATCH, len(test) - first) for first in range(0, len(test), BATCH)]
-    images = (
-        model.scaling.restore_levels(model.generate(size, mixture, generator).mean)
-        for size in sizes
-    )
+    batches = map(model.scaling, Batches(test, BATCH, device).epoch())
+    images = (model.scaling.restore_levels(make(x)) for x in batches)
     return frechet_distance(features_of(extractor, images), reference)
 
 

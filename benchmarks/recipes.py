@@ -20,16 +20,13 @@ A row that is in the JSON is not computed again, so that the command may be stop
 import math
 from dataclasses import replace
 
-import numpy as np
 import torch
 from experiment import Rows, arguments, facts, one_thread, over_seeds, paired, trained
-from noise_updates import BATCH, N_SAMPLES, sample_distance
+from noise_updates import BATCH, N_SAMPLES, distance_from_test, sample_distance
 from tables import table
 
 from equipoise.config import read_papers_recipe
 from equipoise.data import Batches, load
-from equipoise.metrics.features import cached_features, features_of, load_features
-from equipoise.metrics.samples import frechet_distance
 from equipoise.model import encode_all
 from equipoise.randomness import stream
 from equipoise.sources import fit_aggregate
@@ -82,20 +79,11 @@ def measure(data, options, components, n_samples):
 
 @torch.no_grad()
 def reconstruction_distance(model, data, n, seed, device):
-    """Compute the Fréchet distance of the reconstructions of test images from these."""
-    extractor = load_features("auto", data)
-    extractor.module.to(device)
-    chosen = np.random.RandomState(0).permutation(len(data.test))[:n]
-    test = data.test.take(np.sort(chosen))
-    reference = cached_features(extractor, test, Batches(test, BATCH, device).epoch())
-
+    """Compute the Fréchet distance of the reconstructions of n test images from these."""
     generator = stream(seed, "reconstructions", device=device)
-    means = (
-        model.decode(model.encode(x).sample(generator)).mean
-        for x in map(model.scaling, Batches(test, BATCH, device).epoch())
+    return distance_from_test(
+        lambda x: model.decode(model.encode(x).sample(generator)).mean, model, data, n, device
     )
-    images = map(model.scaling.restore_levels, means)
-    return frechet_distance(features_of(extractor, images), reference)
 
 
 @torch.no_grad()
