@@ -28,6 +28,7 @@ from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
 from equipoise.data.dataset import Array
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
+from equipoise.gaps import column_means, column_vars, missing_values
 from equipoise.gaussian import RowGenerators, standard_normal_log_prob
 from equipoise.model import VAE, encode_all
 from equipoise.noise_fit import choose_form, fit_correlation
@@ -88,7 +89,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     ``fit`` trains by Algorithm 1 of Lin et al. (2019) and fits a mixture to the aggregate
     posterior. Examples are rows of a table (n, features), whose columns are standardised, or images
     (n, H, W), (n, C, H, W) or (n, H, W, C), which are scaled to [0, 1]. They may come in an array,
-    a tensor, a data frame or a list. All results have the shape and the unit of the examples.
+    a tensor, a data frame or a list. All results have the shape and the unit of the examples. NaN
+    in a table is a missing value, in training and afterwards: only what is observed counts, and
+    :class:`equipoise.VAEImputer` fills the gaps.
 
     An option that :class:`equipoise.TrainConfig` has too means the same in both classes. The
     documentation of :class:`equipoise.TrainConfig` is more detailed.
@@ -356,7 +359,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             - \sum_i \log s_i
 
         An example with a low score is unusual. The score is a density of the data in their own
-        unit, and s_i is the scale by which the model divides feature i. Therefore models that scale
+        unit, and s_i is the scale by which the model divides feature i. Missing values, NaN, are
+        left out of p(x|z) and of the sum: the score of a row with gaps is the density of what is
+        observed, and that of a row without any value is at most about 0. Models that scale
         the same data differently can be compared. p(z) is the density :attr:`prior_`. The random
         draws of an example follow from its values, so that its score does not depend on the other
         examples, but for the rounding of float32.
@@ -371,7 +376,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         raw = self._raw(x)
         model = self.model_
-        log_scale = float(model.scaling.scale.log().expand(model.shape).sum())
+        log_scales = model.scaling.scale.log().expand(model.shape)
+        log_scale: float | Array = float(log_scales.sum())
+        missing = missing_values(raw)
+        if missing is not None:
+            log_scale = log_scales.masked_fill(missing, 0.0).sum(1).numpy()
 
         log_prior = self._log_priors()[self.prior_]
         x_scaled = model.scaling(raw)
@@ -503,6 +512,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
+        tags.input_tags.allow_nan = True
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
 
@@ -584,7 +594,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             _warn_of_range(model.scaling.range_warning(raw))
             return
 
-        mean, std = x.mean(0), x.std(0)
+        mean, std = column_means(x).nan_to_num(0.0), column_vars(x).nan_to_num(0.0).sqrt()
         far = (mean.abs() > CHUNK_SHIFT) | (std > CHUNK_SHIFT)
         if far.any():
             columns = far.nonzero().flatten().tolist()
@@ -659,10 +669,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if has_images:
             x = np.asarray(x).reshape(shape[0], math.prod(shape[1:]))
 
-        minima = {}
+        rules: dict[str, Any] = {}
         if reset:
-            minima = {"ensure_min_samples": MIN_EXAMPLES, "ensure_min_features": 2}
-        table: Array = validate_data(self, x, reset=reset, **minima)
+            rules = {"ensure_min_samples": MIN_EXAMPLES, "ensure_min_features": 2}
+        if not has_images:
+            # NaN in the rows of a table is a missing value.
+            rules["ensure_all_finite"] = "allow-nan"
+        table: Array = validate_data(self, x, reset=reset, **rules)
 
         example_shape = shape[1:] if has_images else table.shape[1:]
         if reset:

@@ -317,6 +317,7 @@ class ModelDescription(TypedDict):
     offset_shape: Shape
     scale_shape: Shape
     noise: NoiseRecord
+    reads_gaps: NotRequired[bool]
     origin: NotRequired[Digest]
     codes_of: NotRequired[Digest]
     correlation_fit: NotRequired[CorrelationFitRecord]

@@ -149,6 +149,7 @@ class Data:
         source: Description of the place where the examples were found.
         notes: Sentences that a user should read.
         cautions: Those of them that say why results may be doubtful.
+        has_gaps: Whether values of a table are missing, NaN.
         loading: Arguments of :func:`load` that find these examples again. They are those of
             :func:`load_stream` if "stream" is true among them. Empty for examples that came as
             an object in memory.
@@ -167,6 +168,7 @@ class Data:
     source: str
     notes: tuple[str, ...] = ()
     cautions: tuple[str, ...] = ()
+    has_gaps: bool = False
     loading: Mapping[str, Any] = field(default_factory=dict)
 
 
