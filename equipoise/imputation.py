@@ -14,6 +14,7 @@ sets*, for the weights; Cappé et al. (2004), *Population Monte Carlo*, for the 
 (1995), *Weighted average importance sampling and defensive mixture distributions*.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -101,7 +102,7 @@ def impute(
 
     gaps = raw.isnan().any(1).nonzero().flatten()
     block = max(1, VALUES_AT_ONCE // (n_samples * max(model.shape[0], 1)))
-    for rows in gaps.split(block):
+    for rows in gaps.split(block) if len(gaps) else ():
         x = model.scaling(raw[rows])
         missing = x.isnan()
         generators = RowGenerators.of(x)
@@ -127,23 +128,21 @@ def _posterior_codes(
 ) -> _Codes:
     """Draw codes of p(z|x_obs) for each row, by rounds of importance sampling."""
     proposal = model.encode(x)
+    proposal = proposal._replace(log_var=proposal.log_var.expand_as(proposal.mean))
+    n_codes = n + len(pool)
     shared = pool.expand(len(x), *pool.shape)
-    share = torch.tensor([n / (n + len(pool)), len(pool) / (n + len(pool))]).log().to(x)
+    own_share, shared_share = math.log(n / n_codes), math.log(len(pool) / n_codes)
 
     for _ in range(ROUNDS):
-        log_var = proposal.log_var.expand_as(proposal.mean)
-        repeated = Gaussian(*(part.repeat_interleave(n, 0) for part in (proposal.mean, log_var)))
-        own = repeated.sample(generators).view(len(x), n, -1)
+        own = _repeated(proposal, n).sample(generators).view(len(x), n, -1)
         z = torch.cat([own, shared], 1)
 
         flat = z.flatten(0, 1)
         likelihood = model.decode(flat)
-        log_likelihood = likelihood.log_prob(x.repeat_interleave(z.shape[1], 0))
+        log_likelihood = likelihood.log_prob(x.repeat_interleave(n_codes, 0))
         log_prior = mixture.log_prob(flat).to(x.dtype)
-        of_rows = Gaussian(*(p.repeat_interleave(z.shape[1], 0) for p in (proposal.mean, log_var)))
-        log_proposal = torch.logaddexp(
-            of_rows.log_prob(flat) + share[0], log_prior + share[1]
-        )
+        log_own = _repeated(proposal, n_codes).log_prob(flat)
+        log_proposal = torch.logaddexp(log_own + own_share, log_prior + shared_share)
         log_weights = (log_likelihood + log_prior - log_proposal).view(len(x), -1)
         weights = log_weights.double().softmax(1).to(x.dtype)
 
@@ -151,6 +150,11 @@ def _posterior_codes(
         var = (weights[..., None] * (z - mean[:, None]).square()).sum(1)
         proposal = Gaussian(mean, (INFLATION * var).clamp_min(SMALLEST_VAR).log())
     return _Codes(z, likelihood, weights)
+
+
+def _repeated(density: Gaussian, n: int) -> Gaussian:
+    """Repeat the density of each row n times."""
+    return Gaussian(*(part.repeat_interleave(n, 0) for part in density))
 
 
 def _moments(codes: _Codes, x: Tensor) -> tuple[Tensor, Tensor]:
