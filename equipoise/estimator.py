@@ -28,15 +28,12 @@ from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
 from equipoise.data.dataset import Array
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
-from equipoise.gaps import column_means, column_vars, missing_values
-from equipoise.gaussian import RowGenerators, standard_normal_log_prob
+from equipoise.gaps import column_means, column_vars
+from equipoise.gaussian import standard_normal_log_prob
+from equipoise.metrics.rows import log_densities
 from equipoise.model import VAE, encode_all
 from equipoise.noise_fit import choose_form, fit_correlation
-from equipoise.objectives import (
-    LogPrior,
-    importance_weighted_bound,
-    importance_weighted_bounds,
-)
+from equipoise.objectives import LogPrior, importance_weighted_bounds
 from equipoise.randomness import stream, stream_seed
 from equipoise.records import EstimatorDescription
 from equipoise.run import Row
@@ -62,8 +59,6 @@ AUTO_VALIDATION, AUTO_SHARES = 50, (0.1, 0.25)
 """Examples that are held out if their share is "auto", and the smallest and largest share."""
 PRIOR_EXAMPLES, PRIOR_SAMPLES = 200, 20
 """Held-out examples that choose p(z), and codes drawn for each."""
-DECODED_AT_ONCE = 256
-"""Most codes that are decoded at once for a score: as many as caches of CPUs hold."""
 CHUNK_SHIFT = 5.0
 """Mean or std of a column of a chunk, in std of the first chunk, that is worth a word."""
 MIN_VALIDATION = 2
@@ -374,30 +369,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         Returns:
             The bounds, (n,), nats.
         """
-        raw = self._raw(x)
-        model = self.model_
-        log_scales = model.scaling.scale.log().expand(model.shape)
-        log_scale: float | Array = float(log_scales.sum())
-        missing = missing_values(raw)
-        if missing is not None:
-            log_scale = log_scales.masked_fill(missing, 0.0).sum(1).numpy()
-
         log_prior = self._log_priors()[self.prior_]
-        x_scaled = model.scaling(raw)
-        rows = max(1, DECODED_AT_ONCE // importance_samples)
-        bounds = [
-            importance_weighted_bound(
-                model,
-                examples,
-                importance_samples,
-                RowGenerators.of(examples),
-                log_prior=log_prior,
-                max_rows=DECODED_AT_ONCE,
-            )
-            for examples in torch.split(x_scaled, rows)
-        ]
-        scores: Float64[np.ndarray, " n"] = torch.cat(bounds).numpy() - log_scale
-        return scores
+        return log_densities(self.model_, self._raw(x), log_prior, importance_samples)
 
     def score(self, x: object, y: object = None) -> float:
         """Average :meth:`score_samples` over the examples. Grid searches maximise this score.
@@ -557,7 +530,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _train(self, examples: Array, config: TrainConfig, model: VAE | None) -> Trainer:
         """Train a new model, or continue with the given one, and extend the history."""
         validation_fraction = max(config.validation_fraction, MIN_VALIDATION / len(examples))
-        data = load(examples, test_fraction=0.0, validation_fraction=validation_fraction)
+        names = getattr(self, "feature_names_in_", None)
+        data = load(
+            examples,
+            test_fraction=0.0,
+            validation_fraction=validation_fraction,
+            names=None if names is None or examples.ndim > 2 else [str(name) for name in names],
+        )
         # The caller tests the estimator on data of their own. The trainer needs a test set, so it
         # gets the validation set once more.
         data = replace(data, test=data.validation)
@@ -601,7 +580,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             worst = int(torch.maximum(mean.abs(), std).argmax())
             warnings.warn(
                 f"{len(columns)} columns of this chunk are far from the first chunk, whose scale "
-                f"the model keeps: column {worst} has the mean {float(mean[worst]):.3g} and the "
+                f"the model keeps: {model.scaling.name_of(worst)} has the mean {float(mean[worst]):.3g} and the "
                 f"std {float(std[worst]):.3g} in std of the first chunk. The model resolves the "
                 "stream badly. Begin a new model with a chunk that is like the stream, such as "
                 "one that is shuffled.",

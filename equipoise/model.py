@@ -80,6 +80,7 @@ class Scaling(nn.Module):
         scale: Raw difference that becomes one, positive. It broadcasts to one example.
         quantum: Distance of two neighbouring values of digital data, in model units. None for
             continuous data.
+        columns: Names of the columns of a table, if they have names.
 
     Raises:
         ValueError: If the offset is not finite, or the scale is not positive and finite.
@@ -93,7 +94,13 @@ class Scaling(nn.Module):
     offset: Tensor
     scale: Tensor
 
-    def __init__(self, offset: Tensor, scale: Tensor, quantum: float | None = None) -> None:
+    def __init__(
+        self,
+        offset: Tensor,
+        scale: Tensor,
+        quantum: float | None = None,
+        columns: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
 
         scale_is_valid = torch.all(scale > 0) and torch.all(torch.isfinite(scale))
@@ -105,6 +112,29 @@ class Scaling(nn.Module):
         self.register_buffer("offset", offset.float())
         self.register_buffer("scale", scale.float())
         self.quantum = quantum
+        self.columns = tuple(columns)
+
+    def name_of(self, column: int) -> str:
+        """Name a column of a table within a sentence.
+
+        Args:
+            column: Its number.
+
+        Returns:
+            "column 'NAME'", or "column N" if it has no name.
+        """
+        return f"column {self.columns[column]!r}" if self.columns else f"column {column}"
+
+    def short_name_of(self, column: int) -> str:
+        """Name a column of a table in a list or a figure.
+
+        Args:
+            column: Its number.
+
+        Returns:
+            Its name, or "column N" if it has none.
+        """
+        return self.columns[column] if self.columns else f"column {column}"
 
     def forward(self, raw: Tensor) -> Tensor:
         r"""Convert raw data of any dtype to model units.
@@ -212,8 +242,8 @@ class Scaling(nn.Module):
         here = f"from {float(values.min()):.6g} to {float(values.max()):.6g}"
         return (
             f"Half of the values of {len(columns)} columns are more than {FAR_STDS:g} std from the "
-            f"mean of the training. Column {first} was {was} there, and is {here} here. Are they "
-            "in the same unit?"
+            f"mean of the training. C{self.name_of(first)[1:]} was {was} there, and is {here} "
+            "here. Are they in the same unit?"
         )
 
     def _compare(self, raw: Tensor) -> str:
@@ -630,8 +660,12 @@ class VAE(nn.Module):
             Constructor arguments, shapes, and the class names of the networks.
         """
         mean_bounds = None if self.mean_bounds is None else list(self.mean_bounds)
-        # Named only where it is true, so that other models are described as ever.
-        gaps = {"reads_gaps": True} if self.reads_gaps else {}
+        # Named only where there are some, so that other models are described as ever.
+        further: dict[str, Any] = {}
+        if self.reads_gaps:
+            further["reads_gaps"] = True
+        if self.scaling.columns:
+            further["columns"] = list(self.scaling.columns)
 
         return {
             "shape": list(self.shape),
@@ -646,7 +680,7 @@ class VAE(nn.Module):
             "offset_shape": list(self.scaling.offset.shape),
             "scale_shape": list(self.scaling.scale.shape),
             "noise": describe_noise(self.noise),
-            **gaps,
+            **further,
         }
 
     @torch.no_grad()

@@ -76,6 +76,8 @@ class LoadArguments(TypedDict):
     validation_fraction: NotRequired[Fraction]
     strict: NotRequired[bool]
     download: NotRequired[bool]
+    columns: NotRequired[list[Name]]
+    drop: NotRequired[list[Name]]
     max_pixels: NotRequired[Limit]
     max_bytes: NotRequired[Limit]
 
@@ -318,6 +320,7 @@ class ModelDescription(TypedDict):
     scale_shape: Shape
     noise: NoiseRecord
     reads_gaps: NotRequired[bool]
+    columns: NotRequired[list[Name]]
     origin: NotRequired[Digest]
     codes_of: NotRequired[Digest]
     correlation_fit: NotRequired[CorrelationFitRecord]

@@ -440,7 +440,10 @@ def _build_model(
         torch.zeros(description["offset_shape"]),
         torch.ones(description["scale_shape"]),
         description["quantum"],
+        tuple(description.get("columns", ())),
     )
+    if scaling.columns and [len(scaling.columns)] != description["shape"]:
+        raise ValueError("its columns have other names than there are columns")
 
     bounds: tuple[float, float] | None = None
     if description["mean_bounds"] is not None:

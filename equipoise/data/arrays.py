@@ -72,6 +72,7 @@ class Found:
         validation: The set's own validation part.
         test: The set's own test part.
         white: Value of 8-bit integers in images that becomes x = 1.
+        columns: Names of the columns of a table, if they have names.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Found:
     validation: Part | None = None
     test: Part | None = None
     white: int = 255
+    columns: tuple[str, ...] = ()
 
 
 class Unit(NamedTuple):
@@ -164,7 +166,8 @@ def prepare(
     else:
         kind = "table"
         try:
-            unit = table_unit(Subset(views[0], pieces.train, np.dtype(np.float32)), for_training)
+            part = Subset(views[0], pieces.train, np.dtype(np.float32))
+            unit = table_unit(part, for_training, content.columns)
         except ValueError as error:
             raise ValueError(f"{content.source}: {error}") from error
         n_missing = sum((summary.n_missing for summary in gaps), np.zeros(shape, np.int64))
@@ -207,6 +210,7 @@ def prepare(
         notes=tuple(dict.fromkeys([*notes, *unit.notes, *cautions])),
         cautions=tuple(cautions),
         has_gaps=bool(gaps),
+        columns=content.columns,
     )
 
 
@@ -419,12 +423,13 @@ def _image_unit(
     )
 
 
-def table_unit(train: Subset, for_training: bool = True) -> Unit:
+def table_unit(train: Subset, for_training: bool = True, names: tuple[str, ...] = ()) -> Unit:
     """Standardise each column by the mean and standard deviation of the training part.
 
     Args:
         train: Training examples, (N, D), read as float32. Missing values, NaN, do not count.
         for_training: Whether to refuse a column that has no value at all.
+        names: Names of the columns for messages. Without them, numbers are given.
 
     Returns:
         Mean and standard deviation of each column, (D,). Columns that are constant, or vary by
@@ -448,7 +453,7 @@ def table_unit(train: Subset, for_training: bool = True) -> Unit:
 
     if for_training and not count.all():
         raise ValueError(
-            f"columns {_columns(count == 0)} have no value in any of the {len(train)} training "
+            f"columns {_columns(count == 0, names)} have no value in any of the {len(train)} training "
             "rows; leave them out"
         )
     low, high = np.where(count > 0, low, 0.0), np.where(count > 0, high, 0.0)
@@ -471,10 +476,10 @@ def table_unit(train: Subset, for_training: bool = True) -> Unit:
 
     notes, cautions = [], []
     if (constant & ~coarse).any():
-        notes.append(f"constant columns: {_columns(constant & ~coarse)}")
+        notes.append(f"constant columns: {_columns(constant & ~coarse, names)}")
     if coarse.any():
         cautions.append(
-            f"columns {_columns(coarse)} vary by less than 1e-5 of their mean, near the resolution "
+            f"columns {_columns(coarse, names)} vary by less than 1e-5 of their mean, near the resolution "
             "of float32: subtract the mean in float64 before"
         )
 
@@ -499,9 +504,9 @@ def hardly_vary(low: Array, high: Array) -> NDArray[np.bool_]:
     return constant
 
 
-def _columns(chosen: NDArray[np.bool_]) -> str:
-    """Numbers of the columns for which ``chosen`` is True, at most 20 of them."""
-    numbers = [str(column) for column in np.flatnonzero(chosen)]
+def _columns(chosen: NDArray[np.bool_], names: tuple[str, ...] = ()) -> str:
+    """Names or numbers of the columns for which ``chosen`` is True, at most 20 of them."""
+    numbers = [repr(names[i]) if names else str(i) for i in np.flatnonzero(chosen)]
     listed = ", ".join(numbers[:20])
     if len(numbers) > 20:
         listed += f" and {len(numbers) - 20} more"

@@ -72,7 +72,8 @@ def make_model(
     if (encoder is None) != (decoder is None):
         raise ConfigError(["encoder and decoder go together: give both of your own, or neither"])
 
-    scaling = Scaling(torch.as_tensor(data.offset), torch.as_tensor(data.scale), data.quantum)
+    offset, scale = torch.as_tensor(data.offset), torch.as_tensor(data.scale)
+    scaling = Scaling(offset, scale, data.quantum, data.columns)
     traits: dict[str, Any] = {
         "width": config.width,
         "scaling": scaling,
