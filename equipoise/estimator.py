@@ -580,10 +580,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             worst = int(torch.maximum(mean.abs(), std).argmax())
             warnings.warn(
                 f"{len(columns)} columns of this chunk are far from the first chunk, whose scale "
-                f"the model keeps: {model.scaling.name_of(worst)} has the mean {float(mean[worst]):.3g} and the "
-                f"std {float(std[worst]):.3g} in std of the first chunk. The model resolves the "
-                "stream badly. Begin a new model with a chunk that is like the stream, such as "
-                "one that is shuffled.",
+                f"the model keeps: {model.scaling.name_of(worst)} has the mean "
+                f"{float(mean[worst]):.3g} and the std {float(std[worst]):.3g} in std of the first "
+                "chunk. The model resolves the stream badly. Begin a new model with a chunk that "
+                "is like the stream, such as one that is shuffled.",
                 stacklevel=4,
             )
 

@@ -33,7 +33,7 @@ def missing_values(x: Tensor) -> Tensor | None:
     """
     if x.ndim != 2 or not x.is_floating_point():
         return None
-    missing = x.isnan()
+    missing = torch.isnan(x)
     return missing if bool(missing.any()) else None
 
 

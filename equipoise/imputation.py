@@ -4,10 +4,11 @@ r"""Imputation: the missing values of a row, given those that are observed.
     = \int p(x_\mathrm{mis}|x_\mathrm{obs}, z)\, p(z|x_\mathrm{obs})\, dz
 
 p(z) is the mixture of eq. (13). Codes of :math:`p(z|x_\mathrm{obs})` are drawn by importance
-sampling: half of them from a Gaussian, which is q(z|x) at first, and half from p(z). In each further
-round the Gaussian takes the mean and the variance that were found. Hence a row is imputed well also
-where the encoder has not met its gaps, and a row without any value from p(z) alone. Given a code,
-the mean and variance of what is missing have a closed form, with and without correlated noise.
+sampling: half of them from a Gaussian, which is q(z|x) at first, and half from p(z). In each
+further round the Gaussian takes the mean and the variance that were found. Hence a row is imputed
+well also where the encoder has not met its gaps, and a row without any value from p(z) alone. Given
+a code, the mean and variance of what is missing have a closed form, with and without correlated
+noise.
 
 Mattei and Frellsen (2019), *MIWAE: Deep generative modelling and imputation of incomplete data
 sets*, for the weights; Cappé et al. (2004), *Population Monte Carlo*, for the rounds; Hesterberg
@@ -102,7 +103,7 @@ def impute(
 
     gaps = raw.isnan().any(1).nonzero().flatten()
     block = max(1, VALUES_AT_ONCE // (n_samples * max(model.shape[0], 1)))
-    for rows in gaps.split(block) if len(gaps) else ():
+    for rows in torch.split(gaps, block) if len(gaps) else ():
         x = model.scaling(raw[rows])
         missing = x.isnan()
         generators = RowGenerators.of(x)

@@ -28,7 +28,7 @@ class Imputed(NamedTuple):
 
 # scikit-learn has no types.
 class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    r"""Fill the gaps of a table, NaN, by a variational autoencoder, and say how well they are known.
+    r"""Fill the gaps of a table, NaN, by a variational autoencoder, each with its uncertainty.
 
     .. math:: \mathrm{E}[x_\mathrm{mis}|x_\mathrm{obs}], \qquad
         \mathrm{Var}[x_\mathrm{mis}|x_\mathrm{obs}]

@@ -191,7 +191,7 @@ def write_reconstructed_table(model: VAE, raw: NDArray[Any], path: Path) -> list
     """
     x = torch.from_numpy(raw)
     model.scaling.check(x)
-    parts = [model.reconstruct(model.scaling(rows)) for rows in x.split(DECODED_AT_ONCE)]
+    parts = [model.reconstruct(model.scaling(rows)) for rows in torch.split(x, DECODED_AT_ONCE)]
     mean = model.scaling.restore(torch.cat([part.mean for part in parts])).numpy()
     std = model.scaling.restore_std(torch.cat([part.std for part in parts])).numpy()
     return [_write_columns(path, model, mean), _write_columns(beside(path, "std"), model, std)]

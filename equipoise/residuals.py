@@ -300,7 +300,9 @@ class ResidualCovariance(SquareSums):
         # Of two columns that are never seen together, nothing is known.
         covariance = covariance.nan_to_num(0.0)
         var, axes = torch.linalg.eigh(covariance)
-        return axes * var.clamp_min(SMALLEST_SHARE * var[-1]) @ axes.mT
+        var = var.clamp_min(SMALLEST_SHARE * float(var[-1]))
+        nearest: Tensor = axes * var @ axes.mT
+        return nearest
 
     @property
     def var(self) -> Tensor:

@@ -163,7 +163,7 @@ class TestStatistics:
         assert running.var.tolist() == [4.0, 1.0]
 
     def test_a_covariance_is_over_pairs_and_positive_definite(self):
-        x, holed = with_gaps(20_000)
+        _, holed = with_gaps(20_000)
         statistic = ResidualCovariance(D, has_gaps=True)
         for batch in holed.split(3000):
             statistic.update(batch)
@@ -187,7 +187,7 @@ class TestStatistics:
 
 class TestData:
     def test_units_are_those_of_observed_values(self):
-        x, holed = (part.numpy() for part in with_gaps(500))
+        _, holed = (part.numpy() for part in with_gaps(500))
         unit = table_unit(Subset.whole(holed))
         np.testing.assert_allclose(unit.offset, np.nanmean(holed, 0), atol=1e-6)
         np.testing.assert_allclose(unit.scale, np.nanstd(holed, 0), rtol=1e-5)
@@ -276,7 +276,9 @@ class TestImputation:
             expected = torch.where(seen, holed[row], gain @ holed[row, seen])
             var = (COVARIANCE - gain @ COVARIANCE[seen]).diagonal().masked_fill(seen, 0.0)
             torch.testing.assert_close(found.mean[row], expected, atol=0.08, rtol=0.05)
-            torch.testing.assert_close(found.std[row], var.clamp_min(0).sqrt(), atol=0.08, rtol=0.05)
+            torch.testing.assert_close(
+                found.std[row], var.clamp_min(0).sqrt(), atol=0.08, rtol=0.05
+            )
 
     def test_draws_have_these_moments_and_what_is_observed(self):
         _, holed = with_gaps(6)

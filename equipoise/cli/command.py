@@ -125,9 +125,7 @@ def data_of(run: "Run", terminal: "Terminal", data_dir: str | None) -> "Data":
     return run.data(data_dir, decoding_bar(terminal))
 
 
-def other_examples(
-    source: str, model: "VAE", options: Namespace, terminal: "Terminal"
-) -> "Subset":
+def other_examples(source: str, model: "VAE", options: Namespace, terminal: "Terminal") -> "Subset":
     """Load examples for a model, and show how far that is."""
     from equipoise.data import load_examples
 

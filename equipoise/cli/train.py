@@ -293,6 +293,8 @@ def _describe_table(source: str, options: Namespace, terminal: "Terminal") -> No
         table = read_table(path)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if options.columns or options.drop:
+        table = table.select(options.columns, options.drop)
     terminal.message(table.describe())
 
 

@@ -139,7 +139,7 @@ def prepare(
         part.summary or summarise(view, content.source)
         for part, view in zip(parts, views, strict=True)
     ]
-    gaps = [summary for summary in summaries if summary.n_missing is not None]
+    gaps = [summary.n_missing for summary in summaries if summary.n_missing is not None]
     n_constant = summaries[0].n_constant
     if for_training and n_constant == np.prod(shape):
         raise ValueError(
@@ -170,8 +170,8 @@ def prepare(
             unit = table_unit(part, for_training, content.columns)
         except ValueError as error:
             raise ValueError(f"{content.source}: {error}") from error
-        n_missing = sum((summary.n_missing for summary in gaps), np.zeros(shape, np.int64))
         if gaps:
+            n_missing = np.sum(gaps, 0)
             share = n_missing.sum() / (sum(len(view) for view in views) * len(n_missing))
             notes.append(
                 f"{share:.1%} of the values are missing, in {np.count_nonzero(n_missing)} of "
@@ -374,7 +374,9 @@ def summarise(values: Array, source: str) -> Summary:
 
     n_constant = int(np.count_nonzero(low == high))
     gaps = n_missing if n_missing.any() else None
-    extremes = (0.0, 0.0) if np.isnan(low).all() else (float(np.nanmin(low)), float(np.nanmax(high)))
+    extremes = (
+        (0.0, 0.0) if np.isnan(low).all() else (float(np.nanmin(low)), float(np.nanmax(high)))
+    )
     return Summary(digest.hexdigest(), *extremes, n_constant, gaps)
 
 
@@ -453,8 +455,8 @@ def table_unit(train: Subset, for_training: bool = True, names: tuple[str, ...] 
 
     if for_training and not count.all():
         raise ValueError(
-            f"columns {_columns(count == 0, names)} have no value in any of the {len(train)} training "
-            "rows; leave them out"
+            f"columns {_columns(count == 0, names)} have no value in any of the {len(train)} "
+            "training rows; leave them out"
         )
     low, high = np.where(count > 0, low, 0.0), np.where(count > 0, high, 0.0)
     count = np.maximum(count, 1)
@@ -479,8 +481,8 @@ def table_unit(train: Subset, for_training: bool = True, names: tuple[str, ...] 
         notes.append(f"constant columns: {_columns(constant & ~coarse, names)}")
     if coarse.any():
         cautions.append(
-            f"columns {_columns(coarse, names)} vary by less than 1e-5 of their mean, near the resolution "
-            "of float32: subtract the mean in float64 before"
+            f"columns {_columns(coarse, names)} vary by less than 1e-5 of their mean, near the "
+            "resolution of float32: subtract the mean in float64 before"
         )
 
     scale = np.where(constant, np.maximum(np.float32(1), (high - low).astype(np.float32)), scale)

@@ -34,7 +34,7 @@ MISSING = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None",
 SEPARATORS = (",", ";", "\t", "|")
 SAMPLE_BYTES, SAMPLE_LINES = 1 << 16, 100
 INFERRED_ROWS = 10_000
-SHOWN_ROWS, SHOWN_COLUMNS, LISTED = 5, 8, 10
+SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARACTERS, LISTED = 5, 8, 12, 10
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
 DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?")
@@ -125,31 +125,9 @@ class Table:
         Raises:
             ValueError: If a column holds text or dates. It names all of them, and what to do.
         """
-        problems = []
-        for kind, advice in (
-            ("dates", "give numbers in their place, such as days since the first,"),
-            ("text", "categories are not learned yet: give numbers in their place,"),
-            ("empty", "there is nothing to learn in them:"),
-        ):
-            found = [column for column in self.columns if column.kind == kind]
-            if found:
-                names = [column.name for column in found]
-                notes = "; ".join(column.note for column in found[:3] if column.note)
-                what = {"empty": "no value at all"}.get(kind, kind)
-                problems.append(
-                    f"{what} in {_listed(names)}{f' ({notes})' if notes else ''}: {advice}"
-                    f"{'' if kind == 'empty' else ' or'} leave them out by --drop "
-                    f"{' '.join(_quoted(name) for name in names[:LISTED])}"
-                )
-        others = [
-            f"{column.name!r} of type {column.kind}"
-            for column in self.columns
-            if not column.is_numeric and column.kind not in ("dates", "text", "empty")
-        ]
-        if others:
-            problems.append(f"no numbers in {', '.join(others[:LISTED])}: leave them out by --drop")
-        if problems:
-            raise ValueError("; ".join(problems))
+        bad = [column for column in self.columns if not column.is_numeric]
+        if bad:
+            raise ValueError(_problem_of(bad))
 
         import polars as pl
 
@@ -176,10 +154,15 @@ class Table:
             lines.append("  ".join(parts).rstrip())
 
         lines.append(f"first rows of the first {min(SHOWN_COLUMNS, len(self.columns))} columns")
-        rows = self.frame.head(SHOWN_ROWS).rows()
-        for row in rows:
-            cells = ["" if cell is None else visible(str(cell))[:20] for cell in row[:SHOWN_COLUMNS]]
-            lines.append("  " + "  ".join(cells))
+        shown = self.frame.select(self.frame.columns[:SHOWN_COLUMNS]).head(SHOWN_ROWS)
+        cells = [
+            ["." if cell is None else visible(str(cell), SHOWN_CHARACTERS) for cell in row]
+            for row in [tuple(shown.columns), *shown.rows()]
+        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row in cells:
+            padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  " + "  ".join(padded))
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
@@ -265,7 +248,7 @@ def write_filled(
         source: Path of the table. Its order of columns, and those that are not named, stay.
         names: Names of the columns that the values are of, or their order if the file has no names.
         values: Values, (N, D).
-        filled: True for the cells that get a value; the others stay as they are in the file, (N, D).
+        filled: True for the cells that get a value, (N, D). The others stay as they are.
 
     Returns:
         The path of the new file.
@@ -280,7 +263,9 @@ def write_filled(
         if gaps.any():
             # Whole numbers and flags become real numbers where a gap is filled.
             old = frame[name].cast(pl.Float64)
-            new = old.scatter(np.flatnonzero(gaps), column[gaps].astype(np.float64))
+            # The shortest decimals of a float32, and not all of those of its float64.
+            found = [float(str(value)) for value in column[gaps]]
+            new = old.scatter(np.flatnonzero(gaps), found)
             frame = frame.with_columns(new.alias(name))
     return write_frame(path, frame)
 
@@ -358,7 +343,9 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
     text = start.decode(errors="ignore").removeprefix("\ufeff")
     separator = _separator(text, TEXT_FORMATS[kind])
     rows = _sample(text, separator)
-    has_names = not all(NUMBER.fullmatch(c.strip().replace(",", ".", 1)) for c in rows[0] if c.strip())
+    has_names = not all(
+        NUMBER.fullmatch(c.strip().replace(",", ".", 1)) for c in rows[0] if c.strip()
+    )
     has_commas = separator != "," and _has_decimal_commas(rows[has_names:])
     if separator != TEXT_FORMATS[kind]:
         notes.append(f"columns are separated by {separator!r}")
@@ -531,6 +518,29 @@ def _index_notes(frame: Frame, columns: tuple[Column, ...]) -> list[str]:
         f"the column {first.name!r} counts the rows; if it is an index, leave it out by "
         f"--drop {_quoted(first.name)}"
     ]
+
+
+ADVICE = {
+    "dates": "dates in {}: give numbers in their place, such as days since the first",
+    "text": "text in {}: categories are not learned yet, give numbers in their place",
+    "empty": "no value at all in {}",
+}
+"""What is said of the columns that hold no numbers, by what they hold."""
+
+
+def _problem_of(columns: list[Column]) -> str:
+    """Name columns that hold no numbers, say what they hold, and what to do."""
+    problems = []
+    for kind in dict.fromkeys(column.kind for column in columns):
+        found = [column for column in columns if column.kind == kind]
+        listed = _listed([column.name for column in found])
+        notes = "; ".join(column.note for column in found[:3] if column.note)
+        if notes:
+            listed += f" ({notes})"
+        problems.append(ADVICE.get(kind, f"values of the type {kind} in {{}}").format(listed))
+
+    names = " ".join(_quoted(column.name) for column in columns[:LISTED])
+    return f"{'; '.join(problems)}. Or leave them out by --drop {names}"
 
 
 def _listed(names: Sequence[str] | Mapping[str, object]) -> str:

@@ -160,7 +160,7 @@ def worst_columns(model: VAE, raw: Tensor, n: int = WORST_COLUMNS) -> list[str]:
     """
     x = model.scaling(raw)
     found = []
-    for rows in x.split(DECODED_AT_ONCE):
+    for rows in torch.split(x, DECODED_AT_ONCE):
         reconstruction = model.reconstruct(rows)
         found.append((rows - reconstruction.mean) / reconstruction.std)
     distance = torch.cat(found)
