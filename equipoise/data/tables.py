@@ -208,10 +208,10 @@ def read_table(path: Path, limits: Limits = DEFAULT_LIMITS) -> Table:
         if kind == ".parquet":
             frame = pl.read_parquet(path)
         elif kind in BINARY_FORMATS:
-            frame = pl.read_ipc(path, memory_map=False)
+            frame = pl.read_ipc(path)
         else:
             frame, has_names, notes = _read_text(path, kind, limits)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"it is damaged, or no {kind[1:]} file ({reason})") from error
 
@@ -368,7 +368,7 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
     source: Any = path if content is None else content
     try:
         frame = pl.read_csv(source, infer_schema_length=INFERRED_ROWS, **options)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OSError) as error:
         if "utf-8" in str(error).lower() and encoding == "utf-8":
             raw = path.read_bytes() if content is None else content
             source = raw.decode("cp1252", errors="replace").encode()
