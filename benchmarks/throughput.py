@@ -352,13 +352,15 @@ def main():
     )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--compile", action="store_true", help="compile the networks of ours")
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-throughput.json"))
     options = parser.parse_args()
     logging.disable(logging.INFO)
 
     recipe = read_recipe(shipped_recipes()["mnist"])
     data = load(recipe.pop("data"), data_dir=options.data_dir)
-    config = make_config(recipe | {"accelerator": options.accelerator})
+    machine = {"accelerator": options.accelerator, "compile": options.compile}
+    config = make_config(recipe | machine)
     small = replace(
         data,
         train=data.train.take(slice(options.steps * config.batch_size)),
