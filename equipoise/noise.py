@@ -61,7 +61,7 @@ class NoiseModel(nn.Module, ABC):
     reads_features: bool = False
     """Whether :meth:`forward` takes what the decoder's layer ``hidden`` returns, and not codes."""
 
-    overfitting: float = 1.0
+    overfitting: float | Tensor = 1.0
     """Ratio of the variance of held-out residuals to that of training residuals, by which the
     closed form multiplies the latter within an epoch. The training loop sets it after each."""
 

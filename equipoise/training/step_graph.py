@@ -39,7 +39,6 @@ class StepGraph:
         self.say = say
         self.n_usual = 0
         self.is_possible = True
-        self.pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.x: Tensor
         self.figures: Tensor
@@ -58,10 +57,12 @@ class StepGraph:
             return self.work(x)
 
         if self.graph is None:
+            states = [generator.get_state() for generator in self._generators()]
             try:
                 self._record(x)
             except RuntimeError as error:
                 self.is_possible = False
+                self._mend_generators(states)
                 reason = str(error).partition("\n")[0]
                 self.say(f"Training steps cannot be replayed as a CUDA graph ({reason}).")
                 return self.work(x)
@@ -72,16 +73,23 @@ class StepGraph:
         self.graph.replay()
         return self.figures.clone()
 
-    def forget(self) -> None:
-        """Record the next step anew, because something that it computes with has changed."""
-        self.graph = None
-
     def _record(self, x: Tensor) -> None:
         """Record a step, which does not take it."""
         self.x = x.clone(memory_format=torch.preserve_format)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
 
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph):
             self.figures = self.work(self.x)
         self.graph = graph
+
+    def _generators(self) -> list[torch.Generator]:
+        """Return the generators that take part in a recording: ours, and the device's."""
+        return [self.generator, torch.cuda.default_generators[self.generator.device.index or 0]]
+
+    def _mend_generators(self, states: list[Tensor]) -> None:
+        """Let the generators draw again, which they refuse after a recording that has failed."""
+        for generator, state in zip(self._generators(), states, strict=True):
+            fresh = torch.Generator(generator.device)
+            fresh.set_state(state)
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())

@@ -48,7 +48,6 @@ from equipoise.training.logging import Sink
 from equipoise.training.passes import EVALUATION_BATCH, SplitPass
 from equipoise.training.preemption import Preempted, Sigterm
 from equipoise.training.setup import choose_stage_two
-from equipoise.training.step_graph import StepGraph
 from equipoise.training.stage_ends import (
     HeldOutVar,
     exact_optimal_var,
@@ -57,6 +56,7 @@ from equipoise.training.stage_ends import (
     statistic_residual,
     worth_of_prediction,
 )
+from equipoise.training.step_graph import StepGraph
 
 DISPLAY_SECONDS = 1.0
 AGREEMENT_STEPS = 10
@@ -149,6 +149,7 @@ class Trainer:
         self.history: list[Row] = []
         self.optimal_var: Tensor | None = None
         self.overfitting = 1.0
+        self.ratio = torch.ones((), dtype=torch.float64, device=self.fabric.device)
         self.stage_1_noise: dict[str, Any] | None = None
         if not model.noise.depends_on_code:
             self.stage_1_noise = describe_noise(model.noise)
@@ -237,6 +238,8 @@ class Trainer:
                 restore_networks(self.model)
             if self.descent is not None:
                 self.descent.release()
+            self.graph = None
+            self.model.noise.overfitting = self.overfitting
             for sink in self.sinks:
                 sink.close()
 
@@ -333,9 +336,6 @@ class Trainer:
         descent = self._entered()
         is_shared = self.processes.size > 1
         step = self.graph or self._step
-        if self.graph is not None:
-            # Between epochs, the overfitting ratio and other numbers change.
-            self.graph.forget()
 
         if self.position.batch == 0:
             self.means = RunningMeans()
@@ -480,7 +480,9 @@ class Trainer:
             self._set_overfitting(overfitting_ratio(measured))
 
     def _set_overfitting(self, ratio: float) -> None:
-        self.overfitting = self.model.noise.overfitting = ratio
+        self.overfitting = ratio
+        # A step that is replayed reads it from this place.
+        self.model.noise.overfitting = self.ratio.fill_(ratio)
 
     def _find_optimal_var(self) -> tuple[dict[str, float], str]:
         """Set the noise variance of stage 1 to its exact optimum, eq. (10).
