@@ -20,7 +20,7 @@ import yaml
 
 from equipoise.catalogue import ARCHITECTURES, NOISES, OBJECTIVES
 
-PLACEMENT = ("devices", "num_nodes")
+PLACEMENT = ("devices", "num_nodes", "cuda_graphs")
 """Options that may change when a run is resumed: they say where it runs, not what it does."""
 
 MACHINE = (*PLACEMENT, "accelerator", "compile", "tracker", "checkpoint_seconds")
@@ -170,8 +170,11 @@ class TrainConfig:
     """Number of machines. Each runs the same number of processes. The guide on scaling says how
     they find one another."""
     compile: bool = False
-    """Compile the networks with torch.compile, which delays the start of each stage. On one GPU it
-    uses CUDA graphs."""
+    """Compile the networks with torch.compile, which delays the start of each stage."""
+    cuda_graphs: bool | None = None
+    """Replay each training step as one CUDA graph, on one GPU, which computes the same. By default
+    (null) it is done unless networks or noise model are your own, whose Python would be left
+    out."""
     checkpoint_seconds: float = 0.0
     """Seconds between checkpoints within an epoch that takes longer than this. 0 writes one after
     each epoch only. SIGTERM writes one at once in any case."""
