@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from equipoise.correlation import AnyGaussian
 from equipoise.digital import DigitalGaussian, Levels
-from equipoise.gaps import missing_values, observed_difference, row_means
+from equipoise.gaps import missing_values, observed_difference
 from equipoise.gaussian import (
     Gaussian,
     Randomness,
@@ -100,9 +100,11 @@ class Terms(NamedTuple):
         Where x is missing, the mean of the others counts.
         """
         squared = self.residual.square()
-        if missing_values(squared) is None:
+        missing = missing_values(squared)
+        if missing is None:
             return sum_dimensions(squared)
-        return squared.shape[1] * row_means(squared).nan_to_num(0.0)
+        observed = (~missing).sum(1).clamp_min(1)
+        return sum_dimensions(squared.masked_fill(missing, 0.0)) * (missing.shape[1] / observed)
 
 
 class Objective(nn.Module, ABC):

@@ -131,7 +131,8 @@ class ResidualVariance(SquareSums):
         known = self.var.to(squared.dtype)
         common = squared.nanmean().nan_to_num(0.0)
         means = torch.where(missing.all(0), known, squared.nanmean(0))
-        filled = torch.where(missing, means.nan_to_num(float(common)), squared)
+        means = torch.where(means.isnan(), common, means)
+        filled = torch.where(missing, means, squared)
         return filled, torch.full_like(self.count, len(squared))
 
     @property

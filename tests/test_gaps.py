@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import equipoise
+from equipoise import gaussian, objectives, residuals
 from equipoise.aggregate import GaussianMixture
 from equipoise.correlation import CorrelatedGaussian, FullCorrelation, LowRankCorrelation
 from equipoise.data import load
@@ -376,6 +377,44 @@ class TestTraining:
         missing = np.isnan(holed)
         error = np.sqrt(np.square(found.mean.numpy() - x)[missing].mean())
         assert error < 0.8 * np.sqrt(np.square(x)[missing].mean())
+
+    @pytest.mark.parametrize("noise", ["global", "dimension"])
+    def test_a_mask_of_no_gaps_changes_no_bit(self, monkeypatch, noise):
+        """Recordings of CUDA graphs always have a mask, because they cannot ask for gaps."""
+        data = load(with_gaps(100)[0].numpy())
+        config = equipoise.TrainConfig(
+            latent_dim=2, stage_1_epochs=2, stage_2_epochs=2, batch_size=32, noise=noise
+        )
+        results = []
+        for is_masked in (False, True):
+            if is_masked:
+                for module in (gaussian, objectives, residuals):
+                    monkeypatch.setattr(module, "missing_values", torch.isnan)
+            torch.manual_seed(0)
+            trainer = Trainer(make_model(data, config), data, config)
+            (*_, row) = trainer.fit()
+            results.append((row["train_elbo"], row["train_mse"], row["train_noise_var"]))
+        assert results[0] == results[1]
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+    @pytest.mark.parametrize("has_gaps", [False, True])
+    def test_a_gpu_replays_steps_of_tables(self, has_gaps):
+        data = load(with_gaps(400)[has_gaps].numpy())
+        rows = {}
+        for is_recorded in (False, True):
+            config = equipoise.TrainConfig(
+                latent_dim=2,
+                stage_1_epochs=4,
+                stage_2_epochs=2,
+                batch_size=32,
+                accelerator="cuda",
+                cuda_graphs=is_recorded,
+            )
+            torch.manual_seed(0)
+            trainer = Trainer(make_model(data, config), data, config)
+            rows[is_recorded] = trainer.fit()[-1]
+            assert (trainer.graph is None) or trainer.graph.is_possible
+        assert rows[True]["train_elbo"] == pytest.approx(rows[False]["train_elbo"], rel=1e-4)
 
     @pytest.mark.parametrize(
         "options",
