@@ -397,7 +397,7 @@ def bad_files(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
     np.save(tmp_path / "cut.npy", GREY)
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-100])
-    (tmp_path / "table.csv").write_text("1,2\n")
+    (tmp_path / "table.xlsx").write_text("1,2\n")
     return tmp_path
 
 
@@ -413,8 +413,8 @@ def bad_files(tmp_path):
         ("empty.npy", "cannot be read"),
         ("broken.npz", "cannot be read"),
         ("cut.npy", "cannot be read"),
-        ("table.csv", "type that cannot be read; expected one of digits"),
-        ("tabel.csv", "did you mean .*table.csv"),
+        ("table.xlsx", "type that cannot be read; expected one of digits"),
+        ("tabel.xlsx", "did you mean .*table.xlsx"),
     ],
 )
 def test_unusable_files_are_refused_by_name(bad_files, name, message):

@@ -252,6 +252,10 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
     from equipoise.data import load, load_stream
 
     if options.stream:
+        if options.columns or options.drop:
+            raise ConfigError(
+                ["--columns and --drop are for tables in files, which --stream does not read"]
+            )
         if options.max_bytes is not None:
             raise ConfigError(
                 ["--max-bytes is for .npz and .gz files; leave it out, because --stream reads none"]
