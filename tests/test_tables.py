@@ -96,7 +96,7 @@ class TestReading:
         assert data.columns == ("größe", "age")
         assert data.loading["columns"] == ["größe", "age"]
         assert load(tmp_path / "a.csv", drop=["age"]).columns == NAMES[1:]
-        with pytest.raises(ValueError, match="no column 'agee' among .* did you mean 'age'"):
+        with pytest.raises(ValueError, match=r"no column 'agee' among .* did you mean 'age'"):
             load(tmp_path / "a.csv", columns=["agee"])
         with pytest.raises(ValueError, match="no column is left"):
             load(tmp_path / "a.csv", drop=list(NAMES))
@@ -206,7 +206,7 @@ class TestNames:
         assert any("constant columns: 'largest'" in note for note in load(frame).notes)
 
         scaling = Scaling(torch.zeros(3), torch.ones(3), columns=NAMES)
-        text = scaling.range_warning(torch.from_numpy(ROWS + [0, 99, 0]))
+        text = scaling.range_warning(torch.from_numpy(ROWS + np.array([0, 99, 0])))
         assert "Column 'income, net' was 0" in text
 
     def test_an_estimator_and_its_file_keep_names(self, tmp_path):
@@ -219,7 +219,7 @@ class TestNames:
         again = equipoise.VAEEstimator.load(tmp_path / "a.safetensors")
         assert again.model_.scaling.columns == NAMES
         with pytest.warns(UserWarning, match="Column 'größe'"):
-            again.transform(frame + [0, 0, 1000.0])
+            again.transform(frame + np.array([0, 0, 1000.0]))
 
     def test_filled_tables_keep_what_they_had(self, tmp_path):
         source = tmp_path / "a.csv"
