@@ -177,8 +177,13 @@ class Trainer:
             StoreError: if all checkpoints are damaged, or were made with other data or options.
             Preempted: on SIGTERM.
         """
-        with self.sigterm if self.folder else nullcontext():
-            return self._fit(resume)
+        before = torch.backends.cudnn.deterministic
+        torch.backends.cudnn.deterministic = before or self.config.deterministic
+        try:
+            with self.sigterm if self.folder else nullcontext():
+                return self._fit(resume)
+        finally:
+            torch.backends.cudnn.deterministic = before
 
     def figures(self, split: SplitPass) -> SplitFigures:
         """Average the model's figures over a split, always with the same noise.
