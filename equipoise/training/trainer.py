@@ -25,6 +25,7 @@ from equipoise.data.batches import examples
 from equipoise.data.varying import counted_columns, varying_mask
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
+from equipoise.gaps import column_vars, observed_values
 from equipoise.model import VAE
 from equipoise.noise import build_noise, describe_noise
 from equipoise.randomness import stream
@@ -267,10 +268,11 @@ class Trainer:
         sample = examples(self.data.train, RANGE_EXAMPLES, self.fabric.device)
         sample = self.model.scaling(sample)
         counted = self.model.pooled(sample)
-        self.data_var = float(counted.var(0).mean())
+        self.data_var = float(column_vars(counted).nanmean())
         self.counted_share = counted[0].numel() / sample[0].numel()
 
-        warning = range_warning(self.model.decoder, float(sample.min()), float(sample.max()))
+        observed = observed_values(sample)
+        warning = range_warning(self.model.decoder, float(observed.min()), float(observed.max()))
         if warning:
             self._message(f"Warning: {warning}")
 
