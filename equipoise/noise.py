@@ -388,7 +388,7 @@ class _SharedNoise(NoiseModel):
     @property
     def shared_log_var(self) -> Tensor:
         if self.update_rule == "gradient":
-            return lower_bound(self.log_var, self.log_var.new_tensor(math.log(self.min_var)))
+            return lower_bound(self.log_var, torch.full_like(self.log_var, math.log(self.min_var)))
         return self.log_var
 
     @property

@@ -51,6 +51,7 @@ from equipoise.training.preemption import Preempted, Sigterm
 from equipoise.training.setup import choose_stage_two
 from equipoise.training.stage_ends import (
     HeldOutVar,
+    digital_log_probabilities,
     exact_optimal_var,
     held_out_var,
     recalibrate,
@@ -178,8 +179,13 @@ class Trainer:
             StoreError: if all checkpoints are damaged, or were made with other data or options.
             Preempted: on SIGTERM.
         """
-        with self.sigterm if self.folder else nullcontext():
-            return self._fit(resume)
+        before = torch.backends.cudnn.deterministic
+        torch.backends.cudnn.deterministic = before or self.config.deterministic
+        try:
+            with self.sigterm if self.folder else nullcontext():
+                return self._fit(resume)
+        finally:
+            torch.backends.cudnn.deterministic = before
 
     def figures(self, split: SplitPass) -> SplitFigures:
         """Average the model's figures over a split, always with the same noise.
@@ -541,19 +547,19 @@ class Trainer:
 
         Returns what a person should read.
         """
-        if self.stage_two.likelihood == "digital":
-            # It was not trained for a density, and its std may be far below rounding.
-            return []
-
         generator = self._stream("worth of prediction")
-        gain, shared_var = worth_of_prediction(
-            self.model, self.validation, generator, self.all_reduce
-        )
+        if self.stage_two.likelihood == "digital":
+            log_probs = digital_log_probabilities(self.model, self.validation, generator)
+            gain, shared_var = paired_gain(*log_probs, self.all_reduce), self.optimal_var
+        else:
+            gain, shared_var = worth_of_prediction(
+                self.model, self.validation, generator, self.all_reduce
+            )
         if gain.standard_error is None or gain.value + gain.standard_error >= 0:
             return []
 
         loss = _with_error(gain.times(-1.0))
-        if self.stage_1_noise is None:
+        if self.stage_1_noise is None or shared_var is None:
             return [
                 f"Warning: the predicted variance loses {loss} nats per held-out example against "
                 "one variance; train without stage 2."
