@@ -24,6 +24,8 @@ MIN_SIDE = 8
 
 MAX_DIMENSIONS = 10_000_000
 """Most values of an example."""
+EXACT_LEVELS = 2**24
+"""Number of levels that float32 tells apart."""
 CHUNK_BYTES = 1 << 24
 """Bytes of an array that are read at a time."""
 
@@ -358,9 +360,9 @@ def image_unit(dtype: np.dtype[Any], low: float, high: float, white: int = 255) 
         white: Value of 8-bit integers that becomes x = 1.
 
     Returns:
-        The unit. Booleans and integers in 0, ..., ``white`` are stored as uint8. Floating-point
-        values in [0, 1] are stored as float32 and are not rescaled. All other values are stored
-        as float32, and their range is mapped to [0, 1].
+        The unit. Booleans and integers in 0, ..., ``white`` are stored as uint8, and other integers
+        as int32. Floating-point values are stored as float32. The range of integers beyond 8 bits,
+        and of floating-point values outside [0, 1], is mapped to [0, 1].
     """
     if dtype.kind == "b":
         return _image_unit(np.uint8, 0.0, 1.0, 1.0, "two-valued images: x is 0 or 1")
@@ -380,9 +382,48 @@ def image_unit(dtype: np.dtype[Any], low: float, high: float, white: int = 255) 
     if not is_integer and low >= 0 and high <= 1:
         return _image_unit(np.float32, 0.0, 1.0, None)
 
-    quantum = 1 / (high - low) if is_integer else None
-    note = f"values from {low:g} to {high:g} rescaled to [0, 1]"
-    return _image_unit(np.float32, low, high - low, quantum, note)
+    note = f"values from {low:.10g} to {high:.10g} rescaled to [0, 1]"
+    if not is_integer:
+        return _image_unit(np.float32, low, high - low, None, note)
+    if high - low >= EXACT_LEVELS or max(-low, high) >= 2**31:
+        caution = (
+            f"{note}, as real numbers: float32 does not resolve so many levels; subtract what all "
+            "have in common, or divide"
+        )
+        unit = _image_unit(np.float32, low, high - low, None, caution)
+        return unit._replace(cautions=(caution,))
+
+    # The map is in float32, in which an offset beyond 2^24 is rounded.
+    offset = float(np.float32(low))
+    if offset > low:
+        offset = float(np.nextafter(np.float32(low), np.float32(-np.inf)))
+    scale = level_scale(max(1, int(high - offset)))
+    return _image_unit(np.int32, offset, float(scale), 1 / scale, note)
+
+
+def level_scale(n_steps: int) -> int:
+    """Find the scale by which each of some levels comes back from float32 to the bit.
+
+    Args:
+        n_steps: Largest level k, from 1 to 2^24; the smallest is 0.
+
+    Returns:
+        ``n_steps`` if (k / n_steps) n_steps = k for all levels in float32, as for 255 and 65,535.
+        Otherwise the next larger sum of two powers of two, at most a third larger, for which Kahan
+        has proved it (Goldberg, 1991, *What every computer scientist should know about
+        floating-point arithmetic*, theorem 7).
+
+    Example:
+        >>> level_scale(255), level_scale(41)
+        (255, 48)
+    """
+    levels = np.arange(n_steps + 1, dtype=np.float32)
+    if ((levels / np.float32(n_steps)) * np.float32(n_steps) == levels).all():
+        return n_steps
+
+    larger = int(2 ** (n_steps - 1).bit_length())
+    sums = (larger // 2 + 2**power for power in range(larger.bit_length()))
+    return min(number for number in sums if number >= n_steps)
 
 
 def _image_unit(
