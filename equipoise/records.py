@@ -28,6 +28,8 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Limit = Annotated[int, Meta(ge=1, le=2**53)]
 Size = Annotated[int, Meta(ge=1, le=10_000_000)]
 """A number of dimensions, units or components."""
+ImageSize = Annotated[str, Meta(pattern=r"^\d{1,5}x\d{1,5}$")]
+"""Width and height of images."""
 Side = Annotated[int, Meta(ge=0, le=10_000_000)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Shape = Annotated[list[Side], Meta(max_length=4)]
@@ -70,8 +72,11 @@ class LoadArguments(TypedDict):
 
     source: Name
     data_dir: NotRequired[Name]
-    image_size: NotRequired[Size]
+    image_size: NotRequired[Size | ImageSize]
     channels: NotRequired[Literal["grey", "rgb"]]
+    pages: NotRequired[Literal["examples", "channels", "first"]]
+    fit: NotRequired[Literal["crop", "pad", "stretch"]]
+    pool: NotRequired[bool]
     test_fraction: NotRequired[Fraction]
     validation_fraction: NotRequired[Fraction]
     strict: NotRequired[bool]
@@ -91,7 +96,7 @@ class StreamArguments(TypedDict):
     buffer_size: NotRequired[Size]
     name: NotRequired[Name]
     column: NotRequired[Name]
-    image_size: NotRequired[Size]
+    image_size: NotRequired[Size | ImageSize]
     channels: NotRequired[Literal["grey", "rgb"]]
     max_pixels: NotRequired[Limit]
 

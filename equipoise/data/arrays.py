@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from equipoise.data.dataset import Array, Data, Subset, split
+from equipoise.data.dataset import Array, Data, Names, Split, Subset, split
 from equipoise.data.duplicates import describe_shared
 
 MIN_EXAMPLES = 10
@@ -53,11 +53,17 @@ class Part(NamedTuple):
         values: The examples, (N, \*), in memory or memory-mapped.
         summary: Summary of ``values`` if it has been computed already.
         notes: Sentences that a user should read.
+        unreadable: Files that are left out, with the reason.
+        rows: Number of the file and of the page of each example, where not each file is one.
+        names: Names of the examples; None if they are numbered.
     """
 
     values: Array
     summary: Summary | None = None
     notes: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    rows: list[tuple[int, int]] | None = None
+    names: Names | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +78,8 @@ class Found:
         validation: The set's own validation part.
         test: The set's own test part.
         white: Value of 8-bit integers in images that becomes x = 1.
+        pieces: Indices of the set's own parts within ``train``, where they lie in one array. A part
+            that the set does not have is empty.
     """
 
     name: str
@@ -80,6 +88,7 @@ class Found:
     validation: Part | None = None
     test: Part | None = None
     white: int = 255
+    pieces: Split | None = None
 
 
 class Unit(NamedTuple):
@@ -120,6 +129,8 @@ def prepare(
 
     views = [examples(part.values, content.source) for part in parts]
     count, *shape = views[0].shape
+    if content.pieces is not None:
+        count = len(content.pieces.train)
 
     if for_training and count < MIN_EXAMPLES:
         details = "".join(f"; {note}" for note in notes)
@@ -143,11 +154,7 @@ def prepare(
             f"{content.source}: all training examples are the same; there is nothing to learn"
         )
 
-    pieces = split(
-        count,
-        test_fraction if content.test is None else 0.0,
-        validation_fraction if content.validation is None else 0.0,
-    )
+    pieces = _pieces(content, count, test_fraction, validation_fraction)
 
     kind: Literal["image", "table"]
     if len(shape) == 3:
@@ -156,6 +163,11 @@ def prepare(
         high = max(summary.high for summary in summaries)
         unit = image_unit(views[0].dtype, low, high, content.white)
 
+        raw_shape = content.train.values.shape
+        if shape[0] not in (1, 3):
+            place = "first" if raw_shape[1:] == tuple(shape) else "last"
+            sides = f"{shape[2]}x{shape[1]}"
+            notes.append(f"images of {sides} with {shape[0]} channels, which come {place}")
         if n_constant:
             notes.append(
                 f"pixel values that are the same in all images: {n_constant} of {np.prod(shape)}"
@@ -166,8 +178,8 @@ def prepare(
 
     def subset(part: Part | None, indices: NDArray[np.int64]) -> Subset:
         if part is None:
-            return Subset(views[0], indices, unit.dtype)
-        whole = Subset.whole(examples(part.values, content.source))
+            return Subset(views[0], indices, unit.dtype, content.train.names)
+        whole = Subset.whole(examples(part.values, content.source), part.names)
         return replace(whole, dtype=unit.dtype)
 
     train = subset(None, pieces.train)
@@ -195,6 +207,28 @@ def prepare(
         source=content.source,
         notes=tuple(dict.fromkeys([*notes, *unit.notes, *cautions])),
         cautions=tuple(cautions),
+    )
+
+
+def _pieces(content: Found, count: int, test_fraction: float, validation_fraction: float) -> Split:
+    """Indices of the parts that lie in the array of the training: the set's own, or drawn."""
+    own = content.pieces
+    has_test = content.test is not None or (own is not None and len(own.test) > 0)
+    has_validation = content.validation is not None or (
+        own is not None and len(own.validation) > 0
+    )
+    drawn = split(
+        count,
+        0.0 if has_test else test_fraction,
+        0.0 if has_validation else validation_fraction,
+    )
+    if own is None:
+        return drawn
+
+    return Split(
+        own.train[drawn.train],
+        np.concatenate([own.validation, own.train[drawn.validation]]),
+        np.concatenate([own.test, own.train[drawn.test]]),
     )
 
 
@@ -254,7 +288,8 @@ def examples(values: Array, source: str) -> Array:
     r"""View an array as a table, or as images with the channels first.
 
     Args:
-        values: The examples, (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C) with C of 1, 3 or 4.
+        values: The examples, (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C), see
+            :func:`channel_axis`.
         source: Name of the array in error messages.
 
     Returns:
@@ -271,16 +306,15 @@ def examples(values: Array, source: str) -> Array:
     if values.ndim == 3:
         values = values[:, None]
     elif values.ndim == 4:
-        is_channels_first = values.shape[1] in (1, 3, 4)
-        is_channels_last = values.shape[3] in (1, 3, 4)
-        if is_channels_first == is_channels_last:
+        axis = channel_axis(values.shape)
+        if axis is None:
             raise ValueError(
                 f"{source}: cannot tell the channels of an array of shape {values.shape}: expected "
-                "exactly one of axis 1 (N, C, H, W) and axis 3 (N, H, W, C) to be 1, 3 or 4 long; "
-                "reshape to (N, D) to use the values as a table"
+                "(N, C, H, W) or (N, H, W, C) with one of axis 1 and axis 3 of length 1, 3 or 4, "
+                "or shorter than the other axes; move the channels to axis 1 and make the images "
+                "square or larger, or reshape to (N, D) to use the values as a table"
             )
-        if is_channels_last:
-            values = np.moveaxis(values, 3, 1)
+        values = np.moveaxis(values, axis, 1)
     elif values.ndim != 2:
         raise ValueError(
             f"{source}: an array of shape {values.shape}; expected a table (N, D), grey images "
@@ -300,6 +334,31 @@ def examples(values: Array, source: str) -> Array:
     if 0 in values.shape:
         raise ValueError(f"{source}: an array of shape {values.shape} holds no values")
     return values
+
+
+def channel_axis(shape: tuple[int, ...]) -> int | None:
+    """Tell which axis of an array of images has the channels.
+
+    Args:
+        shape: (N, C, H, W) or (N, H, W, C).
+
+    Returns:
+        1 or 3: the one of 1, 3 or 4 channels, as of pictures; otherwise the one that differs where
+        the other two are equal, as of square images; otherwise the one that is the shortest. None
+        if that does not tell.
+
+    Example:
+        >>> [channel_axis((9, *sides)) for sides in [(3, 8, 8), (8, 8, 200), (12, 30, 5), (8, 8, 8)]]
+        [1, 3, 3, None]
+    """
+    _, first, middle, last = shape
+    if (first in (1, 3, 4)) != (last in (1, 3, 4)):
+        return 1 if first in (1, 3, 4) else 3
+    if (middle == last) != (first == middle):
+        return 1 if middle == last else 3
+    if first != last and min(first, last) < middle:
+        return 1 if first < last else 3
+    return None
 
 
 def summarise(values: Array, source: str) -> Summary:

@@ -3,10 +3,11 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -18,10 +19,12 @@ from equipoise.data.arrays import (
     prepare,
     refuse_hidden,
 )
-from equipoise.data.dataset import MAX_VALIDATION, Array, Channels, Data, Subset
-from equipoise.data.encoded import ImageReader, Progress, list_images
+from equipoise.data.dataset import MAX_VALIDATION, Array, Channels, Data, Fit, Pages, Subset
+from equipoise.data.encoded import EXTENSIONS, ImageReader, Progress, list_images, one_image
+from equipoise.data.folders import read_folder
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
+from equipoise.data.images import parse_size
 from equipoise.data.named import NAMES, celeba, digits, idx_set
 from equipoise.data.stream import Stream, first_examples, reader
 from equipoise.files import check_text, expanded
@@ -45,15 +48,21 @@ LISTED_ARRAYS, LONGEST_ARRAY_NAME = 20, 50
 MAX_IMAGE_SIZE = 4096
 """Longest side, in pixels, to which images are resized."""
 
-POSSIBLE = f"one of {', '.join(NAMES)}, a folder of images, an .npy or .npz file, or hf:owner/name"
+POSSIBLE = (
+    f"one of {', '.join(NAMES)}, a folder of images, an image, an .npy or .npz file, or "
+    "hf:owner/name"
+)
 
 
 def load(
     source: object = "digits",
     *,
     data_dir: str | Path | None = None,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     channels: Channels | None = None,
+    pages: Pages | None = None,
+    fit: Fit = "crop",
+    pool: bool = False,
     test_fraction: float = 0.1,
     validation_fraction: float = 0.1,
     strict: bool = False,
@@ -76,10 +85,17 @@ def load(
             (example, ...) tuples.
         data_dir: The first folder in which a named set is looked for. The folder
             $EQUIPOISE_DATA and the usual places follow.
-        image_size: Side in pixels of the square that each image file becomes: a centred square is
-            cut out and resized. None keeps the size of the images if they all have the same size
-            and no side is longer than 128 pixels.
-        channels: "grey" or "rgb". None means grey if all files are grey, otherwise RGB.
+        image_size: Size in pixels that each image file gets, one number for a square, or
+            "WIDTHxHEIGHT": the centre is cut out and resized. None keeps the size of the images if
+            they all have the same size and no side is longer than 128 pixels.
+        channels: "grey" or "rgb". None means grey if all files are grey, RGB if files are grey and
+            coloured, and otherwise all the bands that they have.
+        pages: What becomes of image files of several pages (TIFF, GIF): each is one of the
+            "examples", all of a file are the "channels" of one example, or only the "first" is
+            read. None means "examples".
+        fit: How images of other proportions get the size ``image_size``: "crop" cuts the centre
+            out, "pad" adds black bars, and "stretch" distorts them.
+        pool: Whether to take the parts of a folder (train, val, test) together, and split anew.
         test_fraction: Share of all examples that is used for the test if the set has no test part
             of its own, in [0, 1).
         validation_fraction: Share of the remaining examples that is used for validation if the
@@ -113,14 +129,19 @@ def load(
         >>> load(np.random.default_rng(0).normal(size=(100, 3))).train
         Subset(shape=(81, 3), dtype=float32)
     """
-    if image_size is not None and not 1 <= image_size <= MAX_IMAGE_SIZE:
+    sides = (1, 1) if image_size is None else parse_size(image_size)
+    if not 1 <= min(sides) <= max(sides) <= MAX_IMAGE_SIZE:
         raise ValueError(f"image_size must be from 1 to {MAX_IMAGE_SIZE} pixels, not {image_size}")
     if channels not in {None, "grey", "rgb"}:
         raise ValueError(f"channels must be 'grey', 'rgb' or None, not {channels!r}")
+    if pages not in {None, *get_args(Pages)}:
+        raise ValueError(f"pages must be one of {', '.join(get_args(Pages))}, not {pages!r}")
+    if fit not in get_args(Fit):
+        raise ValueError(f"fit must be one of {', '.join(get_args(Fit))}, not {fit!r}")
 
     limits = _limits(max_pixels, max_bytes)
-    reader = _reader(image_size, channels, strict, cache_dir, progress, limits)
-    content = _find(source, data_dir, reader, download)
+    reader = _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit)
+    content = _find(source, data_dir, reader, download, pool=pool)
     data = prepare(content, test_fraction, validation_fraction)
 
     if not _has_format(data, image_size, channels):
@@ -136,6 +157,9 @@ def load(
             data_dir=data_dir and str(expanded(data_dir).resolve()),
             image_size=image_size,
             channels=channels,
+            pages=pages,
+            fit=None if fit == "crop" else fit,
+            pool=pool,
             test_fraction=test_fraction,
             validation_fraction=validation_fraction,
             strict=strict,
@@ -155,7 +179,7 @@ def load_stream(
     buffer_size: int = 10_000,
     name: str = "stream",
     column: str | None = None,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     channels: Channels | None = None,
     max_pixels: int | None = None,
 ) -> Data:
@@ -344,6 +368,10 @@ def load_examples(
     progress: Progress | None = None,
     max_pixels: int | None = None,
     max_bytes: int | None = None,
+    pages: Pages | None = None,
+    fit: Fit = "crop",
+    pool: bool = False,
+    on_note: Callable[[str], None] | None = None,
 ) -> Subset:
     """Load examples to which a trained model is applied, in the order of the source.
 
@@ -359,28 +387,42 @@ def load_examples(
         progress: Function that is called with (done, total) while images are decoded.
         max_pixels: Most pixels of an image file, as in :func:`load`.
         max_bytes: Most bytes that a compressed file may unpack to, as in :func:`load`.
+        pages: What becomes of image files of several pages, as in :func:`load`.
+        fit: How images get the model's size, as in :func:`load`.
+        pool: Whether to take all parts of a folder, and not only its test part.
+        on_note: Called with each sentence that a user should read. None makes them warnings.
 
     Returns:
-        The test part if the source has its own, otherwise all examples.
+        The test part if the source has its own, otherwise all examples. Their method ``names``
+        says which file or row each is.
 
     Raises:
         ValueError: If the examples have another shape or cannot be read.
     """
     is_files = isinstance(source, str | Path) and (
-        str(source).startswith("hf:") or expanded(source).is_dir()
+        str(source).startswith("hf:")
+        or expanded(source).is_dir()
+        or expanded(source).suffix.lower() in EXTENSIONS
     )
-    image_size: int | None = None
+    image_size: str | None = None
     channels: Channels | None = None
     if is_files and len(shape) == 3:
         depth, height, width = shape
-        channels = "grey" if depth == 1 else "rgb"
-        if height == width:
-            image_size = height
+        if depth in (1, 3) and pages != "channels":
+            channels = "grey" if depth == 1 else "rgb"
+        image_size = f"{width}x{height}"
 
     limits = _limits(max_pixels, max_bytes)
-    reader = _reader(image_size, channels, strict, cache_dir, progress, limits)
-    content = _find(source, data_dir, reader, download=False)
+    reader = _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit)
+    content = _find(source, data_dir, reader, download=False, pool=pool)
+    if content.pieces is not None and not len(content.pieces.test):
+        content = replace(content, pieces=None)
     data = prepare(content, test_fraction=0.0, validation_fraction=0.0, for_training=False)
+    for note in content.train.notes:
+        if on_note is not None:
+            on_note(note)
+        else:
+            warnings.warn(note, stacklevel=2)
 
     if data.shape != shape:
         raise ValueError(
@@ -392,12 +434,14 @@ def load_examples(
 
 
 def _reader(
-    image_size: int | None,
+    image_size: int | str | None,
     channels: Channels | None,
     strict: bool,
     cache_dir: str | Path | None,
     progress: Progress | None,
     limits: Limits,
+    pages: Pages | None,
+    fit: Fit,
 ) -> ImageReader:
     return ImageReader(
         image_size,
@@ -406,6 +450,8 @@ def _reader(
         cache_dir=None if cache_dir is None else expanded(cache_dir),
         progress=progress,
         limits=limits,
+        pages=pages,
+        fit=fit,
     )
 
 
@@ -418,7 +464,7 @@ def _limits(max_pixels: int | None, max_bytes: int | None) -> Limits:
     return replace(DEFAULT_LIMITS, **{k: v for k, v in given.items() if v is not None})
 
 
-def _has_format(data: Data, image_size: int | None, channels: Channels | None) -> bool:
+def _has_format(data: Data, image_size: int | str | None, channels: Channels | None) -> bool:
     """Whether examples have the image size and the channels that a user requested, if any."""
     if not image_size and not channels:
         return True
@@ -429,7 +475,7 @@ def _has_format(data: Data, image_size: int | None, channels: Channels | None) -
     depth, height, width = data.shape
     if channels and depth != n_channels[channels]:
         return False
-    return not image_size or height == width == image_size
+    return not image_size or (width, height) == parse_size(image_size)
 
 
 def _numbers_held_out(test: object, validation: object, total: int, label: str) -> tuple[int, int]:
@@ -462,7 +508,12 @@ def _numbers_held_out(test: object, validation: object, total: int, label: str) 
 
 
 def _find(
-    source: object, data_dir: str | Path | None, reader: ImageReader, download: bool
+    source: object,
+    data_dir: str | Path | None,
+    reader: ImageReader,
+    download: bool,
+    *,
+    pool: bool = False,
 ) -> Found:
     if not isinstance(source, str | Path):
         label = f"an object of type {type(source).__name__}"
@@ -474,7 +525,7 @@ def _find(
 
     if str(source).startswith("hf:"):
         return hub_set(str(source).removeprefix("hf:"), reader)
-    return _load_path(expanded(source), reader)
+    return _load_path(expanded(source), reader, pool=pool)
 
 
 def _load_named(name: str, data_dir: Path | None, reader: ImageReader, download: bool) -> Found:
@@ -492,11 +543,11 @@ def _load_named(name: str, data_dir: Path | None, reader: ImageReader, download:
     return hub_set(MIRRORS[name], reader, name)
 
 
-def _load_path(path: Path, reader: ImageReader) -> Found:
+def _load_path(path: Path, reader: ImageReader, *, pool: bool) -> Found:
     source = str(path)
     if path.is_dir():
         name = os.path.basename(os.path.abspath(path))  # of "..", too
-        return Found(name, source, reader.read(list_images(path).encoded()))
+        return read_folder(list_images(path), name, reader, pool=pool)
 
     if not path.exists():
         similar = _similar_names(path)
@@ -504,6 +555,8 @@ def _load_path(path: Path, reader: ImageReader) -> Found:
         raise ValueError(
             f"{source!r} is neither a known data set nor a path{hint} Expected {POSSIBLE}"
         )
+    if path.suffix.lower() in EXTENSIONS:
+        return Found(path.stem, source, reader.read(one_image(path).encoded()))
     if path.suffix not in {".npy", ".npz"}:
         raise ValueError(f"{source} is a file of a type that cannot be read; expected {POSSIBLE}")
 
