@@ -274,7 +274,7 @@ def with_value(value: float) -> np.ndarray:
         (np.zeros(20), "expected a table"),
         (np.zeros((20, 3, 8, 8, 8)), "expected a table"),
         (np.zeros((20, 0)), "holds no values"),
-        (np.zeros((20, 7, 9, 9)), "cannot tell the channels"),
+        (np.zeros((20, 9, 9, 9)), "cannot tell the channels"),
         (np.zeros((20, 3, 32, 3)), "cannot tell the channels"),
         (GREY[:, :7], "12x7; each side must be at least 8"),
         (GREY[:9], "too few training examples: 9 of at least 10"),

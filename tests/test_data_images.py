@@ -76,7 +76,10 @@ def test_folders_are_searched_in_sorted_order_without_hidden_files(tmp_path):
     (tmp_path / "in" / "labels.csv").write_text("a,b")
     data = load(tmp_path / "in", strict=True)
     assert np.array_equal(everything(data), COLOUR.transpose(0, 3, 1, 2))
-    assert data.notes == ("other files ignored: 1 (labels.csv)",)
+    assert data.notes == (
+        "folders as of 2 classes (a, b): their names are not used",
+        "other files ignored: 1 (labels.csv)",
+    )
 
 
 def test_grey_stays_grey_only_if_all_are(tmp_path):

@@ -80,6 +80,7 @@ class Found:
         white: Value of 8-bit integers in images that becomes x = 1.
         pieces: Indices of the set's own parts within ``train``, where they lie in one array. A part
             that the set does not have is empty.
+        axis: Axis of the channels of images, if it is known, 1 or 3.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Found:
     test: Part | None = None
     white: int = 255
     pieces: Split | None = None
+    axis: int | None = None
 
 
 class Unit(NamedTuple):
@@ -127,7 +129,7 @@ def prepare(
     parts = [part for part in (content.train, content.validation, content.test) if part is not None]
     notes = [note for part in parts for note in part.notes]
 
-    views = [examples(part.values, content.source) for part in parts]
+    views = [examples(part.values, content.source, content.axis) for part in parts]
     count, *shape = views[0].shape
     if content.pieces is not None:
         count = len(content.pieces.train)
@@ -163,9 +165,8 @@ def prepare(
         high = max(summary.high for summary in summaries)
         unit = image_unit(views[0].dtype, low, high, content.white)
 
-        raw_shape = content.train.values.shape
-        if shape[0] not in (1, 3):
-            place = "first" if raw_shape[1:] == tuple(shape) else "last"
+        if shape[0] not in (1, 3) and content.axis is None:
+            place = "first" if content.train.values.shape[1:] == tuple(shape) else "last"
             sides = f"{shape[2]}x{shape[1]}"
             notes.append(f"images of {sides} with {shape[0]} channels, which come {place}")
         if n_constant:
@@ -179,7 +180,7 @@ def prepare(
     def subset(part: Part | None, indices: NDArray[np.int64]) -> Subset:
         if part is None:
             return Subset(views[0], indices, unit.dtype, content.train.names)
-        whole = Subset.whole(examples(part.values, content.source), part.names)
+        whole = Subset.whole(examples(part.values, content.source, content.axis), part.names)
         return replace(whole, dtype=unit.dtype)
 
     train = subset(None, pieces.train)
@@ -284,13 +285,14 @@ def refuse_hidden(values: object) -> None:
         raise ValueError("a picture of indices into a palette; give what convert('RGB') returns")
 
 
-def examples(values: Array, source: str) -> Array:
+def examples(values: Array, source: str, axis: int | None = None) -> Array:
     r"""View an array as a table, or as images with the channels first.
 
     Args:
         values: The examples, (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C), see
             :func:`channel_axis`.
         source: Name of the array in error messages.
+        axis: Axis of the channels of images, if it is known, 1 or 3.
 
     Returns:
         The examples, (N, D) or (N, C, H, W). They share memory with ``values``.
@@ -306,7 +308,7 @@ def examples(values: Array, source: str) -> Array:
     if values.ndim == 3:
         values = values[:, None]
     elif values.ndim == 4:
-        axis = channel_axis(values.shape)
+        axis = axis or channel_axis(values.shape)
         if axis is None:
             raise ValueError(
                 f"{source}: cannot tell the channels of an array of shape {values.shape}: expected "

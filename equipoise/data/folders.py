@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -83,12 +84,13 @@ def read_folder(listing: Listing, name: str, reader: ImageReader, *, pool: bool)
             f"folders as of {len(folders.classes)} classes ({first_names(folders.classes)}): their "
             "names are not used"
         )
+    found = Found(name, str(listing.folder), _with_notes(part, notes), axis=1)
     if not folders.parts:
-        return Found(name, str(listing.folder), _with_notes(part, notes))
+        return found
 
     if pool:
         notes.append("folders of parts (train and others) pooled, and split anew")
-        return Found(name, str(listing.folder), _with_notes(part, notes))
+        return replace(found, train=_with_notes(part, notes))
 
     # Several rows may come from one file.
     files = range(len(listing.names)) if part.rows is None else [file for file, _ in part.rows]
@@ -102,7 +104,7 @@ def read_folder(listing: Listing, name: str, reader: ImageReader, *, pool: bool)
     n_outside = int(np.count_nonzero(of_row == ""))
     if n_outside:
         notes.insert(1, f"images outside the folders of the parts left out: {n_outside}")
-    return Found(name, str(listing.folder), _with_notes(part, notes), pieces=Split(**pieces))
+    return replace(found, train=_with_notes(part, notes), pieces=Split(**pieces))
 
 
 def _with_notes(part: Part, notes: list[str]) -> Part:

@@ -115,8 +115,9 @@ def is_stack(file: Path | BytesIO, limits: Limits = DEFAULT_LIMITS) -> bool:
             has_names = description.startswith(NAMED_AXES) and _count_pages(image) > 1
             # Four bands are colours and transparency, or four inks, only if the file says so.
             is_picture = tags.get(262) == 5 or any(kind in (1, 2) for kind in tags.get(338, ()))
-            has_bands = tags.get(277, 1) == 4 and not is_picture
-            is_in_planes = _is_deep(image) and len(image.tile) > 1 and tags.get(284) == 2
+            n_bands = tags.get(277, 1)
+            has_bands = n_bands in (2, 4) and not is_picture
+            is_in_planes = n_bands > 1 and tags.get(258, (8,))[0] > 8 and tags.get(284) == 2
             return has_names or has_bands or is_in_planes
     except ValueError as error:
         return "no image that can be read" in str(error)

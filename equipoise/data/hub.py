@@ -78,7 +78,7 @@ def hub_set(address: str, reader: ImageReader, name: str | None = None) -> Found
     if "test" in splits and splits["test"] is not train:
         test_part = read("test", splits["test"])
 
-    return Found(name or address, label, train_part, validation_part, test_part)
+    return Found(name or address, label, train_part, validation_part, test_part, axis=1)
 
 
 class HubPasses(NamedTuple):

@@ -26,6 +26,9 @@ __all__ = ["Header", "Plan", "decode", "make_plan", "parse_size", "plan_notes", 
 AS_THEY_ARE = 128
 """Longest side, in pixels, of images that are used without cropping or resizing."""
 
+MAIN_SHARE = 0.9
+"""Share of the images from which those of another kind are left out, each with the reason."""
+
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey, as in Pillow (ITU-R 601)."""
 
@@ -112,6 +115,7 @@ def make_plan(
         ValueError: If the user has to choose a size, the size is too small, or the images differ in
             what cannot be converted.
     """
+    headers = _of_one_kind(headers, source)
     depth = _common_bands(headers, channels, source)
     n_pages = 1
     if pages == "channels":
@@ -125,7 +129,8 @@ def make_plan(
         (depth * n_pages, 0, 0),
         resize=False,
         fit=fit,
-        dtype=_common_dtype(headers, source),
+        # That of 16 bits, where some have 8.
+        dtype=max((header.dtype for header in headers), key=lambda name: np.dtype(name).itemsize),
         pages=pages or "examples",
         n_pages=n_pages,
     )
@@ -158,18 +163,36 @@ def make_plan(
     return plan._replace(shape=(plan.shape[0], height, width))
 
 
+def _kind(header: Header) -> str:
+    """Name what decides which images can be in one array: bands, and the unit of the values."""
+    bands = "grey and colour" if header.bands in (1, 3) else f"{header.bands} bands"
+    if header.dtype in ("uint8", "uint16"):
+        # Those of 8 bits are multiplied by 257, where there are some of 16.
+        return f"{bands}, 8 or 16 bits"
+    return f"{bands}, {header.dtype}"
+
+
+def _of_one_kind(headers: Counter[Header], source: str) -> Counter[Header]:
+    """Headers of the images that make the data set; a few others are left out when decoded."""
+    kinds = Counter[str]()
+    for header, count in headers.items():
+        kinds[_kind(header)] += count
+
+    kind, n_most = kinds.most_common(1)[0]
+    if n_most < MAIN_SHARE * kinds.total():
+        listed = "; ".join(f"{kind} ({count})" for kind, count in kinds.most_common(5))
+        raise ValueError(
+            f"{source}: images that do not go together: {listed}: keep them apart, or convert them"
+        )
+    return Counter({header: n for header, n in headers.items() if _kind(header) == kind})
+
+
 def _common_bands(headers: Counter[Header], channels: Channels | None, source: str) -> int:
     """Number of channels that the pages of all images get."""
-    numbers = Counter[int]()
-    for header, count in headers.items():
-        numbers[header.bands] += count
-
-    if numbers.keys() <= {1, 3}:
+    numbers = {header.bands for header in headers}
+    if numbers <= {1, 3}:
         is_grey = channels == "grey" or (channels is None and 3 not in numbers)
         return 1 if is_grey else 3
-    if len(numbers) > 1:
-        listed = ", ".join(f"{bands} ({count})" for bands, count in sorted(numbers.items()))
-        raise ValueError(f"{source}: files of different numbers of bands: {listed}")
 
     if channels is not None:
         raise ValueError(
@@ -177,26 +200,6 @@ def _common_bands(headers: Counter[Header], channels: Channels | None, source: s
             "and colour images"
         )
     return next(iter(numbers))
-
-
-def _common_dtype(headers: Counter[Header], source: str) -> str:
-    """Type that the values of all images get."""
-    dtypes = Counter[str]()
-    for header, count in headers.items():
-        dtypes[header.dtype] += count
-    if len(dtypes) == 1:
-        return next(iter(dtypes))
-    if dtypes.keys() == {"uint8", "uint16"}:
-        return "uint16"
-
-    common = np.result_type(*dtypes)
-    if "float32" in dtypes or "uint8" in dtypes or common.itemsize > 4:
-        listed = ", ".join(f"{dtype} ({count})" for dtype, count in dtypes.most_common())
-        raise ValueError(
-            f"{source}: files of {listed}, whose units are not the same: keep them apart, or "
-            "convert them"
-        )
-    return common.name
 
 
 def plan_notes(headers: Counter[Header], plan: Plan) -> tuple[str, ...]:
@@ -327,6 +330,12 @@ def _resized(picture: Image.Image, plan: Plan) -> Image.Image:
     return whole
 
 
+def _check_dtype(dtype: str, plan: Plan) -> None:
+    """Refuse values in another unit than the others."""
+    if dtype != plan.dtype and (dtype, plan.dtype) != ("uint8", "uint16"):
+        raise ValueError(f"has {dtype} values where the others have {plan.dtype}")
+
+
 def _check_size(width: int, height: int, plan: Plan) -> None:
     """Refuse an image whose header lied."""
     _, rows, columns = plan.shape
@@ -338,8 +347,9 @@ def _check_size(width: int, height: int, plan: Plan) -> None:
 
 def _pixels(picture: Image.Image, plan: Plan) -> Array:
     """Convert a picture of 8 bits, (C, H, W)."""
-    if plan.bands not in (1, 3) or plan.dtype not in ("uint8", "uint16"):
-        raise ValueError(f"has a page of 8 bits where the others have {plan.dtype}")
+    if plan.bands not in (1, 3):
+        raise ValueError(f"is a picture where the others have {plan.bands} bands")
+    _check_dtype("uint8", plan)
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -360,7 +370,8 @@ def _planned(values: Array, plan: Plan) -> Array:
     if {bands, plan.bands} == {1, 3}:
         values = _grey(values) if bands == 3 else np.repeat(values, 3, axis=2)
     elif bands != plan.bands:
-        raise ValueError(f"has a page of {bands} bands where the others have {plan.bands}")
+        raise ValueError(f"has {bands} bands where the others have {plan.bands}")
+    _check_dtype(values.dtype.name, plan)
     if values.dtype == np.uint8 and plan.dtype == "uint16":
         values = values.astype(np.uint16) * np.uint16(257)
 

@@ -417,6 +417,10 @@ def load_examples(
     content = _find(source, data_dir, reader, download=False, pool=pool)
     if content.pieces is not None and not len(content.pieces.test):
         content = replace(content, pieces=None)
+    for axis in (1, 3):
+        sides = content.train.values.shape
+        if len(sides) == 4 and (sides[axis], *np.delete(sides, [0, axis])) == shape:
+            content = replace(content, axis=content.axis or axis)
     data = prepare(content, test_fraction=0.0, validation_fraction=0.0, for_training=False)
     for note in content.train.notes:
         if on_note is not None:
@@ -556,7 +560,7 @@ def _load_path(path: Path, reader: ImageReader, *, pool: bool) -> Found:
             f"{source!r} is neither a known data set nor a path{hint} Expected {POSSIBLE}"
         )
     if path.suffix.lower() in EXTENSIONS:
-        return Found(path.stem, source, reader.read(one_image(path).encoded()))
+        return Found(path.stem, source, reader.read(one_image(path).encoded()), axis=1)
     if path.suffix not in {".npy", ".npz"}:
         raise ValueError(f"{source} is a file of a type that cannot be read; expected {POSSIBLE}")
 
