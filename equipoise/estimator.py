@@ -532,7 +532,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         config = make_config(options)
 
         fewest, most = AUTO_EPOCHS
-        steps_per_epoch = math.ceil(n_examples / config.batch_size)
+        steps_per_epoch = math.ceil(n_examples / config.step_size(n_examples))
         stage_1_epochs = min(max(AUTO_STEPS // steps_per_epoch, fewest), most)
         epochs = {"stage_1_epochs": stage_1_epochs, "stage_2_epochs": stage_1_epochs // 2}
         changes: dict[str, Any] = {name: epochs[name] for name in auto_stages}

@@ -38,7 +38,8 @@ If one bad step throws the encoder beyond a bound, it keeps the gradient that br
 
 FAR_RANGES, FAR_SHARE, SMALL_RANGE = 10.0, 0.01, 0.02
 """Distance of an image's values, in the range of the training, and the share of values so far, from
-which they are in another unit; and the share of its range below which the largest value makes one wonder."""
+which they are in another unit; and the share of the range below which the largest value makes one
+wonder."""
 FAR_STDS, MIN_ROWS = 10.0, 10
 """Std from the mean at which the median of a column makes one wonder, and rows that it takes."""
 MAX_INPUT = 1e6

@@ -3,6 +3,7 @@
 Programs get arrays in the user's own units, and people get pictures.
 """
 
+import csv
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from equipoise import plots
-from equipoise.data import Data
+from equipoise.data import Data, Subset
 from equipoise.files import exclusive_outputs, whole_file, write_array
 from equipoise.model import VAE
 from equipoise.randomness import stream
@@ -44,7 +45,7 @@ def write_figures(run: Run, data: Data, model: VAE) -> None:
         model, codes, "mixture", run.figures, stream(seed, "noise"), real=real, arrays=False
     )
 
-    write_reconstructions(model, data.test[:SHOWN_IMAGES], run.figures)
+    write_reconstructions(model, data.test.take(slice(SHOWN_IMAGES)), run.figures)
 
 
 @torch.no_grad()
@@ -107,18 +108,20 @@ def write_samples(
 
 
 @torch.no_grad()
-def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[Path]:
+def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Path]:
     """Reconstruct examples, and write the reconstructions to files.
 
     Args:
         model: The model, in evaluation mode, on the CPU.
-        raw: The examples in raw units, (N, *).
+        examples: The examples in raw units, (N, *).
         folder: The folder to write to.
 
     Returns:
-        reconstructions.npz with ``data``, ``mean``, ``std`` and ``error`` in raw units, and
+        reconstructions.npz with ``data``, ``mean``, ``std`` and ``error`` in raw units and the
+        ``name`` of each example, reconstructions.csv with a row for each, and
         reconstructions.png.
     """
+    raw, names = examples[:], examples.names()
     scaling = model.scaling
     scaling.check(torch.from_numpy(raw))
     text = scaling.range_warning(torch.from_numpy(raw[:DECODED_AT_ONCE]))
@@ -144,12 +147,30 @@ def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[P
         mean, std = restored["mean"][shown], restored["std"][shown]
         figure = plots.table_reconstructions(raw[shown], mean, std, _column_names(model))
 
-    path, picture = folder / "reconstructions.npz", folder / "reconstructions.png"
+    paths = [folder / f"reconstructions.{ending}" for ending in ("npz", "csv", "png")]
     with exclusive_outputs(folder, "reconstruction"):
-        with whole_file(path) as temporary:
-            # NumPy's types take any keyword argument for its own flag.
-            np.savez_compressed(temporary, data=raw, **restored)  # type: ignore[arg-type]
-        return [path, plots.save(figure, picture)]
+        with whole_file(paths[0]) as temporary:
+            arrays: dict[str, Any] = {"data": raw, **restored, "name": np.array(names, np.str_)}
+            np.savez_compressed(temporary, **arrays)
+        with whole_file(paths[1]) as temporary:
+            _write_table(temporary, names, restored["error"], restored["std"])
+        plots.save(figure, paths[2])
+    return paths
+
+
+def _write_table(
+    path: Path, names: list[str], error: NDArray[np.float32], std: NDArray[np.float32]
+) -> None:
+    """Write what is said of whole examples: name, root mean squared error and std, raw units."""
+    axes = tuple(range(1, error.ndim))
+    rms_error, rms_std = (
+        np.sqrt(np.square(values, dtype=np.float64).mean(axes)) for values in (error, std)
+    )
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["row", "name", "rms_error", "rms_std"])
+        for row, name in enumerate(names):
+            table.writerow([row, name, f"{rms_error[row]:.6g}", f"{rms_std[row]:.6g}"])
 
 
 def _column_names(model: VAE) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from equipoise.data import load, load_examples
-from equipoise.data.images import parse_size
+from equipoise.text import parse_size
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -67,9 +67,7 @@ def write_tiff(path, example, **options):
     photometric = "rgb" if bands == 3 else "minisblack"
     planar = {} if bands == 1 else {"planarconfig": "contig"}
     pixels = example[..., 0] if bands == 1 else example
-    tifffile.imwrite(
-        path.with_suffix(".tif"), pixels, photometric=photometric, **planar, **options
-    )
+    tifffile.imwrite(path.with_suffix(".tif"), pixels, photometric=photometric, **planar, **options)
 
 
 def write_planes(path, example):
@@ -176,7 +174,9 @@ def test_images_that_do_not_go_together(tmp_path):
 
     for number in range(60, 70):
         write_tiff(folder / str(number), values("float32")[0])
-    with pytest.raises(ValueError, match=r"do not go together: grey and colour, 8 or 16 bits \(20\)"):
+    with pytest.raises(
+        ValueError, match=r"do not go together: grey and colour, 8 or 16 bits \(20\)"
+    ):
         load(folder)
     with pytest.raises(ValueError, match="channels=rgb converts grey and colour images"):
         load(folder_of(tmp_path / "b", values("uint8", bands=5), write_tiff), channels="rgb")
@@ -194,7 +194,9 @@ def test_deep_images_are_resized_in_their_own_unit(tmp_path):
     assert small.min() >= 30_000
     assert small.max() <= 31_020 + N
 
-    grey = load(folder_of(tmp_path / "colour", values("uint16", bands=3), write_png), channels="grey")
+    grey = load(
+        folder_of(tmp_path / "colour", values("uint16", bands=3), write_png), channels="grey"
+    )
     assert grey.shape == (1, HEIGHT, WIDTH)
     assert len(np.unique(everything(grey))) > 500
 
@@ -203,9 +205,7 @@ def test_deep_images_are_resized_in_their_own_unit(tmp_path):
 
 
 def write_pages(path, example):
-    tifffile.imwrite(
-        path.with_suffix(".tif"), example.transpose(2, 0, 1), photometric="minisblack"
-    )
+    tifffile.imwrite(path.with_suffix(".tif"), example.transpose(2, 0, 1), photometric="minisblack")
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
@@ -227,9 +227,9 @@ def test_pages_are_examples_channels_or_the_first_alone(tmp_path, dtype):
     first = load(folder, pages="first")
     assert np.array_equal(everything(first), pages[:, :1])
     assert "only the first page is read" in first.notes[0]
-    assert load_examples(
-        folder, (5, HEIGHT, WIDTH), pages="channels", on_note=str
-    ).names() == [f"{i:02d}.tif" for i in range(N)]
+    assert load_examples(folder, (5, HEIGHT, WIDTH), pages="channels", on_note=str).names() == [
+        f"{i:02d}.tif" for i in range(N)
+    ]
 
 
 def test_files_of_different_numbers_of_pages_are_no_channels(tmp_path):
@@ -340,6 +340,7 @@ def test_the_three_ways_to_fit(tmp_path, mode):
     assert padded[5:15, 12:].min() == white
     assert stretched[:, 12:].min() == white
     assert stretched[2:, :8].max() == 0
-    assert "images of other proportions, with black bars: 12" in load(
-        folder, image_size=20, fit="pad"
-    ).notes
+    assert (
+        "images of other proportions, with black bars: 12"
+        in load(folder, image_size=20, fit="pad").notes
+    )

@@ -1034,6 +1034,19 @@ def test_what_was_learned_by_heart_is_warned_of():
     assert "2.5 times the squared error" in warning
 
 
+@pytest.mark.parametrize(
+    ("n_steps", "advice"),
+    [
+        (70, "70 steps are too few: raise stage_1_epochs, or lower batch_size"),
+        (700, "train longer"),
+    ],
+)
+def test_the_advice_for_a_collapse_is_of_its_cause(n_steps, advice):
+    collapsed = figures(mse=0.1)
+    (warning,) = warnings_for(collapsed, 0.1, floor_is_expected=False, n_steps=n_steps)
+    assert advice in warning
+
+
 def test_a_healthy_model_has_no_warnings():
     assert warnings_for(figures(), data_var=0.1, floor_is_expected=False) == []
     assert warnings_for(figures(floor_share=0.5), data_var=0.1, floor_is_expected=True) == []

@@ -68,6 +68,15 @@ def add_limits(parser: ArgumentParser) -> None:
     )
 
 
+def add_no_split(parser: ArgumentParser) -> None:
+    """Describe ``--no-split`` for data to which a run is applied."""
+    parser.add_argument(
+        "--no-split",
+        action="store_true",
+        help="Take all images of a folder with the parts train, val and test.",
+    )
+
+
 def add_quiet(parser: ArgumentParser) -> None:
     """Describe ``--quiet``."""
     parser.add_argument(
@@ -123,14 +132,19 @@ def data_of(run: "Run", terminal: "Terminal", data_dir: str | None) -> "Data":
 
 
 def other_examples(
-    source: str, shape: tuple[int, ...], options: Namespace, terminal: "Terminal"
+    source: str, run: "Run", shape: tuple[int, ...], options: Namespace, terminal: "Terminal"
 ) -> "Subset":
-    """Load examples for a model of this shape, and show how far that is."""
+    """Load examples for the model of a run, show how far that is, and what is to be known."""
     from equipoise.data import load_examples
 
+    config = run.config()
     return load_examples(
         source,
         shape,
+        pages=config.pages,
+        fit=config.fit,
+        pool=options.no_split,
+        on_note=lambda note: terminal.message(f"Note: {note}"),
         data_dir=options.data_dir,
         max_pixels=options.max_pixels,
         max_bytes=options.max_bytes,

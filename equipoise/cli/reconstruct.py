@@ -7,11 +7,13 @@ from equipoise.cli.command import (
     Command,
     add_data_dir,
     add_limits,
+    add_no_split,
     add_run,
     data_of,
     list_written,
     open_terminal,
     other_examples,
+    paragraph,
 )
 from equipoise.config import ConfigError
 
@@ -23,9 +25,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "data",
         nargs="?",
         metavar="DATA",
-        help="Data to reconstruct, named as for 'equipoise train'. The default is the run's own "
+        help="Data to reconstruct, named as for 'equipoise train', or one image file. Of a folder "
+        "with the parts train, val and test, the test part is taken. The default is the run's own "
         "test set.",
     )
+    add_no_split(parser)
 
     parser.add_argument(
         "-n",
@@ -36,6 +40,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add_limits(parser)
     parser.add_argument(
         "--out", metavar="FOLDER", help="Folder to write to. The default is RUN/reconstructions."
+    )
+    parser.epilog = paragraph(
+        "reconstructions.npz has the arrays data, mean, std and error in the unit of the data, and "
+        "name: the file, or the row of the array, that each entry is. reconstructions.csv has the "
+        "name, the root mean squared error and the std of each. Values beyond those of the "
+        "training are taken with a warning; data in another unit are refused."
     )
 
 
@@ -54,10 +64,10 @@ def _run(options: Namespace) -> None:
         if options.data is None:
             examples = data_of(run, terminal, options.data_dir).test
         else:
-            examples = other_examples(options.data, model.shape, options, terminal)
+            examples = other_examples(options.data, run, model.shape, options, terminal)
 
         def write() -> list[Path]:
-            return write_reconstructions(model, examples[: options.n], folder)
+            return write_reconstructions(model, examples.take(slice(options.n)), folder)
 
         terminal.message("\n".join(list_written(write, folder)))
 

@@ -215,9 +215,7 @@ def _pieces(content: Found, count: int, test_fraction: float, validation_fractio
     """Indices of the parts that lie in the array of the training: the set's own, or drawn."""
     own = content.pieces
     has_test = content.test is not None or (own is not None and len(own.test) > 0)
-    has_validation = content.validation is not None or (
-        own is not None and len(own.validation) > 0
-    )
+    has_validation = content.validation is not None or (own is not None and len(own.validation) > 0)
     drawn = split(
         count,
         0.0 if has_test else test_fraction,
@@ -350,7 +348,7 @@ def channel_axis(shape: tuple[int, ...]) -> int | None:
         if that does not tell.
 
     Example:
-        >>> [channel_axis((9, *sides)) for sides in [(3, 8, 8), (8, 8, 200), (12, 30, 5), (8, 8, 8)]]
+        >>> [channel_axis((9, *sides)) for sides in [(3, 8, 8), (8, 8, 40), (12, 30, 5), (8, 8, 8)]]
         [1, 3, 3, None]
     """
     _, first, middle, last = shape
@@ -482,8 +480,8 @@ def level_scale(n_steps: int) -> int:
     if ((levels / np.float32(n_steps)) * np.float32(n_steps) == levels).all():
         return n_steps
 
-    larger = int(2 ** (n_steps - 1).bit_length())
-    sums = (larger // 2 + 2**power for power in range(larger.bit_length()))
+    larger = 1 << (n_steps - 1).bit_length()
+    sums = (larger // 2 + (1 << power) for power in range(larger.bit_length()))
     return min(number for number in sums if number >= n_steps)
 
 

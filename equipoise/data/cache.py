@@ -178,7 +178,13 @@ def write_part(
         values = read_npy(values_path)
         summary = summarise(values, str(values_path))
 
-        record = CachedPart(**summary._asdict(), **about())
+        record: CachedPart = {
+            "digest": summary.digest,
+            "low": summary.low,
+            "high": summary.high,
+            "n_constant": summary.n_constant,
+            **about(),
+        }
         content = json.dumps(record).encode()
         _write_whole(folder / f"{key}.json", lambda file: file.write(content))
 

@@ -395,7 +395,10 @@ class ImageReader:
             def about() -> Origin:
                 notes = plan_notes(headers, plan)
                 if skipped:
-                    notes = (f"unreadable files skipped: {len(skipped)} ({first_names(skipped)})", *notes)
+                    notes = (
+                        f"unreadable files skipped: {len(skipped)} ({first_names(skipped)})",
+                        *notes,
+                    )
                 is_each_file = len(files) == images.count and set(pages) == {-1}
                 return Origin(
                     notes=list(notes),

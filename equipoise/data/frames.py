@@ -186,11 +186,17 @@ def _count_pages(image: Image.Image) -> int:
     return number
 
 
+def _tiles(image: Image.Image) -> list[Any]:
+    """Where the pixels of an open image lie in its file, and how."""
+    return list(getattr(image, "tile", ()))
+
+
 def _raw_mode(image: Image.Image) -> str:
     """How the pixels lie in the file, as Pillow names it."""
-    if not image.tile:
+    tiles = _tiles(image)
+    if not tiles:
         return ""
-    arguments: Any = image.tile[0].args
+    arguments = tiles[0].args
     if isinstance(arguments, tuple | list):
         arguments = arguments[0] if arguments else ""
     return str(arguments)
@@ -198,9 +204,9 @@ def _raw_mode(image: Image.Image) -> str:
 
 def _is_deep(image: Image.Image) -> bool:
     """Tell whether the file has more than 8 bits where Pillow has a picture of 8 bits."""
-    if image.format == "PPM" and image.tile:
-        arguments: Any = image.tile[0].args
-        return image.mode == "RGB" and isinstance(arguments, tuple) and arguments[-1] > 255
+    if image.format == "PPM" and _tiles(image):
+        arguments = _tiles(image)[0].args
+        return bool(image.mode == "RGB" and isinstance(arguments, tuple) and arguments[-1] > 255)
     return ";16" in _raw_mode(image)
 
 
@@ -220,7 +226,7 @@ def _layout(image: Image.Image) -> tuple[str, int]:
 
     bands = 1 if image.mode in GREY_MODES else 3
     kind, _, order = _raw_mode(image).partition(";")
-    if kind in ("RGB", "RGBA") and order in ("16B", "16L", "16N") and len(image.tile) == 1:
+    if kind in ("RGB", "RGBA") and order in ("16B", "16L", "16N") and len(_tiles(image)) == 1:
         return "uint16", bands
     return "uint8", bands
 
@@ -242,10 +248,8 @@ def _both_bytes(file: Path | BytesIO, image: Image.Image, page: int, limits: Lim
     with open_image(file, limits) as again:
         if page:
             again.seek(page)
-        again.tile = [
-            tile._replace(args=_in_other_order(tile.args))  # type: ignore[attr-defined]
-            for tile in again.tile
-        ]
+        turned = [tile._replace(args=_in_other_order(tile.args)) for tile in _tiles(again)]
+        again.tile = turned  # type: ignore[attr-defined]
         lower = np.asarray(_upright(again)).astype(np.uint16)
 
     return on_white(upper << 8 | lower, has_alpha=upper.shape[2] == 4)
@@ -393,7 +397,7 @@ def _check_claim(tiff: Any, series: Any, header: Header, limits: Limits) -> None
 
 
 def _check_deflated(tiff: Any, page: Any) -> None:  # noqa: ANN401 (objects of tifffile)
-    """Refuse a part that unpacks to more than its place in the image: tifffile unpacks all of it."""
+    """Refuse a part that unpacks to more than its place: tifffile unpacks all of it."""
     size = int(np.prod(page.chunks, dtype=np.int64)) * np.dtype(page.dtype).itemsize
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
         tiff.filehandle.seek(offset)

@@ -12,7 +12,6 @@ from PIL import Image
 from equipoise.data.arrays import MIN_SIDE
 from equipoise.data.dataset import Array, Channels, Fit, Pages
 from equipoise.data.frames import (
-    GREY_MODES,
     Header,
     is_stack,
     open_stack,
@@ -20,8 +19,9 @@ from equipoise.data.frames import (
     read_header,
 )
 from equipoise.data.gate import BYTES_PER_PIXEL, DECODING, DEFAULT_LIMITS, Limits
+from equipoise.text import parse_size
 
-__all__ = ["Header", "Plan", "decode", "make_plan", "parse_size", "plan_notes", "read_header"]
+__all__ = ["Header", "Plan", "decode", "make_plan", "plan_notes", "read_header"]
 
 AS_THEY_ARE = 128
 """Longest side, in pixels, of images that are used without cropping or resizing."""
@@ -61,30 +61,6 @@ class Plan(NamedTuple):
         return self.shape[0] // self.n_pages
 
 
-def parse_size(image_size: int | str) -> tuple[int, int]:
-    """Read the size of images.
-
-    Args:
-        image_size: Pixels a side, or WIDTHxHEIGHT.
-
-    Returns:
-        Width and height.
-
-    Raises:
-        ValueError: If it is neither.
-
-    Example:
-        >>> parse_size(64), parse_size("64x48")
-        ((64, 64), (64, 48))
-    """
-    sides = str(image_size).split("x")
-    if not all(side.isascii() and side.isdigit() for side in sides) or len(sides) > 2:
-        raise ValueError(
-            f"image_size must be a number of pixels, or WIDTHxHEIGHT as in 64x48, not {image_size}"
-        )
-    return int(sides[0]), int(sides[-1])
-
-
 def make_plan(
     headers: Counter[Header],
     image_size: int | str | None,
@@ -98,8 +74,8 @@ def make_plan(
 
     Args:
         headers: Headers of the readable images, with the number of images that have each.
-        image_size: Size in pixels that each image gets, see :func:`parse_size`. None keeps the
-            common size of the images.
+        image_size: Size in pixels that each image gets, see :func:`equipoise.text.parse_size`.
+            None keeps the common size of the images.
         channels: "grey" or "rgb". None means grey if all images are grey, RGB if they are grey and
             coloured, and all bands if they have another number of them. Images with a palette count
             as colour images.
@@ -274,8 +250,10 @@ def decode(file: Path | BytesIO, plan: Plan, limits: Limits = DEFAULT_LIMITS) ->
     else:
         needed = partial(_needed, plan=plan) if plan.resize else None
         for frame in picture_frames(file, limits, all_pages=all_pages, needed=needed):
-            is_picture = isinstance(frame, Image.Image)
-            pages.append(_pixels(frame, plan) if is_picture else _planned(frame, plan))
+            if isinstance(frame, Image.Image):
+                pages.append(_pixels(frame, plan))
+            else:
+                pages.append(_planned(frame, plan))
 
     if plan.n_pages == 1:
         return np.stack(pages)
@@ -386,7 +364,7 @@ def _grey(values: Array) -> Array:
     grey = values.astype(np.float64) @ np.array(LUMA)
     if values.dtype.kind != "f":
         grey = np.rint(grey)
-    return grey[..., None].astype(values.dtype)
+    return np.asarray(grey[..., None], values.dtype)
 
 
 def _resized_band(band: Array, plan: Plan) -> Array:
@@ -395,7 +373,12 @@ def _resized_band(band: Array, plan: Plan) -> Array:
     if not finite.all():
         raise ValueError(f"has {finite.size - np.count_nonzero(finite)} values that are no numbers")
 
-    picture = _resized(Image.fromarray(band.astype(np.float32), ), plan)
+    picture = _resized(
+        Image.fromarray(
+            band.astype(np.float32),
+        ),
+        plan,
+    )
     low, high = float(band.min()), float(band.max())
     resized = np.asarray(picture).astype(np.float64)
     if plan.fit == "pad":

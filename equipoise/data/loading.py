@@ -20,15 +20,21 @@ from equipoise.data.arrays import (
     refuse_hidden,
 )
 from equipoise.data.dataset import MAX_VALIDATION, Array, Channels, Data, Fit, Pages, Subset
-from equipoise.data.encoded import EXTENSIONS, ImageReader, Progress, list_images, one_image
+from equipoise.data.encoded import (
+    EXTENSIONS,
+    UNREADABLE,
+    ImageReader,
+    Progress,
+    list_images,
+    one_image,
+)
 from equipoise.data.folders import read_folder
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
-from equipoise.data.images import parse_size
 from equipoise.data.named import NAMES, celeba, digits, idx_set
 from equipoise.data.stream import Stream, first_examples, reader
 from equipoise.files import check_text, expanded
-from equipoise.text import visible
+from equipoise.text import parse_size, visible
 
 NPZ_KEYS = (("train", "x_train"), ("validation", "x_validation", "x_val"), ("test", "x_test"))
 NPZ_SINGLE_KEYS = ("x", "data", "images")
@@ -390,7 +396,8 @@ def load_examples(
         pages: What becomes of image files of several pages, as in :func:`load`.
         fit: How images get the model's size, as in :func:`load`.
         pool: Whether to take all parts of a folder, and not only its test part.
-        on_note: Called with each sentence that a user should read. None makes them warnings.
+        on_note: Called with each sentence that a user should read. None makes warnings of those on
+            files that cannot be read.
 
     Returns:
         The test part if the source has its own, otherwise all examples. Their method ``names``
@@ -425,7 +432,7 @@ def load_examples(
     for note in content.train.notes:
         if on_note is not None:
             on_note(note)
-        else:
+        elif note.startswith(("unreadable", UNREADABLE)):
             warnings.warn(note, stacklevel=2)
 
     if data.shape != shape:
