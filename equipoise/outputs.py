@@ -21,7 +21,7 @@ from equipoise.randomness import stream
 from equipoise.run import Run
 
 SHOWN_IMAGES = 25
-SHOWN_IMAGES_WITHOUT_STD = 100
+SHOWN_SAMPLES = 100
 SHOWN_ROWS = 300
 SHOWN_TRAINING_ROWS = 5000
 DECODED_AT_ONCE = 1000
@@ -83,10 +83,12 @@ def write_samples(
     x = noisy if noise else means
 
     if len(model.shape) == 3:
-        has_map = model.noise.depends_on_code
-        shown = slice(0, SHOWN_IMAGES if has_map else SHOWN_IMAGES_WITHOUT_STD)
-        stds = std[shown].numpy() if has_map else None
-        figure = plots.samples(x[shown].numpy(), stds, f"samples, {name}")
+        shown = slice(0, SHOWN_SAMPLES)
+        stds = std[shown].numpy() if model.noise.depends_on_code else None
+        title = f"samples, {name}"
+        if len(x) > SHOWN_SAMPLES:
+            title += f" (first {SHOWN_SAMPLES} of {len(x):,})"
+        figure = plots.samples(x[shown].numpy(), stds, title, float(model.scaling.scale.mean()))
     else:
         # The picture of a table always has noise: means alone spread less than data do.
         generated = model.scaling.restore(noisy).numpy()
@@ -141,7 +143,8 @@ def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Pa
         x = scaling(torch.from_numpy(raw[:SHOWN_IMAGES]))
         reconstruction = model.reconstruct(x)
         mean, std = reconstruction.mean.numpy(), reconstruction.std.numpy()
-        figure = plots.reconstructions(x.numpy(), mean, std)
+        scale = float(scaling.scale.mean())
+        figure = plots.reconstructions(x.numpy(), mean, std, scale=scale)
     else:
         shown = slice(0, SHOWN_ROWS)
         mean, std = restored["mean"][shown], restored["std"][shown]

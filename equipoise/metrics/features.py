@@ -74,7 +74,8 @@ def load_features(
             - ``"auto"``: the next for images, ``"columns"`` for tables;
             - ``"efficientnet-lite0"`` for images: 1280 channels before the classifier, at 64x64
               pixels, averaged over space (Tan and Le, 2019, *EfficientNet: Rethinking Model Scaling
-              for Convolutional Neural Networks*);
+              for Convolutional Neural Networks*). Images of other than 1 or 3 channels are first
+              averaged over three groups of neighbouring bands;
             - ``"inception"`` or ``"inception=PATH"`` for images: the 2048 pooled features of the
               original Fréchet inception distance (Szegedy et al., 2016, *Rethinking the Inception
               Architecture for Computer Vision*);
@@ -116,6 +117,9 @@ def _load_network(features: str | nn.Module, data: Data, download: bool) -> tupl
 
     kind, _, path = features.partition("=")
     if kind == "efficientnet-lite0":
+        if data.kind == "image" and data.shape[0] not in (1, 3):
+            network = nn.Sequential(BandGroups(), EfficientNetLite0())
+            return f"{kind} of {data.shape[0]} bands in three groups", network
         _check_images(kind, data)
         return kind, EfficientNetLite0()
 
@@ -261,6 +265,27 @@ class GreyLevels(nn.Module):
         """
         x: Tensor = self.scaling(raw)
         return (255 * x).round().clamp(0, 255).to(torch.uint8)
+
+
+class BandGroups(nn.Module):
+    r"""Images of any number of bands as three: averages over groups of neighbouring bands."""
+
+    def forward(
+        self, levels: UInt8[Tensor, "batch channels height width"]
+    ) -> UInt8[Tensor, "batch 3 height width"]:
+        """Average the bands.
+
+        Args:
+            levels: images, (B, C, H, W), with levels 0..255. Of two bands the second counts twice.
+
+        Returns:
+            Images, (B, 3, H, W).
+        """
+        if levels.shape[1] == 2:
+            return levels[:, [0, 1, 1]]
+        groups = torch.tensor_split(levels, 3, dim=1)
+        means = [group.float().mean(1, keepdim=True) for group in groups]
+        return torch.cat(means, 1).round().to(torch.uint8)
 
 
 class EfficientNetLite0(nn.Module):
