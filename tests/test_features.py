@@ -276,7 +276,7 @@ def test_features_of_a_users_own_module_are_computed_anew(digits, tmp_path):
 
 @pytest.mark.parametrize("channels", [2, 4, 5, 40])
 def test_images_of_any_number_of_bands_have_features(channels):
-    raw = np.random.default_rng(0).integers(0, 4096, (40, channels, 9, 12), dtype=np.uint16)
+    raw = np.random.default_rng(0).integers(0, 4096, (40, channels, 9, 9), dtype=np.uint16)
     data = load(raw)
     extractor = load_features("auto", data)
     assert extractor.name == f"efficientnet-lite0 of {channels} bands in three groups"

@@ -5,6 +5,7 @@ images alone, so that these are read once more for the lower one. TIFF files of 
 stacks with named axes (OME, ImageJ), are read by the library ``tifffile``, of the extra ``images``.
 """
 
+import logging
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -32,6 +33,12 @@ DEFLATE = (8, 32946)
 NAMED_AXES = ("ImageJ=", "<OME", "<?xml")
 """Beginnings of the descriptions of TIFF stacks whose axes have names."""
 INSTALL = "it needs tifffile: pip install 'equipoise[images]'"
+
+
+# Of files that tifffile reads, Pillow would say this on the terminal, once for each.
+logging.getLogger("PIL.TiffImagePlugin").addFilter(
+    lambda record: not str(record.msg).startswith("More samples per pixel")
+)
 
 
 class Header(NamedTuple):
