@@ -20,7 +20,7 @@ HEAD = (
 
 
 def values(dtype, bands=1):
-    """Examples over the whole range of a type, or over that of a camera of 12 bits, (N, H, W, B)."""
+    """Examples over the whole range of a type, (N, H, W, B)."""
     rng = np.random.default_rng(0)
     shape = (N, SIDE, SIDE, bands)
     if np.dtype(dtype).kind == "f":
@@ -109,7 +109,7 @@ def row(title, data, kind):
     base = data.train.base
     stored = f"{data.train.dtype}"
     n_channels, *_ = data.shape
-    example = f"{n_channels} × {data.shape[1]} × {data.shape[2]}"
+    example = f"{n_channels} x {data.shape[1]} x {data.shape[2]}"
     if len(base) != N:
         example += f", {len(base) // N} of each file"
     low, high = float(data.offset), float(data.offset + data.scale)
