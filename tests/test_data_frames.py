@@ -307,6 +307,32 @@ def test_a_stack_that_unpacks_to_more_than_it_shows_is_skipped(tmp_path):
         load(folder, max_pixels=50)
 
 
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_files_with_values_that_are_no_numbers_are_named(tmp_path, image_size):
+    examples = values("float32", n=20)
+    examples[7, 3, 4] = np.nan
+    folder = folder_of(tmp_path / "float", examples, write_tiff)
+    note = load(folder, image_size=image_size).notes[0]
+    assert note == "unreadable files skipped: 1 (07.tif: has 1 values that are NaN or infinite)"
+
+
+@pytest.mark.parametrize("content", [b"II*\0garbage", b"II*\0\x08\0\0\0\xff\xff", b"MM\0*"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_broken_files_are_named_and_nothing_else_is_printed(tmp_path, capfd, content):
+    folder = folder_of(tmp_path / "bands", values("uint8", bands=5), write_tiff)
+    (folder / "99.tif").write_bytes(content)
+    assert load(folder).notes[0].startswith("unreadable files skipped: 1 (99.tif: not an image")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("options", [{"pages": "channels"}, {"fit": "pad"}])
+def test_options_of_files_are_refused_for_arrays(options):
+    with pytest.raises(ValueError, match="are for image files"):
+        load(np.zeros((20, 9, 9)), **options)
+    with pytest.raises(ValueError, match="must be one of"):
+        load(np.zeros((20, 9, 9)), **dict.fromkeys(options, "all"))
+
+
 @pytest.mark.parametrize(("size", "sides"), [(64, (64, 64)), ("64", (64, 64)), ("64x48", (64, 48))])
 def test_sizes_are_one_side_or_two(size, sides):
     assert parse_size(size) == sides

@@ -9,7 +9,7 @@ import logging
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -338,12 +338,14 @@ def open_stack(file: Path | BytesIO, limits: Limits = DEFAULT_LIMITS) -> Iterato
     except ImportError as error:
         raise ValueError(f"a TIFF file of several bands or named axes; {INSTALL}") from error
 
-    try:
-        opened = tifffile.TiffFile(file)
-    except Exception as error:  # a damaged file may cause any exception
-        raise ValueError(f"not an image ({error})") from error
-    with opened as tiff:
-        series = tiff.series[0]
+    # What it would say on the terminal is in the reason, too.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    with ExitStack() as opened:
+        try:
+            tiff = opened.enter_context(tifffile.TiffFile(file))
+            series = tiff.series[0]
+        except Exception as error:  # a damaged file may cause any exception
+            raise ValueError(f"not an image ({error})") from error
         stack = _described(series)
         _check_claim(tiff, series, stack.header, limits)
         yield stack

@@ -218,7 +218,8 @@ def plan_notes(headers: Counter[Header], plan: Plan) -> tuple[str, ...]:
     }
     notes = [f"{effect}: {count}" for effect, count in counts.items() if count]
     if n_paged:
-        notes.append(f"{n_paged} files have {n_pages} pages; {chosen[plan.pages]}")
+        files = "1 file has" if n_paged == 1 else f"{n_paged} files have"
+        notes.append(f"{files} {n_pages} pages; {chosen[plan.pages]}")
     return tuple(notes)
 
 
@@ -352,6 +353,9 @@ def _planned(values: Array, plan: Plan) -> Array:
     _check_dtype(values.dtype.name, plan)
     if values.dtype == np.uint8 and plan.dtype == "uint16":
         values = values.astype(np.uint16) * np.uint16(257)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        n = values.size - np.count_nonzero(np.isfinite(values))
+        raise ValueError(f"has {n} values that are NaN or infinite")
 
     if plan.resize:
         values = np.dstack([_resized_band(values[..., i], plan) for i in range(plan.bands)])
@@ -369,10 +373,6 @@ def _grey(values: Array) -> Array:
 
 def _resized_band(band: Array, plan: Plan) -> Array:
     """Resize one band, (H, W), as real numbers that stay within the range that it had."""
-    finite = np.isfinite(band)
-    if not finite.all():
-        raise ValueError(f"has {finite.size - np.count_nonzero(finite)} values that are no numbers")
-
     picture = _resized(
         Image.fromarray(
             band.astype(np.float32),

@@ -148,6 +148,10 @@ def load(
     limits = _limits(max_pixels, max_bytes)
     reader = _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit)
     content = _find(source, data_dir, reader, download, pool=pool)
+    if (pages is not None or fit != "crop") and content.train.names is None:
+        raise ValueError(
+            f"{content.source}: pages={pages} and fit={fit} are for image files; leave them out"
+        )
     data = prepare(content, test_fraction, validation_fraction)
 
     if not _has_format(data, image_size, channels):
