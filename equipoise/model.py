@@ -29,6 +29,7 @@ from equipoise.networks import (
     start_at_data,
 )
 from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise, describe_noise
+from equipoise.objectives import LatentVariableModel
 
 LOG_VAR_RANGE = (-20.0, 5.0)
 """Bounds on the log-variance of q(z|x). The units of a model that trains well stay far from both.
@@ -674,6 +675,10 @@ class VAE(nn.Module):
                 )
         finally:
             self.train(was_training)
+
+
+# From Python 3.12 on, isinstance() does not see attributes of a module that are modules themselves.
+LatentVariableModel.register(VAE)
 
 
 @torch.no_grad()
