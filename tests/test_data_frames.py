@@ -3,12 +3,15 @@
 import struct
 import sys
 import zlib
+from collections import Counter
+from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from equipoise.data import load, load_examples
+from equipoise.data.images import decode, make_plan, read_header
 from equipoise.text import parse_size
 
 tifffile = pytest.importorskip("tifffile")
@@ -178,7 +181,7 @@ def test_images_that_do_not_go_together(tmp_path):
         ValueError, match=r"do not go together: grey and colour, 8 or 16 bits \(20\)"
     ):
         load(folder)
-    with pytest.raises(ValueError, match="channels=rgb converts grey and colour images"):
+    with pytest.raises(ValueError, match="5 bands, which do not become rgb"):
         load(folder_of(tmp_path / "b", values("uint8", bands=5), write_tiff), channels="rgb")
 
 
@@ -199,6 +202,22 @@ def test_deep_images_are_resized_in_their_own_unit(tmp_path):
     )
     assert grey.shape == (1, HEIGHT, WIDTH)
     assert len(np.unique(everything(grey))) > 500
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bands", "write"),
+    [("uint16", 5, write_tiff), ("uint16", 3, write_tiff), ("uint16", 3, write_png)],
+)
+def test_files_in_memory_are_read_as_those_on_disk(tmp_path, dtype, bands, write):
+    """As those that are dropped on the explorer's page, and those of a table."""
+    (example,) = values(dtype, bands=bands, n=1)
+    write(tmp_path / "one", example)
+    (path,) = tmp_path.glob("one.*")
+    upload = BytesIO(path.read_bytes())
+    header = read_header(upload)
+    plan = make_plan(Counter([header]), None, None, None, "the image")
+    for file in (upload, path):
+        assert np.array_equal(decode(file, plan), example.transpose(2, 0, 1)[None])
 
 
 # Pages

@@ -338,6 +338,8 @@ def open_stack(file: Path | BytesIO, limits: Limits = DEFAULT_LIMITS) -> Iterato
     except ImportError as error:
         raise ValueError(f"a TIFF file of several bands or named axes; {INSTALL}") from error
 
+    if isinstance(file, BytesIO):
+        file.seek(0)
     # What it would say on the terminal is in the reason, too.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     with ExitStack() as opened:
