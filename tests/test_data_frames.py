@@ -181,7 +181,7 @@ def test_images_that_do_not_go_together(tmp_path):
         ValueError, match=r"do not go together: grey and colour, 8 or 16 bits \(20\)"
     ):
         load(folder)
-    with pytest.raises(ValueError, match="5 bands, which do not become rgb"):
+    with pytest.raises(ValueError, match="5 bands do not become rgb"):
         load(folder_of(tmp_path / "b", values("uint8", bands=5), write_tiff), channels="rgb")
 
 

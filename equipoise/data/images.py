@@ -172,7 +172,7 @@ def _common_bands(headers: Counter[Header], channels: Channels | None, source: s
 
     if channels is not None:
         raise ValueError(
-            f"{source}: images of {next(iter(numbers))} bands, which do not become {channels}; only "
+            f"{source}: images of {next(iter(numbers))} bands do not become {channels}: only "
             "grey and colour images do"
         )
     return next(iter(numbers))
