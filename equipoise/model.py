@@ -599,7 +599,8 @@ class VAE(nn.Module):
         Channels last is faster for our convolutions. A user's own networks get the usual layout,
         because they may rely on it when they change shapes.
         """
-        if self.architecture is not None and ARCHITECTURES[self.architecture].needs_images:
+        is_conv = self.architecture is not None and ARCHITECTURES[self.architecture].needs_images
+        if is_conv and len(self.shape) == 3:
             return torch.channels_last
 
         return torch.contiguous_format

@@ -82,13 +82,17 @@ def write_samples(
     noisy = torch.cat([part.sample(generator) for part in parts])
     x = noisy if noise else means
 
-    if len(model.shape) == 3:
+    scale = float(model.scaling.scale.mean())
+    if len(model.shape) == 2:
+        lines, bands = model.scaling.restore(x).numpy(), model.scaling.restore_std(std).numpy()
+        figure = plots.signals(lines, bands, f"samples, {name}")
+    elif len(model.shape) > 2:
         shown = slice(0, SHOWN_SAMPLES)
-        stds = std[shown].numpy() if model.noise.depends_on_code else None
+        stds = plots.pictures(std[shown].numpy()) if model.noise.depends_on_code else None
         title = f"samples, {name}"
         if len(x) > SHOWN_SAMPLES:
             title += f" (first {SHOWN_SAMPLES} of {len(x):,})"
-        figure = plots.samples(x[shown].numpy(), stds, title, float(model.scaling.scale.mean()))
+        figure = plots.samples(plots.pictures(x[shown].numpy()), stds, title, scale)
     else:
         # The picture of a table always has noise: means alone spread less than data do.
         generated = model.scaling.restore(noisy).numpy()
@@ -139,15 +143,17 @@ def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Pa
         restored["std"][rows] = scaling.restore_std(reconstruction.std).numpy()
         restored["error"][rows] = scaling.restore_std(x - reconstruction.mean).numpy()
 
-    if len(model.shape) == 3:
-        x = scaling(torch.from_numpy(raw[:SHOWN_IMAGES]))
+    shown = slice(0, SHOWN_ROWS if len(model.shape) == 1 else SHOWN_IMAGES)
+    mean, std = restored["mean"][shown], restored["std"][shown]
+    if len(model.shape) == 2:
+        figure = plots.signals(mean, std, "reconstructions", raw[shown])
+    elif len(model.shape) > 2:
+        x = scaling(torch.from_numpy(raw[shown]))
         reconstruction = model.reconstruct(x)
-        mean, std = reconstruction.mean.numpy(), reconstruction.std.numpy()
+        images = (x, reconstruction.mean, reconstruction.std)
         scale = float(scaling.scale.mean())
-        figure = plots.reconstructions(x.numpy(), mean, std, scale=scale)
+        figure = plots.reconstructions(*[plots.pictures(it.numpy()) for it in images], scale=scale)
     else:
-        shown = slice(0, SHOWN_ROWS)
-        mean, std = restored["mean"][shown], restored["std"][shown]
         figure = plots.table_reconstructions(raw[shown], mean, std, _column_names(model))
 
     paths = [folder / f"reconstructions.{ending}" for ending in ("npz", "csv", "png")]

@@ -90,6 +90,63 @@ def tile(
     return grid
 
 
+def pictures(values: Num[np.ndarray, "n channels *space"]) -> Num[np.ndarray, "n bands h w"]:
+    """Make images of what has no two sides.
+
+    Args:
+        values: images (N, C, H, W), volumes (N, C, D, H, W) or signals (N, C, L).
+
+    Returns:
+        Images as they are, the middle slice of volumes, and signals as strips, one row of 8 pixels
+        for each channel.
+    """
+    if values.ndim == 5:
+        return values[:, :, values.shape[2] // 2]
+    if values.ndim == 3:
+        return np.repeat(values, 8, axis=1)[:, None]
+    return values
+
+
+def signals(
+    means: Num[np.ndarray, "n channels length"],
+    stds: Num[np.ndarray, "n channels length"],
+    title: str,
+    x: Num[np.ndarray, "n channels length"] | None = None,
+) -> Figure:
+    """Signals as lines, with a band of one predicted std on either side.
+
+    Args:
+        means: reconstructions or samples, (N, C, L), of which the first nine are drawn.
+        stds: predicted standard deviations, of the same shape and unit.
+        title: title of the figure.
+        x: the data, of the same shape; None for samples.
+
+    Returns:
+        The figure. Channels are drawn below each other.
+    """
+    n = min(9, len(means))
+    spread = float(np.ptp(means)) or 1.0
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 2.2 * math.ceil(n / 3)), layout="constrained")
+        axes = figure.subplots(math.ceil(n / 3), 3, squeeze=False, sharex=True, sharey=True)
+        for i, axis in enumerate(axes.flat):
+            if i >= n:
+                axis.set_axis_off()
+                continue
+            for channel in range(means.shape[1]):
+                shift = -channel * spread
+                mean, std = means[i, channel] + shift, stds[i, channel]
+                steps = np.arange(len(mean))
+                axis.fill_between(steps, mean - std, mean + std, color=BLUE, alpha=0.25, lw=0)
+                axis.plot(steps, mean, color=BLUE, lw=1, label="mean ± std" if not channel else "")
+                if x is not None:
+                    label = "data" if not channel else ""
+                    axis.plot(steps, x[i, channel] + shift, color=ORANGE, lw=0.7, label=label)
+        axes[0, 0].legend(frameon=False, fontsize=7)
+        figure.suptitle(title)
+    return figure
+
+
 def band_colours(reference: Images) -> Callable[[Images], NDArray[Any]]:
     """Choose how bands become colours: those of one set of images serve others, to compare them.
 

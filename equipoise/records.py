@@ -111,7 +111,7 @@ class DataRecord(TypedDict):
     n_test: Count
     source: Name
     load: dict[str, Any]
-    shape: Annotated[list[Size], Meta(min_length=1, max_length=3)]
+    shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
 
 
 class Settings(TypedDict):
@@ -310,7 +310,7 @@ class CorrelationFitRecord(TypedDict):
 class ModelDescription(TypedDict):
     """The description in ``model.safetensors``."""
 
-    shape: Annotated[list[Size], Meta(min_length=1, max_length=3)]
+    shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
     latent_dim: Size
     architecture: str | None
     width: Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -366,7 +366,7 @@ class EstimatorDescription(TypedDict):
     random_state: int | None
     history: list[dict[str, Scalar]]
     prior: NotRequired[Literal["prior", "mixture"]]
-    example_shape: Annotated[list[Size], Meta(min_length=1, max_length=3)]
+    example_shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
     feature_names: list[str]
 
 

@@ -268,7 +268,7 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
 
 def _describe_data(data: "Data") -> str:
     """Say how many examples there are, of what kind, and where they come from."""
-    unit = "images" if data.kind == "image" else "columns"
+    unit = {1: "columns", 2: "signals", 3: "images", 4: "volumes"}[len(data.shape)]
     shape = " x ".join(map(str, data.shape))
     return (
         f"{len(data.train):,} training, {len(data.validation):,} validation and "

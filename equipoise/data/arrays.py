@@ -159,16 +159,17 @@ def prepare(
     pieces = _pieces(content, count, test_fraction, validation_fraction)
 
     kind: Literal["image", "table"]
-    if len(shape) == 3:
+    if len(shape) > 1:
         kind = "image"
         low = min(summary.low for summary in summaries)
         high = max(summary.high for summary in summaries)
         unit = image_unit(views[0].dtype, low, high, content.white)
 
-        if shape[0] not in (1, 3) and content.axis is None:
+        if content.axis is None and (shape[0] not in (1, 3) or len(shape) != 3):
             place = "first" if content.train.values.shape[1:] == tuple(shape) else "last"
-            sides = f"{shape[2]}x{shape[1]}"
-            notes.append(f"images of {sides} with {shape[0]} channels, which come {place}")
+            what = {2: "signals", 3: "images", 4: "volumes"}[len(shape)]
+            sides = "x".join(map(str, reversed(shape[1:])))
+            notes.append(f"{what} of {sides} with {shape[0]} channels, which come {place}")
         if n_constant:
             notes.append(
                 f"pixel values that are the same in all images: {n_constant} of {np.prod(shape)}"
@@ -288,12 +289,14 @@ def examples(values: Array, source: str, axis: int | None = None) -> Array:
 
     Args:
         values: The examples, (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C), see
-            :func:`channel_axis`.
+            :func:`channel_axis`; signals (N, C, L) or (N, L, C) of less than 8 channels; or volumes
+            (N, C, D, H, W) or (N, D, H, W, C).
         source: Name of the array in error messages.
         axis: Axis of the channels of images, if it is known, 1 or 3.
 
     Returns:
-        The examples, (N, D) or (N, C, H, W). They share memory with ``values``.
+        The examples, (N, D), (N, C, L), (N, C, H, W) or (N, C, D, H, W). They share memory with
+        ``values``.
 
     Raises:
         ValueError: If the meaning of the axes is not clear, or the values are not real numbers.
@@ -304,7 +307,7 @@ def examples(values: Array, source: str, axis: int | None = None) -> Array:
         )
 
     if values.ndim == 3:
-        values = values[:, None]
+        values = _signals_or_grey(values)
     elif values.ndim == 4:
         axis = axis or channel_axis(values.shape)
         if axis is None:
@@ -315,16 +318,21 @@ def examples(values: Array, source: str, axis: int | None = None) -> Array:
                 "square or larger, or reshape to (N, D) to use the values as a table"
             )
         values = np.moveaxis(values, axis, 1)
+    elif values.ndim == 5:
+        if min(values.shape[1:4]) >= MIN_SIDE > values.shape[4]:
+            values = np.moveaxis(values, 4, 1)
     elif values.ndim != 2:
         raise ValueError(
-            f"{source}: an array of shape {values.shape}; expected a table (N, D), grey images "
-            "(N, H, W), or images (N, C, H, W) or (N, H, W, C)"
+            f"{source}: an array of shape {values.shape}; expected a table (N, D), signals "
+            "(N, C, L) of less than 8 channels, grey images (N, H, W), images (N, C, H, W) or "
+            "(N, H, W, C), or volumes (N, C, D, H, W)"
         )
 
-    if values.ndim == 4 and min(values.shape[2:]) < MIN_SIDE:
+    if values.ndim > 2 and min(values.shape[2:]) < MIN_SIDE:
+        sides = "x".join(map(str, reversed(values.shape[2:])))
         raise ValueError(
-            f"{source}: images of {values.shape[3]}x{values.shape[2]}; each side must be at least "
-            f"{MIN_SIDE} (reshape to (N, D) to use the values as a table)"
+            f"{source}: images of {sides}; each side must be at least {MIN_SIDE} (reshape to "
+            "(N, D) to use the values as a table)"
         )
     if math.prod(values.shape[1:]) > MAX_DIMENSIONS:
         raise ValueError(
@@ -334,6 +342,16 @@ def examples(values: Array, source: str, axis: int | None = None) -> Array:
     if 0 in values.shape:
         raise ValueError(f"{source}: an array of shape {values.shape} holds no values")
     return values
+
+
+def _signals_or_grey(values: Array) -> Array:
+    """Tell signals, (N, C, L) or (N, L, C), from grey images, which have 8 pixels a side."""
+    _, first, last = values.shape
+    if first < MIN_SIDE <= last:
+        return values
+    if last < MIN_SIDE <= first:
+        return np.moveaxis(values, 2, 1)
+    return values[:, None]
 
 
 def channel_axis(shape: tuple[int, ...]) -> int | None:

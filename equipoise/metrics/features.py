@@ -71,7 +71,8 @@ def load_features(
     Args:
         features: one of
 
-            - ``"auto"``: the next for images, ``"columns"`` for tables;
+            - ``"auto"``: the next for images, ``"pooled"`` for signals and volumes, ``"columns"``
+              for tables;
             - ``"efficientnet-lite0"`` for images: 1280 channels before the classifier, at 64x64
               pixels, averaged over space (Tan and Le, 2019, *EfficientNet: Rethinking Model Scaling
               for Convolutional Neural Networks*). Images of other than 1 or 3 channels are first
@@ -79,6 +80,8 @@ def load_features(
             - ``"inception"`` or ``"inception=PATH"`` for images: the 2048 pooled features of the
               original Fréchet inception distance (Szegedy et al., 2016, *Rethinking the Inception
               Architecture for Computer Vision*);
+            - ``"pooled"`` for signals and volumes: averages over 256 parts of a signal, and over
+              8 x 8 x 8 parts of a volume, for each channel;
             - ``"columns"`` for tables: the standardised columns;
             - a module, or ``"package.module:name"`` of a module or of a function that returns one.
               It maps uint8 images (B, C, H, W) with levels 0..255, or standardised columns (B, D),
@@ -100,10 +103,12 @@ def load_features(
     """
     if features == "auto":
         features = "efficientnet-lite0" if data.kind == "image" else "columns"
+        if len(data.shape) in (2, 4):
+            features = "pooled"
     name, network = _load_network(features, data, download)
 
     scaling = Scaling(torch.as_tensor(data.offset), torch.as_tensor(data.scale), data.quantum)
-    preparation = GreyLevels(scaling) if data.kind == "image" else scaling
+    preparation = GreyLevels(scaling) if len(data.shape) == 3 else scaling
     module = nn.Sequential(preparation, network).eval()
 
     dimension = _dimension(name, module, torch.from_numpy(data.test[:1]))
@@ -126,6 +131,12 @@ def _load_network(features: str | nn.Module, data: Data, download: bool) -> tupl
     if kind == "inception":
         _check_images(kind, data)
         return kind, Inception(_inception_weights(path, download))
+
+    if kind == "pooled":
+        if len(data.shape) not in (2, 4):
+            raise ValueError("the features 'pooled' are of signals and volumes")
+        pool = nn.AdaptiveAvgPool1d(256) if len(data.shape) == 2 else nn.AdaptiveAvgPool3d(8)
+        return kind, nn.Sequential(pool, nn.Flatten())
 
     if kind == "columns":
         if data.kind != "table":
@@ -393,10 +404,10 @@ class Inception(nn.Module):
 
 
 def _check_images(name: str, data: Data) -> None:
-    if data.kind != "image":
+    if len(data.shape) != 3:
+        what, other = ("a table", "columns") if len(data.shape) == 1 else ("not", "pooled")
         raise ValueError(
-            f"the features {name!r} are of images, the data {data.name!r} is a table; "
-            "give 'columns'"
+            f"the features {name!r} are of images, the data {data.name!r} is {what}; give {other!r}"
         )
 
     if data.shape[0] not in (1, 3):

@@ -473,7 +473,7 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
     if problem:
         problems.append(problem)
 
-    is_image = len(data.shape) == 3
+    is_image = len(data.shape) > 1
     noise = NOISES.get(config.noise)
     if noise is not None and noise.needs_images and not is_image:
         problems.append(f"noise={config.noise} needs images; for tables use noise=dimension")
