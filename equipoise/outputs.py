@@ -153,6 +153,8 @@ def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Pa
         images = (x, reconstruction.mean, reconstruction.std)
         scale = float(scaling.scale.mean())
         figure = plots.reconstructions(*[plots.pictures(it.numpy()) for it in images], scale=scale)
+        if len(model.shape) == 4:
+            figure.suptitle("middle slices of the volumes")
     else:
         figure = plots.table_reconstructions(raw[shown], mean, std, _column_names(model))
 

@@ -991,7 +991,9 @@ def test_a_process_preempted_at_any_moment_resumes_to_the_same_run(tmp_path):
             told = process.communicate()[1]
         assert process.returncode == 143, (delay, told)
         assert "stopped by SIGTERM after step" in told
-        assert f"go on from the last checkpoint with 'equipoise train --resume {run.folder}'" in told
+        assert (
+            f"go on from the last checkpoint with 'equipoise train --resume {run.folder}'" in told
+        )
         arguments = ["--quiet", "--resume", run.folder]
     subprocess.run([*command, *arguments], check=True, capture_output=True)
     assert_same_files(run, whole)

@@ -122,7 +122,7 @@ def _load_network(features: str | nn.Module, data: Data, download: bool) -> tupl
 
     kind, _, path = features.partition("=")
     if kind == "efficientnet-lite0":
-        if data.kind == "image" and data.shape[0] not in (1, 3):
+        if len(data.shape) == 3 and data.shape[0] not in (1, 3):
             groups = nn.Sequential(BandGroups(), EfficientNetLite0())
             return f"{kind} of {data.shape[0]} bands in three groups", groups
         _check_images(kind, data)
