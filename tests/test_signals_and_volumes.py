@@ -110,6 +110,7 @@ def test_signals_are_drawn_with_one_std_on_either_side():
     assert [axis.axison for axis in figure.axes] == [True] * 4 + [False] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["signals", "volumes"])
 def test_from_the_command_line_to_reconstructions(tmp_path, monkeypatch, capsys, kind):
     """The bumps of a small set are found again, better than by the mean of all."""
