@@ -609,7 +609,7 @@ class PredictedNoise(NoiseModel):
         Raises:
             ValueError: if the statistic is without data, or all its residuals are zero.
         """
-        common = standardised.sum.mean() / standardised.count
+        common = standardised.sum.mean() / standardised.count.mean()
         if not bool(torch.isfinite(common) and common > 0):
             raise ValueError("Recalibration needs held-out residuals that are not all zero.")
 

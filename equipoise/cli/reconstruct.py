@@ -14,6 +14,7 @@ from equipoise.cli.command import (
     open_terminal,
     other_examples,
     paragraph,
+    table_to_write,
 )
 from equipoise.config import ConfigError
 
@@ -39,7 +40,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add_data_dir(parser)
     add_limits(parser)
     parser.add_argument(
-        "--out", metavar="FOLDER", help="Folder to write to. The default is RUN/reconstructions."
+        "--out",
+        metavar="PATH",
+        help="Folder to write to. The default is RUN/reconstructions. A path such as x.csv or "
+        "x.parquet writes the means of a table, and their std to x-std.csv, with the names of its "
+        "columns.",
     )
     parser.epilog = paragraph(
         "reconstructions.npz has the arrays data, mean, std and error in the unit of the data, and "
@@ -51,25 +56,29 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> None:
     """Reconstruct examples, and write what becomes of them."""
-    from equipoise.outputs import write_reconstructions
+    from equipoise.outputs import write_reconstructed_table, write_reconstructions
     from equipoise.run import Run
 
     if options.n is not None and options.n < 1:
         raise ConfigError([f"-n must be at least 1, got {options.n}"])
     run = Run(options.run)
     model = run.model()
+    table = table_to_write(options.out, model)
     folder = Path(options.out) if options.out else run.folder / "reconstructions"
 
     with open_terminal() as terminal:
         if options.data is None:
             examples = data_of(run, terminal, options.data_dir).test
         else:
-            examples = other_examples(options.data, run, model.shape, options, terminal)
+            examples = other_examples(options.data, run, model, options, terminal)
+        examples = examples.take(slice(options.n))
 
         def write() -> list[Path]:
-            return write_reconstructions(model, examples.take(slice(options.n)), folder)
+            if table is not None:
+                return write_reconstructed_table(model, examples[:], table)
+            return write_reconstructions(model, examples, folder)
 
-        terminal.message("\n".join(list_written(write, folder)))
+        terminal.message("\n".join(list_written(write, table.parent if table else folder)))
 
 
 COMMAND = Command(

@@ -25,6 +25,7 @@ from equipoise.data.batches import examples
 from equipoise.data.varying import counted_columns, varying_mask
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
+from equipoise.gaps import column_vars, observed_values
 from equipoise.model import VAE
 from equipoise.noise import build_noise, describe_noise
 from equipoise.randomness import stream
@@ -50,6 +51,7 @@ from equipoise.training.preemption import Preempted, Sigterm
 from equipoise.training.setup import choose_stage_two
 from equipoise.training.stage_ends import (
     HeldOutVar,
+    digital_log_probabilities,
     exact_optimal_var,
     held_out_var,
     recalibrate,
@@ -268,10 +270,11 @@ class Trainer:
         sample = examples(self.data.train, RANGE_EXAMPLES, self.fabric.device)
         sample = self.model.scaling(sample)
         counted = self.model.pooled(sample)
-        self.data_var = float(counted.var(0).mean())
+        self.data_var = float(column_vars(counted).nanmean())
         self.counted_share = counted[0].numel() / sample[0].numel()
 
-        warning = range_warning(self.model.decoder, float(sample.min()), float(sample.max()))
+        observed = observed_values(sample)
+        warning = range_warning(self.model.decoder, float(observed.min()), float(observed.max()))
         if warning:
             self._message(f"Warning: {warning}")
 
@@ -550,19 +553,19 @@ class Trainer:
 
         Returns what a person should read.
         """
-        if self.stage_two.likelihood == "digital":
-            # It was not trained for a density, and its std may be far below rounding.
-            return []
-
         generator = self._stream("worth of prediction")
-        gain, shared_var = worth_of_prediction(
-            self.model, self.validation, generator, self.all_reduce
-        )
+        if self.stage_two.likelihood == "digital":
+            log_probs = digital_log_probabilities(self.model, self.validation, generator)
+            gain, shared_var = paired_gain(*log_probs, self.all_reduce), self.optimal_var
+        else:
+            gain, shared_var = worth_of_prediction(
+                self.model, self.validation, generator, self.all_reduce
+            )
         if gain.standard_error is None or gain.value + gain.standard_error >= 0:
             return []
 
         loss = _with_error(gain.times(-1.0))
-        if self.stage_1_noise is None:
+        if self.stage_1_noise is None or shared_var is None:
             return [
                 f"Warning: the predicted variance loses {loss} nats per held-out example against "
                 "one variance; train without stage 2."
