@@ -466,7 +466,7 @@ def bad_files(tmp_path):
         ("empty.npy", "cannot be read"),
         ("broken.npz", "cannot be read"),
         ("cut.npy", "cannot be read"),
-        ("table.csv", "type that cannot be read; expected one of digits"),
+        ("table.csv", "too few training examples"),
         ("tabel.csv", "did you mean .*table.csv"),
     ],
 )
