@@ -25,14 +25,25 @@ SILENT_SECONDS = 5.0
 """How long a lock is waited for without a word."""
 
 
-class CachedPart(TypedDict):
+class Origin(TypedDict):
+    """Where the examples of a part come from.
+
+    ``rows`` has the number of the file and of the page of each example. It is None if all files
+    were read and have one page.
+    """
+
+    notes: list[str]
+    unreadable: list[str]
+    rows: list[tuple[int, int]] | None
+
+
+class CachedPart(Origin):
     """The description of a part in the cache."""
 
     digest: str
     low: float
     high: float
     n_constant: int
-    notes: list[str]
 
 
 def default_cache_dir() -> Path:
@@ -69,7 +80,17 @@ def read_part(folder: Path, key: str) -> Part | None:
 
     # All of it, so that a flipped bit is noticed: this takes far less time than the decoding.
     recorded = Summary(about["digest"], about["low"], about["high"], about["n_constant"])
-    return Part(values, summary, tuple(about["notes"])) if summary == recorded else None
+    if summary != recorded:
+        return None
+    return _part(values, summary, about)
+
+
+def _part(values: Array, summary: Summary, about: CachedPart) -> Part:
+    rows = about["rows"]
+    if rows is not None:
+        rows = [(index, page) for index, page in rows]
+    unreadable = tuple(about["unreadable"])
+    return Part(values, summary, tuple(about["notes"]), unreadable=unreadable, rows=rows)
 
 
 @contextmanager
@@ -116,7 +137,8 @@ def write_part(
     key: str,
     rows: Iterable[Array],
     shape: tuple[int, ...],
-    notes: Callable[[], tuple[str, ...]],
+    about: Callable[[], Origin],
+    dtype: str = "uint8",
 ) -> Part:
     r"""Write examples to the cache one after another, and open the result.
 
@@ -127,10 +149,10 @@ def write_part(
     Args:
         folder: Folder of the cache. It is created if it does not exist.
         key: Key of the part.
-        rows: Any number of uint8 examples, each of the shape ``shape``.
+        rows: Any number of examples, each of the shape ``shape``.
         shape: Shape of one example.
-        notes: Function that returns the sentences that a user should read. It is called after the
-            last example.
+        about: Function that returns where the examples come from. It is called after the last.
+        dtype: Type of the values.
 
     Returns:
         The part, memory-mapped.
@@ -140,15 +162,15 @@ def write_part(
     """
 
     def write_rows(file: BinaryIO) -> None:
-        _write_header(file, (0, *shape))
+        _write_header(file, (0, *shape), dtype)
         count = 0
         for row in rows:
-            file.write(np.ascontiguousarray(row).data)
+            file.write(np.ascontiguousarray(row, dtype).data)
             count += 1
 
         # This header is as long as the first one, because the format leaves room for the count.
         file.seek(0)
-        _write_header(file, (count, *shape))
+        _write_header(file, (count, *shape), dtype)
 
     values_path = folder / f"{key}.npy"
     with _advice(folder):
@@ -156,11 +178,17 @@ def write_part(
         values = read_npy(values_path)
         summary = summarise(values, str(values_path))
 
-        about = {**summary._asdict(), "notes": notes()}
-        content = json.dumps(about).encode()
+        record: CachedPart = {
+            "digest": summary.digest,
+            "low": summary.low,
+            "high": summary.high,
+            "n_constant": summary.n_constant,
+            **about(),
+        }
+        content = json.dumps(record).encode()
         _write_whole(folder / f"{key}.json", lambda file: file.write(content))
 
-    return Part(values, summary, about["notes"])
+    return _part(values, summary, record)
 
 
 def forget_part(folder: Path, key: str) -> None:
@@ -186,8 +214,8 @@ def _advice(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> None:
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
 
