@@ -26,6 +26,7 @@ from tables import table
 from equipoise import VAEImputer
 
 SHARES = (0.1, 0.3, 0.5)
+COVERAGES = ("within_1", "within_1.96")
 DRAWS = 5
 """Draws of IterativeImputer."""
 
@@ -100,30 +101,44 @@ def main():
         names, shares, seeds = ["crabs"], SHARES[:1], options.seeds[:1]
 
     rows = Rows(options.out)
-    figures = ("rmse", "within_1", "within_1.96")
-    cells = {figure: [] for figure in figures}
     for name in names:
         x = TABLES[name]()
         x = (x - x.mean(0)) / x.std(0)
         for share in shares:
-            found = {}
             for method in methods:
-                of_seeds = []
                 for seed in seeds:
                     key = {"table": name, "share": share, "method": method, "seed": seed}
-                    of_seeds.append(rows.find_or_make(key, measure, x, share, method, seed))
-                found[method] = of_seeds
+                    rows.find_or_make(key, measure, x, share, method, seed)
 
-            for figure in figures:
-                texts = [
-                    over_seeds([row[figure] for row in of_seeds]) if figure in of_seeds[0] else ""
-                    for of_seeds in found.values()
-                ]
-                cells[figure].append([f"{name}, {share:.0%}", *texts])
-
-    for figure in figures:
-        print(f"\n{table([figure, *methods], cells[figure])}")
+    print(page(rows.rows))
     rows.write()
+
+
+def page(rows):
+    """Lay out the mean errors and coverages of each table and share that is complete."""
+    heads = ["std of a column", *METHODS, "VAEImputer within 1 and 1.96 std"]
+    heads.append("IterativeImputer within 1 and 1.96 std")
+    cells = []
+    for name in TABLES:
+        for share in SHARES:
+            found = {
+                method: [
+                    row
+                    for row in rows
+                    if (row["table"], row["share"], row["method"]) == (name, share, method)
+                ]
+                for method in METHODS
+            }
+            if len({len(of_seeds) for of_seeds in found.values()}) > 1 or not found["mean"]:
+                continue
+
+            errors = [over_seeds([row["rmse"] for row in part]) for part in found.values()]
+            coverages = [
+                ", ".join(f"{np.mean([row[key] for row in found[method]]):.2f}" for key in COVERAGES)
+                for method in ("VAEImputer", "IterativeImputer")
+            ]
+            cells.append([f"{name}, {share:.0%}", *errors, *coverages])
+    return table(heads, cells)
 
 
 if __name__ == "__main__":

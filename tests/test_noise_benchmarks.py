@@ -22,7 +22,7 @@ def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     before = set(sys.modules)
     yield importlib.import_module
-    for name in ("experiment", "one_class_data", "one_class_tables", "tables"):
+    for name in ("experiment", "imputation", "one_class_data", "one_class_tables", "tables"):
         if name not in before:
             sys.modules.pop(name, None)
 
@@ -163,3 +163,9 @@ def test_imputation_at_its_smallest_size(tmp_path):
     assert rows["VAEImputer"]["rmse"] < rows["mean"]["rmse"]
     assert 0.4 < rows["VAEImputer"]["within_1"] < 1
     assert "within_1" not in rows["KNNImputer"]
+
+
+def test_the_imputation_in_the_guide_is_that_of_the_json(benchmark):
+    content = json.loads((ROOT / "results" / "benchmark-imputation.json").read_text())
+    guide = (ROOT / "docs" / "guides" / "your-table.md").read_text(encoding="utf-8")
+    assert benchmark("imputation").page(content["rows"]) in guide

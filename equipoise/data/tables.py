@@ -23,7 +23,7 @@ from equipoise.text import visible
 
 Frame: TypeAlias = Any  # polars has types, but is optional
 
-TEXT_FORMATS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+TEXT_FORMATS = {".csv": ",", ".tsv": "\t"}
 """Endings of files of text, and the separator that wins where several would do."""
 BINARY_FORMATS = (".parquet", ".feather", ".arrow")
 SUFFIXES = (".csv", ".tsv", ".parquet", ".feather", ".csv.gz", ".tsv.gz")
@@ -173,7 +173,7 @@ def is_table(path: str | Path) -> bool:
         path: Path of the file.
 
     Returns:
-        True for .csv, .tsv and .txt, also with .gz, and for .parquet, .feather and .arrow.
+        True for .csv and .tsv, also with .gz, and for .parquet, .feather and .arrow.
 
     Example:
         >>> is_table("rows.CSV.gz"), is_table("rows.parquet"), is_table("rows.npy")
