@@ -223,20 +223,9 @@ class TrainConfig:
         Returns:
             One sentence for each problem, with what to do. Empty if all is well.
         """
-        problems = []
-
-        is_coupled = self.objective in OBJECTIVES and OBJECTIVES[self.objective].is_coupled
-        if processes > 1 and is_coupled:
-            problems.append(
-                f"objective={self.objective} needs whole batches; "
-                "train it in one process (devices=1)"
-            )
-
         if processes > 0 and self.batch_size % processes:
-            problems.append(
-                f"batch_size={self.batch_size} must be a multiple of the {processes} processes"
-            )
-        return problems
+            return [f"batch_size={self.batch_size} must be a multiple of the {processes} processes"]
+        return []
 
     def as_dict(self) -> dict[str, Any]:
         """Return all options as JSON values.

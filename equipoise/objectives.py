@@ -31,6 +31,7 @@ from equipoise.digital import DigitalGaussian, Levels
 from equipoise.gaussian import (
     Gaussian,
     Randomness,
+    SharedGenerator,
     standard_normal_like,
     standard_normal_log_prob,
     sum_dimensions,
@@ -105,7 +106,14 @@ class Objective(nn.Module, ABC):
 
     Args:
         model: Encoder, decoder and noise.
+
+    Attributes:
+        all_reduce: Sum of a tensor over the processes that share a batch, through which gradients
+            pass, see :func:`equipoise.training.engine.all_reduce_with_gradient`. The terms of whole
+            batches are made of such sums. A single process has none to add.
     """
+
+    all_reduce: Callable[[Tensor], Tensor] = staticmethod(lambda values: values)
 
     def __init__(self, model: LatentVariableModel) -> None:
         super().__init__()
@@ -122,6 +130,10 @@ class Objective(nn.Module, ABC):
         Returns:
             The terms, per example.
         """
+
+    def _whole_mean(self, mean: Tensor, n: int, generator: Randomness) -> Tensor:
+        """Return the mean over the whole batch, given that over the n examples of this process."""
+        return self.all_reduce(mean * (n / _whole_size(n, generator)))
 
     def _terms(self, x: Tensor, posterior: Gaussian, likelihood: AnyGaussian) -> Terms:
         """Return the terms of eq. (4). The loss is the negative bound."""
@@ -306,7 +318,8 @@ class BatchVarianceElbo(Objective):
         posterior = self.model.encode(x)
         mean = self.model.decode_mean(posterior.sample(generator))
 
-        log_var = (x - mean).square().mean().clamp_min(MIN_VAR).log()
+        var = self._whole_mean((x - mean).square().mean(), len(x), generator)
+        log_var = var.clamp_min(MIN_VAR).log()
         return self._terms(x, posterior, Gaussian(mean, log_var))
 
 
@@ -341,18 +354,18 @@ class _DipVae(Elbo):
         """
         terms = super().forward(x, generator)
 
-        covariance = self._covariance(terms.posterior)
+        covariance = self._covariance(terms.posterior, generator)
         deviation = (covariance - torch.eye(len(covariance), device=x.device)).square()
         diagonal = deviation.diagonal().sum()
         penalty = self.off_diagonal * (deviation.sum() - diagonal) + self.diagonal * diagonal
 
         return terms._replace(loss=terms.loss + penalty)
 
-    @staticmethod
-    def _covariance(posterior: Gaussian) -> Tensor:
-        """Return the covariance of the posterior means over the batch, (d, d)."""
-        centred = posterior.mean - posterior.mean.mean(0)
-        return centred.mT @ centred / len(centred)
+    def _covariance(self, posterior: Gaussian, generator: Randomness) -> Tensor:
+        """Return the covariance of the posterior means over the whole batch, (d, d)."""
+        n = len(posterior.mean)
+        centred = posterior.mean - self._whole_mean(posterior.mean.mean(0), n, generator)
+        return self.all_reduce(centred.mT @ centred) / _whole_size(n, generator)
 
 
 class DipVaeI(_DipVae):
@@ -382,9 +395,10 @@ class DipVaeII(_DipVae):
     def __init__(self, model: LatentVariableModel, off_diagonal: float = 10.0) -> None:
         super().__init__(model, off_diagonal, diagonal_ratio=1.0)
 
-    @staticmethod
-    def _covariance(posterior: Gaussian) -> Tensor:
-        return _DipVae._covariance(posterior) + posterior.var.mean(0).diag()
+    def _covariance(self, posterior: Gaussian, generator: Randomness) -> Tensor:
+        of_means = super()._covariance(posterior, generator)
+        mean_var = self._whole_mean(posterior.var.mean(0), len(posterior.mean), generator)
+        return of_means + mean_var.diag()
 
 
 IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -419,10 +433,23 @@ class WaeMmd(Objective):
         likelihood = self.model.decode(z)
 
         error = sum_dimensions((x - likelihood.mean).square())
-        distance = maximum_mean_discrepancy(z, standard_normal_like(z, generator))
+        distance = maximum_mean_discrepancy(*self._codes_and_prior(z, generator))
         loss = error + self.penalty * distance
 
         return self._terms(x, posterior, likelihood)._replace(loss=loss)
+
+    def _codes_and_prior(self, z: Tensor, generator: Randomness) -> tuple[Tensor, Tensor]:
+        """Return the codes of the whole batch, and as many samples of the prior."""
+        if isinstance(generator, SharedGenerator):
+            whole = z.new_zeros(generator.batch_size, z.shape[1])
+            whole[generator.rank :: generator.world_size] = z
+            z, generator = self.all_reduce(whole), generator.generator
+        return z, standard_normal_like(z, generator)
+
+
+def _whole_size(n: int, generator: Randomness) -> int:
+    """Count the examples of the batch over all processes, of which this one has n."""
+    return generator.batch_size if isinstance(generator, SharedGenerator) else n
 
 
 def maximum_mean_discrepancy(z: Float[Tensor, "n d"], prior: Float[Tensor, "n d"]) -> Tensor:
