@@ -143,19 +143,88 @@ def test_torchrun_is_another_way_to_start(by_two, tmp_path):
     assert done.stdout.count("Test set") == 2, "one process speaks, once per stage"
 
 
-def test_wrong_input_is_told_before_there_are_processes(tmp_path):
-    done = run_command(
-        *TRAIN,
-        "--out",
-        tmp_path / "run",
-        "--devices",
-        "2",
-        "--set",
-        "objective=wae-mmd",
-        "batch_size=9",
+@pytest.mark.parametrize(
+    ("objective", "processes"),
+    [
+        ("dip-vae-ii", 3),
+        pytest.param("sigma-vae", 2, marks=pytest.mark.slow),
+        pytest.param("sigma-vae", 3, marks=pytest.mark.slow),
+        pytest.param("dip-vae-i", 2, marks=pytest.mark.slow),
+        pytest.param("wae-mmd", 2, marks=pytest.mark.slow),
+        pytest.param("wae-mmd", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_objectives_of_whole_batches_give_the_curve_of_one_process(objective, processes, tmp_path):
+    """1,455 examples: the last batch has 15 of them, or 5 per process."""
+    options = [
+        *("--quiet", "--set", f"objective={objective}", "latent_dim=4", "width=4"),
+        *("batch_size=96", "stage_1_epochs=3", "n_components=2", "accelerator=cpu"),
+    ]
+    one, several = Run(tmp_path / "one"), Run(tmp_path / "several")
+    for run, devices in ((one, 1), (several, processes)):
+        done = run_command(*TRAIN, "--out", run.folder, *options, f"devices={devices}")
+        assert done.returncode == 0, done.stderr
+    for row, other in zip(
+        without_times(one.history()), without_times(several.history()), strict=True
+    ):
+        assert row.pop("decision") == other.pop("decision")
+        assert row == pytest.approx(other, rel=1e-4)
+
+
+SHARED_GRADIENTS = """
+import sys
+import torch
+from functools import partial
+from lightning_fabric import Fabric
+from equipoise.gaussian import SharedGenerator
+from equipoise.noise import GlobalNoise
+from equipoise.objectives import BatchVarianceElbo, DipVaeI, DipVaeII, WaeMmd
+from equipoise.training.engine import all_reduce_with_gradient, launch
+from equipoise.training.group import Group
+from tests.test_objectives import small_vae
+
+fabric = Fabric(accelerator="cpu", devices=3, strategy=Group())
+launch(fabric)
+rank = fabric.global_rank
+x = torch.rand(17, 1, 8, 8, generator=torch.Generator().manual_seed(1))  # 6, 6 and 5 examples
+
+
+def gradients(objective, x, generator, n):
+    objective.zero_grad()
+    loss = objective(x, generator).loss.sum() / n
+    loss.backward()
+    parameters = [p for p in objective.parameters() if p.grad is not None]
+    return torch.cat([p.grad.flatten() for p in parameters])
+
+
+for make in (BatchVarianceElbo, DipVaeI, DipVaeII, WaeMmd):
+    whole = gradients(make(small_vae(GlobalNoise())), x, torch.Generator().manual_seed(0), 17)
+    objective = make(small_vae(GlobalNoise()))
+    objective.all_reduce = partial(all_reduce_with_gradient, fabric)
+    draws = SharedGenerator(torch.Generator().manual_seed(0), 17, rank, 3)
+    part = gradients(objective, x[rank::3], draws, 17 / 3)
+    torch.distributed.all_reduce(part)
+    torch.testing.assert_close(part / 3, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
+if rank == 0:
+    print("equal")
+"""
+
+
+def test_gradients_of_whole_batches_are_those_of_one_process(tmp_path):
+    """Over parts of 6, 6 and 5 examples, averaged by the engine."""
+    script = tmp_path / "gradients.py"
+    script.write_text(SHARED_GRADIENTS)
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300
     )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "equal\n"
+
+
+def test_wrong_input_is_told_before_there_are_processes(tmp_path):
+    done = run_command(*TRAIN, "--out", tmp_path / "run", "--devices", "2", "--set", "batch_size=9")
     assert done.returncode == 2
-    assert "objective=wae-mmd needs whole batches" in done.stderr
     assert "batch_size=9 must be a multiple of the 2 processes" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -171,8 +240,8 @@ class SecondOfTwo(Fabric):
 
 def test_a_number_of_processes_chosen_by_torchrun_is_checked_too():
     data = load("digits")
-    config = make_config({"objective": "dip-vae-i"})
-    with pytest.raises(ConfigError, match="objective=dip-vae-i needs whole batches"):
+    config = make_config({"batch_size": 9})
+    with pytest.raises(ConfigError, match="must be a multiple of the 2 processes"):
         Trainer(make_model(data, config), data, config, fabric=SecondOfTwo())
 
 
