@@ -9,13 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from lightning_fabric import Fabric
 
 from equipoise.config import ConfigError, make_config
@@ -117,6 +120,98 @@ def test_processes_stopped_and_killed_resume_bit_for_bit(by_two, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_same_files(run, by_two)
     assert without_times(run.history()) == without_times(by_two.history())
+
+
+def workers_of(process):
+    """The processes that torchrun has started, by their rank."""
+    ranks = {}
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        try:
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        ranks |= {
+            int(variable[5:]): int(child) for variable in variables if variable.startswith(b"RANK=")
+        }
+    return ranks
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_torchrun_starts_again_what_was_killed(by_two, tmp_path, killed):
+    """One of two processes is killed; the same line goes on and ends bit for bit."""
+    run = Run(tmp_path / "run")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    line = ["-m", "equipoise", "train", "--out", run.folder, *OPTIONS, "--resume", "auto"]
+    with subprocess.Popen(
+        [*torchrun, "--max-restarts", "3", *map(str, line)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        while len(run.history()) < 2:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        os.kill(workers_of(process)[killed], signal.SIGKILL)
+        try:
+            told = process.communicate(timeout=120)[0]
+        finally:
+            process.terminate()
+    assert process.returncode == 0, told
+    assert "Resumed step-" in told
+    assert_same_files(run, by_two)
+    assert without_times(run.history()) == without_times(by_two.history())
+
+
+class Interruptions(RuleBasedStateMachine):
+    """A run that is stopped and goes on with another number of processes, again and again."""
+
+    def __init__(self):
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.run = Run(Path(self.folder.name) / "run")
+
+    def line(self, processes):
+        return [
+            *(*TRAIN, "--out", str(self.run.folder), *OPTIONS),
+            *("--resume", "auto", "--devices", str(processes)),
+        ]
+
+    @rule(
+        processes=st.integers(1, 3),
+        number=st.sampled_from([signal.SIGTERM, signal.SIGKILL]),
+        more_epochs=st.integers(0, 2),
+        wait=st.floats(0, 1),
+    )
+    def interrupted(self, processes, number, more_epochs, wait):
+        rows = len(self.run.history()) if self.run.folder.exists() else 0
+        with subprocess.Popen(
+            self.line(processes), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as process:
+            while process.poll() is None and len(self.run.history()) < rows + more_epochs:
+                time.sleep(0.01)
+            time.sleep(wait)
+            process.send_signal(number)
+            told = process.communicate(timeout=300)[1]
+        assert process.returncode in (0, 143, -number), told
+
+    def teardown(self):
+        done = run_command(*self.line(2))
+        assert done.returncode == 0, done.stderr
+        assert_close_runs(self.run, self.expected)
+        self.folder.cleanup()
+
+
+@pytest.mark.slow
+def test_any_sequence_of_processes_and_kills_gives_the_curve_of_one(by_two):
+    Interruptions.expected = by_two
+    run_state_machine_as_test(
+        Interruptions,
+        settings=settings(
+            max_examples=4, stateful_step_count=4, deadline=None, derandomize=True, database=None
+        ),
+    )
 
 
 @pytest.mark.slow

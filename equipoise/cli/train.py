@@ -80,9 +80,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="Continue an interrupted run, with its own data and options. '--resume auto' with --out "
-        "continues the run in that folder if there is one, and starts it if there is none, so that "
-        "one line starts and restarts it.",
+        help="Continue an interrupted run, with its own data and options. '--resume auto', with "
+        "--out, continues the run in that folder if there is one, and starts it if there is none, "
+        "so that one line starts and restarts it.",
     )
 
     for name in SHORTHANDS:
