@@ -20,7 +20,7 @@ import yaml
 
 from equipoise.catalogue import ARCHITECTURES, NOISES, OBJECTIVES
 
-PLACEMENT = ("devices", "num_nodes")
+PLACEMENT = ("devices", "num_nodes", "threads")
 """Options that may change when a run is resumed: they say where it runs, not what it does."""
 
 MACHINE = (*PLACEMENT, "accelerator", "compile", "tracker", "checkpoint_seconds")
@@ -166,6 +166,10 @@ class TrainConfig:
     devices: int | Literal["auto"] = 1
     """Processes on this machine, one per GPU, or per share of the CPU. Each takes its part of every
     batch. 'auto' takes all GPUs."""
+    threads: int | None = None
+    """Threads with which each process computes on the CPU. null takes OMP_NUM_THREADS where it is
+    set, and otherwise one thread where a step is so small that several would wait for each other,
+    and all threads where it is not. A run that goes on keeps its number, to the last bit."""
     num_nodes: int = 1
     """Number of machines. Each runs the same number of processes. The guide on scaling says how
     they find one another."""
@@ -394,6 +398,7 @@ _AT_LEAST: dict[str, float] = {
     "n_components": 1,
     "seed": 0,
     "devices": 1,
+    "threads": 1,
     "num_nodes": 1,
     "checkpoint_seconds": 0,
     "image_size": 8,
@@ -412,6 +417,7 @@ _AT_MOST: dict[str, int] = {
     "n_components": 1_000_000,
     "seed": 2**32 - 1,
     "devices": 1024,
+    "threads": 1024,
     "num_nodes": 4096,
     "image_size": 4096,
 }
