@@ -92,6 +92,12 @@ def test_auto_components_at_its_smallest_size(tmp_path):
     assert content["summary"]["found"] == content["summary"]["runs"] == 1
 
 
+def test_threads_at_their_smallest_size(tmp_path):
+    (row,) = run("threads", tmp_path / "x.json")["rows"]
+    assert 0 < row["least_milliseconds_with_one"] <= row["milliseconds_with_one"]
+    assert row["operations"] > row["parameters"]
+
+
 def test_a_finished_row_is_not_computed_again(benchmark, tmp_path, capsys):
     experiment = benchmark("experiment")
     path = tmp_path / "results" / "x.json"

@@ -42,6 +42,7 @@ from equipoise.training.engine import (
 from equipoise.training.group import noticing_losses
 from equipoise.training.logging import JsonlSink, Sink
 from equipoise.training.setup import check_fit, check_units, make_model
+from equipoise.training.threads import computing_with
 from equipoise.training.trackers import TRACKERS
 from equipoise.training.trainer import Trainer
 
@@ -184,6 +185,7 @@ def train(
             if fabric.is_global_zero and not is_resumed:
                 stack.callback(_discard_unstarted, run, was_there)
             raise
+        stack.enter_context(computing_with(trainer.threads))
         in_main_process(fabric, partial(_note_options, run, config))
         # Its copy of the training examples on the device goes, too: they are encoded from their
         # source.

@@ -22,31 +22,32 @@ OPERATIONS = 2e8
 ``benchmarks/threads.py``."""
 GIVEN = "OMP_NUM_THREADS"
 """Environment variable that decides where it is set."""
+# Read once, because the engine sets it for the processes that it starts.
 _given = os.environ.get(GIVEN)
-# Read once: the engine sets it for the processes that it starts.
 
 
 def choose_threads(model: VAE, config: TrainConfig, batch_size: int) -> tuple[int, str]:
-    """Choose the number of threads of a training on the CPU.
+    """Choose the number of threads of a training.
 
     Args:
-        model: The model, on the CPU.
+        model: The model, on the device of the training.
         config: Option ``threads``, which wins over OMP_NUM_THREADS, which wins over the rule.
         batch_size: Examples of a step in this process.
 
     Returns:
-        The number, and why in words. The words are empty if there was nothing to choose.
+        The number, and a sentence about it, which is empty if there was nothing to choose.
     """
     every = torch.get_num_threads()
     if config.threads is not None:
-        return config.threads, "threads" if config.threads != every else ""
-    if _given or every == 1:
+        return config.threads, f"Threads: {config.threads}."
+    if _given or every == 1 or model.scaling.scale.device.type != "cpu":
         return every, ""
 
     operations = step_operations(model, batch_size)
+    size = f"{operations / 1e6:,.0f} million operations of the networks in a step"
     if operations < OPERATIONS:
-        return 1, f"a step is small, with {operations:.1e} operations of the networks"
-    return every, f"a step has {operations:.1e} operations of the networks"
+        return 1, f"Threads: 1, because of only {size}; --threads sets another number."
+    return every, f"Threads: {every}, because of {size}; --threads sets another number."
 
 
 @contextmanager
@@ -86,4 +87,5 @@ def step_operations(model: VAE, batch_size: int) -> int:
     with FlopCounterMode(display=False) as counter:
         model.decode_mean(model.encode(example).mean)
     model.train(was_training)
-    return batch_size * counter.get_total_flops()
+    of_example: int = counter.get_total_flops()
+    return batch_size * of_example
