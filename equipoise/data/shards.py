@@ -6,6 +6,7 @@ because its order of the examples depends on the number of processes.
 """
 
 import importlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,8 @@ GROUPS_PER_READER = 8
 A reader begins in the middle of a row group, which is read from its start. With 8 of them, this is
 a sixteenth of the data.
 """
-ROWS_AT_ONCE = 4096
-"""Most examples that are decoded at the same time."""
+BYTES_AT_ONCE = 1 << 20
+"""About how many bytes a reader decodes at the same time."""
 
 
 class Shard(NamedTuple):
@@ -41,12 +42,18 @@ class Shard(NamedTuple):
         groups: Numbers of examples in the parts of the file that have to be read from their start:
             the row groups of a Parquet file. Empty if every example can be read by itself.
         columns: Columns of a Parquet file that make up an example.
+        offset: Where the examples of an ``.npy`` file begin, in bytes.
+        dtype: Their type.
+        shape: Shape of one of them.
     """
 
     path: Path
     n: int
     groups: tuple[int, ...] = ()
     columns: tuple[str, ...] = ()
+    offset: int = 0
+    dtype: np.dtype[Any] = np.dtype(np.float32)
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -177,7 +184,7 @@ def _inspect(file: Path, column: str | None) -> Shard:
         if file.suffix.lower() == ".parquet":
             return _inspect_parquet(file, column)
         values = read_npy(file)
-        if not values.ndim:
+        if not values.ndim or not isinstance(values, np.memmap):
             raise ValueError("a single number; expected an array of examples")
         if not values.flags.c_contiguous:
             raise ValueError(
@@ -185,26 +192,31 @@ def _inspect(file: Path, column: str | None) -> Shard:
             )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    return Shard(file, len(values))
+    shape = values.shape[1:]
+    return Shard(file, len(values), offset=values.offset, dtype=values.dtype, shape=shape)
 
 
 def _read_npy(shard: Shard, start: int, stop: int) -> Iterator[Array]:
     """Read examples by their offset, and not through a map, whose pages would count as memory."""
-    header = read_npy(shard.path)
-    if len(header) != shard.n or not isinstance(header, np.memmap):
-        raise _changed(shard)
-    of_example = header.shape[1:]
-    size = int(np.prod(of_example))
-    first_byte = header.offset + start * size * header.itemsize
+    size = int(np.prod(shard.shape))
+    bytes_of_row = size * shard.dtype.itemsize
+    at_once = _rows_at_once(bytes_of_row)
 
     with shard.path.open("rb", buffering=0) as file:
-        file.seek(first_byte)
-        for first in range(start, stop, ROWS_AT_ONCE):
-            n = min(ROWS_AT_ONCE, stop - first)
-            values = np.fromfile(file, header.dtype, n * size)
+        if os.fstat(file.fileno()).st_size != shard.offset + shard.n * bytes_of_row:
+            raise _changed(shard)
+        file.seek(shard.offset + start * bytes_of_row)
+        for first in range(start, stop, at_once):
+            n = min(at_once, stop - first)
+            values = np.fromfile(file, shard.dtype, n * size)
             if len(values) != n * size:
                 raise _changed(shard)
-            yield values.reshape(n, *of_example)
+            yield values.reshape(n, *shard.shape)
+
+
+def _rows_at_once(bytes_of_row: int) -> int:
+    """Count the examples that are decoded at the same time."""
+    return max(1, BYTES_AT_ONCE // max(1, bytes_of_row))
 
 
 def _parquet() -> Any:  # noqa: ANN401 (a module)
@@ -227,6 +239,9 @@ def _inspect_parquet(file: Path, column: str | None) -> Shard:
     with _open_parquet(file) as table:
         schema, footer = table.schema_arrow, table.metadata
         groups = tuple(footer.row_group(g).num_rows for g in range(footer.num_row_groups))
+
+    if not footer.num_rows:
+        return Shard(file, 0)
 
     types = {field.name: str(field.type) for field in schema}
     lists = [name for name, kind in types.items() if "list<" in kind]
@@ -268,8 +283,10 @@ def _read_parquet(shard: Shard, start: int, stop: int) -> Iterator[Array]:
         position = skipped
         if not chosen:
             return
+        first_group = table.metadata.row_group(chosen[0])
+        at_once = _rows_at_once(first_group.total_byte_size // first_group.num_rows)
         for batch in table.iter_batches(
-            ROWS_AT_ONCE, row_groups=chosen, columns=list(shard.columns), use_threads=False
+            at_once, row_groups=chosen, columns=list(shard.columns), use_threads=False
         ):
             first, last = max(start - position, 0), min(stop - position, len(batch))
             position += len(batch)
