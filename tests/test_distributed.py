@@ -14,6 +14,7 @@ import time
 import uuid
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -264,6 +265,30 @@ def test_objectives_of_whole_batches_give_the_curve_of_one_process(objective, pr
     ):
         assert row.pop("decision") == other.pop("decision")
         assert row == pytest.approx(other, rel=1e-4)
+
+
+def test_parts_of_a_folder_give_the_curve_of_one_process(tmp_path):
+    """Each process reads its own files. The curve is the same."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "parts").mkdir()
+    mixing = rng.normal(size=(3, 8))
+    for number in range(6):
+        values = rng.normal(size=(300, 3)) @ mixing + 0.3 * rng.normal(size=(300, 8))
+        np.save(tmp_path / "parts" / f"{number}.npy", values.astype(np.float32))
+    options = [
+        *("--stream", "--quiet", "--set", "latent_dim=3", "width=2", "batch_size=64"),
+        *("stage_1_epochs=3", "stage_2_epochs=1", "n_components=2", "accelerator=cpu"),
+    ]
+    one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
+    for run, devices in ((one, "1"), (two, "2")):
+        line = [*TRAIN, tmp_path / "parts", "--out", run.folder, *options]
+        done = run_command(*line, "--devices", devices)
+        assert done.returncode == 0, done.stderr
+    for row, other in zip(without_times(one.history()), without_times(two.history()), strict=True):
+        assert row.pop("decision") == other.pop("decision")
+        assert row == pytest.approx(other, rel=1e-4)
+    done = run_command(*TRAIN, tmp_path / "parts", "--out", tmp_path / "none")
+    assert "--stream" in done.stderr
 
 
 SHARED_GRADIENTS = """

@@ -100,8 +100,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="Read data from the Hugging Face hub, or from a local copy (hf:PATH), anew in every "
-        "epoch, without keeping the examples. Needs the extra 'hub'.",
+        help="Read the data anew in every epoch, without keeping the examples: a folder of .npy or "
+        ".parquet files, of which each process reads its own part, or data from the Hugging Face "
+        "hub or a local copy (hf:PATH). All but .npy needs the extra 'hub'.",
     )
     parser.add_argument(
         "--strict",

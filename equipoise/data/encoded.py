@@ -155,6 +155,8 @@ def list_images(folder: Path) -> Listing:
         content = f"it holds {_first(others)}" if others else "it is empty"
         if unreadable:
             content += f"; not readable: {_first(unreadable)}"
+        if any(name.endswith((".npy", ".parquet")) for name in others):
+            content += "; --stream (equipoise.load_stream) reads a folder of .npy or .parquet files"
         raise ValueError(
             f"{folder}: no image files ({' '.join(sorted(EXTENSIONS))}) in this folder; {content}"
         )

@@ -23,11 +23,11 @@ from equipoise.files import expanded
 ENDINGS = (".npy", ".parquet")
 READERS = 64
 """Most places of the data from which examples are read at the same time: a power of two."""
-GROUPS_PER_READER = 8
+GROUPS_PER_READER = 10
 """Fewest row groups of a Parquet source for each reader.
 
-A reader begins in the middle of a row group, which is read from its start. With 8 of them, this is
-a sixteenth of the data.
+A reader begins and ends within a row group, of which more is read than is used: of each, half on
+average and at most one row group in all. With 10 of them, this is at most a tenth of the data.
 """
 BYTES_AT_ONCE = 1 << 20
 """About how many bytes a reader decodes at the same time."""
@@ -225,7 +225,7 @@ def _parquet() -> Any:  # noqa: ANN401 (a module)
         return importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise ImportError(
-            ".parquet files need pyarrow: pip install pyarrow, or save the parts as .npy"
+            ".parquet files need pyarrow: install it or the extra 'hub', or save the parts as .npy"
         ) from error
 
 
