@@ -117,22 +117,24 @@ def measure(base, data, options, sizes):
 
 def mse(model, data, sizes):
     """Compute the squared error of the test set, z sampled."""
-    batches = Batches(data.test.take(slice(sizes[0])), 500).epoch()
-    return likelihood(model.eval(), batches, torch.Generator().manual_seed(0)).mse
+    device = model.scaling.scale.device
+    batches = Batches(data.test.take(slice(sizes[0])), 500, device).epoch()
+    return likelihood(model.eval(), batches, torch.Generator(device).manual_seed(0)).mse
 
 
 def figures(model, data, sizes):
     """Compute the figures of one model on the first test examples."""
     test = data.test.take(slice(sizes[0]))
-    generator = torch.Generator().manual_seed(0)
-    whole = likelihood(model, Batches(test, 500).epoch(), generator)
+    device = model.scaling.scale.device
+    generator = torch.Generator(device).manual_seed(0)
+    whole = likelihood(model, Batches(test, 500, device).epoch(), generator)
 
-    first = Batches(data.test.take(slice(sizes[1])), 50).epoch()
+    first = Batches(data.test.take(slice(sizes[1])), 50, device).epoch()
     bounds = iwae(model, first, 20, generator=generator, digital=True)
     bits = bits_per_dimension(Estimate.of_mean(bounds[-1, 0]), math.prod(model.shape))
 
-    varying = varying_mask(data.train)
-    calibration = noise_calibration(model, Batches(test, 500).epoch(), varying, generator)
+    varying = varying_mask(data.train).to(device)
+    calibration = noise_calibration(model, Batches(test, 500, device).epoch(), varying, generator)
     parts = {"varying": calibration.varying_dimensions, "off_bounds": calibration.off_bounds}
     found = {
         name: {key: figure for key, figure in part._asdict().items() if is_figure(figure)}

@@ -32,6 +32,18 @@ def throughput(content):
     return table(["", "", "examples/s", "equipoise, times as fast"], rows)
 
 
+def throughput_gpu(content):
+    """The same on a GPU, without the ceiling, from which small kernels are far away."""
+    rows = {
+        precision: {
+            stage: {name: row for name, row in loops.items() if not name.startswith("ceiling")}
+            for stage, loops in stages.items()
+        }
+        for precision, stages in content["rows"].items()
+    }
+    return throughput({"rows": rows})
+
+
 def step_profile(content):
     """Shares of a step's time, by kind of operation."""
     columns = {}
@@ -208,6 +220,7 @@ def distributed(content):
 TABLES = [
     throughput,
     step_profile,
+    throughput_gpu,
     time_to_quality,
     footprint,
     iwae_cost,

@@ -3,8 +3,8 @@
     python benchmarks/throughput.py --data-dir DATA
 
 It runs in the environment that peers.py describes. Every loop trains the networks of `make_model`
-on MNIST with batches of 256, for a segment of --steps each, in turns. A ratio is the median over
-the rounds of the ratio within a round.
+of the paper's sizes on MNIST with batches of 256, for a segment of --steps each, in turns. A ratio
+is the median over the rounds of the ratio within a round.
 
 - Ours is `Trainer.fit` itself, with its running means, clipping, schedule and closed form. A
   segment is an epoch of it.
@@ -35,9 +35,10 @@ import torch
 from torch.nn.functional import mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
-from equipoise.config import make_config, read_recipe, shipped_recipes
+from equipoise.config import make_config, read_papers_recipe
 from equipoise.data import load
 from equipoise.networks import GELU, ConvTranspose2d
+from equipoise.paper.protocol import PAPERS_STAGE_2
 from equipoise.processes import choose_device
 from equipoise.provenance import provenance
 from equipoise.stages import Stage
@@ -352,13 +353,15 @@ def main():
     )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--compile", action="store_true", help="compile the networks of ours")
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-throughput.json"))
     options = parser.parse_args()
     logging.disable(logging.INFO)
 
-    recipe = read_recipe(shipped_recipes()["mnist"])
+    recipe = read_papers_recipe("mnist") | PAPERS_STAGE_2
     data = load(recipe.pop("data"), data_dir=options.data_dir)
-    config = make_config(recipe | {"accelerator": options.accelerator})
+    machine = {"accelerator": options.accelerator, "compile": options.compile}
+    config = make_config(recipe | machine)
     small = replace(
         data,
         train=data.train.take(slice(options.steps * config.batch_size)),

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from equipoise.evaluation import Examples as Examples
     from equipoise.evaluation import evaluate as evaluate
     from equipoise.gaussian import Gaussian as Gaussian
+    from equipoise.imputation import impute as impute
+    from equipoise.imputer import VAEImputer as VAEImputer
     from equipoise.interop import from_autoencoder_kl as from_autoencoder_kl
     from equipoise.interop import read_pythae as read_pythae
     from equipoise.mixture_fit import fit_mixture as fit_mixture
@@ -59,6 +61,8 @@ _HOMES = {
     "equipoise.estimator": ("VAEEstimator",),
     "equipoise.evaluation": ("Examples", "evaluate"),
     "equipoise.gaussian": ("Gaussian",),
+    "equipoise.imputation": ("impute",),
+    "equipoise.imputer": ("VAEImputer",),
     "equipoise.interop": ("from_autoencoder_kl", "read_pythae"),
     "equipoise.mixture_fit": ("fit_mixture",),
     "equipoise.model": ("VAE", "Scaling"),

@@ -20,10 +20,10 @@ import yaml
 
 from equipoise.catalogue import ARCHITECTURES, NOISES, OBJECTIVES
 
-PLACEMENT = ("devices", "num_nodes", "threads")
+PLACEMENT = ("devices", "num_nodes", "threads", "cuda_graphs")
 """Options that may change when a run is resumed: they say where it runs, not what it does."""
 
-MACHINE = (*PLACEMENT, "accelerator", "compile", "tracker", "checkpoint_seconds")
+MACHINE = (*PLACEMENT, "accelerator", "compile", "deterministic", "tracker", "checkpoint_seconds")
 """Options that say where and how a run is computed, and not what comes out."""
 
 EARLIER_VALUES: dict[str, Any] = {
@@ -33,6 +33,7 @@ EARLIER_VALUES: dict[str, Any] = {
     "noise_correlation": "none",
     "keep_weights": "last",
     "early_stopping": 0,
+    "deterministic": False,
 }
 """Values that options had in effect before there were such options, for runs of that time."""
 
@@ -174,8 +175,14 @@ class TrainConfig:
     """Number of machines. Each runs the same number of processes. The guide on scaling says how
     they find one another."""
     compile: bool = False
-    """Compile the networks with torch.compile, which delays the start of each stage. On one GPU it
-    uses CUDA graphs."""
+    """Compile the networks with torch.compile, which delays the start of each stage."""
+    cuda_graphs: bool | None = None
+    """Replay each training step as one CUDA graph, on one GPU, which computes the same. By default
+    (null) it is done unless networks or noise model are your own, whose Python would be left
+    out."""
+    deterministic: bool = False
+    """On a GPU, ask cuDNN for kernels that add in the same order each time, so that a run and its
+    repetition, or its resumption, do not differ in the last digits. On CPUs they never do."""
     checkpoint_seconds: float = 0.0
     """Seconds between checkpoints within an epoch that takes longer than this. 0 writes one after
     each epoch only. SIGTERM writes one at once in any case."""

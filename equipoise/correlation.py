@@ -19,6 +19,7 @@ levels: C is then the covariance of the residuals of dequantised data.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from scipy import linalg, optimize
 from torch import Tensor, nn
 
+from equipoise.gaps import missing_values
 from equipoise.gaussian import (
     LOG_2PI,
     Gaussian,
@@ -85,6 +87,82 @@ class Correlation(nn.Module, ABC):
         Returns:
             Values of covariance C, (B, \*).
         """
+
+    def squared_norm_and_log_det(
+        self, u: Float[Tensor, "batch *event"]
+    ) -> tuple[Float[Tensor, " batch"], Tensor]:
+        r"""Compute what a log-density is made of, over the observed dimensions of each row.
+
+        Args:
+            u: Standardised residuals, (B, \*). In rows (B, D), NaN marks what is not observed.
+
+        Returns:
+            u^T C^-1 u, (B,), and log det C, () or (B,), with C of the observed dimensions.
+        """
+        missing = missing_values(u)
+        if missing is None:
+            return sum_dimensions(self.whiten(u).square()), self.log_det
+
+        filled = u.masked_fill(missing, 0.0).double()
+        norm, log_det = u.new_zeros(len(u)), u.new_zeros(len(u))
+        for rows, root in self._roots(missing):
+            white = torch.linalg.solve_triangular(root, filled[rows].mT, upper=False)
+            norm[rows] = white.square().sum(0).to(u.dtype)
+            log_det[rows] = 2 * root.diagonal().log().sum().to(u.dtype)
+        return norm, log_det
+
+    def given(self, u: Float[Tensor, "batch dimensions"]) -> tuple[Tensor, Tensor]:
+        r"""Mean and variance of each dimension given the observed ones, in closed form.
+
+        .. math:: \mathrm{E}[u_m] = C_{mo} C_{oo}^{-1} u_o, \qquad
+            \mathrm{Var}[u_m] = \mathrm{diag}(C_{mm} - C_{mo} C_{oo}^{-1} C_{om})
+
+        Args:
+            u: Standardised residuals with NaN where they are missing, (B, D).
+
+        Returns:
+            Means, which are u where it is observed, and variances, which are 0 there, (B, D).
+        """
+        missing = u.isnan()
+        filled, covariance = u.masked_fill(missing, 0.0).double(), self.covariance
+        mean, var = filled.clone(), torch.zeros_like(filled)
+
+        for rows, root in self._roots(missing):
+            gaps = missing[rows[0]]
+            # Columns of the dimensions that are missing, rows of those observed.
+            cross = covariance[:, gaps].masked_fill(gaps[:, None], 0.0)
+            white = torch.linalg.solve_triangular(root, cross, upper=False)
+            whitened = torch.linalg.solve_triangular(root, filled[rows].mT, upper=False)
+
+            block = torch.zeros(len(rows), len(gaps), dtype=filled.dtype, device=u.device)
+            block[:, gaps] = whitened.mT @ white
+            mean[rows] += block
+            left = covariance.diagonal()[gaps] - white.square().sum(0)
+            var[rows[:, None], gaps.nonzero().flatten()] = left.clamp_min(0)
+        return mean.to(u.dtype), var.to(u.dtype)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The matrix C, (D, D), float64."""
+        size = math.prod(self.shape)
+        device = next(self.buffers()).device
+        dtype = next(self.buffers()).dtype
+        unit = torch.eye(size, dtype=dtype, device=device).view(size, *self.shape)
+        root = self.colour(unit).flatten(1).double()
+        return root.mT @ root
+
+    def _roots(self, missing: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Cholesky roots of C, one for each pattern of gaps, with the numbers of its rows.
+
+        Dimensions that are missing are those of the unit matrix, which adds nothing anywhere.
+        """
+        covariance = self.covariance
+        unit = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+        patterns, number = torch.unique(missing, dim=0, return_inverse=True)
+        for k, gaps in enumerate(patterns):
+            is_left_out = gaps[:, None] | gaps
+            matrix = torch.where(is_left_out, unit, covariance)
+            yield (number == k).nonzero().flatten(), torch.linalg.cholesky(matrix)
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
@@ -561,14 +639,17 @@ class CorrelatedGaussian(NamedTuple):
         r"""Squared Mahalanobis distance u^T C^-1 u, u = (x - mean) / s.
 
         Args:
-            x: Values of the variable, (B, \*).
+            x: Values of the variable, (B, \*). Those that are missing do not count.
 
         Returns:
             The distances, (B,). Their mean is D under the density itself.
         """
+        return self.correlation.squared_norm_and_log_det(self._standardised(x))[0]
+
+    def _standardised(self, x: Tensor) -> Tensor:
+        """Divide the residual by s; NaN stays NaN."""
         u = (x - self.mean) * torch.exp(-0.5 * self.log_var)
-        u = u.clamp(-MAX_RESIDUAL, MAX_RESIDUAL)
-        return sum_dimensions(self.correlation.whiten(u).square())
+        return u.clamp(-MAX_RESIDUAL, MAX_RESIDUAL)
 
     def log_prob(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
         r"""Log-density of each example.
@@ -577,14 +658,50 @@ class CorrelatedGaussian(NamedTuple):
             - \sum_i \log s_i, \qquad u_i = (x_i - \mu_i) / s_i
 
         Args:
-            x: Values of the variable, (B, \*), of the shape of ``mean``.
+            x: Values of the variable, (B, \*), of the shape of ``mean``. In rows (B, D), NaN marks
+                what is not observed, and the density is that of the other dimensions.
 
         Returns:
             The log-densities, (B,), nats, constants included.
         """
-        log_det = self.correlation.log_det.to(x.dtype)
-        normaliser = sum_dimensions((self.log_var + LOG_2PI).expand_as(self.mean))
-        return -0.5 * (self.squared_distance(x) + log_det + normaliser)
+        squared_norm, log_det = self.correlation.squared_norm_and_log_det(self._standardised(x))
+        normaliser = (self.log_var + LOG_2PI).expand_as(self.mean)
+
+        missing = missing_values(x)
+        if missing is not None:
+            normaliser = normaliser.masked_fill(missing, 0.0)
+        return -0.5 * (squared_norm + log_det.to(x.dtype) + sum_dimensions(normaliser))
+
+    def given(self, x: Float[Tensor, "batch dimensions"]) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each dimension, given the observed ones.
+
+        Args:
+            x: Rows with NaN where a value is missing, (B, D).
+
+        Returns:
+            Means, which are x where it is observed, and variances, which are 0 there, (B, D).
+        """
+        mean, var = self.correlation.given(self._standardised(x))
+        return torch.where(x.isnan(), self.mean + self.std * mean, x), self.var * var
+
+    def sample_given(
+        self, x: Float[Tensor, "batch dimensions"], generator: Randomness = None
+    ) -> Float[Tensor, "batch dimensions"]:
+        """Draw the missing values of each row, given the observed ones.
+
+        A draw of all dimensions is moved to the observed values by its conditional mean, Matheron's
+        rule.
+
+        Args:
+            x: Rows with NaN where a value is missing, (B, D).
+            generator: Source of randomness, on the device of ``mean``.
+
+        Returns:
+            Rows without gaps, (B, D).
+        """
+        draw = self.correlation.colour(standard_normal_like(self.mean, generator))
+        moved, _ = self.correlation.given(self._standardised(x) - draw)
+        return torch.where(x.isnan(), self.mean + self.std * (draw + moved), x)
 
     def sample(self, generator: Randomness = None) -> Tensor:
         r"""Draw one sample per example, mean + s * C^1/2 epsilon.

@@ -28,14 +28,12 @@ from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
 from equipoise.data.dataset import Array
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
-from equipoise.gaussian import RowGenerators, standard_normal_log_prob
+from equipoise.gaps import column_means, column_vars
+from equipoise.gaussian import standard_normal_log_prob
+from equipoise.metrics.rows import log_densities
 from equipoise.model import VAE, encode_all
 from equipoise.noise_fit import choose_form, fit_correlation
-from equipoise.objectives import (
-    LogPrior,
-    importance_weighted_bound,
-    importance_weighted_bounds,
-)
+from equipoise.objectives import LogPrior, importance_weighted_bounds
 from equipoise.randomness import stream, stream_seed
 from equipoise.records import EstimatorDescription
 from equipoise.run import Row
@@ -61,8 +59,6 @@ AUTO_VALIDATION, AUTO_SHARES = 50, (0.1, 0.25)
 """Examples that are held out if their share is "auto", and the smallest and largest share."""
 PRIOR_EXAMPLES, PRIOR_SAMPLES = 200, 20
 """Held-out examples that choose p(z), and codes drawn for each."""
-DECODED_AT_ONCE = 256
-"""Most codes that are decoded at once for a score: as many as caches of CPUs hold."""
 CHUNK_SHIFT = 5.0
 """Mean or std of a column of a chunk, in std of the first chunk, that is worth a word."""
 MIN_VALIDATION = 2
@@ -88,7 +84,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     ``fit`` trains by Algorithm 1 of Lin et al. (2019) and fits a mixture to the aggregate
     posterior. Examples are rows of a table (n, features), whose columns are standardised, or images
     (n, H, W), (n, C, H, W) or (n, H, W, C), which are scaled to [0, 1]. They may come in an array,
-    a tensor, a data frame or a list. All results have the shape and the unit of the examples.
+    a tensor, a data frame or a list. All results have the shape and the unit of the examples. NaN
+    in a table is a missing value, in training and afterwards: only what is observed counts, and
+    :class:`equipoise.VAEImputer` fills the gaps.
 
     An option that :class:`equipoise.TrainConfig` has too means the same in both classes. The
     documentation of :class:`equipoise.TrainConfig` is more detailed.
@@ -356,7 +354,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             - \sum_i \log s_i
 
         An example with a low score is unusual. The score is a density of the data in their own
-        unit, and s_i is the scale by which the model divides feature i. Therefore models that scale
+        unit, and s_i is the scale by which the model divides feature i. Missing values, NaN, are
+        left out of p(x|z) and of the sum: the score of a row with gaps is the density of what is
+        observed, and that of a row without any value is at most about 0. Models that scale
         the same data differently can be compared. p(z) is the density :attr:`prior_`. The random
         draws of an example follow from its values, so that its score does not depend on the other
         examples, but for the rounding of float32.
@@ -369,26 +369,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         Returns:
             The bounds, (n,), nats.
         """
-        raw = self._raw(x)
-        model = self.model_
-        log_scale = float(model.scaling.scale.log().expand(model.shape).sum())
-
         log_prior = self._log_priors()[self.prior_]
-        x_scaled = model.scaling(raw)
-        rows = max(1, DECODED_AT_ONCE // importance_samples)
-        bounds = [
-            importance_weighted_bound(
-                model,
-                examples,
-                importance_samples,
-                RowGenerators.of(examples),
-                log_prior=log_prior,
-                max_rows=DECODED_AT_ONCE,
-            )
-            for examples in torch.split(x_scaled, rows)
-        ]
-        scores: Float64[np.ndarray, " n"] = torch.cat(bounds).numpy() - log_scale
-        return scores
+        return log_densities(self.model_, self._raw(x), log_prior, importance_samples)
 
     def score(self, x: object, y: object = None) -> float:
         """Average :meth:`score_samples` over the examples. Grid searches maximise this score.
@@ -503,6 +485,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
+        tags.input_tags.allow_nan = True
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
 
@@ -547,7 +530,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _train(self, examples: Array, config: TrainConfig, model: VAE | None) -> Trainer:
         """Train a new model, or continue with the given one, and extend the history."""
         validation_fraction = max(config.validation_fraction, MIN_VALIDATION / len(examples))
-        data = load(examples, test_fraction=0.0, validation_fraction=validation_fraction)
+        names = getattr(self, "feature_names_in_", None)
+        data = load(
+            examples,
+            test_fraction=0.0,
+            validation_fraction=validation_fraction,
+            names=None if names is None or examples.ndim > 2 else [str(name) for name in names],
+        )
         # The caller tests the estimator on data of their own. The trainer needs a test set, so it
         # gets the validation set once more.
         data = replace(data, test=data.validation)
@@ -584,17 +573,17 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             _warn_of_range(model.scaling.range_warning(raw))
             return
 
-        mean, std = x.mean(0), x.std(0)
+        mean, std = column_means(x).nan_to_num(0.0), column_vars(x).nan_to_num(0.0).sqrt()
         far = (mean.abs() > CHUNK_SHIFT) | (std > CHUNK_SHIFT)
         if far.any():
             columns = far.nonzero().flatten().tolist()
             worst = int(torch.maximum(mean.abs(), std).argmax())
             warnings.warn(
                 f"{len(columns)} columns of this chunk are far from the first chunk, whose scale "
-                f"the model keeps: column {worst} has the mean {float(mean[worst]):.3g} and the "
-                f"std {float(std[worst]):.3g} in std of the first chunk. The model resolves the "
-                "stream badly. Begin a new model with a chunk that is like the stream, such as "
-                "one that is shuffled.",
+                f"the model keeps: {model.scaling.name_of(worst)} has the mean "
+                f"{float(mean[worst]):.3g} and the std {float(std[worst]):.3g} in std of the first "
+                "chunk. The model resolves the stream badly. Begin a new model with a chunk that "
+                "is like the stream, such as one that is shuffled.",
                 stacklevel=4,
             )
 
@@ -659,10 +648,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if has_images:
             x = np.asarray(x).reshape(shape[0], math.prod(shape[1:]))
 
-        minima = {}
+        rules: dict[str, Any] = {}
         if reset:
-            minima = {"ensure_min_samples": MIN_EXAMPLES, "ensure_min_features": 2}
-        table: Array = validate_data(self, x, reset=reset, **minima)
+            rules = {"ensure_min_samples": MIN_EXAMPLES, "ensure_min_features": 2}
+        if not has_images:
+            # NaN in the rows of a table is a missing value.
+            rules["ensure_all_finite"] = "allow-nan"
+        table: Array = validate_data(self, x, reset=reset, **rules)
 
         example_shape = shape[1:] if has_images else table.shape[1:]
         if reset:

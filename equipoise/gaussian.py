@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from equipoise.gaps import missing_values, observed_difference
+
 LOG_2PI = math.log(2 * math.pi)
 
 
@@ -164,11 +166,16 @@ class Gaussian(NamedTuple):
         .. math:: -\tfrac12 \sum_i \bigl[\log 2\pi\sigma_i^2 + (x_i-\mu_i)^2/\sigma_i^2\bigr]
 
         Args:
-            x: Values of the variable, (B, \*), of the shape of ``mean``.
+            x: Values of the variable, (B, \*), of the shape of ``mean``. In rows (B, D), NaN marks
+                what is not observed, and the sum is over the other dimensions.
 
         Returns:
             The log-densities, (B,), nats, summed over the dimensions, constants included.
         """
+        missing = missing_values(x)
+        if missing is not None:
+            return self._marginal_log_prob(x, missing)
+
         # This function reads the data once forward and once backward, fewer times than a difference
         # and a square.
         squared = nn.functional.mse_loss(self.mean, x, reduction="none")
@@ -180,16 +187,55 @@ class Gaussian(NamedTuple):
             return -0.5 * (sum_dimensions(squared) * precision + x.shape[1:].numel() * normaliser)
         return -0.5 * sum_dimensions(squared * precision + normaliser)
 
+    def _marginal_log_prob(self, x: Tensor, missing: Tensor) -> Tensor:
+        """Sum over the observed dimensions of each row, in the same order of operations."""
+        squared = (x - self.mean).masked_fill(missing, 0.0).square()
+        precision = torch.exp(-self.log_var)
+        normaliser = self.log_var + LOG_2PI
+
+        if self.log_var.ndim == 0:
+            observed = (~missing).sum(1)
+            return -0.5 * (sum_dimensions(squared) * precision + observed * normaliser)
+        summands = squared * precision + normaliser
+        return -0.5 * sum_dimensions(summands.masked_fill(missing, 0.0))
+
     def squared_distance(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
         r"""Squared Mahalanobis distance of each example from its mean, in units of the std.
 
         Args:
-            x: Values of the variable, (B, \*), of the shape of ``mean``.
+            x: Values of the variable, (B, \*), of the shape of ``mean``. Those that are missing
+                do not count.
 
         Returns:
             The sums of (x - mean)^2 / var over the dimensions, (B,).
         """
-        return sum_dimensions((x - self.mean).square() / self.var)
+        return sum_dimensions(observed_difference(x, self.mean).square() / self.var)
+
+    def given(self, x: Float[Tensor, "batch dimensions"]) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each dimension, given the observed ones.
+
+        Args:
+            x: Rows with NaN where a value is missing, (B, D).
+
+        Returns:
+            Means, which are x where it is observed, and variances, which are 0 there, (B, D).
+        """
+        missing = x.isnan()
+        return torch.where(missing, self.mean, x), self.var.masked_fill(~missing, 0.0)
+
+    def sample_given(
+        self, x: Float[Tensor, "batch dimensions"], generator: Randomness = None
+    ) -> Float[Tensor, "batch dimensions"]:
+        """Draw the missing values of each row, given the observed ones.
+
+        Args:
+            x: Rows with NaN where a value is missing, (B, D).
+            generator: Source of randomness, on the device of ``mean``.
+
+        Returns:
+            Rows without gaps, (B, D).
+        """
+        return torch.where(x.isnan(), self.sample(generator), x)
 
     def sample(self, generator: Randomness = None) -> Tensor:
         r"""Draw one reparametrised sample per example, mean + std * epsilon.

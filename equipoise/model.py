@@ -29,6 +29,7 @@ from equipoise.networks import (
     start_at_data,
 )
 from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise, describe_noise
+from equipoise.objectives import LatentVariableModel
 
 LOG_VAR_RANGE = (-20.0, 5.0)
 """Bounds on the log-variance of q(z|x). The units of a model that trains well stay far from both.
@@ -80,6 +81,7 @@ class Scaling(nn.Module):
         scale: Raw difference that becomes one, positive. It broadcasts to one example.
         quantum: Distance of two neighbouring values of digital data, in model units. None for
             continuous data.
+        columns: Names of the columns of a table, if they have names.
 
     Raises:
         ValueError: If the offset is not finite, or the scale is not positive and finite.
@@ -93,7 +95,13 @@ class Scaling(nn.Module):
     offset: Tensor
     scale: Tensor
 
-    def __init__(self, offset: Tensor, scale: Tensor, quantum: float | None = None) -> None:
+    def __init__(
+        self,
+        offset: Tensor,
+        scale: Tensor,
+        quantum: float | None = None,
+        columns: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
 
         scale_is_valid = torch.all(scale > 0) and torch.all(torch.isfinite(scale))
@@ -105,6 +113,29 @@ class Scaling(nn.Module):
         self.register_buffer("offset", offset.float())
         self.register_buffer("scale", scale.float())
         self.quantum = quantum
+        self.columns = tuple(columns)
+
+    def name_of(self, column: int) -> str:
+        """Name a column of a table within a sentence.
+
+        Args:
+            column: Its number.
+
+        Returns:
+            "column 'NAME'", or "column N" if it has no name.
+        """
+        return f"column {self.columns[column]!r}" if self.columns else f"column {column}"
+
+    def short_name_of(self, column: int) -> str:
+        """Name a column of a table in a list or a figure.
+
+        Args:
+            column: Its number.
+
+        Returns:
+            Its name, or "column N" if it has none.
+        """
+        return self.columns[column] if self.columns else f"column {column}"
 
     def forward(self, raw: Tensor) -> Tensor:
         r"""Convert raw data of any dtype to model units.
@@ -202,17 +233,18 @@ class Scaling(nn.Module):
 
         if len(x) < MIN_ROWS:
             return None
-        far = x.abs().median(0).values > FAR_STDS
+        far = x.abs().nanmedian(0).values > FAR_STDS
         if not far.any():
             return None
         columns = far.nonzero().flatten().tolist()
         first = columns[0]
         was = f"{float(self.offset[first]):.6g} with a std of {float(self.scale[first]):.3g}"
-        here = f"from {float(raw[:, first].min()):.6g} to {float(raw[:, first].max()):.6g}"
+        values = raw[:, first][~raw[:, first].isnan()]
+        here = f"from {float(values.min()):.6g} to {float(values.max()):.6g}"
         return (
             f"Half of the values of {len(columns)} columns are more than {FAR_STDS:g} std from the "
-            f"mean of the training. Column {first} was {was} there, and is {here} here. Are they "
-            "in the same unit?"
+            f"mean of the training. C{self.name_of(first)[1:]} was {was} there, and is {here} "
+            "here. Are they in the same unit?"
         )
 
     def _compare(self, raw: Tensor) -> str:
@@ -254,6 +286,9 @@ class VAE(nn.Module):
             for data without bounds.
         deterministic: Whether q(z|x) is a point, up to a std of e^-10. The model is then an
             autoencoder, for objectives that have no posterior.
+        reads_gaps: Whether the encoder also reads which values of a row are missing. Its input is
+            then (B, 2 D): the row, with zeros in its gaps, and ones where the gaps are. Otherwise
+            it gets the zeros alone.
 
     Raises:
         ValueError: If a network does not map its input to the expected shape.
@@ -279,6 +314,7 @@ class VAE(nn.Module):
         width: int = 32,
         mean_bounds: tuple[float, float] | None = None,
         deterministic: bool = False,
+        reads_gaps: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -295,6 +331,7 @@ class VAE(nn.Module):
         self.width = width
         self.mean_bounds = mean_bounds
         self.deterministic = deterministic
+        self.reads_gaps = reads_gaps
         # Set in training, and not saved: the dimensions over which residuals are pooled.
         self.register_buffer("counted", None, persistent=False)
 
@@ -312,6 +349,7 @@ class VAE(nn.Module):
         scaling: Scaling | None = None,
         mean_bounds: tuple[float, float] | None = None,
         deterministic: bool = False,
+        reads_gaps: bool = False,
     ) -> "VAE":
         """Make a model with networks that suit the data's shape.
 
@@ -325,6 +363,7 @@ class VAE(nn.Module):
                 same.
             mean_bounds: Smallest and largest value that the data can have, see :class:`VAE`.
             deterministic: Whether q(z|x) is a point, see :class:`VAE`.
+            reads_gaps: Whether the encoder reads which values are missing, see :class:`VAE`.
 
         Returns:
             The untrained model.
@@ -335,7 +374,7 @@ class VAE(nn.Module):
             noise = GlobalNoise()
 
         return cls(
-            build_encoder(architecture, shape, latent_dim, width),
+            build_encoder(architecture, encoder_shape(shape, reads_gaps), latent_dim, width),
             build_decoder(architecture, shape, latent_dim, width),
             noise,
             shape=shape,
@@ -345,6 +384,7 @@ class VAE(nn.Module):
             width=width,
             mean_bounds=mean_bounds,
             deterministic=deterministic,
+            reads_gaps=reads_gaps,
         )
 
     def pooled(self, values: Float[Tensor, "batch *event"]) -> Tensor:
@@ -371,7 +411,7 @@ class VAE(nn.Module):
         r"""Compute the approximate posterior q(z|x).
 
         Args:
-            x: Data in model units, (B, \*).
+            x: Data in model units, (B, \*). NaN in rows (B, D) marks what is missing.
 
         Returns:
             Gaussian over codes, (B, d). In evaluation mode, that of the data within
@@ -379,7 +419,7 @@ class VAE(nn.Module):
         """
         if not self.training:
             x = x.clamp(-MAX_INPUT, MAX_INPUT)
-        parameters = self.encoder(x)
+        parameters = self.encoder(self._encoder_input(x))
         if isinstance(parameters, tuple):
             mean, log_var = parameters
         else:
@@ -390,6 +430,14 @@ class VAE(nn.Module):
             log_var = torch.full_like(log_var, LOG_VAR_RANGE[0])
 
         return Gaussian(at_least_float32(mean), log_var)
+
+    def _encoder_input(self, x: Tensor) -> Tensor:
+        """Put zeros in the gaps of rows, and tell the encoder where they are if it reads that."""
+        if len(self.shape) != 1:
+            return x
+        missing = x.isnan()
+        filled = x.masked_fill(missing, 0.0)
+        return torch.cat([filled, missing.to(x.dtype)], 1) if self.reads_gaps else filled
 
     def decode_mean(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch *event"]:
         r"""Compute the mean m(z) of p(x|z).
@@ -613,6 +661,12 @@ class VAE(nn.Module):
             Constructor arguments, shapes, and the class names of the networks.
         """
         mean_bounds = None if self.mean_bounds is None else list(self.mean_bounds)
+        # Named only where there are some, so that other models are described as ever.
+        further: dict[str, Any] = {}
+        if self.reads_gaps:
+            further["reads_gaps"] = True
+        if self.scaling.columns:
+            further["columns"] = list(self.scaling.columns)
 
         return {
             "shape": list(self.shape),
@@ -627,6 +681,7 @@ class VAE(nn.Module):
             "offset_shape": list(self.scaling.offset.shape),
             "scale_shape": list(self.scaling.scale.shape),
             "noise": describe_noise(self.noise),
+            **further,
         }
 
     @torch.no_grad()
@@ -642,7 +697,8 @@ class VAE(nn.Module):
         self.eval()
 
         try:
-            parameters = self.encoder(x)
+            read = self._encoder_input(x)
+            parameters = self.encoder(read)
             if isinstance(parameters, tuple):
                 shapes = [tuple(tensor.shape) for tensor in parameters]
                 expected = [(2, self.latent_dim), (2, self.latent_dim)]
@@ -652,7 +708,7 @@ class VAE(nn.Module):
 
             if shapes != expected:
                 raise ValueError(
-                    f"The encoder must map {tuple(x.shape)} to {expected[0]} (mean and "
+                    f"The encoder must map {tuple(read.shape)} to {expected[0]} (mean and "
                     f"log-variance of {self.latent_dim} latent units) or to a Gaussian of two "
                     f"{(2, self.latent_dim)}, got {shapes}."
                 )
@@ -666,6 +722,10 @@ class VAE(nn.Module):
                 )
         finally:
             self.train(was_training)
+
+
+# From Python 3.12 on, isinstance() does not see attributes of a module that are modules themselves.
+LatentVariableModel.register(VAE)
 
 
 @torch.no_grad()
@@ -689,6 +749,26 @@ def encode_all(model: VAE, batches: Iterable[Tensor]) -> Gaussian:
     means = torch.cat([posterior.mean for posterior in posteriors])
     log_vars = torch.cat([posterior.log_var for posterior in posteriors])
     return Gaussian(means, log_vars)
+
+
+def encoder_shape(shape: tuple[int, ...], reads_gaps: bool) -> tuple[int, ...]:
+    """Shape of what an encoder reads of one example.
+
+    Args:
+        shape: Shape of the example.
+        reads_gaps: Whether it also reads which values are missing, see :class:`VAE`.
+
+    Returns:
+        The shape; that of a row twice if the gaps are read.
+
+    Raises:
+        ValueError: If the gaps of anything but rows are to be read.
+    """
+    if not reads_gaps:
+        return shape
+    if len(shape) != 1:
+        raise ValueError(f"only rows of a table can have missing values, not examples {shape}")
+    return (2 * shape[0],)
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class NoiseModel(nn.Module, ABC):
     reads_features: bool = False
     """Whether :meth:`forward` takes what the decoder's layer ``hidden`` returns, and not codes."""
 
-    overfitting: float = 1.0
+    overfitting: float | Tensor = 1.0
     """Ratio of the variance of held-out residuals to that of training residuals, by which the
     closed form multiplies the latter within an epoch. The training loop sets it after each."""
 
@@ -369,9 +369,13 @@ class _SharedNoise(NoiseModel):
         if self.is_closed_form:
             self.running.update(residual, 1 - 1 / self.memory, all_reduce)
             self.set_var(self.overfitting * self.running.var)
-        elif not self.running.count:
+        else:
+            # A mask, because a question would wait for the device.
+            is_first = self.running.count == 0
             self.running.update(residual, all_reduce=all_reduce)
-            self.set_var(self.running.var)
+            log_var = self.running.var.clamp_min(self.min_var).log().to(self.log_var.dtype)
+            with torch.no_grad():
+                self.log_var.copy_(torch.where(is_first, log_var, self.log_var))
 
     @torch.no_grad()
     def set_var(self, var: Tensor) -> None:
@@ -384,7 +388,7 @@ class _SharedNoise(NoiseModel):
     @property
     def shared_log_var(self) -> Tensor:
         if self.update_rule == "gradient":
-            return lower_bound(self.log_var, self.log_var.new_tensor(math.log(self.min_var)))
+            return lower_bound(self.log_var, torch.full_like(self.log_var, math.log(self.min_var)))
         return self.log_var
 
     @property
@@ -605,7 +609,7 @@ class PredictedNoise(NoiseModel):
         Raises:
             ValueError: if the statistic is without data, or all its residuals are zero.
         """
-        common = standardised.sum.mean() / standardised.count
+        common = standardised.sum.mean() / standardised.count.mean()
         if not bool(torch.isfinite(common) and common > 0):
             raise ValueError("Recalibration needs held-out residuals that are not all zero.")
 

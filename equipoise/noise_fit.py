@@ -28,6 +28,7 @@ from equipoise.correlation import (
 )
 from equipoise.data import Data, ExampleSet, batches_of
 from equipoise.estimate import Estimate
+from equipoise.gaps import n_observed
 from equipoise.gaussian import LOG_2PI, SharedGenerator, standard_normal_like, sum_dimensions
 from equipoise.model import VAE
 from equipoise.noise import describe_noise
@@ -136,14 +137,15 @@ class Form(NamedTuple):
     """How a form of correlation is estimated.
 
     Args:
-        statistic: Makes the sums from which it is estimated.
+        statistic: Makes the sums from which it is estimated, for a shape of examples, and whether
+            values may be missing.
         dimensions: Dimensions of the largest matrix that is estimated, for a shape of examples.
         candidates: Makes the correlations to choose from, by name.
         needs_images: Whether examples must be images.
         is_tried: Whether 'auto' tries it, for a shape of examples.
     """
 
-    statistic: Callable[[Shape], Statistic]
+    statistic: Callable[[Shape, bool], Statistic]
     dimensions: Callable[[Shape], int]
     candidates: Callable[[Shape, Any, Tensor], Candidates]
     needs_images: bool
@@ -171,21 +173,21 @@ def _band_candidates(shape: Shape, statistic: BandCovariance, floor: Tensor) -> 
 
 FORMS: dict[str, Form] = {
     "full": Form(
-        lambda shape: ResidualCovariance(math.prod(shape)),
+        lambda shape, has_gaps: ResidualCovariance(math.prod(shape), has_gaps=has_gaps),
         math.prod,
         _full_candidates,
         needs_images=False,
         is_tried=lambda shape: math.prod(shape) <= MAX_AUTO,
     ),
     "low-rank": Form(
-        lambda shape: ResidualCovariance(math.prod(shape)),
+        lambda shape, has_gaps: ResidualCovariance(math.prod(shape), has_gaps=has_gaps),
         math.prod,
         _low_rank_candidates,
         needs_images=False,
         is_tried=lambda shape: len(shape) == 1 and math.prod(shape) <= MAX_AUTO_FACTORS,
     ),
     "bands": Form(
-        BandCovariance,
+        lambda shape, _: BandCovariance(shape),
         lambda shape: shape[0],
         _band_candidates,
         needs_images=True,
@@ -336,9 +338,9 @@ class _Batch(NamedTuple):
 
     Args:
         row: Number of each example, (B,).
-        u: Standardised residuals, (B, *), float64.
+        u: Standardised residuals, (B, *), float64, NaN where the example has a gap.
         judged: The same of dequantised data, where the data are digital.
-        log_std: Sum of log s over the dimensions, (B,), float64.
+        log_std: Sum of log s over the observed dimensions, (B,), float64.
         rounding: Variance of rounding in units of s^2, summed over the batch, (*), float64.
     """
 
@@ -372,7 +374,8 @@ class _Estimation:
         self._sum_training()
 
     def _blank(self, form: str, n: int) -> list[Statistic]:
-        return [FORMS[form].statistic(self.model.shape).to(self.device) for _ in range(n)]
+        make, has_gaps = FORMS[form].statistic, self.data.has_gaps
+        return [make(self.model.shape, has_gaps).to(self.device) for _ in range(n)]
 
     def _sum_held_out(self) -> None:
         """Sum the held-out residuals of each fold, and the variance of rounding."""
@@ -405,7 +408,7 @@ class _Estimation:
 
         for statistic in self.training.values():
             statistic.all_reduce(self.processes.all_reduce)
-            self.n_training = int(statistic.count)
+            self.n_training = int(statistic.count.max())
 
     def candidates(self, form: str, left_out: int | None = None) -> Candidates:
         """Estimate the candidates of a form on all folds, or all but one."""
@@ -433,7 +436,7 @@ class _Estimation:
 
         # A column that was constant would decide on every row in which it is not. As in stage 1, it
         # has the variance that a single residual of the common size would give it.
-        single = statistic.var / (statistic.count + 1)
+        single = statistic.var / (statistic.n_rows + 1)
         missing = single - statistic.covariance.diagonal()
         return (floor + missing.clamp_min(0)).view(self.model.shape)
 
@@ -460,9 +463,9 @@ class _Estimation:
         self, batch: _Batch, folds: list[Candidates], scales: Tensor
     ) -> dict[str, Tensor]:
         """Log-likelihood of each row by candidate, (B,), float64."""
-        dimensions = math.prod(self.model.shape)
+        dimensions = n_observed(batch.judged)
         constant = -batch.log_std - 0.5 * dimensions * LOG_2PI
-        squared = sum_dimensions(batch.judged.square())
+        squared = sum_dimensions(batch.judged.nan_to_num(0.0).square())
 
         fold = batch.row % self.n_folds
         scale = scales[fold]
@@ -474,9 +477,9 @@ class _Estimation:
             scores[name] = constant.clone()
             for k, candidates in enumerate(folds):
                 correlation = candidates[name].to(self.device)
-                white = correlation.whiten(batch.judged[fold == k])
-                distance = sum_dimensions(white.square()) + correlation.log_det
-                scores[name][fold == k] -= 0.5 * distance
+                judged = batch.judged[fold == k]
+                squared, log_det = correlation.squared_norm_and_log_det(judged)
+                scores[name][fold == k] -= 0.5 * (squared + log_det)
         return scores
 
     def _batches(
@@ -516,7 +519,8 @@ class _Estimation:
             place = torch.special.ndtr(standard_normal_like(x, generator)) - 0.5
             judged = u + quantum * place * precision
             rounding = quantum**2 / 12 * precision.square().sum(0)
-        return _Batch(row, u, judged, 0.5 * sum_dimensions(log_var), rounding)
+        log_std = 0.5 * sum_dimensions(log_var.masked_fill(x.isnan(), 0.0))
+        return _Batch(row, u, judged, log_std, rounding)
 
 
 def _as_json(estimates: dict[str, Estimate]) -> Any:  # noqa: ANN401 (JSON values)

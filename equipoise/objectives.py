@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from equipoise.correlation import AnyGaussian
 from equipoise.digital import DigitalGaussian, Levels
+from equipoise.gaps import missing_values, observed_difference
 from equipoise.gaussian import (
     Gaussian,
     Randomness,
@@ -75,7 +76,8 @@ class Terms(NamedTuple):
         loss: Loss that is minimised, (B,), nats.
         log_likelihood: log p(x|z) under the noise of the model, (B,), nats.
         kl: KL(q(z|x), p(z)), (B,), nats.
-        residual: x - m(z), without gradient, (B, \*). Eq. (10) is accumulated from it.
+        residual: x - m(z), without gradient, (B, \*). Eq. (10) is accumulated from it. It is NaN
+            where x is missing.
         log_var: Log-variance of p(x|z), without gradient. It broadcasts to (B, \*).
         posterior: Posterior q(z|x), (B, d).
     """
@@ -94,8 +96,16 @@ class Terms(NamedTuple):
 
     @property
     def squared_error(self) -> Tensor:
-        """Squared error summed over dimensions, (B,), in the squared unit of the data."""
-        return sum_dimensions(self.residual.square())
+        """Squared error summed over dimensions, (B,), in the squared unit of the data.
+
+        Where x is missing, the mean of the others counts.
+        """
+        squared = self.residual.square()
+        missing = missing_values(squared)
+        if missing is None:
+            return sum_dimensions(squared)
+        observed = (~missing).sum(1).clamp_min(1)
+        return sum_dimensions(squared.masked_fill(missing, 0.0)) * (missing.shape[1] / observed)
 
 
 class Objective(nn.Module, ABC):
@@ -318,8 +328,14 @@ class BatchVarianceElbo(Objective):
         posterior = self.model.encode(x)
         mean = self.model.decode_mean(posterior.sample(generator))
 
-        var = self._whole_mean((x - mean).square().mean(), len(x), generator)
-        log_var = var.clamp_min(MIN_VAR).log()
+        # The mean over values, not over rows: every observed value counts once.
+        squared = observed_difference(x, mean).square()
+        missing = missing_values(x)
+        share = squared.new_ones(())
+        if missing is not None:
+            share = (~missing).double().mean().to(squared.dtype)
+        error, share = self._whole_mean(torch.stack([squared.mean(), share]), len(x), generator)
+        log_var = (error / share).clamp_min(MIN_VAR).log()
         return self._terms(x, posterior, Gaussian(mean, log_var))
 
 
@@ -432,7 +448,7 @@ class WaeMmd(Objective):
         z = posterior.mean
         likelihood = self.model.decode(z)
 
-        error = sum_dimensions((x - likelihood.mean).square())
+        error = sum_dimensions(observed_difference(x, likelihood.mean).square())
         distance = maximum_mean_discrepancy(*self._codes_and_prior(z, generator))
         loss = error + self.penalty * distance
 
@@ -526,7 +542,7 @@ class RaeL2(Objective):
         z = posterior.mean
         likelihood = self.model.decode(z)
 
-        error = sum_dimensions((x - likelihood.mean).square())
+        error = sum_dimensions(observed_difference(x, likelihood.mean).square())
         weights = sum(p.square().sum() for p in self.model.decoder.parameters())
         loss = error + 0.5 * self.code_penalty * z.square().sum(1) + self.weight_penalty * weights
 

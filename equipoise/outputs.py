@@ -14,7 +14,9 @@ from torch import Tensor
 
 from equipoise import plots
 from equipoise.data import Data
+from equipoise.data.tables import is_table, write_filled, write_table
 from equipoise.files import exclusive_outputs, whole_file, write_array
+from equipoise.imputation import Imputation
 from equipoise.model import VAE
 from equipoise.randomness import stream
 from equipoise.run import Run
@@ -152,5 +154,102 @@ def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[P
         return [path, plots.save(figure, picture)]
 
 
+@torch.no_grad()
+def write_sampled_table(
+    model: VAE, codes: Tensor, path: Path, generator: torch.Generator, *, noise: bool = False
+) -> list[Path]:
+    """Decode codes, and write them as rows of a table.
+
+    Args:
+        model: A model of a table, in evaluation mode, on the CPU.
+        codes: The codes, (n, d).
+        path: The file, whose ending names the format.
+        generator: The source of the noise.
+        noise: Whether to add the model's noise. Otherwise the means are written.
+
+    Returns:
+        The file.
+    """
+    parts = []
+    for chunk in torch.split(codes.to(model.scaling.scale.dtype), DECODED_AT_ONCE):
+        likelihood = model.decode(chunk)
+        parts.append(likelihood.sample(generator) if noise else likelihood.mean)
+    return [_write_columns(path, model, model.scaling.restore(torch.cat(parts)).numpy())]
+
+
+@torch.no_grad()
+def write_reconstructed_table(model: VAE, raw: NDArray[Any], path: Path) -> list[Path]:
+    """Reconstruct rows, and write means and std as tables.
+
+    Args:
+        model: A model of a table, in evaluation mode, on the CPU.
+        raw: The rows in raw units, (N, D).
+        path: The file of the means, whose ending names the format.
+
+    Returns:
+        The file, and the one of the std, such as x-std.csv for x.csv.
+    """
+    x = torch.from_numpy(raw)
+    model.scaling.check(x)
+    parts = [model.reconstruct(model.scaling(rows)) for rows in torch.split(x, DECODED_AT_ONCE)]
+    mean = model.scaling.restore(torch.cat([part.mean for part in parts])).numpy()
+    std = model.scaling.restore_std(torch.cat([part.std for part in parts])).numpy()
+    return [_write_columns(path, model, mean), _write_columns(beside(path, "std"), model, std)]
+
+
+def write_imputed(
+    model: VAE, source: Path, raw: Tensor, found: Imputation, path: Path
+) -> list[Path]:
+    """Write a table whose gaps are filled, the std of what is filled, and the draws.
+
+    Args:
+        model: The model, which knows the names of the columns.
+        source: The file that the rows come from. Its other columns are written as they are.
+        raw: The rows, NaN where a value is missing, (N, D).
+        found: What fills the gaps.
+        path: The file of the expectations, whose ending names the format.
+
+    Returns:
+        The files: ``path``, and those beside it with -std, -1, -2 and so on.
+    """
+    missing = raw.isnan().numpy()
+    contents = {path: found.mean.numpy(), beside(path, "std"): found.std.numpy()}
+    for number, draw in enumerate(found.draws.numpy(), 1):
+        contents[beside(path, str(number))] = draw
+
+    for file, values in contents.items():
+        if not is_table(file):
+            write_array(file, values)
+        elif file == beside(path, "std") or not is_table(source):
+            _write_columns(file, model, values)
+        else:
+            write_filled(file, source, _column_names(model), values, missing)
+    return list(contents)
+
+
+def beside(path: Path, what: str) -> Path:
+    """Name a file beside another one.
+
+    Args:
+        path: Path of a file.
+        what: What the new one holds.
+
+    Returns:
+        The path with "-WHAT" before its endings.
+
+    Example:
+        >>> beside(Path("rows.csv.gz"), "std").name
+        'rows-std.csv.gz'
+    """
+    stem, dot, endings = path.name.partition(".")
+    return path.with_name(f"{stem}-{what}{dot}{endings}")
+
+
+def _write_columns(path: Path, model: VAE, values: NDArray[Any]) -> Path:
+    """Write a table with the names of the model's columns."""
+    names = _column_names(model)
+    return write_table(path, dict(zip(names, values.T, strict=True)))
+
+
 def _column_names(model: VAE) -> list[str]:
-    return [f"column {i}" for i in range(model.shape[0])]
+    return [model.scaling.short_name_of(i) for i in range(model.shape[0])]

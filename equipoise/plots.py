@@ -671,11 +671,13 @@ def table_samples(
 
     def draw(axis: Axes, i: int) -> None:
         samples_of_column = generated[:, i]
-        reference = samples_of_column if real is None else real[:, i]
+        reference = samples_of_column
+        if real is not None:
+            reference = real[:, i][~np.isnan(real[:, i])]
         bins = np.histogram_bin_edges(reference, bins=40).tolist()
 
         if real is not None:
-            axis.hist(real[:, i], bins=bins, density=True, color=GREY, alpha=0.6, label="data")
+            axis.hist(reference, bins=bins, density=True, color=GREY, alpha=0.6, label="data")
         axis.hist(
             samples_of_column, bins=bins, density=True, histtype="step", color=BLUE, label="samples"
         )
@@ -703,12 +705,13 @@ def table_reconstructions(x: Table, means: Table, stds: Table, names: list[str])
     """
 
     def draw(axis: Axes, i: int) -> None:
-        axis.errorbar(
-            x[:, i], means[:, i], stds[:, i], fmt=".", ms=3, lw=0.5, color=BLUE, ecolor=GREY
-        )
+        seen = ~np.isnan(x[:, i])
+        values, mean, std = (part[seen, i] for part in (x, means, stds))
+        axis.errorbar(values, mean, std, fmt=".", ms=3, lw=0.5, color=BLUE, ecolor=GREY)
 
-        ends = [float(x[:, i].min()), float(x[:, i].max())]
-        axis.plot(ends, ends, color=ORANGE, lw=0.8)
+        if len(values):
+            ends = [float(values.min()), float(values.max())]
+            axis.plot(ends, ends, color=ORANGE, lw=0.8)
         axis.set(xlabel=f"{names[i]}, data", ylabel="reconstruction ± std")
 
     return _per_column(draw, x.shape[1])

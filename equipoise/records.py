@@ -76,6 +76,8 @@ class LoadArguments(TypedDict):
     validation_fraction: NotRequired[Fraction]
     strict: NotRequired[bool]
     download: NotRequired[bool]
+    columns: NotRequired[list[Name]]
+    drop: NotRequired[list[Name]]
     max_pixels: NotRequired[Limit]
     max_bytes: NotRequired[Limit]
 
@@ -317,6 +319,8 @@ class ModelDescription(TypedDict):
     offset_shape: Shape
     scale_shape: Shape
     noise: NoiseRecord
+    reads_gaps: NotRequired[bool]
+    columns: NotRequired[list[Name]]
     origin: NotRequired[Digest]
     codes_of: NotRequired[Digest]
     correlation_fit: NotRequired[CorrelationFitRecord]

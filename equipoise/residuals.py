@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from equipoise.estimate import Estimate
+from equipoise.gaps import missing_values, observed_values, row_means
 from equipoise.gaussian import sum_dimensions
+
+SMALLEST_SHARE = 1e-6
+"""Smallest eigenvalue of a covariance over pairs of dimensions, as a share of the largest."""
 
 AllReduce: TypeAlias = Callable[[Tensor], Tensor]
 """A function that sums a tensor over processes, with the same result in all of them."""
@@ -25,15 +29,17 @@ class SquareSums(nn.Module):
 
     Args:
         shape: Shape of the sums.
+        has_gaps: Whether residuals may be missing, NaN, so that each sum has a count of its own.
     """
 
     sum: Tensor
     count: Tensor
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], *, has_gaps: bool = False) -> None:
         super().__init__()
+        count_shape = shape if has_gaps else ()
         self.register_buffer("sum", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(count_shape, dtype=torch.float64))
 
     @torch.no_grad()
     def add(self, other: "SquareSums", scale: float = 1.0) -> None:
@@ -68,6 +74,8 @@ class ResidualVariance(SquareSums):
     Args:
         shape: () for one variance. Otherwise a shape that broadcasts to one example's, with 1 for
             each axis that is averaged over.
+        has_gaps: Whether residuals may be missing, NaN. Only those that are observed count. Without
+            it, those of a dimension that are missing in a batch count as the mean of the others.
 
     Example:
         >>> statistic = ResidualVariance()
@@ -76,8 +84,8 @@ class ResidualVariance(SquareSums):
         tensor(3., dtype=torch.float64)
     """
 
-    def __init__(self, shape: tuple[int, ...] = ()) -> None:
-        super().__init__(shape)
+    def __init__(self, shape: tuple[int, ...] = (), *, has_gaps: bool = False) -> None:
+        super().__init__(shape, has_gaps=has_gaps)
 
     @torch.no_grad()
     def update(
@@ -89,23 +97,43 @@ class ResidualVariance(SquareSums):
         r"""Add a batch.
 
         Args:
-            residual: x - m(z), (B, \*), in the unit of the data.
+            residual: x - m(z), (B, \*), in the unit of the data; NaN where x is missing.
             keep: Factor on all earlier batches. Below one, they are forgotten exponentially.
             all_reduce: Sums over processes, if ``residual`` is this process's part of the batch.
         """
         squared = residual.square()
+        count = torch.full_like(self.count, residual.numel() / self.sum.numel())
+        missing = missing_values(residual)
+        if missing is not None:
+            squared, count = self._observed(squared, missing)
+
         if not self.sum.ndim:
             # So few values that float32 is enough; float64 is slow on many devices.
             squared = sum_dimensions(squared)
         squared = squared.sum(0, dtype=torch.float64).sum_to_size(self.sum.shape)
-        count: float | Tensor = residual.numel() / self.sum.numel()
 
         if all_reduce is not None:
-            totals = all_reduce(torch.cat([squared.flatten(), squared.new_tensor([count])]))
-            squared, count = totals[:-1].view_as(squared), totals[-1]
+            totals = all_reduce(torch.cat([squared.flatten(), count.flatten()]))
+            n = squared.numel()
+            squared, count = totals[:n].view_as(squared), totals[n:].view_as(count)
 
         self.sum.mul_(keep).add_(squared)
         self.count.mul_(keep).add_(count)
+
+    def _observed(self, squared: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill the gaps of a batch's squares, and count how many they stand for."""
+        if not self.sum.ndim:
+            return squared.masked_fill(missing, 0.0), (~missing).sum().double()
+        if self.count.ndim:
+            return squared.masked_fill(missing, 0.0), (~missing).sum(0).double()
+
+        # A dimension that no row of the batch has counts as before, or as the others do.
+        known = self.var.to(squared.dtype)
+        common = squared.nanmean().nan_to_num(0.0)
+        means = torch.where(missing.all(0), known, squared.nanmean(0))
+        means = torch.where(means.isnan(), common, means)
+        filled = torch.where(missing, means, squared)
+        return filled, torch.full_like(self.count, len(squared))
 
     @property
     def var(self) -> Tensor:
@@ -118,6 +146,8 @@ class StandardisedVariance(nn.Module):
 
     .. math:: c = \frac1N \sum_n c_n, \qquad
         c_n = \frac1D \sum_i \frac{(x_{ni} - m_i(z_n))^2}{\sigma_i^2(z_n)}, \qquad z_n \sim q(z|x_n)
+
+    The mean over i is that of the observed dimensions.
 
     With the closed form (10) of the training residuals as :math:`\sigma^2`, c says how much of
     them has been learned by heart. :math:`c\,\sigma^2` is eq. (10) over the held-out examples. An
@@ -145,7 +175,11 @@ class StandardisedVariance(nn.Module):
             log_var: Logarithm of the predicted variance; broadcasts to (B, \*).
         """
         squared = residual.double().square() * torch.exp(-log_var.double())
-        per_example = squared.flatten(1).mean(1)
+        per_example = row_means(squared)
+        missing = missing_values(residual)
+        if missing is not None:
+            # A row without any value has no residual.
+            per_example = per_example[~missing.all(1)]
         ones = torch.ones_like(per_example)
         self.sums += torch.stack([ones, per_example, per_example.square()]).sum(1)
 
@@ -220,6 +254,8 @@ class ResidualCovariance(SquareSums):
 
     Args:
         dimensions: D, number of dimensions of an example.
+        has_gaps: Whether residuals may be missing, NaN. Each element of C is then over the rows
+            that have both dimensions, and C is the nearest matrix that is positive definite.
 
     Example:
         >>> statistic = ResidualCovariance(2)
@@ -229,8 +265,8 @@ class ResidualCovariance(SquareSums):
                 [0., 1.]], dtype=torch.float64)
     """
 
-    def __init__(self, dimensions: int) -> None:
-        super().__init__((dimensions, dimensions))
+    def __init__(self, dimensions: int, *, has_gaps: bool = False) -> None:
+        super().__init__((dimensions, dimensions), has_gaps=has_gaps)
 
     @torch.no_grad()
     def update(self, residual: Float[Tensor, "batch *event"]) -> None:
@@ -240,13 +276,34 @@ class ResidualCovariance(SquareSums):
             residual: Standardised residuals u, (B, \*), D values per example.
         """
         rows = residual.flatten(1).double()
+        if not self.count.ndim:
+            self.sum += rows.mT @ rows
+            self.count += len(rows)
+            return
+
+        observed = (~rows.isnan()).double()
+        rows = rows.nan_to_num(0.0)
         self.sum += rows.mT @ rows
-        self.count += len(rows)
+        self.count += observed.mT @ observed
+
+    @property
+    def n_rows(self) -> float:
+        """Number of rows, of the dimension that is observed most often."""
+        return float(self.count.max())
 
     @property
     def covariance(self) -> Tensor:
         """The matrix C, (D, D); NaN before the first batch."""
-        return self.sum / self.count
+        covariance = self.sum / self.count
+        if not self.count.ndim:
+            return covariance
+
+        # Of two columns that are never seen together, nothing is known.
+        covariance = covariance.nan_to_num(0.0)
+        var, axes = torch.linalg.eigh(covariance)
+        var = var.clamp_min(SMALLEST_SHARE * float(var[-1]))
+        nearest: Tensor = axes * var @ axes.mT
+        return nearest
 
     @property
     def var(self) -> Tensor:
@@ -281,12 +338,12 @@ class ResidualQuantiles(nn.Module):
         r"""Add a batch.
 
         Args:
-            standardised: (x - m(z)) / std(z), any shape.
+            standardised: (x - m(z)) / std(z), any shape. NaN in rows (B, D) is left out.
 
         Raises:
             ValueError: if a value is not finite.
         """
-        size = standardised.abs().float().flatten()
+        size = observed_values(standardised).abs().float().flatten()
         if not bool(size.isfinite().all()):
             raise ValueError(
                 "expected finite residuals and a positive std, but their ratio is not finite"

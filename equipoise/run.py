@@ -47,8 +47,10 @@ OUTPUTS = (
     "evaluation-*.json",
     "figures/**/*.*",
     "flow.safetensors",
+    "imputed/*.*",
     "mixture-*.safetensors",
     "report.html",
+    "scores.csv",
     "tracker.json",
 )
 """Names of the files in a run folder, besides those that are published."""

@@ -25,7 +25,7 @@ from equipoise.aggregate import GaussianMixture
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.files import StoreError, check_text, owner_of, whole_file
 from equipoise.flow_fit import CodeFlow
-from equipoise.model import VAE, Scaling
+from equipoise.model import VAE, Scaling, encoder_shape
 from equipoise.networks import build_decoder, build_encoder
 from equipoise.noise import GlobalNoise, build_noise
 from equipoise.records import (
@@ -440,7 +440,10 @@ def _build_model(
         torch.zeros(description["offset_shape"]),
         torch.ones(description["scale_shape"]),
         description["quantum"],
+        tuple(description.get("columns", ())),
     )
+    if scaling.columns and [len(scaling.columns)] != description["shape"]:
+        raise ValueError("its columns have other names than there are columns")
 
     bounds: tuple[float, float] | None = None
     if description["mean_bounds"] is not None:
@@ -458,6 +461,7 @@ def _build_model(
         width=description["width"],
         mean_bounds=bounds,
         deterministic=description["deterministic"],
+        reads_gaps=description.get("reads_gaps", False),
     )
     noise = {"kind": description["noise"]["kind"], "arguments": description["noise"]["arguments"]}
     model.noise = build_noise(noise, model.blank_variance_network)
@@ -499,7 +503,8 @@ def _build_networks(
 
     shape = tuple(description["shape"])
     latent_dim, width = description["latent_dim"], description["width"]
-    encoder = build_encoder(architecture, shape, latent_dim, width)
+    read = encoder_shape(shape, description.get("reads_gaps", False))
+    encoder = build_encoder(architecture, read, latent_dim, width)
     decoder = build_decoder(architecture, shape, latent_dim, width)
     return encoder, decoder
 

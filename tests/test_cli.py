@@ -426,9 +426,9 @@ def images(tmp_path, *sizes):
     return folder
 
 
-def with_nan():
+def with_inf():
     x = np.random.default_rng(0).normal(size=(50, 4))
-    x[3, 2] = np.nan
+    x[3, 2] = np.inf
     return x
 
 
@@ -436,7 +436,8 @@ BAD = {
     "empty folder": (lambda p: images(p), "no image"),
     "one image": (lambda p: images(p, (9, 9)), "1"),
     "images of different sizes": (lambda p: images(p, *[(9, 9)] * 12, (12, 9)), "image_size"),
-    "not a number": (lambda p: array(p, with_nan()), "NaN"),
+    "infinite": (lambda p: array(p, with_inf()), "infinite"),
+    "a column without a value": (lambda p: array(p, np.full((50, 4), [1, 2, 3, np.nan])), "value"),
     "constant images": (lambda p: array(p, np.full((50, 9, 9), 7, np.uint8)), "same|constant"),
     "text": (lambda p: array(p, np.array([["a", "b"]] * 50)), "dtype|type"),
     "complex numbers": (lambda p: array(p, np.ones((50, 4), complex)), "dtype|type"),

@@ -1,7 +1,4 @@
-"""Compiled networks compute the same.
-
-Their outputs are not read after their step, when a CUDA graph would have overwritten them.
-"""
+"""Compiled networks compute the same."""
 
 import subprocess
 import sys
@@ -13,8 +10,6 @@ from torch import nn
 
 from equipoise.config import TrainConfig
 from equipoise.stages import Stage
-from equipoise.training import passes
-from equipoise.training import trainer as trainer_module
 from equipoise.training.compilation import compile_networks
 from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
@@ -38,76 +33,30 @@ def fit(data, config):
     return model, [{k: v for k, v in row.items() if "second" not in k} for row in trainer.fit()]
 
 
-@pytest.mark.parametrize(
-    ("device", "n_processes", "mode"),
-    [
-        ("cuda", 1, "reduce-overhead"),
-        ("cuda", 2, "default"),
-        ("cpu", 1, "default"),
-        ("cpu", 2, "default"),
-    ],
-)
-def test_one_gpu_replays_graphs(digits, monkeypatch, device, n_processes, mode):
-    modes = {}
-    monkeypatch.setattr(nn.Module, "compile", lambda network, mode: modes.update({network: mode}))
+def test_the_networks_of_the_stage_are_compiled(digits, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda network: compiled.append(network))
     model = make_model(digits, QUICK)
-    compile_networks(model, torch.device(device), n_processes)
-    assert modes == {model.encoder: mode, model.decoder: mode}
+    compile_networks(model)
+    assert compiled == [model.encoder, model.decoder]
+
+    compiled.clear()
     model.predict_variance(torch.tensor(0.1), torch.tensor(0.1))
-    compile_networks(model, torch.device(device), n_processes)
-    assert modes == {model.encoder: mode, model.decoder: mode, model.noise.network: mode}
+    compile_networks(model)
+    assert compiled == [model.encoder, model.decoder, model.noise.network]
 
-    modes.clear()
+    compiled.clear()
     model.predict_variance(torch.tensor(0.1), torch.tensor(0.1), network="head")
-    compile_networks(model, torch.device(device), n_processes)
-    parts = (model.encoder, model.decoder.hidden, model.decoder.output, model.noise.network)
-    assert modes == dict.fromkeys(parts, mode)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"ema_decay": 0.9}, {"stage_2_network": "decoder"}, {"stage_2_gradients": "stop"}],
-)
-def test_nothing_is_read_of_the_networks_after_their_step(digits, monkeypatch, options):
-    """Graphs write every step's results over those of the one before; here they become NaN."""
-    config = replace(QUICK, **options)
-    expected_model, expected_rows = fit(digits, config)
-    outputs, overwritten = [], []
-
-    def compile_networks_with_care(model, device, n_processes):
-        decoder = [model.decoder]
-        if model.noise.reads_features:
-            decoder = [model.decoder.hidden, model.decoder.output]
-        for network in (model.encoder, *decoder, *model.noise.children()):
-
-            def call(*args, network=network):
-                outputs.append(network._call_impl(*args))
-                return outputs[-1]
-
-            network._compiled_call_impl = call
-
-    def overwrite():
-        for output in outputs:
-            output.data.fill_(torch.nan)
-        overwritten.append(len(outputs))
-        outputs.clear()
-
-    monkeypatch.setattr(trainer_module, "compile_networks", compile_networks_with_care)
-    monkeypatch.setattr(passes, "begin_step", overwrite)
-    model, rows = fit(digits, replace(config, compile=True))
-    assert rows == expected_rows
-    for name, value in expected_model.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value)
-    n_networks = 3 if "stage_2_network" in options else 4
-    assert max(overwritten) == n_networks  # of a step of stage 2
-    assert len(outputs) <= n_networks
+    compile_networks(model)
+    parts = [model.encoder, model.decoder.hidden, model.decoder.output, model.noise.network]
+    assert compiled == parts
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_networks_are_handed_back_as_they_were(digits, monkeypatch, is_compiled):
     """Also those that a user has compiled before."""
     monkeypatch.setattr(
-        nn.Module, "compile", lambda network, mode: setattr(network, "_compiled_call_impl", print)
+        nn.Module, "compile", lambda network: setattr(network, "_compiled_call_impl", print)
     )
     config = replace(QUICK, compile=is_compiled)
     model = make_model(digits, config)
@@ -126,7 +75,7 @@ import sys
 import torch
 from equipoise.data import load
 from equipoise.objectives import Elbo
-from equipoise.training.compilation import begin_step, compile_networks, restore_networks
+from equipoise.training.compilation import compile_networks, restore_networks
 from equipoise.config import TrainConfig
 from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
@@ -140,9 +89,8 @@ model = make_model(data, config)
 Trainer(model, data, config).fit()
 x = model.scaling(torch.from_numpy(data.train[:100]))
 results = []
-for restore in (lambda: compile_networks(model, x.device, 1), lambda: restore_networks(model)):
+for restore in (lambda: compile_networks(model), lambda: restore_networks(model)):
     restore()
-    begin_step()
     model.zero_grad()
     elbo = Elbo(model)(x, torch.Generator().manual_seed(0)).elbo
     elbo.mean().backward()

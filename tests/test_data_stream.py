@@ -205,7 +205,7 @@ def test_an_array_that_the_source_uses_again_is_copied():
             r"batch 1: examples of shape \(3,\); those before are of shape \(2,\)",
         ),
         ([table_of(50)], {"test": table_of(5, 3)}, "parts differ in the shape"),
-        ([np.full((50, 2), np.nan)], {}, "NaN"),
+        ([np.full((50, 2), np.inf)], {}, "infinite"),
     ],
 )
 def test_refusals(source, options, message):

@@ -29,7 +29,7 @@ from equipoise.noise import GlobalNoise, PredictedNoise
 from equipoise.objectives import Elbo
 from equipoise.run import Run
 from equipoise.stages import Stage
-from equipoise.training.figures import RunningMeans
+from equipoise.training.figures import RunningMeans, batch_sums
 from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 from tests.test_training import assert_same_files, without_times
@@ -397,15 +397,16 @@ def test_running_means_survive_a_checkpoint_exactly_and_a_change_of_processes():
     model = make_model(load("digits"), make_config({"width": 4}))
     each = []
     for part in range(2):
-        means = RunningMeans(torch.device("cpu"))
+        means = RunningMeans()
         for step in range(3):
             x = torch.rand(
                 5 + part, 1, 8, 8, generator=torch.Generator().manual_seed(10 * part + step)
             )
-            means.add(Elbo(model)(x, torch.Generator().manual_seed(step)), step)
+            terms = Elbo(model)(x, torch.Generator().manual_seed(step))
+            means.add(batch_sums(terms), len(x), step)
         each.append(means)
     packed = torch.stack([means.pack() for means in each])
-    again, joined = RunningMeans(torch.device("cpu")), RunningMeans(torch.device("cpu"))
+    again, joined = RunningMeans(), RunningMeans()
     again.unpack(packed[:1])
     joined.unpack(packed)
 

@@ -174,3 +174,11 @@ def test_resolutions_and_swaps(benchmark):
     x = np.arange(12.0).reshape(4, 3)
     swapped = data.swapped(x, np.random.default_rng(0))
     assert ((swapped != x).sum(1) == 1).all()
+
+
+def test_imputation_at_its_smallest_size(tmp_path):
+    content = run("imputation", tmp_path / "x.json")
+    rows = {row["method"]: row for row in content["rows"]}
+    assert rows["VAEImputer"]["rmse"] < rows["mean"]["rmse"]
+    assert 0.4 < rows["VAEImputer"]["within_1"] < 1
+    assert "within_1" not in rows["KNNImputer"]

@@ -1092,16 +1092,15 @@ def test_sums_are_as_good_as_float64_whatever_the_networks_compute_in(precision,
             self.figures = figures
 
     trainer = Trainer(make_model(data, config), data, config, sinks=[recorder := Seen()])
-    add = trainer_module.RunningMeans.add
+    batch_sums = trainer_module.batch_sums
 
-    def keep(means, terms, step):
-        if terms.loss.requires_grad:  # training, and not an evaluation
-            # The shared variance is a buffer, which the closed form moves in place.
-            seen.append((trainer.schedule.stage, terms._replace(log_var=terms.log_var.clone())))
-        add(means, terms, step)
+    def keep(terms):
+        # The shared variance is a buffer, which the closed form moves in place.
+        seen.append((trainer.schedule.stage, terms._replace(log_var=terms.log_var.clone())))
+        return batch_sums(terms)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module.RunningMeans, "add", keep)
+        patch.setattr(trainer_module, "batch_sums", keep)
         trainer.fit()
     terms = [each for at, each in seen if at == stage]
     assert len(terms) == 4  # of 600 examples 486 are left for training, in batches of 128

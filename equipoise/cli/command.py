@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from equipoise.config import ConfigError
+
 if TYPE_CHECKING:
     from equipoise.data import Data, Subset
+    from equipoise.model import VAE
     from equipoise.run import Run
     from equipoise.terminal import Terminal
 
@@ -122,20 +125,30 @@ def data_of(run: "Run", terminal: "Terminal", data_dir: str | None) -> "Data":
     return run.data(data_dir, decoding_bar(terminal))
 
 
-def other_examples(
-    source: str, shape: tuple[int, ...], options: Namespace, terminal: "Terminal"
-) -> "Subset":
-    """Load examples for a model of this shape, and show how far that is."""
+def other_examples(source: str, model: "VAE", options: Namespace, terminal: "Terminal") -> "Subset":
+    """Load examples for a model, and show how far that is."""
     from equipoise.data import load_examples
 
     return load_examples(
         source,
-        shape,
+        model.shape,
+        columns=model.scaling.columns,
         data_dir=options.data_dir,
         max_pixels=options.max_pixels,
         max_bytes=options.max_bytes,
         progress=decoding_bar(terminal),
     )
+
+
+def table_to_write(path: str | None, model: "VAE") -> Path | None:
+    """Take ``--out`` for a table if its ending is that of one, and if the model is of a table."""
+    from equipoise.data.tables import is_table
+
+    if path is None or not is_table(path):
+        return None
+    if len(model.shape) != 1:
+        raise ConfigError([f"--out {path} is a table, and the run is of images; give a folder"])
+    return Path(path)
 
 
 def list_written(write: Callable[[], Iterable[Path]], folder: Path) -> list[str]:

@@ -114,7 +114,7 @@ def _run(options: Namespace) -> None:
         def load_examples(source: str | None) -> Examples | None:
             if not source:
                 return None
-            return Examples(source, other_examples(source, model.shape, options, terminal))
+            return Examples(source, other_examples(source, model, options, terminal))
 
         test = load_examples(options.data)
         against = load_examples(options.against)

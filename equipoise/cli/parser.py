@@ -8,11 +8,13 @@ from equipoise.cli import (
     explore,
     export,
     fit_noise,
+    impute,
     paper,
     push,
     reconstruct,
     report,
     sample,
+    score,
     train,
 )
 from equipoise.cli.command import add_help
@@ -25,6 +27,8 @@ COMMANDS = {
     "report": report.COMMAND,
     "sample": sample.COMMAND,
     "reconstruct": reconstruct.COMMAND,
+    "impute": impute.COMMAND,
+    "score": score.COMMAND,
     "explore": explore.COMMAND,
     "export": export.COMMAND,
     "paper": paper.COMMAND,

@@ -12,6 +12,7 @@ from equipoise.cli.command import (
     list_written,
     open_terminal,
     other_examples,
+    table_to_write,
 )
 from equipoise.config import ConfigError
 
@@ -35,31 +36,38 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add_data_dir(parser)
     add_limits(parser)
     parser.add_argument(
-        "--out", metavar="FOLDER", help="Folder to write to. The default is RUN/reconstructions."
+        "--out",
+        metavar="PATH",
+        help="Folder to write to. The default is RUN/reconstructions. A path such as x.csv or "
+        "x.parquet writes the means of a table, and their std to x-std.csv, with the names of its "
+        "columns.",
     )
 
 
 def _run(options: Namespace) -> None:
     """Reconstruct examples, and write what becomes of them."""
-    from equipoise.outputs import write_reconstructions
+    from equipoise.outputs import write_reconstructed_table, write_reconstructions
     from equipoise.run import Run
 
     if options.n is not None and options.n < 1:
         raise ConfigError([f"-n must be at least 1, got {options.n}"])
     run = Run(options.run)
     model = run.model()
+    table = table_to_write(options.out, model)
     folder = Path(options.out) if options.out else run.folder / "reconstructions"
 
     with open_terminal() as terminal:
         if options.data is None:
             examples = data_of(run, terminal, options.data_dir).test
         else:
-            examples = other_examples(options.data, model.shape, options, terminal)
+            examples = other_examples(options.data, model, options, terminal)
 
         def write() -> list[Path]:
+            if table is not None:
+                return write_reconstructed_table(model, examples[: options.n], table)
             return write_reconstructions(model, examples[: options.n], folder)
 
-        terminal.message("\n".join(list_written(write, folder)))
+        terminal.message("\n".join(list_written(write, table.parent if table else folder)))
 
 
 COMMAND = Command(

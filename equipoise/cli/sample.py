@@ -12,6 +12,7 @@ from equipoise.cli.command import (
     list_entries,
     list_written,
     open_terminal,
+    table_to_write,
 )
 from equipoise.config import ConfigError
 
@@ -39,11 +40,15 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--noise",
         action="store_true",
-        help="Add the model's pixel noise. Without it, each sample is the mean of p(x|z).",
+        help="Add the model's noise. Without it, each sample is the mean of p(x|z), and rows of a "
+        "table spread less than those of the data.",
     )
     add_data_dir(parser)
     parser.add_argument(
-        "--out", metavar="FOLDER", help="Folder to write to. The default is RUN/samples."
+        "--out",
+        metavar="PATH",
+        help="Folder to write to. The default is RUN/samples. A path such as x.csv or x.parquet "
+        "writes rows of a table with the names of its columns.",
     )
 
     sources = {}
@@ -58,7 +63,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> None:
     """Draw samples, and write them."""
-    from equipoise.outputs import write_samples
+    from equipoise.outputs import write_sampled_table, write_samples
     from equipoise.randomness import stream
     from equipoise.run import Run
     from equipoise.sources import draw_codes, file_stem
@@ -69,6 +74,7 @@ def _run(options: Namespace) -> None:
     run = Run(options.run)
     model = run.model()
     generator = stream(options.seed, "samples")
+    table = table_to_write(options.out, model)
     folder = Path(options.out) if options.out else run.folder / "samples"
 
     with open_terminal() as terminal:
@@ -85,9 +91,11 @@ def _run(options: Namespace) -> None:
         name = file_stem(options.source)
 
         def write() -> list[Path]:
+            if table is not None:
+                return write_sampled_table(model, codes, table, generator, noise=options.noise)
             return write_samples(model, codes, name, folder, generator, noise=options.noise)
 
-        terminal.message("\n".join(list_written(write, folder)))
+        terminal.message("\n".join(list_written(write, table.parent if table else folder)))
 
 
 COMMAND = Command(

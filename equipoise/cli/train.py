@@ -48,8 +48,28 @@ def _add_arguments(parser: ArgumentParser) -> None:
         nargs="?",
         metavar="DATA",
         help="Data to train on: digits, mnist, fashion-mnist, celeba, a folder of images, an .npy "
-        "or .npz file, or hf:owner/name on the Hugging Face hub. The default is digits. A folder "
-        "whose images differ in size needs an option such as --set image_size=64.",
+        "or .npz file, a table (.csv, .tsv, .parquet, .feather), or hf:owner/name on the Hugging "
+        "Face hub. The default is digits. A folder "
+        "whose images differ in size needs an option such as --set image_size=64. Empty cells of a "
+        "table are missing values, which are not filled in. Tables need the extra 'tables'.",
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="NAME",
+        help="Columns of a table to train on. The default is all of them. DATA go before it.",
+    )
+    parser.add_argument(
+        "--drop",
+        nargs="+",
+        metavar="NAME",
+        help="Columns of a table to leave out, such as those of text or dates.",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Say what was read, and what would be trained, and stop: columns, kinds, gaps, ranges "
+        "and the first rows of a table.",
     )
 
     parser.add_argument(
@@ -155,10 +175,15 @@ def _run(options: Namespace) -> None:
         if is_resumed:
             data = run_to_resume.data(options.data_dir, decoding_bar(terminal))
         else:
+            if options.dry_run:
+                _describe_table(source, options, terminal)
             data = _load(source, config, options, terminal)
         terminal.message(f"{data.name}: {_describe_data(data)}.")
         for note in data.notes:
             terminal.message(f"Note: {note}")
+        if options.dry_run:
+            terminal.message("Nothing was trained: leave out --dry-run to train.")
+            return
 
         def show_mixture(step: "EMStep") -> None:
             label = f"mixture of {step.n_components}"
@@ -183,7 +208,7 @@ def _refuse_with_resume(options: Namespace) -> None:
     """Refuse data and options that a resumed run has already."""
     names = [
         *("recipe", "set", "out", "force", "precision", "download", "stream", "strict"),
-        *("max_pixels", "max_bytes"),
+        *("max_pixels", "max_bytes", "columns", "drop", "dry_run"),
     ]
     superfluous = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
     if options.data:
@@ -263,7 +288,27 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
         progress=decoding_bar(terminal),
         max_pixels=options.max_pixels,
         max_bytes=options.max_bytes,
+        columns=options.columns,
+        drop=options.drop,
     )
+
+
+def _describe_table(source: str, options: Namespace, terminal: "Terminal") -> None:
+    """Say what a file with a table holds, also where it cannot be trained on."""
+    from equipoise.data import NAMES
+    from equipoise.data.tables import is_table, read_table
+    from equipoise.files import expanded
+
+    path = expanded(source)
+    if source in NAMES or not is_table(source) or not path.is_file():
+        return
+    try:
+        table = read_table(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if options.columns or options.drop:
+        table = table.select(options.columns, options.drop)
+    terminal.message(table.describe())
 
 
 def _describe_data(data: "Data") -> str:

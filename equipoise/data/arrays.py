@@ -36,12 +36,14 @@ class Summary(NamedTuple):
         low: Smallest value.
         high: Largest value.
         n_constant: Number of dimensions that have the same value in all examples.
+        n_missing: Number of missing values of each column of a table, (D,). None if none are.
     """
 
     digest: str
     low: float
     high: float
     n_constant: int
+    n_missing: NDArray[np.int64] | None = None
 
 
 class Part(NamedTuple):
@@ -70,6 +72,7 @@ class Found:
         validation: The set's own validation part.
         test: The set's own test part.
         white: Value of 8-bit integers in images that becomes x = 1.
+        columns: Names of the columns of a table, if they have names.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Found:
     validation: Part | None = None
     test: Part | None = None
     white: int = 255
+    columns: tuple[str, ...] = ()
 
 
 class Unit(NamedTuple):
@@ -135,6 +139,7 @@ def prepare(
         part.summary or summarise(view, content.source)
         for part, view in zip(parts, views, strict=True)
     ]
+    gaps = [summary.n_missing for summary in summaries if summary.n_missing is not None]
     n_constant = summaries[0].n_constant
     if for_training and n_constant == np.prod(shape):
         raise ValueError(
@@ -160,7 +165,18 @@ def prepare(
             )
     else:
         kind = "table"
-        unit = table_unit(Subset(views[0], pieces.train, np.dtype(np.float32)))
+        try:
+            part = Subset(views[0], pieces.train, np.dtype(np.float32))
+            unit = table_unit(part, for_training, content.columns)
+        except ValueError as error:
+            raise ValueError(f"{content.source}: {error}") from error
+        if gaps:
+            n_missing = np.sum(gaps, 0)
+            share = n_missing.sum() / (sum(len(view) for view in views) * len(n_missing))
+            notes.append(
+                f"{share:.1%} of the values are missing, in {np.count_nonzero(n_missing)} of "
+                f"{len(n_missing)} columns: nothing is filled in, only observed values count"
+            )
 
     def subset(part: Part | None, indices: NDArray[np.int64]) -> Subset:
         if part is None:
@@ -193,6 +209,8 @@ def prepare(
         source=content.source,
         notes=tuple(dict.fromkeys([*notes, *unit.notes, *cautions])),
         cautions=tuple(cautions),
+        has_gaps=bool(gaps),
+        columns=content.columns,
     )
 
 
@@ -304,15 +322,16 @@ def summarise(values: Array, source: str) -> Summary:
     r"""Read an array once, in chunks, for its checksum, its range and its constant dimensions.
 
     Args:
-        values: The examples, (N, \*). Floating-point values are read as float32.
+        values: The examples, (N, \*). Floating-point values are read as float32. NaN in a table
+            (N, D) is a missing value.
         source: Name of the array in error messages.
 
     Returns:
         The summary.
 
     Raises:
-        ValueError: If values are NaN or infinite. The message gives their number and the position
-            of the first one.
+        ValueError: If values are infinite, or NaN in images. The message gives their number and the
+            position of the first one.
     """
     dtype = values.dtype.newbyteorder("<")
     if values.dtype.kind == "f":
@@ -320,14 +339,20 @@ def summarise(values: Array, source: str) -> Summary:
 
     digest = hashlib.sha256(f"{dtype.str} {values.shape}".encode())
     low = high = np.ravel(values[0]).astype(dtype)
+    n_missing = np.zeros(low.shape, np.int64)
     n_bad = 0
     first_bad: tuple[int, ...] = ()
 
     for start, chunk in _chunks(values, dtype):
-        digest.update(chunk.data)
-
         if dtype.kind == "f":
             finite = np.isfinite(chunk)
+            if values.ndim == 2 and not finite.all():
+                missing = np.isnan(chunk)
+                n_missing += missing.sum(0)
+                finite |= missing
+                # NaN has many bit patterns, and none of them means more than another.
+                chunk = np.where(missing, np.float32(np.nan), chunk)
+
             n_bad_in_chunk = finite.size - int(np.count_nonzero(finite))
             if n_bad_in_chunk and not n_bad:
                 chunk_shape = (len(chunk), *values.shape[1:])
@@ -335,17 +360,24 @@ def summarise(values: Array, source: str) -> Summary:
                 first_bad = (start + int(row), *map(int, position))
             n_bad += n_bad_in_chunk
 
-        low = np.minimum(low, chunk.min(0))
-        high = np.maximum(high, chunk.max(0))
+        digest.update(chunk.data)
+        low = np.fmin(low, np.fmin.reduce(chunk, 0))
+        high = np.fmax(high, np.fmax.reduce(chunk, 0))
 
     if n_bad:
+        what = "infinite or too large" if values.ndim == 2 else "NaN, infinite or too large"
         raise ValueError(
-            f"{source}: {n_bad} values are NaN, infinite or too large for float32, the first at "
+            f"{source}: {n_bad} values are {what} for float32, the first at "
             f"index {first_bad}; remove those examples or replace the values"
+            + (", or put NaN where they are missing" if values.ndim == 2 else "")
         )
 
     n_constant = int(np.count_nonzero(low == high))
-    return Summary(digest.hexdigest(), float(low.min()), float(high.max()), n_constant)
+    gaps = n_missing if n_missing.any() else None
+    extremes = (
+        (0.0, 0.0) if np.isnan(low).all() else (float(np.nanmin(low)), float(np.nanmax(high)))
+    )
+    return Summary(digest.hexdigest(), *extremes, n_constant, gaps)
 
 
 def image_unit(dtype: np.dtype[Any], low: float, high: float, white: int = 255) -> Unit:
@@ -393,31 +425,46 @@ def _image_unit(
     )
 
 
-def table_unit(train: Subset) -> Unit:
+def table_unit(train: Subset, for_training: bool = True, names: tuple[str, ...] = ()) -> Unit:
     """Standardise each column by the mean and standard deviation of the training part.
 
     Args:
-        train: Training examples, (N, D), read as float32.
+        train: Training examples, (N, D), read as float32. Missing values, NaN, do not count.
+        for_training: Whether to refuse a column that has no value at all.
+        names: Names of the columns for messages. Without them, numbers are given.
 
     Returns:
         Mean and standard deviation of each column, (D,). Columns that are constant, or vary by
         the rounding of float32 only, have a scale of 1, or of their range if that is larger.
+
+    Raises:
+        ValueError: If a column has no value.
     """
     # Two passes in float64: the formula for one pass cancels if the mean is far from zero.
-    count, width = train.shape
+    width = train.shape[1]
     total = np.zeros(width)
+    count = np.zeros(width, np.int64)
     low = np.full(width, np.inf)
     high = np.full(width, -np.inf)
 
     for _, chunk in _chunks(train, train.dtype):
-        total += chunk.sum(0, dtype=np.float64)
-        low = np.minimum(low, chunk.min(0))
-        high = np.maximum(high, chunk.max(0))
+        total += np.nansum(chunk, 0, dtype=np.float64)
+        count += (~np.isnan(chunk)).sum(0)
+        low = np.fmin(low, np.fmin.reduce(chunk, 0))
+        high = np.fmax(high, np.fmax.reduce(chunk, 0))
+
+    if for_training and not count.all():
+        raise ValueError(
+            f"columns {_columns(count == 0, names)} have no value in any of the {len(train)} "
+            "training rows; leave them out"
+        )
+    low, high = np.where(count > 0, low, 0.0), np.where(count > 0, high, 0.0)
+    count = np.maximum(count, 1)
     mean = total / count
 
     squares = np.zeros(width)
     for _, chunk in _chunks(train, train.dtype):
-        squares += np.square(chunk - mean).sum(0)
+        squares += np.nansum(np.square(chunk - mean), 0)
     std = np.sqrt(squares / count)
 
     scale = std.astype(np.float32)
@@ -425,16 +472,17 @@ def table_unit(train: Subset) -> Unit:
     varies = low < high
     if train.base.dtype.itemsize > 4 and constant.any():
         original = train.base[:, constant][train.indices]
-        varies[constant] = original.min(0) < original.max(0)  # before it is rounded to float32
+        # Before it is rounded to float32.
+        varies[constant] = np.fmin.reduce(original, 0) < np.fmax.reduce(original, 0)
     coarse = varies & (constant | (std < 1e-5 * np.abs(mean)))
 
     notes, cautions = [], []
     if (constant & ~coarse).any():
-        notes.append(f"constant columns: {_columns(constant & ~coarse)}")
+        notes.append(f"constant columns: {_columns(constant & ~coarse, names)}")
     if coarse.any():
         cautions.append(
-            f"columns {_columns(coarse)} vary by less than 1e-5 of their mean, near the resolution "
-            "of float32: subtract the mean in float64 before"
+            f"columns {_columns(coarse, names)} vary by less than 1e-5 of their mean, near the "
+            "resolution of float32: subtract the mean in float64 before"
         )
 
     scale = np.where(constant, np.maximum(np.float32(1), (high - low).astype(np.float32)), scale)
@@ -458,9 +506,9 @@ def hardly_vary(low: Array, high: Array) -> NDArray[np.bool_]:
     return constant
 
 
-def _columns(chosen: NDArray[np.bool_]) -> str:
-    """Numbers of the columns for which ``chosen`` is True, at most 20 of them."""
-    numbers = [str(column) for column in np.flatnonzero(chosen)]
+def _columns(chosen: NDArray[np.bool_], names: tuple[str, ...] = ()) -> str:
+    """Names or numbers of the columns for which ``chosen`` is True, at most 20 of them."""
+    numbers = [repr(names[i]) if names else str(i) for i in np.flatnonzero(chosen)]
     listed = ", ".join(numbers[:20])
     if len(numbers) > 20:
         listed += f" and {len(numbers) - 20} more"

@@ -149,6 +149,8 @@ class Data:
         source: Description of the place where the examples were found.
         notes: Sentences that a user should read.
         cautions: Those of them that say why results may be doubtful.
+        has_gaps: Whether values of a table are missing, NaN.
+        columns: Names of the columns of a table. Empty if they have none.
         loading: Arguments of :func:`load` that find these examples again. They are those of
             :func:`load_stream` if "stream" is true among them. Empty for examples that came as
             an object in memory.
@@ -167,6 +169,8 @@ class Data:
     source: str
     notes: tuple[str, ...] = ()
     cautions: tuple[str, ...] = ()
+    has_gaps: bool = False
+    columns: tuple[str, ...] = ()
     loading: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -33,6 +33,7 @@ from equipoise.data.shards import (
     read_rows,
 )
 from equipoise.data.stream import Stream, first_examples, reader
+from equipoise.data.tables import SUFFIXES, is_table, read_table
 from equipoise.files import check_text, expanded
 from equipoise.text import visible
 
@@ -54,7 +55,10 @@ LISTED_ARRAYS, LONGEST_ARRAY_NAME = 20, 50
 MAX_IMAGE_SIZE = 4096
 """Longest side, in pixels, to which images are resized."""
 
-POSSIBLE = f"one of {', '.join(NAMES)}, a folder of images, an .npy or .npz file, or hf:owner/name"
+POSSIBLE = (
+    f"one of {', '.join(NAMES)}, a folder of images, an .npy or .npz file, a table "
+    f"({', '.join(SUFFIXES)}), or hf:owner/name"
+)
 
 
 def load(
@@ -71,6 +75,9 @@ def load(
     progress: Progress | None = None,
     max_pixels: int | None = None,
     max_bytes: int | None = None,
+    columns: Sequence[str] | None = None,
+    drop: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Data:
     """Load examples, check them and split them into three parts.
 
@@ -80,7 +87,8 @@ def load(
 
     Args:
         source: "digits", "mnist", "fashion-mnist" or "celeba"; the path of a folder of images or
-            of an .npy or .npz file; "hf:owner/name"; an array or tensor (N, D), (N, H, W),
+            of an .npy or .npz file; a table in a .csv, .tsv, .parquet or .feather file, the first
+            two also with .gz; "hf:owner/name"; an array or tensor (N, D), (N, H, W),
             (N, C, H, W) or (N, H, W, C); or a map-style data set whose items are examples or
             (example, ...) tuples.
         data_dir: The first folder in which a named set is looked for. The folder
@@ -102,6 +110,9 @@ def load(
         max_pixels: Most pixels of an image file; 50 million if None. A larger one is skipped.
         max_bytes: Most bytes that a compressed file may unpack to, besides twice its size; 1 GB if
             None.
+        columns: Names of the columns of a table to take. None takes all.
+        drop: Names of columns to leave out.
+        names: Names of the columns of an array. None takes those of a data frame.
 
     Returns:
         The data. The three parts are views, so that a memory map is not copied.
@@ -129,7 +140,9 @@ def load(
 
     limits = _limits(max_pixels, max_bytes)
     reader = _reader(image_size, channels, strict, cache_dir, progress, limits)
-    content = _find(source, data_dir, reader, download)
+    content = _find(source, data_dir, reader, download, columns, drop)
+    if names is not None:
+        content = replace(content, columns=tuple(names))
     data = prepare(content, test_fraction, validation_fraction)
 
     if not _has_format(data, image_size, channels):
@@ -151,6 +164,8 @@ def load(
             download=download,
             max_pixels=max_pixels,
             max_bytes=max_bytes,
+            columns=list(columns) if columns else None,
+            drop=list(drop) if drop else None,
         ),
     )
 
@@ -409,6 +424,7 @@ def load_examples(
     progress: Progress | None = None,
     max_pixels: int | None = None,
     max_bytes: int | None = None,
+    columns: Sequence[str] = (),
 ) -> Subset:
     """Load examples to which a trained model is applied, in the order of the source.
 
@@ -424,6 +440,7 @@ def load_examples(
         progress: Function that is called with (done, total) while images are decoded.
         max_pixels: Most pixels of an image file, as in :func:`load`.
         max_bytes: Most bytes that a compressed file may unpack to, as in :func:`load`.
+        columns: Names of the model's columns, which are taken by name from a table that has names.
 
     Returns:
         The test part if the source has its own, otherwise all examples.
@@ -444,7 +461,7 @@ def load_examples(
 
     limits = _limits(max_pixels, max_bytes)
     reader = _reader(image_size, channels, strict, cache_dir, progress, limits)
-    content = _find(source, data_dir, reader, download=False)
+    content = _find(source, data_dir, reader, False, columns, for_model=True)
     data = prepare(content, test_fraction=0.0, validation_fraction=0.0, for_training=False)
 
     if data.shape != shape:
@@ -527,11 +544,28 @@ def _numbers_held_out(test: object, validation: object, total: int, label: str) 
 
 
 def _find(
-    source: object, data_dir: str | Path | None, reader: ImageReader, download: bool
+    source: object,
+    data_dir: str | Path | None,
+    reader: ImageReader,
+    download: bool,
+    columns: Sequence[str] | None = None,
+    drop: Sequence[str] | None = None,
+    *,
+    for_model: bool = False,
 ) -> Found:
+    if isinstance(source, str | Path) and source not in NAMES and is_table(source):
+        path = expanded(source)
+        if path.is_file():
+            return _load_table(path, reader.limits, columns, drop, for_model=for_model)
+    if (columns or drop) and not for_model:
+        raise ValueError(
+            "columns and drop are for tables in files with names: "
+            f"{', '.join(SUFFIXES)}; leave them out"
+        )
+
     if not isinstance(source, str | Path):
         label = f"an object of type {type(source).__name__}"
-        return Found("array", label, Part(_as_array(source)))
+        return Found("array", label, Part(_as_array(source)), columns=_names_of(source))
 
     if source in NAMES:
         folder = None if data_dir is None else expanded(data_dir)
@@ -540,6 +574,35 @@ def _find(
     if str(source).startswith("hf:"):
         return hub_set(str(source).removeprefix("hf:"), reader)
     return _load_path(expanded(source), reader)
+
+
+def _load_table(
+    path: Path,
+    limits: Limits,
+    columns: Sequence[str] | None,
+    drop: Sequence[str] | None,
+    *,
+    for_model: bool,
+) -> Found:
+    """Read a table; that for a model by the names of its columns, where both have names."""
+    try:
+        table = read_table(path, limits)
+        if for_model and not table.has_names:
+            columns = None
+        table = table.select(columns or None, drop)
+        values = table.values()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+    names = tuple(column.name for column in table.columns) if table.has_names else ()
+    name = path.name.partition(".")[0] or path.stem
+    return Found(name, str(path), Part(values, notes=table.notes), columns=names)
+
+
+def _names_of(source: object) -> tuple[str, ...]:
+    """Names of the columns of a data frame; none if they are not all text."""
+    names = list(getattr(source, "columns", ()))
+    return tuple(names) if all(isinstance(name, str) for name in names) else ()
 
 
 def _load_named(name: str, data_dir: Path | None, reader: ImageReader, download: bool) -> Found:

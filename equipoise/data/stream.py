@@ -98,10 +98,13 @@ class Stream:
 
         with np.errstate(over="ignore"):
             cast = np.array(values, dtype=self.dtype, order="C")
-        if cast.dtype.kind == "f" and not np.isfinite(cast).all():
+        # NaN in the rows of a table is a missing value.
+        has_gaps = cast.ndim == 2
+        if cast.dtype.kind == "f" and not (np.isfinite(cast) | (has_gaps & np.isnan(cast))).all():
+            what = "infinite" if has_gaps else "NaN, infinite"
             raise ValueError(
-                f"{label}: values that are NaN, infinite or too large for float32; leave those "
-                "examples out"
+                f"{label}: values that are {what} or too large for float32; leave those examples "
+                "out"
             )
         return cast
 

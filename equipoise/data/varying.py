@@ -8,6 +8,7 @@ from torch import Tensor
 from equipoise.data.arrays import hardly_vary
 from equipoise.data.batches import examples
 from equipoise.data.dataset import ExampleSet
+from equipoise.gaps import missing_values
 
 VARYING_TAIL = 0.05
 MASK_EXAMPLES = 5000
@@ -36,7 +37,8 @@ def varying_dimensions(x: Shaped[Tensor, "batch *event"]) -> Bool[Tensor, "*even
     grey level. A dimension of real numbers varies if they are not all the same.
 
     Args:
-        x: Raw data, (B, \*). A few thousand examples suffice.
+        x: Raw data, (B, \*), NaN where a value of a row is missing. A few thousand examples
+            suffice.
 
     Returns:
         True where the data vary, of one example's shape.
@@ -51,6 +53,10 @@ def varying_dimensions(x: Shaped[Tensor, "batch *event"]) -> Bool[Tensor, "*even
     n = len(x)
     if n == 0:
         raise ValueError("no examples, so nothing varies; give at least one")
+    missing = missing_values(x)
+    if missing is not None:
+        # In the middle of their column they do not widen its spread.
+        x = torch.where(missing, x.nanmedian(0).values.nan_to_num(0.0), x)
 
     tail = int(VARYING_TAIL * n)
     smallest_spread = 0 if x.is_floating_point() else 1
@@ -86,7 +92,8 @@ def counted_columns(training: ExampleSet) -> Bool[Tensor, "*event"] | None:
     step = max(1, BLOCK // rows.shape[1])
     for first in range(0, len(rows), step):
         block = rows[first : first + step]
-        low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
+        low = np.fmin(low, np.fmin.reduce(block, 0))
+        high = np.fmax(high, np.fmax.reduce(block, 0))
 
     varying = ~hardly_vary(low, high)
     if varying.all() or not varying.any():

@@ -88,7 +88,9 @@ def _memorisation(subject: Subject) -> dict[str, Any]:
         memorisation,
         training=as_vectors(map(model.decode_mean, training_codes)),
         test_reconstructions=as_vectors(map(model.decode_mean, torch.split(test_codes, BATCH))),
-        test=as_vectors(model.scaling(x) for x in subject.batches("Test data", test)),
+        test=as_vectors(
+            model.scaling(x) for x in subject.completed(subject.batches("Test data", test))
+        ),
     )
 
     def samples(source: LatentDistribution, generator: torch.Generator) -> Tensor:

@@ -88,6 +88,9 @@ def _row_features(subject: Subject, extractor: FeatureExtractor, row: str) -> Te
 
 def _real_features(subject: Subject, extractor: FeatureExtractor, row: str, raw: Subset) -> Tensor:
     batches = subject.batches(f"Features of {row}", raw)
+    if subject.data.has_gaps:
+        # Not kept, because what fills the gaps is of this model.
+        return features_of(extractor, subject.completed(batches)).to(subject.device)
     return cached_features(extractor, raw, batches).to(subject.device)
 
 

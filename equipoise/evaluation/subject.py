@@ -11,6 +11,8 @@ from torch import Tensor
 
 from equipoise.aggregate import GaussianMixture, LatentDistribution
 from equipoise.data import Batches, Data, Subset
+from equipoise.gaps import missing_values
+from equipoise.imputation import impute
 from equipoise.metrics.features import FeatureExtractor
 from equipoise.model import VAE
 from equipoise.randomness import stream
@@ -99,6 +101,25 @@ class Subject:
         """
         batches = Batches(raw, BATCH, self.device)
         return self.track(label, batches.epoch(), len(batches))
+
+    def completed(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Fill the gaps of rows by draws of the model, given what is observed.
+
+        Distances between examples need all values. Those that are missing are then as probable as
+        the model says, and neither add to the distances nor take from them on average.
+
+        Args:
+            batches: Raw data.
+
+        Yields:
+            The batches without gaps. Data that have none are as they were.
+        """
+        for raw in batches:
+            if missing_values(raw) is None:
+                yield raw
+            else:
+                found = impute(self.model, self.mixture, raw, n_draws=1, seed=self.seed)
+                yield found.draws[0]
 
     def track(self, label: str, batches: Iterable[Tensor], total: int) -> Iterator[Tensor]:
         """Report the progress of going through batches.

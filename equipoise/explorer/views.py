@@ -21,7 +21,9 @@ from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Batches, Data
 from equipoise.data.gate import Limits
 from equipoise.data.images import Plan, decode
+from equipoise.gaps import missing_values
 from equipoise.gaussian import Gaussian
+from equipoise.imputation import impute
 from equipoise.metrics.latent import LatentPlane, latent_plane
 from equipoise.metrics.likelihood import iwae
 from equipoise.metrics.outliers import MIN_REFERENCE, model_scores, outlier_scores
@@ -356,7 +358,11 @@ class View:
             raise ValueError("this run was opened without its data; drop an example of your own")
 
         start = index % len(self.data.validation)
-        return self.data.validation[start : start + 1]
+        raw = self.data.validation[start : start + 1]
+        if missing_values(torch.from_numpy(raw)) is None:
+            return raw
+        # The page edits numbers: what is missing begins at its expectation.
+        return impute(self.model, self.mixture, torch.from_numpy(raw)).mean.numpy()
 
     def inspect(self, raw: Num[np.ndarray, "1 *shape"]) -> Inspection:
         r"""Judge one input: its code, how likely it is, and how odd it is among the validation set.

@@ -34,6 +34,7 @@ from torch import Tensor
 from equipoise.data.varying import varying_dimensions as varying_dimensions
 from equipoise.digital import DigitalGaussian
 from equipoise.estimate import Estimate, jackknife
+from equipoise.gaps import observed_difference
 from equipoise.model import VAE
 
 Array = NDArray[np.float64]
@@ -287,8 +288,8 @@ def noise_calibration(
         reconstruction = model.reconstruct(x)
 
         for data, mean, std in _blocks(x, reconstruction.mean, reconstruction.std):
-            judged = torch.ones_like(data, dtype=torch.bool)
-            parts = [data - mean, std, judged]
+            judged = ~data.isnan()
+            parts = [observed_difference(data, mean), std, judged]
             if levels is not None:
                 digital = DigitalGaussian(mean, 2 * std.log(), levels)
                 parts.append(digital.pit(data, generator))

@@ -21,6 +21,7 @@ from torch import Tensor
 from equipoise.aggregate import GaussianMixture
 from equipoise.data.dataset import Array
 from equipoise.estimate import Estimate, jackknife
+from equipoise.gaps import n_observed
 from equipoise.model import VAE
 from equipoise.objectives import Elbo
 
@@ -49,7 +50,7 @@ class ModelScores(NamedTuple):
         standardised_residual: mean over the dimensions of (x - m)^2 / sigma^2 at the posterior
             mean, (N,). With correlated noise, the squared Mahalanobis distance of the residual over
             the number of dimensions. Higher is odder, and it is about one if the noise model is
-            right.
+            right. Missing values do not count; without any value it is one.
         rate: KL(q(z|x), p(z)), (N,), nats. It is odd if it is unusually low or high.
         negative_mixture_log_prob: minus the log-density of the posterior mean under the mixture,
             eq. (13), (N,), nats. Higher is odder.
@@ -122,7 +123,9 @@ def model_scores(
 
         code = terms.posterior.mean
         likelihood = model.decode(code)
-        standardised = likelihood.squared_distance(x) / math.prod(model.shape)
+        standardised = likelihood.squared_distance(x) / n_observed(x)
+        # A row without any value is neither near nor far.
+        standardised = torch.where(n_observed(x) > 0, standardised, 1.0)
         density = mixture.log_prob(code).to(x.dtype)
 
         rows.append(torch.stack([-terms.elbo, standardised, terms.kl, -density]))

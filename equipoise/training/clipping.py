@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 MEMORY = 100
 """Number of steps over which the norm is averaged."""
@@ -38,16 +38,16 @@ class RelativeClipping(nn.Module):
         Args:
             parameters: Parameters whose gradients are clipped in place.
         """
-        with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-        norm = get_total_norm(
-            [parameter.grad for parameter in with_gradient if parameter.grad is not None]
-        )
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = get_total_norm(gradients)
         limit = torch.where(self.steps > 0, self.factor * self.average, norm)
 
         # On the CPU the comparison saves a pass over the gradients. Another device would have to
         # be waited for.
         if norm.device.type != "cpu" or norm > limit:
-            clip_grads_with_norm_(with_gradient, limit, norm)  # type: ignore[arg-type] # a tensor
+            # torch's clip_grads_with_norm_ would wait for the device to read the limit.
+            factor = (limit * (norm + 1e-6).reciprocal()).clamp_(max=1.0)
+            torch._foreach_mul_(gradients, factor)
 
         self.steps.add_(1).clamp_(max=MEMORY)
         self.average.lerp_(torch.minimum(norm, limit), 1 / self.steps)

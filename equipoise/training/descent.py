@@ -46,7 +46,10 @@ class Descent:
             if stage_two.gradients == "frozen":
                 self.frozen = _freeze(model)
         groups = parameter_groups(model, peak, config.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
+        is_on_gpu = fabric.device.type == "cuda"
+        optimizer = torch.optim.AdamW(
+            groups, lr=peak, betas=(0.9, 0.99), fused=True, capturable=is_on_gpu
+        )
 
         warm_up = max(1, round(config.warm_up * n_steps))
         self.scheduler = SequentialLR(
@@ -65,6 +68,10 @@ class Descent:
         self.optimizer: torch.optim.Optimizer
         self.objective, self.optimizer = fabric.setup(objective, optimizer)
         self.parameters = list(self.objective.parameters())
+        self.rates: list[Tensor] | None = None
+        if is_on_gpu:
+            self.rates = [torch.zeros((), device=fabric.device) for _ in groups]
+            self._tell_rates()
         self.clipping = RelativeClipping(config.clip).to(fabric.device)
 
         self.average: AveragedModel | None = None
@@ -74,6 +81,9 @@ class Descent:
 
     def step(self, x: Tensor, generator: Randomness, batch_size: int) -> Terms:
         r"""Take a step on the networks.
+
+        Nothing in it waits for the device or depends on the number of steps done, so that it can be
+        recorded and replayed. :meth:`advance` follows it.
 
         Args:
             x: This process's part of a batch, in model units, (B, \*).
@@ -92,18 +102,19 @@ class Descent:
 
         if self.config.clip:
             self.clipping.clip(self.parameters)
-        self.optimizer.step()
+        self._update()
+        return terms
+
+    def advance(self) -> None:
+        """Take the weights into their average, and move on in the schedule of the rate."""
+        if self.average is not None:
+            self.average.update_parameters(self.model)
 
         with warnings.catch_warnings():
             # Up to torch 2.8, SequentialLR itself makes the call that this warning is about.
             warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step", UserWarning)
             self.scheduler.step()
-        return terms
-
-    def update_average(self) -> None:
-        """Take the weights after a step into their moving average, where there is one."""
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        self._tell_rates()
 
     @property
     def evaluated_model(self) -> VAE:
@@ -165,11 +176,30 @@ class Descent:
             state: What it returned.
         """
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["capturable"] = self.rates is not None  # not as on the device of the file
         self._lay_out_moments()
         self.scheduler.load_state_dict(state["scheduler"])
         self.clipping.load_state_dict(state["clipping"])
+        self._tell_rates()
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+    def _update(self) -> None:
+        """Let the optimiser step, on a GPU with the rates that are there."""
+        groups = self.optimizer.param_groups
+        scheduled = [group["lr"] for group in groups]
+        for group, rate in zip(groups, self.rates or scheduled, strict=True):
+            group["lr"] = rate
+
+        self.optimizer.step()
+        for group, rate in zip(groups, scheduled, strict=True):
+            group["lr"] = rate
+
+    def _tell_rates(self) -> None:
+        """Write the scheduled rates to the GPU, where a recorded step reads them."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates or [], strict=False):
+            rate.fill_(group["lr"])
 
     def _lay_out_moments(self) -> None:
         """Bring the optimiser's moments into the memory layout of their parameters.

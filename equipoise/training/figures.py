@@ -24,45 +24,53 @@ class NotFiniteError(ArithmeticError):
     """The loss became NaN or infinite."""
 
 
-class RunningMeans:
-    """Sums over an epoch that stay on the device until they are read, and the time they took.
+@torch.no_grad()
+def batch_sums(terms: Terms) -> Tensor:
+    """Sum a batch for :class:`RunningMeans`, on its device.
 
     Args:
-        device: Device of the batches.
+        terms: The terms of the batch.
+
+    Returns:
+        The sums of :attr:`RunningMeans.NAMES` and of the loss over the examples, and the lowest and
+        the highest log-variance, (8,), float64.
     """
+    noise_var = terms.log_var.exp().mean().expand_as(terms.kl)
+    values = (
+        terms.elbo,
+        terms.log_likelihood,
+        terms.kl,
+        terms.squared_error,
+        noise_var,
+        terms.loss,
+    )
+    sums = torch.stack(values).sum(1, dtype=torch.float64)
+    return torch.cat([sums, torch.stack(torch.aminmax(terms.log_var)).double()])
+
+
+class RunningMeans:
+    """Sums over an epoch that stay on the device until they are read, and the time they took."""
 
     NAMES = ("elbo", "log_likelihood", "kl", "squared_error", "noise_var")
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+    def __init__(self) -> None:
+        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64)
         self.count = 0
-        self.log_var_range = torch.tensor([math.inf, -math.inf], device=device)
+        self.log_var_range = torch.tensor([math.inf, -math.inf], dtype=torch.float64)
         self.first_bad_step = -1
         self.started = time.perf_counter()
-        self._checks: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._not_yet_read: list[tuple[int, Tensor]] = []
 
-    @torch.no_grad()
-    def add(self, terms: Terms, step: int) -> None:
-        """Add a batch. What can wait is left to :meth:`read`, because every small operation counts.
+    def add(self, sums: Tensor, n: int, step: int) -> None:
+        """Add a batch, without waiting for the device.
 
         Args:
-            terms: The terms of the batch.
+            sums: What :func:`batch_sums` returned.
+            n: Number of examples in the batch.
             step: Number of optimiser steps done, to name the first whose loss is not finite.
         """
-        noise_var = terms.log_var.exp().mean().expand_as(terms.kl)
-        values = (
-            terms.elbo,
-            terms.log_likelihood,
-            terms.kl,
-            terms.squared_error,
-            noise_var,
-            terms.loss,
-        )
-        sums = torch.stack(values).sum(1, dtype=torch.float64)
-
-        self.sums += sums[:-1]
-        self.count += len(terms.kl)
-        self._checks.append((step, sums[-1], *torch.aminmax(terms.log_var)))
+        self.count += n
+        self._not_yet_read.append((step, sums))
 
     def read(self, dimensions: int, stage: Stage, all_reduce: AllReduce) -> dict[str, float]:
         """Average over the examples so far and all processes, which waits for the device.
@@ -79,7 +87,7 @@ class RunningMeans:
         Raises:
             NotFiniteError: if a loss was not finite.
         """
-        self._check()
+        self._read_batches()
         count = self.sums.new_tensor([self.count])
         is_bad = self.sums.new_tensor([self.first_bad_step >= 0])
         *sums, n, n_bad = all_reduce(torch.cat([self.sums, count, is_bad])).tolist()
@@ -98,10 +106,9 @@ class RunningMeans:
 
     def pack(self) -> Tensor:
         """Put everything into one tensor, exactly, (10,), float64."""
-        self._check()
+        self._read_batches()
         others = [self.count, self.first_bad_step, self.seconds]
-        parts = [self.sums, self.log_var_range.double(), self.sums.new_tensor(others)]
-        return torch.cat(parts).cpu()
+        return torch.cat([self.sums, self.log_var_range, self.sums.new_tensor(others)])
 
     def unpack(self, packed: Tensor) -> None:
         """Go on where :meth:`pack` was called.
@@ -116,20 +123,25 @@ class RunningMeans:
         self.first_bad_step = int(packed[:, n + 3].max())
         self.started = time.perf_counter() - float(packed[:, n + 4].max())
 
-    def _check(self) -> None:
-        """Look at the batches since the last check: log-variances, and whether all is finite."""
-        if not self._checks:
+    def _read_batches(self) -> None:
+        """Wait for the batches since the last time, and add them one after the other."""
+        if not self._not_yet_read:
             return
-        steps, losses, lows, highs = zip(*self._checks, strict=True)
-        self._checks = []
+        steps, batches = zip(*self._not_yet_read, strict=True)
+        self._not_yet_read = []
 
-        low = torch.stack(lows).nan_to_num(math.inf, math.inf, -math.inf).min()
-        high = torch.stack(highs).nan_to_num(-math.inf, math.inf, -math.inf).max()
+        rows = torch.stack(batches).cpu()
+        for row in rows:
+            self.sums += row[: len(self.NAMES)]
+
+        loss, low, high = rows[:, len(self.NAMES) :].unbind(1)
+        low = low.nan_to_num(math.inf, math.inf, -math.inf).min()
+        high = high.nan_to_num(-math.inf, math.inf, -math.inf).max()
         low = torch.minimum(self.log_var_range[0], low)
         high = torch.maximum(self.log_var_range[1], high)
         self.log_var_range = torch.stack([low, high])
 
-        is_bad = torch.stack(losses).isfinite().logical_not().tolist()
+        is_bad = loss.isfinite().logical_not().tolist()
         if self.first_bad_step < 0 and any(is_bad):
             self.first_bad_step = steps[is_bad.index(True)]
 
@@ -220,13 +232,13 @@ def split_figures(
         The averages, over all processes.
     """
     device = split.device
-    means = RunningMeans(device)
+    means = RunningMeans()
     floor_share = torch.zeros((), dtype=torch.float64, device=device)
     standardised = StandardisedVariance().to(device)
     unit_sums = torch.zeros(2, model.latent_dim, dtype=torch.float64, device=device)
 
     for terms in split.terms(model, generator):
-        means.add(terms, step)
+        means.add(batch_sums(terms), len(terms.kl), step)
         floor_share += model.noise.floor_share(terms.log_var) * len(terms.kl)
         log_var = terms.log_var
         if log_var.ndim:

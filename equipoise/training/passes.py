@@ -11,7 +11,6 @@ from equipoise.gaussian import SharedGenerator
 from equipoise.model import VAE
 from equipoise.objectives import Elbo, Terms
 from equipoise.processes import Processes
-from equipoise.training.compilation import begin_step
 
 EVALUATION_BATCH = 500
 """Examples per batch where nothing is trained, over all processes."""
@@ -28,7 +27,6 @@ class SplitPass:
         batch_size: Examples per batch, over all processes.
         processes: This process among those that share the work.
         seed: Shuffle by this seed and the epoch. None keeps the order of the examples.
-        is_compiled: Whether the networks are compiled, and must be told where a step begins.
     """
 
     def __init__(
@@ -39,11 +37,9 @@ class SplitPass:
         processes: Processes,
         *,
         seed: int | None = None,
-        is_compiled: bool = False,
     ) -> None:
         self.model = model
         self.processes = processes
-        self.is_compiled = is_compiled
         self.device = model.scaling.scale.device
         self.batches = batches_of(
             examples,
@@ -87,9 +83,6 @@ class SplitPass:
         memory_format = self.model.memory_format
 
         for raw in self.batches.epoch(epoch, start):
-            if self.is_compiled:
-                begin_step()
-
             x: Tensor = self.model.scaling(raw)
             if memory_format is torch.channels_last:
                 x = x.contiguous(memory_format=memory_format)

@@ -14,6 +14,7 @@ from equipoise.config import ConfigError, TrainConfig
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Data
 from equipoise.data.batches import examples
+from equipoise.gaps import column_means, observed_values
 from equipoise.model import VAE, Scaling
 from equipoise.networks import build_decoder, build_head, default_architecture
 from equipoise.noise import (
@@ -71,7 +72,8 @@ def make_model(
     if (encoder is None) != (decoder is None):
         raise ConfigError(["encoder and decoder go together: give both of your own, or neither"])
 
-    scaling = Scaling(torch.as_tensor(data.offset), torch.as_tensor(data.scale), data.quantum)
+    offset, scale = torch.as_tensor(data.offset), torch.as_tensor(data.scale)
+    scaling = Scaling(offset, scale, data.quantum, data.columns)
     traits: dict[str, Any] = {
         "width": config.width,
         "scaling": scaling,
@@ -97,10 +99,11 @@ def make_model(
     architecture = config.architecture
     if architecture == "auto":
         architecture = default_architecture(data.shape)
-    model = VAE.build(data.shape, latent_dim, architecture=architecture, noise=noise, **traits)
+    traits |= {"architecture": architecture, "noise": noise, "reads_gaps": data.has_gaps}
+    model = VAE.build(data.shape, latent_dim, **traits)
 
     sample = scaling(examples(data.train, SCALE_EXAMPLES))
-    model.start_at_data(sample.mean(0), sample.std())
+    model.start_at_data(column_means(sample).nan_to_num(0.0), observed_values(sample).std())
     return model
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from equipoise.correlation import AnyGaussian
 from equipoise.estimate import Estimate
+from equipoise.gaps import observed_values, row_means
 from equipoise.gaussian import LOG_2PI
 from equipoise.model import VAE
 from equipoise.noise import MIN_VAR
@@ -41,7 +42,8 @@ def statistic_residual(model: VAE, residual: Tensor, shape: tuple[int, ...]) -> 
     counted = model.pooled(residual)
     if not shape:
         return counted
-    return torch.where(model.counted, residual, counted.square().mean(1, keepdim=True).sqrt())
+    common = row_means(counted.square())[:, None].sqrt()
+    return torch.where(model.counted, residual, common)
 
 
 def exact_optimal_var(
@@ -60,7 +62,9 @@ def exact_optimal_var(
     Returns:
         The variance, of the shape of the noise model's statistic, float64, squared model units.
     """
-    statistic = ResidualVariance(model.noise.statistic_shape).to(training.device)
+    has_gaps = len(model.shape) == 1
+    statistic = ResidualVariance(model.noise.statistic_shape, has_gaps=has_gaps)
+    statistic = statistic.to(training.device)
     for terms in training.terms(model, generator):
         statistic.update(statistic_residual(model, terms.residual, model.noise.statistic_shape))
 
@@ -199,31 +203,34 @@ def worth_of_prediction(
         raise ValueError("the noise model has no shared variance to compare with")
 
     dimensions = math.prod(model.shape)
+    is_table = len(model.shape) == 1
+    normalisers = reference.double() + LOG_2PI
     moments = torch.zeros(3, 3, dtype=torch.float64, device=held_out.device)
-    counted_size = torch.zeros((), dtype=torch.float64, device=held_out.device)
+    counted = torch.zeros(2, dtype=torch.float64, device=held_out.device)
     for terms in held_out.terms(model, generator):
         squared = terms.residual.double().square() * torch.exp(-reference.double())
-        size = squared.flatten(1).mean(1)
+        if is_table:
+            sizes = observed_values(row_means(model.pooled(squared))[:, None])
+            counted += torch.stack([sizes.sum(), counted.new_tensor(float(len(sizes)))])
+        # A missing value adds nothing to either of the likelihoods.
+        size = torch.where(squared.isnan(), -normalisers, squared).flatten(1).mean(1)
         row = torch.stack([torch.ones_like(size), terms.log_likelihood.double(), size])
         moments += row @ row.mT
-        if model.counted is not None:
-            counted_size += model.pooled(squared).mean(1).sum()
 
     moments = all_reduce(moments)
     n = int(moments[0, 0])
     mean_size = moments[0, 2] / n
-    normaliser = (reference.double() + LOG_2PI).mean()
+    if is_table:
+        total, n_counted = all_reduce(counted)
+        mean_size = total / n_counted
+    normaliser = normalisers.mean()
 
     # The gain is linear in the two figures of an example.
     weights = moments.new_tensor([float(normaliser) * dimensions / 2, 1.0, dimensions / 2])
     mean = float(weights @ moments[0] / n)
     square = float(weights @ moments @ weights / n)
     error = math.sqrt(max(0.0, square - mean**2) / (n - 1)) if n > 1 else None
-    if model.counted is not None:
-        counted_mean: Tensor = all_reduce(counted_size) / n
-    else:
-        counted_mean = mean_size
-    return Prediction(Estimate(mean, error, n), counted_mean * reference.double().exp())
+    return Prediction(Estimate(mean, error, n), mean_size * reference.double().exp())
 
 
 def recalibrate(
@@ -252,7 +259,9 @@ def recalibrate(
     examples = f"{held_out.n_examples:,} held-out examples"
 
     if option in ("scale", "dimension"):
-        statistic = ResidualVariance(noise.calibration_shape).to(held_out.device)
+        has_gaps = len(model.shape) == 1
+        statistic = ResidualVariance(noise.calibration_shape, has_gaps=has_gaps)
+        statistic = statistic.to(held_out.device)
         for terms in held_out.terms(model, generator):
             standardised = terms.residual * torch.exp(-0.5 * terms.log_var)
             statistic.update(statistic_residual(model, standardised, noise.calibration_shape))
@@ -306,7 +315,7 @@ def _errors_by_std(
     """Collect the residuals of the dimensions that vary, where they are off the bounds."""
     errors = ErrorsByStd().to(held_out.device)
     for x, reconstruction in _reconstructions(model, held_out):
-        counts = varying.expand_as(x)
+        counts = varying.expand_as(x) & ~x.isnan()
         if model.levels is not None:
             counts = counts & ~model.levels.agree_on_bound(x, reconstruction.mean)
         std = reconstruction.std.expand_as(x)

@@ -25,6 +25,7 @@ from equipoise.data.batches import examples
 from equipoise.data.varying import counted_columns, varying_mask
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
+from equipoise.gaps import column_vars, observed_values
 from equipoise.model import VAE
 from equipoise.noise import build_noise, describe_noise
 from equipoise.randomness import stream
@@ -49,7 +50,7 @@ from equipoise.training.engine import (
     make_fabric,
     processes_of,
 )
-from equipoise.training.figures import RunningMeans, SplitFigures, split_figures
+from equipoise.training.figures import RunningMeans, SplitFigures, batch_sums, split_figures
 from equipoise.training.logging import Sink
 from equipoise.training.passes import EVALUATION_BATCH, SplitPass
 from equipoise.training.preemption import Preempted, Sigterm
@@ -62,6 +63,7 @@ from equipoise.training.stage_ends import (
     statistic_residual,
     worth_of_prediction,
 )
+from equipoise.training.step_graph import StepGraph
 from equipoise.training.threads import choose_threads, computing_with
 
 DISPLAY_SECONDS = 1.0
@@ -161,13 +163,15 @@ class Trainer:
         self.history: list[Row] = []
         self.optimal_var: Tensor | None = None
         self.overfitting = 1.0
+        self.ratio = torch.ones((), dtype=torch.float64, device=self.fabric.device)
         self.stage_1_noise: dict[str, Any] | None = None
         if not model.noise.depends_on_code:
             self.stage_1_noise = describe_noise(model.noise)
         self.descent: Descent | None = None
+        self.graph: StepGraph | None = None
         self.best = BestWeights()
         self.generator = self._stream("training")
-        self.means = RunningMeans(self.fabric.device)
+        self.means = RunningMeans()
         self.sigterm = Sigterm()
 
     def fit(self, *, resume: bool = False) -> list[Row]:
@@ -187,8 +191,13 @@ class Trainer:
             StoreError: if all checkpoints are damaged, or were made with other data or options.
             Preempted: on SIGTERM.
         """
-        with self.sigterm if self.folder else nullcontext(), computing_with(self.threads):
-            return self._fit(resume)
+        before = torch.backends.cudnn.deterministic
+        torch.backends.cudnn.deterministic = before or self.config.deterministic
+        try:
+            with self.sigterm if self.folder else nullcontext(), computing_with(self.threads):
+                return self._fit(resume)
+        finally:
+            torch.backends.cudnn.deterministic = before
 
     def figures(self, split: SplitPass) -> SplitFigures:
         """Average the model's figures over a split, always with the same noise.
@@ -250,6 +259,8 @@ class Trainer:
                 restore_networks(self.model)
             if self.descent is not None:
                 self.descent.release()
+            self.graph = None
+            self.model.noise.overfitting = self.overfitting
             for sink in self.sinks:
                 sink.close()
 
@@ -262,7 +273,6 @@ class Trainer:
             batch_size,
             self.processes,
             seed=seed,
-            is_compiled=self.config.compile,
         )
 
     def _stream(self, part: str) -> torch.Generator:
@@ -273,10 +283,11 @@ class Trainer:
         sample = examples(self.data.train, RANGE_EXAMPLES, self.fabric.device)
         sample = self.model.scaling(sample)
         counted = self.model.pooled(sample)
-        self.data_var = float(counted.var(0).mean())
+        self.data_var = float(column_vars(counted).nanmean())
         self.counted_share = counted[0].numel() / sample[0].numel()
 
-        warning = range_warning(self.model.decoder, float(sample.min()), float(sample.max()))
+        observed = observed_values(sample)
+        warning = range_warning(self.model.decoder, float(observed.min()), float(observed.max()))
         if warning:
             self._message(f"Warning: {warning}")
 
@@ -284,7 +295,7 @@ class Trainer:
         """Make what the stage descends with."""
         self.model.place(self.fabric.device)
         if self.config.compile:
-            compile_networks(self.model, self.fabric.device, self.processes.size)
+            compile_networks(self.model)
 
         # Hooks of the stage before, which synchronise gradients, go with its objective.
         self.descent = None
@@ -293,6 +304,9 @@ class Trainer:
         stage = self.schedule.stage
         n_steps = self.schedule.epochs[stage] * len(self.training)
         self.descent = Descent(self.model, self.config, stage, n_steps, self.fabric)
+        self.graph = None
+        if self._replays_steps():
+            self.graph = StepGraph(self._step, self.generator, self._message)
         if not self._is_judged_by_elbo():
             self.schedule.early_stopping = 0
 
@@ -341,27 +355,17 @@ class Trainer:
 
     def _train_epoch(self) -> float:
         """Train on the batches of the epoch that are left; return the learning rate at its end."""
-        descent = self.descent
-        if descent is None:
-            raise RuntimeError("A stage must be entered before it is trained.")
+        descent = self._entered()
         is_shared = self.processes.size > 1
-        shared_sum = self.all_reduce if is_shared else None
+        step = self.graph or self._step
 
         if self.position.batch == 0:
-            self.means = RunningMeans(self.fabric.device)
+            self.means = RunningMeans()
         shown = saved = time.monotonic()
 
         for x in self.training.epoch(self.position.epoch, self.position.batch):
-            batch = self.position.batch
-            draws = self.training.draws(self.generator, batch)
-            terms = descent.step(x, draws, self.training.size(batch))
-
-            # Before the closed form moves on, because the terms refer to the variance before it.
-            self.means.add(terms, self.position.step)
-            noise = self.model.noise
-            residual = statistic_residual(self.model, terms.residual, noise.statistic_shape)
-            noise.update(residual, shared_sum)
-            descent.update_average()
+            self.means.add(step(x), len(x), self.position.step)
+            descent.advance()
             self.position = self.position.next_step()
 
             if is_shared and self.position.batch % AGREEMENT_STEPS:
@@ -382,6 +386,38 @@ class Trainer:
 
         self.position = self.position._replace(epoch=self.position.epoch + 1, batch=0)
         return descent.learning_rate
+
+    def _step(self, x: Tensor) -> Tensor:
+        """Take a step on a batch, with all that the device does in it; return the batch's sums."""
+        batch = self.position.batch
+        draws = self.training.draws(self.generator, batch)
+        terms = self._entered().step(x, draws, self.training.size(batch))
+
+        # Before the closed form moves on, because the terms refer to the variance before it.
+        sums = batch_sums(terms)
+        noise = self.model.noise
+        residual = statistic_residual(self.model, terms.residual, noise.statistic_shape)
+        noise.update(residual, self.all_reduce if self.processes.size > 1 else None)
+        return sums
+
+    def _entered(self) -> Descent:
+        """Return what the stage descends with."""
+        if self.descent is None:
+            raise RuntimeError("A stage must be entered before it is trained.")
+        return self.descent
+
+    def _replays_steps(self) -> bool:
+        """Tell whether a step can be recorded as a CUDA graph.
+
+        Networks and noise models of the user's own may do something in Python at each step, which a
+        graph would leave out without a word, so that they are recorded only when asked for.
+        """
+        if self.fabric.device.type != "cuda" or self.processes.size > 1:
+            return False
+        if self.config.cuda_graphs is not None:
+            return self.config.cuda_graphs
+        is_own_noise = not type(self.model.noise).__module__.startswith("equipoise.")
+        return self.model.architecture is not None and not is_own_noise
 
     def _end_stage(
         self, ended: Stage, decision: Decision, validation: SplitFigures
@@ -466,7 +502,9 @@ class Trainer:
             self._set_overfitting(overfitting_ratio(measured))
 
     def _set_overfitting(self, ratio: float) -> None:
-        self.overfitting = self.model.noise.overfitting = ratio
+        self.overfitting = ratio
+        # A step that is replayed reads it from this place.
+        self.model.noise.overfitting = self.ratio.fill_(ratio)
 
     def _find_optimal_var(self) -> tuple[dict[str, float], str]:
         """Set the noise variance of stage 1 to its exact optimum, eq. (10).

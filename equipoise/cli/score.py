@@ -1,0 +1,126 @@
+"""``equipoise score``: how odd each row of a table is, by a run."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from equipoise.cli.command import (
+    Command,
+    add_data_dir,
+    add_limits,
+    add_quiet,
+    add_run,
+    data_of,
+    list_written,
+    open_terminal,
+    other_examples,
+    paragraph,
+)
+from equipoise.config import ConfigError
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    """Describe the arguments of ``score``."""
+    add_run(parser)
+    parser.add_argument(
+        "table",
+        nargs="?",
+        metavar="TABLE",
+        help="Table whose rows are scored, a .csv, .tsv, .parquet, .feather or .npy file. The "
+        "default is the run's own test set.",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="Table to write to, .csv, .tsv, .parquet or .feather. The default is RUN/scores.csv.",
+    )
+    parser.add_argument(
+        "--false-alarm-rate",
+        type=float,
+        default=0.05,
+        metavar="RATE",
+        help="Share of ordinary rows that may be called odd. The default is 0.05.",
+    )
+    add_data_dir(parser)
+    add_limits(parser)
+    add_quiet(parser)
+    parser.epilog = paragraph(
+        "Each row gets its score, a bound on the log-density of its observed values in nats; its "
+        "p-value, the share of held-out rows of the run with a score as low, where they have the "
+        "same gaps; a verdict, 'odd' if the p-value is at most the rate; and the columns that are "
+        "furthest from their reconstruction, in predicted std. The held-out rows are those of the "
+        "run's validation and test sets."
+    )
+
+
+def _run(options: Namespace) -> None:
+    """Score the rows of a table, and write what is found."""
+    import numpy as np
+    import torch
+
+    from equipoise.data.tables import write_table
+    from equipoise.metrics.rows import score_rows
+    from equipoise.run import Run
+
+    rate = options.false_alarm_rate
+    if not 0 < rate < 1:
+        raise ConfigError([f"--false-alarm-rate must be above 0 and below 1, got {rate:g}"])
+
+    run = Run(options.run)
+    model, mixture = run.model(), run.mixture()
+    if len(model.shape) != 1:
+        raise ConfigError(
+            [f"{options.run} is a run of images, and this command scores rows of tables"]
+        )
+    path = Path(options.out) if options.out else run.folder / "scores.csv"
+
+    with open_terminal(options.quiet) as terminal:
+        data = data_of(run, terminal, options.data_dir)
+        reference = np.concatenate([data.validation[:], data.test[:]])
+        if options.table is None:
+            raw, reference = data.test[:], data.validation[:]
+        else:
+            raw = other_examples(options.table, model, options, terminal)[:]
+
+        fewest = int(np.ceil(1 / rate - 1 - 1e-9))
+        if len(reference) < fewest:
+            raise ConfigError(
+                [
+                    f"a false-alarm rate of {rate:g} takes at least {fewest} held-out rows, and "
+                    f"the run has {len(reference)}; give a higher rate"
+                ]
+            )
+
+        x = torch.from_numpy(raw)
+        model.scaling.check(x)
+        text = model.scaling.range_warning(x)
+        if text is not None:
+            terminal.message(f"Warning: {text}")
+
+        found = score_rows(
+            model,
+            x,
+            torch.from_numpy(reference),
+            mixture.log_prob,
+            lambda done, total: terminal.progress("scores", done, total, ""),
+        )
+        is_odd = found.p_value <= rate
+        columns = {
+            "row": np.arange(len(raw)),
+            "score": found.score,
+            "p_value": found.p_value,
+            "verdict": np.where(is_odd, "odd", "usual"),
+            "worst_columns": found.worst_columns,
+        }
+        terminal.message(
+            f"{int(is_odd.sum()):,} of {len(raw):,} rows are odd, at a false-alarm rate of "
+            f"{rate:g} by {len(reference):,} held-out rows."
+        )
+        lines = list_written(lambda: [write_table(path, columns)], path.parent)
+        terminal.message("\n".join(lines))
+
+
+COMMAND = Command(
+    "Score the rows of a table, and say which are odd and in which columns.",
+    _add_arguments,
+    _run,
+)

@@ -1,0 +1,556 @@
+"""Tables in files: CSV, TSV, Parquet and Feather, by polars, with the names of their columns.
+
+Columns of numbers are read, and empty cells become NaN. Nothing else is guessed: columns of text
+and of dates are refused by name, with what to do.
+"""
+
+import csv
+import difflib
+import gzip
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from equipoise.data.dataset import Array
+from equipoise.data.gate import DEFAULT_LIMITS, Limits
+from equipoise.files import check_regular, whole_file
+from equipoise.text import visible
+
+Frame: TypeAlias = Any  # polars has types, but is optional
+
+TEXT_FORMATS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+"""Endings of files of text, and the separator that wins where several would do."""
+BINARY_FORMATS = (".parquet", ".feather", ".arrow")
+SUFFIXES = (".csv", ".tsv", ".parquet", ".feather", ".csv.gz", ".tsv.gz")
+"""Endings of files that are tables, for messages."""
+MISSING = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None", "?", "-")
+"""Cells of a file of text that are missing values."""
+
+SEPARATORS = (",", ";", "\t", "|")
+SAMPLE_BYTES, SAMPLE_LINES = 1 << 16, 100
+INFERRED_ROWS = 10_000
+SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARACTERS, LISTED = 5, 8, 12, 10
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
+DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?")
+
+
+class Column(NamedTuple):
+    """What a column of a file holds.
+
+    Args:
+        name: Name, or "column N" where the file has none.
+        kind: "numbers", "whole numbers", "true or false", "dates", "text", "empty", or the type
+            that polars gives it.
+        n_missing: Number of cells without a value.
+        low: Smallest number, None where there are none.
+        high: Largest number.
+        note: What is odd, such as the first cell that is no number.
+    """
+
+    name: str
+    kind: str
+    n_missing: int
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether a model can learn from it."""
+        return self.kind in ("numbers", "whole numbers", "true or false")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file that was read.
+
+    Args:
+        frame: The polars frame, with numbers in the columns that hold numbers.
+        columns: What each column holds.
+        has_names: Whether the file names its columns.
+        notes: How it was read, where that was not plain.
+    """
+
+    frame: Frame
+    columns: tuple[Column, ...]
+    has_names: bool
+    notes: tuple[str, ...] = ()
+
+    def select(
+        self, columns: Sequence[str] | None = None, drop: Sequence[str] | None = None
+    ) -> "Table":
+        """Take some of the columns.
+
+        Args:
+            columns: Names of the columns to take, in this order. None takes all.
+            drop: Names of columns to leave out.
+
+        Returns:
+            The smaller table.
+
+        Raises:
+            ValueError: If there is no such column, or none is left.
+        """
+        by_name = {column.name: column for column in self.columns}
+        for name in (*(columns or ()), *(drop or ())):
+            if name not in by_name:
+                similar = difflib.get_close_matches(name, by_name)
+                hint = f"; did you mean {' or '.join(map(repr, similar))}?" if similar else ""
+                raise ValueError(f"there is no column {name!r} among {_listed(by_name)}{hint}")
+
+        kept = [name for name in (columns or by_name) if name not in (drop or ())]
+        if not kept:
+            raise ValueError("no column is left; give fewer to --drop")
+        if len(set(kept)) < len(kept):
+            raise ValueError("a column is named twice in --columns")
+        return Table(
+            self.frame.select(kept),
+            tuple(by_name[name] for name in kept),
+            self.has_names,
+            self.notes,
+        )
+
+    def values(self) -> Array:
+        """Return the numbers, NaN where there are none.
+
+        Returns:
+            Values, (N, D), float64.
+
+        Raises:
+            ValueError: If a column holds text or dates. It names all of them, and what to do.
+        """
+        bad = [column for column in self.columns if not column.is_numeric]
+        if bad:
+            raise ValueError(_problem_of(bad))
+
+        import polars as pl
+
+        values: Array = self.frame.select(pl.all().cast(pl.Float64)).to_numpy()
+        return np.ascontiguousarray(values)
+
+    def describe(self) -> str:
+        """Say what was read, for people: columns, kinds, gaps, ranges and the first rows.
+
+        Returns:
+            Lines of text.
+        """
+        width = max(len(visible(column.name)) for column in self.columns)
+        lines = [f"{self.frame.height:,} rows, {len(self.columns)} columns"]
+        for column in self.columns:
+            parts = [f"  {visible(column.name):{width}}  {column.kind:13}"]
+            if column.low is not None and column.high is not None:
+                parts.append(f"{column.low:g} to {column.high:g}")
+            if column.n_missing:
+                share = column.n_missing / max(1, self.frame.height)
+                parts.append(f"{column.n_missing:,} missing ({share:.1%})")
+            if column.note:
+                parts.append(column.note)
+            lines.append("  ".join(parts).rstrip())
+
+        lines.append(f"first rows of the first {min(SHOWN_COLUMNS, len(self.columns))} columns")
+        shown = self.frame.select(self.frame.columns[:SHOWN_COLUMNS]).head(SHOWN_ROWS)
+        cells = [
+            ["." if cell is None else visible(str(cell), SHOWN_CHARACTERS) for cell in row]
+            for row in [tuple(shown.columns), *shown.rows()]
+        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row in cells:
+            padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  " + "  ".join(padded))
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+
+def is_table(path: str | Path) -> bool:
+    """Tell whether a file is a table, by its ending.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        True for .csv, .tsv and .txt, also with .gz, and for .parquet, .feather and .arrow.
+
+    Example:
+        >>> is_table("rows.CSV.gz"), is_table("rows.parquet"), is_table("rows.npy")
+        (True, True, False)
+    """
+    return _format(Path(path)) in (*TEXT_FORMATS, *BINARY_FORMATS)
+
+
+def read_table(path: Path, limits: Limits = DEFAULT_LIMITS) -> Table:
+    """Read a table.
+
+    The separator, commas in place of decimal points, and whether the first line holds names are
+    recognised from the first lines of a file of text.
+
+    Args:
+        path: Path of the file.
+        limits: The most that a compressed file may unpack to.
+
+    Returns:
+        The table, of all columns of the file.
+
+    Raises:
+        ValueError: If it cannot be read, or two columns have the same name.
+        ImportError: If polars is missing.
+    """
+    pl = _polars()
+    check_regular(path)
+    kind = _format(path)
+    notes: list[str] = []
+    has_names = True
+    try:
+        if kind == ".parquet":
+            frame = pl.read_parquet(path)
+        elif kind in BINARY_FORMATS:
+            frame = pl.read_ipc(path)
+        else:
+            frame, has_names, notes = _read_text(path, kind, limits)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"it is damaged, or no {kind[1:]} file ({reason})") from error
+
+    if not frame.width or not frame.height:
+        raise ValueError(f"it has {frame.height} rows and {frame.width} columns")
+    frame, columns = _columns_of(frame)
+    return Table(frame, columns, has_names, (*notes, *_index_notes(frame, columns)))
+
+
+def write_table(path: Path, columns: Mapping[str, Any]) -> Path:
+    """Write a table, of the format that its ending names.
+
+    Args:
+        path: Path of the file, with an ending of :data:`SUFFIXES`.
+        columns: Values by column.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the ending is another.
+        ImportError: If polars is missing.
+    """
+    return write_frame(path, _polars().DataFrame(dict(columns)))
+
+
+def write_filled(
+    path: Path, source: Path, names: Sequence[str], values: Array, filled: Array
+) -> Path:
+    """Write a table again, with other values in some cells.
+
+    Args:
+        path: Path of the new file.
+        source: Path of the table. Its order of columns, and those that are not named, stay.
+        names: Names of the columns that the values are of, or their order if the file has no names.
+        values: Values, (N, D).
+        filled: True for the cells that get a value, (N, D). The others stay as they are.
+
+    Returns:
+        The path of the new file.
+    """
+    pl = _polars()
+    table = read_table(source)
+    frame = table.frame
+    if not table.has_names or not set(names) <= set(frame.columns):
+        names = [column.name for column in table.columns]
+
+    for name, column, gaps in zip(names, values.T, filled.T, strict=True):
+        if gaps.any():
+            # Whole numbers and flags become real numbers where a gap is filled.
+            old = frame[name].cast(pl.Float64)
+            # The shortest decimals of a float32, and not all of those of its float64.
+            found = [float(str(value)) for value in column[gaps]]
+            new = old.scatter(np.flatnonzero(gaps), found)
+            frame = frame.with_columns(new.alias(name))
+    return write_frame(path, frame)
+
+
+def write_frame(path: Path, frame: Frame) -> Path:
+    """Write a polars frame, of the format that the ending of the file names.
+
+    Args:
+        path: Path of the file, with an ending of :data:`SUFFIXES`.
+        frame: The frame. NaN becomes an empty cell in files of text.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the ending is another.
+    """
+    pl = _polars()
+    kind = _format(path)
+    if kind not in (*TEXT_FORMATS, *BINARY_FORMATS):
+        raise ValueError(f"{path}: tables are written to {', '.join(SUFFIXES)} and .npy")
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        if kind == ".parquet":
+            frame.write_parquet(temporary)
+        elif kind in BINARY_FORMATS:
+            frame.write_ipc(temporary)
+        else:
+            frame = frame.with_columns(pl.selectors.float().fill_nan(None))
+            text = frame.write_csv(separator=TEXT_FORMATS[kind]).encode()
+            is_packed = path.name.lower().endswith(".gz")
+            content = gzip.compress(text) if is_packed else text
+            Path(temporary).write_bytes(content)
+    return path
+
+
+def _polars() -> Any:  # noqa: ANN401 (a module)
+    try:
+        import polars
+    except ImportError as error:
+        raise ImportError(
+            "tables in files need polars, of the extra 'tables': pip install 'equipoise[tables]'"
+        ) from error
+    return polars
+
+
+def _format(path: Path) -> str:
+    """Ending of a file without that of its compression."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    is_packed = path.name.lower().endswith(".gz")
+    return "" if is_packed and suffix not in TEXT_FORMATS else suffix
+
+
+def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list[str]]:
+    """Read a file of text; return whether it names its columns, and notes."""
+    pl = _polars()
+    content = _unpacked(path, limits) if path.name.lower().endswith(".gz") else None
+    if content is None:
+        with path.open("rb") as file:
+            start = file.read(SAMPLE_BYTES)
+    else:
+        start = content[:SAMPLE_BYTES]
+    if not start.strip():
+        raise ValueError("it is empty")
+
+    notes = []
+    encoding = _encoding(start)
+    if encoding != "utf-8":
+        content = path.read_bytes() if content is None else content
+        content = content.decode(encoding, errors="strict").encode()
+        start = content[:SAMPLE_BYTES]
+        notes.append(f"the text is {encoding}")
+
+    text = start.decode(errors="ignore").removeprefix("\ufeff")
+    separator = _separator(text, TEXT_FORMATS[kind])
+    rows = _sample(text, separator)
+    has_names = not all(
+        NUMBER.fullmatch(c.strip().replace(",", ".", 1)) for c in rows[0] if c.strip()
+    )
+    has_commas = separator != "," and _has_decimal_commas(rows[has_names:])
+    if separator != TEXT_FORMATS[kind]:
+        notes.append(f"columns are separated by {separator!r}")
+    if has_commas:
+        notes.append("numbers have decimal commas")
+    if not has_names:
+        notes.append("the first line holds numbers, so that the columns have no names")
+    names = [name.strip() for name in rows[0]]
+    twice = {name for name in names if names.count(name) > 1 and name}
+    if has_names and twice:
+        raise ValueError(f"columns have the same name: {_listed(sorted(twice))}")
+
+    options: dict[str, Any] = {
+        "separator": separator,
+        "has_header": has_names,
+        "decimal_comma": has_commas,
+        "null_values": list(MISSING),
+        "try_parse_dates": True,
+    }
+    source: Any = path if content is None else content
+    try:
+        frame = pl.read_csv(source, infer_schema_length=INFERRED_ROWS, **options)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        if "utf-8" in str(error).lower() and encoding == "utf-8":
+            raw = path.read_bytes() if content is None else content
+            source = raw.decode("cp1252", errors="replace").encode()
+            notes.append("the text is cp1252")
+        # A number with a point after rows of whole numbers, for instance.
+        frame = pl.read_csv(source, infer_schema_length=None, **options)
+
+    renamed = [
+        name.strip() if has_names and name.strip() else f"column {i}"
+        for i, name in enumerate(frame.columns)
+    ]
+    frame.columns = renamed
+    return frame, has_names, notes
+
+
+def _unpacked(path: Path, limits: Limits) -> bytes:
+    """Unpack a gzip file of text, up to the limit."""
+    most = 2 * path.stat().st_size + limits.max_bytes
+    try:
+        with gzip.open(path) as file:
+            content = file.read(most + 1)
+    except (EOFError, OSError) as error:
+        raise ValueError(f"is damaged or incomplete ({error})") from error
+    limits.check_unpacked(path, len(content))
+    return content
+
+
+def _encoding(start: bytes) -> str:
+    """Guess an encoding from the first bytes."""
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    try:
+        # The sample may end within a character.
+        start[: max(1, len(start) - 4)].decode()
+    except UnicodeDecodeError:
+        return "cp1252"
+    return "utf-8"
+
+
+def _sample(text: str, separator: str) -> list[list[str]]:
+    """Parse the first lines."""
+    lines = csv.reader(io.StringIO(text), delimiter=separator)
+    rows = [row for row, _ in zip(lines, range(SAMPLE_LINES), strict=False) if row]
+    # The last line of a sample may be cut off.
+    return rows[:-1] if len(rows) > 2 else rows
+
+
+def _separator(text: str, usual: str) -> str:
+    """Find the separator that divides the first lines into most columns, equally many in each."""
+
+    def n_columns(separator: str) -> int:
+        try:
+            widths = {len(row) for row in _sample(text, separator)}
+        except csv.Error:
+            return 0
+        return widths.pop() if len(widths) == 1 else 0
+
+    widths = {separator: n_columns(separator) for separator in (usual, *SEPARATORS)}
+    best = max(widths, key=lambda separator: widths[separator])
+    return best if widths[best] > 1 else usual
+
+
+def _has_decimal_commas(rows: list[list[str]]) -> bool:
+    cells = [cell.strip() for row in rows for cell in row]
+    commas = sum(bool(DECIMAL_COMMA.fullmatch(cell)) for cell in cells)
+    points = sum("." in cell and bool(NUMBER.fullmatch(cell)) for cell in cells)
+    return commas > points
+
+
+def _columns_of(frame: Frame) -> tuple[Frame, tuple[Column, ...]]:
+    """Say what each column holds, and make numbers of text that are numbers."""
+    pl = _polars()
+    columns = []
+    for name in frame.columns:
+        series = frame[name]
+        note = ""
+        if series.dtype == pl.String:
+            series, kind, note = _of_text(series)
+            frame = frame.with_columns(series)
+        elif series.dtype == pl.Null or series.null_count() == len(series):
+            kind = "empty"
+        elif series.dtype == pl.Boolean:
+            kind = "true or false"
+        elif series.dtype.is_temporal():
+            kind = "dates"
+        elif series.dtype.is_integer():
+            kind = "whole numbers"
+        elif series.dtype.is_numeric():
+            kind = "numbers"
+        elif series.dtype in (pl.Categorical, pl.Enum):
+            kind = "text"
+        else:
+            kind = str(series.dtype)
+        columns.append(_described(name, series, kind, note))
+    return frame, tuple(columns)
+
+
+def _of_text(series: Any) -> tuple[Any, str, str]:  # noqa: ANN401 (polars)
+    """Take a column of text for numbers if all of its cells are numbers; say what it is."""
+    pl = _polars()
+    stripped = series.str.strip_chars()
+    stripped = stripped.set(stripped.is_in(list(MISSING)), None)
+    present = stripped.drop_nulls()
+    if not len(present):
+        return stripped, "empty", ""
+
+    numbers = stripped.cast(pl.Float64, strict=False)
+    bad = (stripped.is_not_null() & numbers.is_null()).arg_true()
+    if not len(bad):
+        return numbers, "numbers", ""
+    if all(DATE.fullmatch(cell) for cell in present.head(SAMPLE_LINES)):
+        return series, "dates", f"such as {present[0]!r}"
+
+    first = int(bad[0])
+    if 2 * len(bad) <= len(present):
+        note = (
+            f"{len(bad):,} of {len(present):,} cells are no numbers, the first is "
+            f"{stripped[first][:30]!r} in row {first}"
+        )
+        return series, "text", note
+    return series, "text", f"such as {present[0][:30]!r}"
+
+
+def _described(name: str, series: Any, kind: str, note: str) -> Column:  # noqa: ANN401 (polars)
+    n_missing = series.null_count()
+    if kind not in ("numbers", "whole numbers", "true or false"):
+        return Column(name, kind, n_missing, note=note)
+
+    if kind == "numbers":
+        n_missing += int(series.is_nan().sum() or 0)
+        series = series.fill_nan(None)
+    if n_missing == len(series):
+        return Column(name, "empty", n_missing)
+    return Column(name, kind, n_missing, float(series.min()), float(series.max()), note)
+
+
+def _index_notes(frame: Frame, columns: tuple[Column, ...]) -> list[str]:
+    """Notice a column that only counts the rows, which spreadsheets and pandas write."""
+    first = columns[0]
+    n = frame.height
+    if first.kind != "whole numbers" or first.n_missing or n < 2:
+        return []
+    steps = np.diff(frame[first.name].to_numpy())
+    if not (steps == 1).all():
+        return []
+    return [
+        f"the column {first.name!r} counts the rows; if it is an index, leave it out by "
+        f"--drop {_quoted(first.name)}"
+    ]
+
+
+ADVICE = {
+    "dates": "dates in {}: give numbers in their place, such as days since the first",
+    "text": "text in {}: categories are not learned yet, give numbers in their place",
+    "empty": "no value at all in {}",
+}
+"""What is said of the columns that hold no numbers, by what they hold."""
+
+
+def _problem_of(columns: list[Column]) -> str:
+    """Name columns that hold no numbers, say what they hold, and what to do."""
+    problems = []
+    for kind in dict.fromkeys(column.kind for column in columns):
+        found = [column for column in columns if column.kind == kind]
+        listed = _listed([column.name for column in found])
+        notes = "; ".join(column.note for column in found[:3] if column.note)
+        if notes:
+            listed += f" ({notes})"
+        problems.append(ADVICE.get(kind, f"values of the type {kind} in {{}}").format(listed))
+
+    names = " ".join(_quoted(column.name) for column in columns[:LISTED])
+    return f"{'; '.join(problems)}. Or leave them out by --drop {names}"
+
+
+def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
+    """The first names, each in quotes."""
+    shown = [repr(visible(name, 50)) for name in list(names)[:LISTED]]
+    if len(names) > LISTED:
+        shown.append(f"and {len(names) - LISTED} more")
+    return ", ".join(shown)
+
+
+def _quoted(name: str) -> str:
+    """Quote a name for the shell, if it needs that."""
+    return name if re.fullmatch(r"[\w.-]+", name) else f"'{name}'"

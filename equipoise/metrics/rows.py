@@ -1,0 +1,178 @@
+r"""Scores of single rows: their density, how rare it is among held-out rows, and where they differ.
+
+The score of a row is a bound on its log-density in the unit of the data. A row with gaps has the
+density of what is observed, which is another number than that of a complete row. It is therefore
+compared with held-out rows of the same gaps.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from equipoise.data.dataset import Array
+from equipoise.gaps import missing_values
+from equipoise.gaussian import RowGenerators
+from equipoise.model import VAE
+from equipoise.objectives import LogPrior, importance_weighted_bound
+
+DECODED_AT_ONCE = 256
+"""Most codes that are decoded at once for a score: as many as caches of CPUs hold."""
+IMPORTANCE_SAMPLES = 20
+WORST_COLUMNS = 3
+"""Columns that are named for each row."""
+MAX_REFERENCE = 1000
+"""Most held-out rows that others are compared with."""
+
+
+@torch.no_grad()
+def log_densities(
+    model: VAE, raw: Tensor, log_prior: LogPrior, importance_samples: int = IMPORTANCE_SAMPLES
+) -> Float64[np.ndarray, " n"]:
+    r"""Bound the log-density of each example from below by importance weighting.
+
+    .. math:: \log p(x) \ge \log \frac1K \sum_k \frac{p(x|z_k)\, p(z_k)}{q(z_k|x)}
+        - \sum_i \log s_i
+
+    The random draws of an example follow from its values, so that its score does not depend on the
+    others. Missing values, NaN, are left out of p(x|z) and of the sum over i.
+
+    Args:
+        model: The model, in evaluation mode.
+        raw: Examples in raw units, (n, \*).
+        log_prior: Density of codes p(z).
+        importance_samples: Number of samples K per example.
+
+    Returns:
+        The bounds, (n,), nats.
+    """
+    log_scales = model.scaling.scale.log().expand(model.shape)
+    log_scale: float | Array = float(log_scales.sum())
+    missing = missing_values(raw)
+    if missing is not None:
+        log_scale = log_scales.masked_fill(missing, 0.0).sum(1).numpy()
+
+    x = model.scaling(raw)
+    rows = max(1, DECODED_AT_ONCE // importance_samples)
+    bounds = [
+        importance_weighted_bound(
+            model,
+            examples,
+            importance_samples,
+            RowGenerators.of(examples),
+            log_prior=log_prior,
+            max_rows=DECODED_AT_ONCE,
+        )
+        for examples in torch.split(x, rows)
+    ]
+    scores: Float64[np.ndarray, " n"] = torch.cat(bounds).numpy() - log_scale
+    return scores
+
+
+class RowScores(NamedTuple):
+    """What is known of each row.
+
+    Args:
+        score: Bound on the log-density of the observed values, raw units, nats, (n,).
+        p_value: Share of held-out rows that are as odd, (n,), see :func:`conformal_p_values`.
+        worst_columns: The columns that differ most from their reconstruction, in predicted std.
+    """
+
+    score: Float64[np.ndarray, " n"]
+    p_value: Float64[np.ndarray, " n"]
+    worst_columns: list[str]
+
+
+def score_rows(
+    model: VAE,
+    raw: Tensor,
+    reference: Tensor,
+    log_prior: LogPrior,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> RowScores:
+    """Score rows of a table, and compare them with held-out rows that have the same gaps.
+
+    Args:
+        model: The model, in evaluation mode.
+        raw: Rows, (n, D), raw units.
+        reference: Rows that the model was not trained on, raw units, of which 1000 are used.
+        log_prior: Density of codes p(z).
+        progress: Called with the number of patterns of gaps that are done, and of all.
+
+    Returns:
+        Scores, p-values and worst columns.
+    """
+    score = log_densities(model, raw, log_prior)
+    reference = reference[:MAX_REFERENCE]
+    p_value = np.empty(len(raw))
+
+    patterns, number = torch.unique(raw.isnan(), dim=0, return_inverse=True)
+    for k, gaps in enumerate(patterns):
+        rows = (number == k).numpy()
+        among = log_densities(model, reference.masked_fill(gaps, torch.nan), log_prior)
+        p_value[rows] = conformal_p_values(score[rows], among)
+        progress(k + 1, len(patterns))
+    return RowScores(score, p_value, worst_columns(model, raw))
+
+
+def conformal_p_values(
+    scores: Float64[np.ndarray, " n"], held_out: Float64[np.ndarray, " m"]
+) -> Float64[np.ndarray, " n"]:
+    r"""Share of held-out scores that are as low, with the row itself counted among them.
+
+    .. math:: p = \frac{1 + \#\{j : s_j \le s\}}{1 + m}
+
+    Of rows like the held-out ones, at most a share a has a p-value of at most a, whatever the
+    distribution of the scores. Vovk, Gammerman and Shafer (2005), *Algorithmic learning in a random
+    world*; Bates et al. (2023), *Testing for outliers with conformal p-values*.
+
+    Args:
+        scores: Scores of rows, lower for odder ones.
+        held_out: Scores of rows that the model was not trained on.
+
+    Returns:
+        The p-values, at least 1 / (1 + m).
+
+    Example:
+        >>> conformal_p_values(np.array([-9.0, 2.5]), np.array([1.0, 2.0, 3.0]))
+        array([0.25, 0.75])
+    """
+    n_as_odd = np.searchsorted(np.sort(held_out), scores, side="right")
+    p_values: Float64[np.ndarray, " n"] = (1 + n_as_odd) / (1 + len(held_out))
+    return p_values
+
+
+@torch.no_grad()
+def worst_columns(model: VAE, raw: Tensor, n: int = WORST_COLUMNS) -> list[str]:
+    """Name the columns of each row that are furthest from their reconstruction.
+
+    Args:
+        model: The model, in evaluation mode.
+        raw: Rows, (N, D), raw units.
+        n: Number of columns to name.
+
+    Returns:
+        For each row such as "income +8.1, age -3.2": the distances in predicted std, the largest
+        first. Missing values are not among them.
+    """
+    x = model.scaling(raw)
+    found = []
+    for rows in torch.split(x, DECODED_AT_ONCE):
+        reconstruction = model.reconstruct(rows)
+        found.append((rows - reconstruction.mean) / reconstruction.std)
+    distance = torch.cat(found)
+
+    size = distance.abs().nan_to_num(-1.0, posinf=torch.inf)
+    largest = size.topk(min(n, x.shape[1]), dim=1).indices
+    texts = []
+    for row, columns in zip(distance, largest.tolist(), strict=True):
+        parts = [
+            f"{model.scaling.short_name_of(i)} {float(row[i]):+.1f}"
+            for i in columns
+            if not bool(row[i].isnan())
+        ]
+        texts.append(", ".join(parts))
+    return texts

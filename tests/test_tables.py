@@ -1,0 +1,315 @@
+"""Tables from files: what is read, what is refused, and the names of columns everywhere."""
+
+import gzip
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import torch
+from sklearn.exceptions import ConvergenceWarning
+
+import equipoise
+from equipoise.data import load, load_examples
+from equipoise.data.gate import Limits
+from equipoise.data.tables import is_table, read_table, write_filled, write_table
+from equipoise.gaussian import standard_normal_log_prob
+from equipoise.metrics.rows import conformal_p_values, score_rows, worst_columns
+from equipoise.model import VAE, Scaling
+from equipoise.outputs import beside
+
+ROWS = np.random.default_rng(0).normal(size=(60, 3)).round(3)
+NAMES = ("age", "income, net", "größe")
+
+
+def text_of(values=ROWS, separator=",", comma=".", names=NAMES, gap=""):
+    """Write a table as text, with a gap in the first row's second column."""
+    lines = []
+    if names:
+        lines.append(separator.join(f'"{n}"' if separator in n else n for n in names))
+    for number, row in enumerate(values):
+        cells = [f"{value:.3f}".replace(".", comma) for value in row]
+        if number == 0:
+            cells[1] = gap
+        lines.append(separator.join(cells))
+    return "\n".join(lines) + "\n"
+
+
+def expected():
+    values = ROWS.copy()
+    values[0, 1] = np.nan
+    return values
+
+
+class TestReading:
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("a.csv", text_of().encode()),
+            ("a.csv", text_of(gap="NA").encode()),
+            ("a.csv", b"\xef\xbb\xbf" + text_of().replace("\n", "\r\n").encode()),
+            ("a.csv", text_of(separator=";", comma=",").encode()),
+            ("a.csv", text_of(separator=";", comma=",").encode("cp1252")),
+            ("a.csv", text_of(separator="\t").encode("utf-16")),
+            ("a.CSV", text_of(separator="|").encode()),
+            ("a.tsv", text_of(separator="\t").encode()),
+            ("a.csv.gz", gzip.compress(text_of().encode())),
+            ("a.tsv.gz", gzip.compress(text_of(separator="\t", gap="nan").encode())),
+            ("a.csv", text_of(separator=", ", names=("age", "income", "größe")).encode()),
+        ],
+    )
+    def test_text_in_any_dress_is_the_same_table(self, tmp_path, name, content):
+        path = tmp_path / name
+        path.write_bytes(content)
+        table = read_table(path)
+        np.testing.assert_array_equal(table.values(), expected())
+        assert [column.name[:6] for column in table.columns] == ["age", "income", "größe"]
+        assert [column.n_missing for column in table.columns] == [0, 1, 0]
+
+    @pytest.mark.parametrize("ending", [".parquet", ".feather", ".csv", ".csv.gz", ".tsv"])
+    def test_what_is_written_is_read(self, tmp_path, ending):
+        path = tmp_path / f"rows{ending}"
+        write_table(path, dict(zip(NAMES, expected().T, strict=True)))
+        table = read_table(path)
+        np.testing.assert_array_equal(table.values(), expected())
+        assert tuple(column.name for column in table.columns) == NAMES
+
+    def test_a_file_without_names(self, tmp_path):
+        (tmp_path / "a.csv").write_text(text_of(names=()))
+        table = read_table(tmp_path / "a.csv")
+        np.testing.assert_array_equal(table.values(), expected())
+        assert not table.has_names
+        assert load(tmp_path / "a.csv").columns == ()
+
+    def test_whole_numbers_that_become_real_late_in_the_file(self, tmp_path):
+        lines = ["a,b", *["1,2"] * 20_000, "1.5,3"]
+        (tmp_path / "a.csv").write_text("\n".join(lines))
+        assert read_table(tmp_path / "a.csv").values()[-1].tolist() == [1.5, 3.0]
+
+    def test_columns_are_taken_and_left_out_by_name(self, tmp_path):
+        (tmp_path / "a.csv").write_text(text_of())
+        data = load(tmp_path / "a.csv", columns=["größe", "age"])
+        assert data.columns == ("größe", "age")
+        assert data.loading["columns"] == ["größe", "age"]
+        assert load(tmp_path / "a.csv", drop=["age"]).columns == NAMES[1:]
+        with pytest.raises(ValueError, match="no column 'agee' among .* did you mean 'age'"):
+            load(tmp_path / "a.csv", columns=["agee"])
+        with pytest.raises(ValueError, match="no column is left"):
+            load(tmp_path / "a.csv", drop=list(NAMES))
+        with pytest.raises(ValueError, match="tables in files with names"):
+            load(ROWS, drop=["age"])
+
+    @pytest.mark.parametrize(
+        ("column", "message"),
+        [
+            (["Bern", "Rome"] * 30, "text in 'x' .*'Bern'.* --drop x"),
+            (["2024-01-02"] * 60, "dates in 'x'.* days since"),
+            (["31.12.2024"] * 60, "dates in 'x'"),
+            (
+                [*map(str, range(59)), "?!"],
+                r"1 of 60 cells are no numbers, the first is '\?!' in row",
+            ),
+            ([""] * 60, "no value at all in 'x'"),
+        ],
+    )
+    def test_what_is_no_number_is_refused_by_name(self, tmp_path, column, message):
+        write_table(tmp_path / "a.csv", {"y": ROWS[:, 0], "x": column})
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "a.csv")
+        assert load(tmp_path / "a.csv", columns=["y"]).columns == ("y",)
+
+    def test_types_of_parquet(self, tmp_path):
+        frame = pl.DataFrame(
+            {
+                "flag": [True, False] * 10,
+                "n": pl.Series(range(20), dtype=pl.UInt8),
+                "list": [[1, 2]] * 20,
+                "time": pl.Series([0] * 20, dtype=pl.Datetime),
+                "kind": pl.Series(["a", "b"] * 10, dtype=pl.Categorical),
+            }
+        )
+        frame.write_parquet(tmp_path / "a.parquet")
+        table = read_table(tmp_path / "a.parquet")
+        assert [column.kind for column in table.columns[:2]] == ["true or false", "whole numbers"]
+        with pytest.raises(ValueError, match=r"List.* 'list'.*dates in 'time'.*text in 'kind'"):
+            table.values()
+        assert table.select(["flag", "n"]).values()[1].tolist() == [0.0, 1.0]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.csv", b"", "empty"),
+            ("a.csv", b"a,b\n", "0 rows"),
+            ("a.csv", b"a,a\n1,2\n", "same name: 'a'"),
+            ("a.parquet", b"PAR1 and more", "damaged, or no parquet"),
+            ("a.feather", b"no", "damaged, or no feather"),
+            ("a.csv.gz", b"no gzip", "damaged"),
+            ("a.csv.gz", gzip.compress(b"a,b\n" + b"1,2\n" * 100_000), "unpacks to"),
+        ],
+    )
+    def test_files_that_cannot_be_read(self, tmp_path, name, content, message):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_table(tmp_path / name, Limits(max_bytes=1000))
+
+    def test_an_index_is_noticed(self, tmp_path):
+        write_table(tmp_path / "a.csv", {"": range(60), "x": ROWS[:, 0], "y": ROWS[:, 1]})
+        assert any("counts the rows" in note for note in load(tmp_path / "a.csv").notes)
+
+    def test_a_description_shows_all_there_is_to_know(self, tmp_path):
+        (tmp_path / "a.csv").write_text(text_of())
+        text = read_table(tmp_path / "a.csv").describe()
+        assert "60 rows, 3 columns" in text
+        assert "1 missing (1.7%)" in text
+        assert "größe" in text
+        assert f"{ROWS[1, 0]:g}" in text
+
+    def test_without_polars_the_message_says_what_to_install(self, tmp_path, monkeypatch):
+        (tmp_path / "a.csv").write_text(text_of())
+        monkeypatch.setitem(sys.modules, "polars", None)
+        with pytest.raises(ImportError, match=r"pip install 'equipoise\[tables\]'"):
+            load(tmp_path / "a.csv")
+
+    def test_endings(self):
+        assert not is_table("a.npy")
+        assert not is_table("a.parquet.gz")
+        with pytest.raises(ValueError, match="tables are written to"):
+            write_table(Path("a.xlsx"), {"a": [1]})
+
+
+class TestNames:
+    def test_a_model_finds_its_columns_in_any_order(self, tmp_path):
+        (tmp_path / "a.csv").write_text(text_of())
+        write_table(
+            tmp_path / "b.csv",
+            {
+                "größe": ROWS[:, 2],
+                "note": ["text"] * 60,
+                "income, net": ROWS[:, 1],
+                "age": ROWS[:, 0],
+            },
+        )
+        found = load_examples(tmp_path / "b.csv", (3,), columns=NAMES)
+        np.testing.assert_allclose(found[:], ROWS.astype(np.float32))
+        write_table(tmp_path / "c.csv", {"age": ROWS[:, 0], "other": ROWS[:, 1]})
+        with pytest.raises(ValueError, match="no column 'income, net' among 'age', 'other'"):
+            load_examples(tmp_path / "c.csv", (3,), columns=NAMES)
+
+    def test_warnings_and_notes_name_columns(self):
+        frame = pd.DataFrame(ROWS, columns=list(NAMES))
+        frame["largest"] = 7.0
+        assert load(frame).columns == (*NAMES, "largest")
+        assert any("constant columns: 'largest'" in note for note in load(frame).notes)
+
+        scaling = Scaling(torch.zeros(3), torch.ones(3), columns=NAMES)
+        text = scaling.range_warning(torch.from_numpy(ROWS + [0, 99, 0]))
+        assert "Column 'income, net' was 0" in text
+
+    def test_an_estimator_and_its_file_keep_names(self, tmp_path):
+        frame = pd.DataFrame(ROWS, columns=list(NAMES))
+        options = {"stage_1_epochs": 2, "stage_2_epochs": 0, "random_state": 0}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            estimator = equipoise.VAEEstimator(latent_dim=1, **options).fit(frame)
+        estimator.save(tmp_path / "a.safetensors")
+        again = equipoise.VAEEstimator.load(tmp_path / "a.safetensors")
+        assert again.model_.scaling.columns == NAMES
+        with pytest.warns(UserWarning, match="Column 'größe'"):
+            again.transform(frame + [0, 0, 1000.0])
+
+    def test_filled_tables_keep_what_they_had(self, tmp_path):
+        source = tmp_path / "a.csv"
+        write_table(source, {"who": ["a", "b"], "n": [3, None], "x": [0.1, 0.2]})
+        values = np.array([[9.0, 9.0], [4.1, 9.0]], np.float32)
+        filled = np.array([[False, False], [True, False]])
+        write_filled(tmp_path / "b.csv", source, ["n", "x"], values, filled)
+        assert (tmp_path / "b.csv").read_text() == "who,n,x\na,3.0,0.1\nb,4.1,0.2\n"
+        assert beside(source, "std").name == "a-std.csv"
+
+
+class TestScores:
+    def test_p_values_are_valid_whatever_the_distribution(self):
+        rng = np.random.default_rng(0)
+        rates = []
+        for _ in range(400):
+            scores = rng.standard_cauchy(60)
+            rates.append((conformal_p_values(scores[:20], scores[20:]) <= 0.1).mean())
+        assert 0.05 < np.mean(rates) <= 0.105
+
+    def test_rows_with_gaps_are_compared_with_their_like(self):
+        decoder = torch.nn.Linear(1, 3)
+        torch.nn.init.zeros_(decoder.weight)
+        torch.nn.init.zeros_(decoder.bias)
+        scaling = Scaling(torch.zeros(3), torch.ones(3), columns=NAMES)
+        parts = (torch.nn.Linear(3, 2), decoder, equipoise.FixedNoise(1.0))
+        model = VAE(*parts, shape=(3,), latent_dim=1, scaling=scaling).eval()
+        rng = torch.Generator().manual_seed(0)
+        reference, raw = torch.randn(300, 3, generator=rng), torch.randn(300, 3, generator=rng)
+        raw[::2, 1:] = torch.nan
+        raw[0, 0], raw[1, 2] = 9.0, -9.0
+
+        found = score_rows(model, raw, reference, standard_normal_log_prob)
+        assert found.p_value[0] == found.p_value[1] == pytest.approx(1 / 301)
+        for part in (slice(2, None, 2), slice(3, None, 2)):
+            assert 0.4 < found.p_value[part].mean() < 0.6
+        assert found.worst_columns[0] == "age +9.0"
+        assert found.worst_columns[1].startswith("größe -9.0, ")
+        assert worst_columns(model, torch.full((1, 3), torch.nan)) == [""]
+
+
+def command(*arguments, fails=False):
+    """Run the command line in a process of its own; return what it printed."""
+    line = [sys.executable, "-m", "equipoise", *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert (done.returncode != 0) == fails, done.stderr
+    return done.stdout + done.stderr
+
+
+class TestCommandLine:
+    def test_from_a_file_with_gaps_to_imputed_values_and_scores(self, tmp_path):
+        rng = np.random.default_rng(1)
+        values = rng.normal(size=(200, 1)) @ [[1.0, -2.0, 3.0]] + 0.2 * rng.normal(size=(200, 3))
+        columns = dict(
+            zip(NAMES, np.where(rng.random((200, 3)) < 0.2, np.nan, values).T, strict=True)
+        )
+        path, run = tmp_path / "rows.csv", tmp_path / "run"
+        write_table(path, {"who": ["x"] * 200, **columns})
+
+        text = command("train", path, "--dry-run", fails=True)
+        assert "text in 'who'" in text
+        assert "--drop who" in text
+        text = command("train", path, "--drop", "who", "--dry-run")
+        assert "Nothing was trained" in text
+        assert not run.exists()
+
+        short = ("stage_1_epochs=30", "stage_2_epochs=2", "latent_dim=1", "batch_size=32")
+        command("train", path, "--drop", "who", "--out", run, "--quiet", "--set", *short)
+        text = command("impute", run, path, "--draws", "1")
+        assert "of 600 values were missing" in text
+        filled = read_table(run / "imputed" / "rows-imputed.csv")
+        assert [column.name for column in filled.columns] == ["who", *NAMES]
+        assert not any(column.n_missing for column in filled.columns)
+        assert (run / "imputed" / "rows-imputed-1.csv").is_file()
+
+        values[5] = [50.0, 50.0, 50.0]
+        write_table(tmp_path / "new.parquet", dict(zip(NAMES, values.T, strict=True)))
+        text = command("score", run, tmp_path / "new.parquet", "--out", tmp_path / "scores.csv")
+        assert "rows are odd" in text
+        scores = pl.read_csv(tmp_path / "scores.csv")
+        assert scores.columns == ["row", "score", "p_value", "verdict", "worst_columns"]
+        assert scores["verdict"][5] == "odd"
+        assert scores["score"].arg_min() == 5
+
+        command("sample", run, "-n", "4", "--noise", "--out", tmp_path / "s.csv")
+        command("reconstruct", run, path, "--out", tmp_path / "r.parquet")
+        for file, height in (("s.csv", 4), ("r.parquet", 200), ("r-std.parquet", 200)):
+            table = read_table(tmp_path / file)
+            assert table.frame.height == height
+            assert tuple(column.name for column in table.columns) == NAMES
+        assert "at least 999 held-out rows" in command(
+            "score", run, "--false-alarm-rate", "0.001", fails=True
+        )
