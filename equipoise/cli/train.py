@@ -173,7 +173,7 @@ def _run(options: Namespace) -> None:
 
     with open_terminal(quiet=options.quiet, silent=not is_main_process()) as terminal:
         if is_resumed:
-            data = run_to_resume.data(options.data_dir, decoding_bar(terminal))
+            data = run_to_resume.data(options.data_dir, decoding_bar(terminal), terminal.message)
         else:
             if options.dry_run:
                 _describe_table(source, options, terminal)
@@ -286,6 +286,7 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
         test_fraction=config.test_fraction,
         validation_fraction=config.validation_fraction,
         progress=decoding_bar(terminal),
+        say=terminal.message,
         max_pixels=options.max_pixels,
         max_bytes=options.max_bytes,
         columns=options.columns,

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import math
 import os
 import stat
 from array import array
@@ -20,6 +21,7 @@ from equipoise.data.arrays import Part
 from equipoise.data.cache import (
     default_cache_dir,
     forget_part,
+    in_bytes,
     one_writer,
     read_part,
     write_part,
@@ -230,6 +232,7 @@ class ImageReader:
         progress: Function that is called with (done, total). Each image counts twice: once for
             its header and once for its pixels.
         limits: The most that an image may claim.
+        say: Function that is called with the size and place of a cache before it is written.
     """
 
     image_size: int | None = None
@@ -239,6 +242,7 @@ class ImageReader:
     cache_dir: Path | None = None
     progress: Progress | None = None
     limits: Limits = DEFAULT_LIMITS
+    say: Callable[[str], None] | None = None
 
     @property
     def folder(self) -> Path:
@@ -319,7 +323,15 @@ class ImageReader:
                     return effects
                 return (f"unreadable files skipped: {len(skipped)} ({_first(skipped)})", *effects)
 
-            part = write_part(self.folder, key, rows(), plan.shape, notes)
+            if self.say is not None:
+                size = in_bytes(len(readable) * math.prod(plan.shape))
+                self.say(
+                    f"Decoding {len(readable):,} images into {size} in {self.folder}; 'equipoise "
+                    "cache' lists and clears what is there."
+                )
+            part = write_part(
+                self.folder, key, rows(), plan.shape, notes, images.source, len(readable)
+            )
             if passing:
                 # The images themselves may be whole, and readable the next time.
                 forget_part(self.folder, key)

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -78,6 +78,7 @@ def load(
     columns: Sequence[str] | None = None,
     drop: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Data:
     """Load examples, check them and split them into three parts.
 
@@ -113,6 +114,7 @@ def load(
         columns: Names of the columns of a table to take. None takes all.
         drop: Names of columns to leave out.
         names: Names of the columns of an array. None takes those of a data frame.
+        say: Function that is called with the size and place of a cache before it is written.
 
     Returns:
         The data. The three parts are views, so that a memory map is not copied.
@@ -139,7 +141,7 @@ def load(
         raise ValueError(f"channels must be 'grey', 'rgb' or None, not {channels!r}")
 
     limits = _limits(max_pixels, max_bytes)
-    reader = _reader(image_size, channels, strict, cache_dir, progress, limits)
+    reader = _reader(image_size, channels, strict, cache_dir, progress, limits, say)
     content = _find(source, data_dir, reader, download, columns, drop)
     if names is not None:
         content = replace(content, columns=tuple(names))
@@ -480,6 +482,7 @@ def _reader(
     cache_dir: str | Path | None,
     progress: Progress | None,
     limits: Limits,
+    say: Callable[[str], None] | None = None,
 ) -> ImageReader:
     return ImageReader(
         image_size,
@@ -488,6 +491,7 @@ def _reader(
         cache_dir=None if cache_dir is None else expanded(cache_dir),
         progress=progress,
         limits=limits,
+        say=say,
     )
 
 
