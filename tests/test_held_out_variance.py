@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 
 import equipoise
+from equipoise.config import TrainConfig
 from equipoise.data import load_examples
 from equipoise.estimate import Estimate
-from equipoise.model import VAE
+from equipoise.model import VAE, Scaling
 from equipoise.noise import DimensionNoise, GlobalNoise
 from equipoise.processes import ALONE
 from equipoise.residuals import ResidualVariance, StandardisedVariance, overfitting_ratio
@@ -22,6 +24,7 @@ from equipoise.training.setup import make_model
 from equipoise.training.stage_ends import (
     SHRINKAGES,
     HeldOutVar,
+    digital_log_probabilities,
     held_out_var,
     worth_of_prediction,
 )
@@ -343,6 +346,30 @@ def test_the_worth_of_a_prediction_is_a_difference_of_log_densities(shape, error
     assert found.gain.standard_error == pytest.approx(expected.standard_error, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 9)])
+def test_a_prediction_of_levels_is_judged_by_their_probability(shape):
+    levels = torch.randint(0, 17, (70, *shape), generator=torch.Generator().manual_seed(0))
+    scaling = Scaling(torch.tensor(0.0), torch.tensor(16.0), quantum=1 / 16)
+    model = VAE.build(shape, latent_dim=2, width=2, scaling=scaling, mean_bounds=(0.0, 1.0)).eval()
+    model.requires_grad_(False)
+    model.predict_variance(torch.tensor(0.3), torch.tensor(1e-3))
+    nn.init.normal_(model.noise.network.output.bias)
+    raw = levels.to(torch.uint8)
+    shared, predicted = digital_log_probabilities(
+        model, pass_over(model, raw), torch.Generator().manual_seed(1)
+    )
+
+    (terms,) = pass_over(model, raw).terms(model, torch.Generator().manual_seed(1))
+    mean = (levels / 16 - terms.residual).double().numpy() * 16
+    for found, var in ((shared, torch.tensor(0.3)), (predicted, terms.log_var.exp())):
+        std = 16 * var.double().sqrt().expand(levels.shape).numpy()
+        below = scipy.stats.norm.cdf((levels.numpy() - 0.5 - mean) / std)
+        above = scipy.stats.norm.cdf((levels.numpy() + 0.5 - mean) / std)
+        cell = np.where(levels == 16, 1, above) - np.where(levels == 0, 0, below)
+        expected = np.log(cell).reshape(70, -1).sum(1)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-3)
+
+
 class Spoil(Stop):
     """Makes the predicted variance absurd at the beginning of the last epoch."""
 
@@ -354,6 +381,24 @@ class Spoil(Stop):
             assert noise.depends_on_code
             nn.init.normal_(noise.network.output.bias, std=3)
             self.trainer.config = replace(self.trainer.config, stage_2_learning_rate=1e-12)
+
+
+def test_a_prediction_of_levels_that_is_worse_than_stage_1_is_refused():
+    data = equipoise.load_data("digits")
+    config = TrainConfig(latent_dim=4, width=4, stage_1_epochs=3, stage_2_epochs=2, batch_size=256)
+    config = replace(config, stage_2_learning_rate=1e-12, recalibrate="none", accelerator="cpu")
+    spoil, said = Spoil(4), []
+    spoil.message = said.append
+    torch.manual_seed(0)
+    trainer = Trainer(make_model(data, config), data, config, sinks=[spoil])
+    assert trainer.stage_two.likelihood == "digital"
+    spoil.trainer = trainer
+    trainer.fit()
+
+    assert not trainer.model.noise.depends_on_code
+    assert any("stage 2 is refused" in text for text in said)
+    var = float(trainer.model.noise.shared_log_var.exp())
+    assert var == pytest.approx(float(trainer.optimal_var))
 
 
 @pytest.mark.parametrize("noise", ["global", "dimension"])

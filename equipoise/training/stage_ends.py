@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from equipoise.correlation import AnyGaussian
+from equipoise.digital import DigitalGaussian
 from equipoise.estimate import Estimate
 from equipoise.gaps import observed_values, row_means
 from equipoise.gaussian import LOG_2PI
@@ -231,6 +232,44 @@ def worth_of_prediction(
     square = float(weights @ moments @ weights / n)
     error = math.sqrt(max(0.0, square - mean**2) / (n - 1)) if n > 1 else None
     return Prediction(Estimate(mean, error, n), mean_size * reference.double().exp())
+
+
+@torch.no_grad()
+def digital_log_probabilities(
+    model: VAE, held_out: SplitPass, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    r"""Compute the log-probabilities of levels under the predicted variance and under a shared one.
+
+    .. math:: \log P(x_n|m(z_n), \sigma_*^2) \quad\text{and}\quad \log P(x_n|m(z_n), \sigma^2(z_n))
+
+    A prediction that was trained for levels is judged by them: its density may be far too narrow.
+
+    Args:
+        model: A model of digital data with a predicted variance, the networks standing still.
+        held_out: Examples that the networks were not trained on.
+        generator: Source of one sample of z per example.
+
+    Returns:
+        With the variance sigma_*^2 of stage 1, and with the predicted one, (N,) each, nats.
+
+    Raises:
+        ValueError: if the data are not digital, or the noise has no shared variance.
+    """
+    levels, reference = model.levels, model.noise.shared_log_var
+    if levels is None or reference is None:
+        raise ValueError("levels of digital data and a shared variance are needed")
+
+    shared: list[Tensor] = []
+    predicted: list[Tensor] = []
+    model.eval()
+    for batch, x in enumerate(held_out.epoch()):
+        z = model.encode(x).sample(held_out.draws(generator, batch))
+        mean, context = model.mean_and_context(z)
+        log_vars = (reference.expand_as(mean), model.noise(context).expand_as(mean))
+        for log_var, found in zip(log_vars, (shared, predicted), strict=True):
+            found.append(DigitalGaussian(mean, log_var, levels).log_prob(x))
+    model.train()
+    return torch.cat(shared), torch.cat(predicted)
 
 
 def recalibrate(

@@ -57,6 +57,7 @@ from equipoise.training.preemption import Preempted, Sigterm
 from equipoise.training.setup import choose_stage_two
 from equipoise.training.stage_ends import (
     HeldOutVar,
+    digital_log_probabilities,
     exact_optimal_var,
     held_out_var,
     recalibrate,
@@ -561,19 +562,19 @@ class Trainer:
 
         Returns what a person should read.
         """
-        if self.stage_two.likelihood == "digital":
-            # It was not trained for a density, and its std may be far below rounding.
-            return []
-
         generator = self._stream("worth of prediction")
-        gain, shared_var = worth_of_prediction(
-            self.model, self.validation, generator, self.all_reduce
-        )
+        if self.stage_two.likelihood == "digital":
+            log_probs = digital_log_probabilities(self.model, self.validation, generator)
+            gain, shared_var = paired_gain(*log_probs, self.all_reduce), self.optimal_var
+        else:
+            gain, shared_var = worth_of_prediction(
+                self.model, self.validation, generator, self.all_reduce
+            )
         if gain.standard_error is None or gain.value + gain.standard_error >= 0:
             return []
 
         loss = _with_error(gain.times(-1.0))
-        if self.stage_1_noise is None:
+        if self.stage_1_noise is None or shared_var is None:
             return [
                 f"Warning: the predicted variance loses {loss} nats per held-out example against "
                 "one variance; train without stage 2."
