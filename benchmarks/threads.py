@@ -5,7 +5,7 @@
 Each row is a network on synthetic data. Its training steps are timed with one thread and with all,
 in turns, in a process of its own for each OMP_WAIT_POLICY. "Busy" is the number of processes that
 compute beside it, as on a shared machine. The least time is the one that others disturbed least.
-The rule of equipoise.training.threads follows from the rows: it takes all threads from a number of
+The rule of equipoise.training.threads lies between the rows: it takes all threads from a number of
 floating-point operations on.
 """
 
