@@ -146,9 +146,7 @@ def main():
                         flush=True,
                     )
 
-    command = ["python", "benchmarks/threads.py", *sys.argv[1:]]
     result = provenance() | {
-        "command": command,
         "cores": os.cpu_count(),
         "nice": os.nice(0),
         "rows": rows,

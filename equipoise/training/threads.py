@@ -18,8 +18,8 @@ from equipoise.config import TrainConfig
 from equipoise.model import VAE
 
 OPERATIONS = 2e8
-"""Floating-point operations of a forward pass from which on all threads are used; measured by
-``benchmarks/threads.py``."""
+"""Floating-point operations of a forward pass from which on all threads are used; see the figures
+of ``benchmarks/threads.py``."""
 GIVEN = "OMP_NUM_THREADS"
 """Environment variable that decides where it is set."""
 # Read once, because the engine sets it for the processes that it starts.
