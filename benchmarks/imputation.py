@@ -26,7 +26,7 @@ from tables import table
 from equipoise import VAEImputer
 
 SHARES = (0.1, 0.3, 0.5)
-DRAWS = 10
+DRAWS = 5
 """Draws of IterativeImputer."""
 
 
@@ -37,11 +37,11 @@ def numbers(*path, columns):
 
 
 TABLES = {
-    "breast cancer": lambda: datasets.load_breast_cancer().data,
-    "wine": lambda: datasets.load_wine().data,
-    "diabetes": lambda: datasets.load_diabetes().data,
     "crabs": lambda: numbers("MASS", "crabs.csv", columns=("FL", "BD")),
+    "wine": lambda: datasets.load_wine().data,
     "glass": lambda: numbers("MASS", "fgl.csv", columns=("RI", "Fe")),
+    "diabetes": lambda: datasets.load_diabetes().data,
+    "breast cancer": lambda: datasets.load_breast_cancer().data,
     "diamonds": lambda: diamonds().inliers,
 }
 
@@ -55,11 +55,11 @@ def iterative(holed, seed):
     """Fill by regressions of each column on the others, and draw for the std."""
     mean = IterativeImputer(max_iter=20, random_state=seed).fit_transform(holed)
     draws = [
-        IterativeImputer(max_iter=10, sample_posterior=True, random_state=seed + 1000 * k)
+        IterativeImputer(max_iter=5, sample_posterior=True, random_state=seed + 1000 * k)
         for k in range(DRAWS)
     ]
     spread = np.std([draw.fit_transform(holed) for draw in draws], axis=0, ddof=1)
-    return mean, spread
+    return mean, spread * np.sqrt(1 + 1 / DRAWS)
 
 
 METHODS = {

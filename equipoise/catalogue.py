@@ -103,7 +103,7 @@ class Choice(NamedTuple):
 
     Args:
         summary: What it is.
-        needs_images: Whether examples must be images, (C, H, W).
+        needs_images: Whether examples must be images, signals or volumes, and not rows of a table.
     """
 
     summary: str

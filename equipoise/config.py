@@ -19,6 +19,7 @@ import msgspec
 import yaml
 
 from equipoise.catalogue import ARCHITECTURES, NOISES, OBJECTIVES
+from equipoise.text import parse_size
 
 PLACEMENT = ("devices", "num_nodes", "threads", "cuda_graphs")
 """Options that may change when a run is resumed: they say where it runs, not what it does."""
@@ -36,6 +37,9 @@ EARLIER_VALUES: dict[str, Any] = {
     "deterministic": False,
 }
 """Values that options had in effect before there were such options, for runs of that time."""
+
+AUTO_STEPS, AUTO_SIZES = 32, (16, 256)
+"""Steps of an epoch that batch_size=auto makes at least, and the sizes that it chooses from."""
 
 MAX_RECIPE_BYTES = 100_000
 """Longest recipe that is read."""
@@ -131,8 +135,9 @@ class TrainConfig:
     """Number of epochs without a higher validation ELBO after which a stage ends. 0 never ends it
     so. null takes a third of the stage's epoch limit, and at least 10."""
 
-    batch_size: int = 256
-    """Examples per step, over all processes together."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Examples per step, over all processes together. 'auto' takes so many that an epoch has at
+    least 32 steps, as a power of two from 16 to 256."""
     learning_rate: float = 2e-3
     """Peak of the learning rate of stage 1. It warms up linearly and decays as a cosine."""
     stage_2_learning_rate: float | None = None
@@ -191,10 +196,18 @@ class TrainConfig:
     needs the extra 'track'. Trackers stay local unless their own environment variables, such as
     WANDB_MODE=online, say otherwise."""
 
-    image_size: int | None = None
-    """For folders of images: crop a centred square and resize it to this many pixels a side."""
+    image_size: int | str | None = None
+    """For folders of images: resize them to this many pixels a side, or to WIDTHxHEIGHT pixels as
+    in 64x48."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """How images of other proportions get the size: 'crop' cuts out the centre, 'pad' adds black
+    bars, and 'stretch' distorts them."""
     channels: Literal["grey", "rgb"] | None = None
     """For folders of images: convert them to grey or RGB. null keeps them as they are."""
+    pages: Literal["examples", "channels", "first"] | None = None
+    """What becomes of image files of several pages, such as TIFF and GIF: each page is an example,
+    the pages of a file are the channels of one example, or only the first is read. null takes
+    'examples'."""
     test_fraction: float = 0.1
     """Share of the examples held out as the test set where the data bring none."""
     validation_fraction: float = 0.1
@@ -234,9 +247,30 @@ class TrainConfig:
         Returns:
             One sentence for each problem, with what to do. Empty if all is well.
         """
-        if processes > 0 and self.batch_size % processes:
+        if processes > 0 and self.batch_size != "auto" and self.batch_size % processes:
             return [f"batch_size={self.batch_size} must be a multiple of the {processes} processes"]
         return []
+
+    def step_size(self, n: int, processes: int = 1) -> int:
+        """Choose the number of examples per step.
+
+        Args:
+            n: Number of training examples.
+            processes: Number of processes that share a batch.
+
+        Returns:
+            ``batch_size``. Where it is 'auto', the largest power of two with which an epoch has at
+            least 32 steps, from 16 to 256, or the next multiple of the number of processes.
+
+        Example:
+            >>> [TrainConfig().step_size(n) for n in (100, 1620, 60_000)]
+            [16, 32, 256]
+        """
+        if self.batch_size != "auto":
+            return self.batch_size
+        fewest, most = AUTO_SIZES
+        size = 1 << max(0, (n // AUTO_STEPS).bit_length() - 1)
+        return -(-min(max(size, fewest), most) // processes) * processes
 
     def as_dict(self) -> dict[str, Any]:
         """Return all options as JSON values.
@@ -270,7 +304,11 @@ class TrainConfig:
 
         for name in TrainConfig.__annotations__:
             value = getattr(self, name)
-            if isinstance(value, str) and value not in _possible_strings(name):
+            if (
+                isinstance(value, str)
+                and name != "image_size"
+                and value not in _possible_strings(name)
+            ):
                 problems.append(f"{name} must be {type_name(name)}, got {_shown(value)}")
 
         for name, least in _AT_LEAST.items():
@@ -284,6 +322,9 @@ class TrainConfig:
                 problems.append(f"{name} must be at most {most}, got {_shown(value)}")
             if isinstance(value, float) and not math.isfinite(value):
                 problems.append(f"{name} must be a finite number, got {value}")
+
+        if isinstance(self.image_size, str):
+            problems += _problems_of_size(self.image_size)
 
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -385,10 +426,23 @@ class TrainConfig:
 
     def _problems_of_processes(self) -> list[str]:
         """Find what keeps a batch from being divided among the processes that are asked for."""
-        numbers = (self.devices, self.num_nodes, self.batch_size)
+        size = 1 if self.batch_size == "auto" else self.batch_size
+        numbers = (self.devices, self.num_nodes, size)
         if not all(isinstance(number, int) and 1 <= number <= LARGEST for number in numbers):
             return []
         return self.problems_of_sharing(int(self.devices) * self.num_nodes)
+
+
+def _problems_of_size(image_size: str) -> list[str]:
+    """Find what is wrong with the two sides of images."""
+    try:
+        sides = parse_size(image_size)
+    except ValueError as error:
+        return [str(error)]
+    least, most = int(_AT_LEAST["image_size"]), _AT_MOST["image_size"]
+    if not least <= min(sides) <= max(sides) <= most:
+        return [f"image_size must be from {least} to {most} pixels a side, got {image_size}"]
+    return []
 
 
 _AT_LEAST: dict[str, float] = {
@@ -544,6 +598,7 @@ def type_name(option: str) -> str:
     names = {
         int: "a whole number",
         float: "a number",
+        str: "WIDTHxHEIGHT",
         bool: "true or false",
         type(None): "null",
     }

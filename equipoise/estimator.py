@@ -112,7 +112,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             steps take, but at least 10 and at most 200.
         stage_2_epochs: Number of epochs with a variance per feature and example; 0 leaves stage 2
             out. "auto" is half of what "auto" is for ``stage_1_epochs``.
-        batch_size: Number of examples per step.
+        batch_size: Number of examples per step, or "auto" for at least 32 steps an epoch.
         learning_rate: Peak of the learning rate of stage 1.
         weight_decay: AdamW's decoupled weight decay. If there are few examples, it is worth a
             search.
@@ -173,7 +173,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] | None = None,
         stage_1_epochs: int | Literal["auto"] = "auto",
         stage_2_epochs: int | Literal["auto"] = "auto",
-        batch_size: int = 256,
+        batch_size: int | Literal["auto"] = 256,
         learning_rate: float = 2e-3,
         weight_decay: float = 0.0,
         keep_weights: Literal["best", "last"] = "best",
@@ -515,7 +515,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         config = make_config(options)
 
         fewest, most = AUTO_EPOCHS
-        steps_per_epoch = math.ceil(n_examples / config.batch_size)
+        steps_per_epoch = math.ceil(n_examples / config.step_size(n_examples))
         stage_1_epochs = min(max(AUTO_STEPS // steps_per_epoch, fewest), most)
         epochs = {"stage_1_epochs": stage_1_epochs, "stage_2_epochs": stage_1_epochs // 2}
         changes: dict[str, Any] = {name: epochs[name] for name in auto_stages}

@@ -83,11 +83,11 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
         Raises:
             ValueError: If the table cannot be used, such as one with a column that has no value.
         """
-        table = self._table(x, reset=True)
+        self._table(x, reset=True)
         estimator = self.estimator
         if estimator is None:
             estimator = VAEEstimator(noise="dimension", random_state=self.random_state)
-        self.estimator_: VAEEstimator = clone(estimator).fit(table)
+        self.estimator_: VAEEstimator = clone(estimator).fit(x)
         return self
 
     @overload

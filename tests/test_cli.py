@@ -68,7 +68,7 @@ def test_the_main_job_tells_what_it_does_and_where_to_look(trained):
         "1,455 training",
         "Stage 1",
         "Optimal noise variance",
-        "IWAE-20, first 500",
+        "│ IWAE-20  ",
         "equipoise evaluate",
         str(folder.folder),
         "equipoise sample",

@@ -228,7 +228,7 @@ def test_a_pass_that_is_not_as_it_was_is_refused(monkeypatch):
         (rows[:95], r"ended after 95 examples; 100 .* Give count=95"),
         (np.concatenate([rows, rows[:1]]), "batch 10: goes on after the 100 examples"),
         (rows[::-1], "batch 0: not the examples that were there .* fixed seed"),
-        (np.where(rows == 77, np.inf, rows), "batch 7: values that are NaN"),
+        (np.where(rows == 77, np.inf, rows), "batch 7: values that are infinite"),
     ]:
         with pytest.raises(ValueError, match=message):
             passes(later)

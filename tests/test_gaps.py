@@ -14,6 +14,7 @@ from equipoise.data import load
 from equipoise.data.arrays import table_unit
 from equipoise.data.dataset import Subset
 from equipoise.data.varying import counted_columns, varying_dimensions
+from equipoise.explorer.views import View
 from equipoise.gaps import n_observed, observed_difference
 from equipoise.gaussian import Gaussian
 from equipoise.imputation import impute
@@ -364,6 +365,15 @@ class TestTraining:
         again = equipoise.VAEEstimator.load(tmp_path / "table.safetensors")
         assert again.model_.reads_gaps
         assert np.array_equal(again.score_samples(holed), estimator.score_samples(holed))
+
+    def test_the_explorer_shows_rows_without_gaps(self, fitted):
+        imputer, _, holed = fitted
+        estimator = imputer.estimator_
+        view = View(estimator.model_, estimator.mixture_, load(holed))
+        for index in range(5):
+            raw = view.example(index)
+            assert not np.isnan(raw).any()
+            assert np.isfinite(view.inspect(raw).elbo)
 
     def test_gaps_at_test_time_only(self):
         x, holed = (part.numpy() for part in with_gaps(200))

@@ -329,9 +329,9 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
     (folder / "folder.png").symlink_to(folder)
     data = load(folder, cache_dir=tmp_path / "cache")
     (note,) = [note for note in data.notes if "unreadable" in note]
-    assert note.startswith("unreadable files skipped: 3 (broken.png: ")
-    assert "folder.png: " in note
+    assert note.startswith("unreadable files skipped: 2 (broken.png: ")
     assert "self.png: " in note
+    assert "links to folders that are read anyway, not followed: 1 (folder.png)" in data.notes
     assert len(data.train) + len(data.validation) + len(data.test) == 12
 
 

@@ -5,6 +5,7 @@ during the imports is answered like any other.
 """
 
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Sequence
@@ -78,6 +79,9 @@ def _run(arguments: Sequence[str] | None) -> None:
             refuse_empty(options)
             command = COMMANDS[name]
             after_interruption = command.after_interruption
+            folder = getattr(options, "resume", None) or getattr(options, "out", None)
+            if folder and name == "train":
+                after_interruption = after_interruption.replace("RUN", shlex.quote(folder))
             command.run(options)
         except Preempted as error:
             # Of several processes, only the first has this code. The others end without a message.

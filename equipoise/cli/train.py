@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 """The value of --resume that starts a run or goes on with it."""
-SHORTHANDS = (*PLACEMENT, "precision")
-"""Options of the machine, which have flags of their own."""
+SHORTHANDS = (*PLACEMENT, "precision", "fit", "pages")
+"""Options with flags of their own: those of the machine, and those of image files."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -107,7 +107,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
     for name in SHORTHANDS:
         flag = "--" + name.replace("_", "-")
-        metavar = "P" if name == "precision" else "N"
+        metavar = {"precision": "P", "fit": "WAY", "pages": "USE"}.get(name, "N")
         parser.add_argument(flag, metavar=metavar, help=f"The same as --set {name}={metavar}.")
 
     add_data_dir(parser)
@@ -123,6 +123,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Read the data anew in every epoch, without keeping the examples: a folder of .npy or "
         ".parquet files, of which each process reads its own part, or data from the Hugging Face "
         "hub or a local copy (hf:PATH). All but .npy needs the extra 'hub'.",
+    )
+    parser.add_argument(
+        "--no-split",
+        action="store_true",
+        help="Pool a folder's own parts (train, val, test) and split anew. By default they are "
+        "used as such.",
     )
     parser.add_argument(
         "--strict",
@@ -208,7 +214,7 @@ def _refuse_with_resume(options: Namespace) -> None:
     """Refuse data and options that a resumed run has already."""
     names = [
         *("recipe", "set", "out", "force", "precision", "download", "stream", "strict"),
-        *("max_pixels", "max_bytes", "columns", "drop", "dry_run"),
+        *("max_pixels", "max_bytes", "fit", "pages", "no_split", "columns", "drop", "dry_run"),
     ]
     superfluous = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
     if options.data:
@@ -265,9 +271,17 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
     from equipoise.data import load, load_stream
 
     if options.stream:
+        if options.columns or options.drop:
+            raise ConfigError(
+                ["--columns and --drop are for tables in files, which --stream does not read"]
+            )
         if options.max_bytes is not None:
             raise ConfigError(
                 ["--max-bytes is for .npz and .gz files; leave it out, because --stream reads none"]
+            )
+        if config.pages or config.fit != "crop" or options.no_split:
+            raise ConfigError(
+                ["--stream reads the first page and crops: leave out pages, fit and --no-split"]
             )
         return load_stream(
             source,
@@ -283,6 +297,9 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
         download=options.download,
         image_size=config.image_size,
         channels=config.channels,
+        pages=config.pages,
+        fit=config.fit,
+        pool=options.no_split,
         test_fraction=config.test_fraction,
         validation_fraction=config.validation_fraction,
         progress=decoding_bar(terminal),
@@ -314,7 +331,7 @@ def _describe_table(source: str, options: Namespace, terminal: "Terminal") -> No
 
 def _describe_data(data: "Data") -> str:
     """Say how many examples there are, of what kind, and where they come from."""
-    unit = "images" if data.kind == "image" else "columns"
+    unit = {1: "columns", 2: "signals", 3: "images", 4: "volumes"}[len(data.shape)]
     shape = " x ".join(map(str, data.shape))
     return (
         f"{len(data.train):,} training, {len(data.validation):,} validation and "

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -31,15 +32,26 @@ SILENT_SECONDS = 5.0
 """How long a lock is waited for without a word."""
 
 
-class CachedPart(TypedDict):
+class Origin(TypedDict):
+    """Where the examples of a part come from.
+
+    ``rows`` has the number of the file and of the page of each example. It is None if all files
+    were read and have one page.
+    """
+
+    notes: list[str]
+    unreadable: list[str]
+    rows: list[tuple[int, int]] | None
+    source: NotRequired[str]
+
+
+class CachedPart(Origin):
     """The description of a part in the cache."""
 
     digest: str
     low: float
     high: float
     n_constant: int
-    notes: list[str]
-    source: NotRequired[str]
 
 
 class CachedImages(NamedTuple):
@@ -99,7 +111,17 @@ def read_part(folder: Path, key: str) -> Part | None:
 
     # All of it, so that a flipped bit is noticed: this takes far less time than the decoding.
     recorded = Summary(about["digest"], about["low"], about["high"], about["n_constant"])
-    return Part(values, summary, tuple(about["notes"])) if summary == recorded else None
+    if summary != recorded:
+        return None
+    return _part(values, summary, about)
+
+
+def _part(values: Array, summary: Summary, about: CachedPart) -> Part:
+    rows = about["rows"]
+    if rows is not None:
+        rows = [(index, page) for index, page in rows]
+    unreadable = tuple(about["unreadable"])
+    return Part(values, summary, tuple(about["notes"]), unreadable=unreadable, rows=rows)
 
 
 @contextmanager
@@ -146,9 +168,9 @@ def write_part(
     key: str,
     rows: Iterable[Array],
     shape: tuple[int, ...],
-    notes: Callable[[], tuple[str, ...]],
-    source: str,
+    about: Callable[[], Origin],
     most_rows: int,
+    dtype: str = "uint8",
 ) -> Part:
     r"""Write examples to the cache one after another, and open the result.
 
@@ -159,12 +181,11 @@ def write_part(
     Args:
         folder: Folder of the cache. It is created if it does not exist.
         key: Key of the part.
-        rows: Any number of uint8 examples, each of the shape ``shape``.
+        rows: Any number of examples, each of the shape ``shape``.
         shape: Shape of one example.
-        notes: Function that returns the sentences that a user should read. It is called after the
-            last example.
-        source: Where the examples come from, for the list of what is in the cache.
+        about: Function that returns where the examples come from. It is called after the last.
         most_rows: Number of examples that there are at most.
+        dtype: Type of the values.
 
     Returns:
         The part, memory-mapped.
@@ -175,20 +196,21 @@ def write_part(
     """
 
     def write_rows(file: BinaryIO) -> None:
-        _write_header(file, (0, *shape))
+        _write_header(file, (0, *shape), dtype)
         count = 0
         for row in rows:
-            file.write(np.ascontiguousarray(row).data)
+            file.write(np.ascontiguousarray(row, dtype).data)
             count += 1
 
         # This header is as long as the first one, because the format leaves room for the count.
         file.seek(0)
-        _write_header(file, (count, *shape))
+        _write_header(file, (count, *shape), dtype)
 
     values_path = folder / f"{key}.npy"
     with _advice(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        needed, free = most_rows * int(np.prod(shape)), shutil.disk_usage(folder).free
+        needed = bytes_of_part(most_rows, shape, dtype)
+        free = shutil.disk_usage(folder).free
         if needed > free:
             reason = f"{in_bytes(needed)} are needed, and {in_bytes(free)} are free"
             raise OSError(errno.ENOSPC, reason)
@@ -197,11 +219,17 @@ def write_part(
         values = read_npy(values_path)
         summary = summarise(values, str(values_path))
 
-        about = {**summary._asdict(), "notes": notes(), "source": source}
-        content = json.dumps(about).encode()
+        record: CachedPart = {
+            "digest": summary.digest,
+            "low": summary.low,
+            "high": summary.high,
+            "n_constant": summary.n_constant,
+            **about(),
+        }
+        content = json.dumps(record).encode()
         _write_whole(folder / f"{key}.json", lambda file: file.write(content))
 
-    return Part(values, summary, about["notes"])
+    return _part(values, summary, record)
 
 
 def forget_part(folder: Path, key: str) -> None:
@@ -212,6 +240,20 @@ def forget_part(folder: Path, key: str) -> None:
         key: Key of the part.
     """
     (folder / f"{key}.json").unlink(missing_ok=True)
+
+
+def bytes_of_part(n: int, shape: tuple[int, ...], dtype: str) -> int:
+    """Count the bytes of n examples.
+
+    Args:
+        n: Number of examples.
+        shape: Shape of one example.
+        dtype: Type of the values.
+
+    Returns:
+        The number of bytes.
+    """
+    return n * math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def in_bytes(n: int) -> str:
@@ -314,8 +356,8 @@ def _advice(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> None:
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
 

@@ -88,12 +88,13 @@ class Stream:
             )
 
     def _cast(self, values: Array, label: str) -> Array:
-        if self.dtype == np.uint8 and values.dtype != np.uint8:
+        if self.dtype.kind in "ui" and values.dtype != self.dtype:
+            low, high = np.iinfo(self.dtype).min, np.iinfo(self.dtype).max
             is_integer = values.dtype.kind in "bui"
-            if not is_integer or values.min() < 0 or values.max() > 255:
+            if not is_integer or values.min() < low or values.max() > high:
                 raise ValueError(
                     f"{label}: {values.dtype} values from {values.min():g} to {values.max():g}; "
-                    "expected whole numbers in 0..255, as the first examples are"
+                    f"expected whole numbers in {low}..{high}, as the first examples are"
                 )
 
         with np.errstate(over="ignore"):

@@ -1,6 +1,7 @@
 """The main job: data in, a run folder out."""
 
 import datetime
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -113,6 +114,8 @@ def train(
             sink.message(text)
 
     launch(fabric, say)
+    if config.batch_size == "auto":
+        say(_describe_batches(config, len(data.train), fabric.world_size))
 
     if broadcast(fabric, data.fingerprint) != data.fingerprint:
         raise StoreError(
@@ -213,6 +216,15 @@ def train(
             for text in messages:
                 sink.message(text)
     return run
+
+
+def _describe_batches(config: TrainConfig, n: int, processes: int) -> str:
+    """Say which size of batches batch_size=auto has chosen."""
+    size = min(config.step_size(n, processes), n)
+    return (
+        f"Note: batch_size=auto takes {size} examples per step, {math.ceil(n / size)} steps per "
+        f"epoch of {n:,} examples."
+    )
 
 
 def _discard_unstarted(run: Run, was_there: bool) -> None:

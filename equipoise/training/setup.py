@@ -92,7 +92,7 @@ def make_model(
         if problem:
             raise ConfigError([f"the pair of encoder and decoder {problem}"])
         layers = [*encoder.modules(), *decoder.modules()]
-        if config.batch_size < 2 and any(isinstance(m, _BatchNorm) for m in layers):
+        if config.step_size(len(data.train)) < 2 and any(isinstance(m, _BatchNorm) for m in layers):
             raise ConfigError(["batch normalisation of one example: batch_size is at least 2"])
         return VAE(encoder, decoder, noise, shape=data.shape, latent_dim=latent_dim, **traits)
 
@@ -274,7 +274,7 @@ def make_noise(data: Data, config: TrainConfig) -> NoiseModel:
     Returns:
         The noise model.
     """
-    steps_per_epoch = math.ceil(len(data.train) / config.batch_size)
+    steps_per_epoch = math.ceil(len(data.train) / config.step_size(len(data.train)))
     options = NoiseOptions(
         shape=data.shape,
         latent_dim=choose_latent_dim(data, config),
@@ -443,7 +443,7 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
             f"{n_test} for the test; at least {min_train}, 2 and 2 are needed"
         )
 
-    if config.objective == "wae-mmd" and config.batch_size < 2:
+    if config.objective == "wae-mmd" and config.step_size(n_train) < 2:
         problems.append("objective=wae-mmd compares the codes of a batch: batch_size is at least 2")
 
     dimensions = math.prod(data.shape)
@@ -476,7 +476,7 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
     if problem:
         problems.append(problem)
 
-    is_image = len(data.shape) == 3
+    is_image = len(data.shape) > 1
     noise = NOISES.get(config.noise)
     if noise is not None and noise.needs_images and not is_image:
         problems.append(f"noise={config.noise} needs images; for tables use noise=dimension")

@@ -141,7 +141,8 @@ class Trainer:
         model.noise = marginal_of(model.noise)
         model.counted = counted_columns(data.train)
         model.to(self.fabric.device)
-        batch_size = min(config.batch_size, len(data.train))
+        n = len(data.train)
+        batch_size = min(config.step_size(n, self.processes.size), n)
         self.training = self._pass(data.train, batch_size, seed=config.seed)
         self.validation = self._pass(data.validation, EVALUATION_BATCH)
         self.test = self._pass(data.test, EVALUATION_BATCH)
@@ -451,7 +452,12 @@ class Trainer:
         messages.append(_describe_test(test))
         is_floor_expected = ended is Stage.PREDICTED_VARIANCE
         warnings = warnings_for(
-            validation, self.data_var, is_floor_expected, self.overfitting, self.counted_share
+            validation,
+            self.data_var,
+            is_floor_expected,
+            self.overfitting,
+            self.counted_share,
+            self.position.step,
         )
         for warning in warnings:
             messages.append(f"Warning: {warning}")
