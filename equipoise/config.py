@@ -21,7 +21,7 @@ import yaml
 from equipoise.catalogue import ARCHITECTURES, NOISES, OBJECTIVES
 from equipoise.text import parse_size
 
-PLACEMENT = ("devices", "num_nodes", "cuda_graphs")
+PLACEMENT = ("devices", "num_nodes", "threads", "cuda_graphs")
 """Options that may change when a run is resumed: they say where it runs, not what it does."""
 
 MACHINE = (*PLACEMENT, "accelerator", "compile", "deterministic", "tracker", "checkpoint_seconds")
@@ -172,6 +172,10 @@ class TrainConfig:
     devices: int | Literal["auto"] = 1
     """Processes on this machine, one per GPU, or per share of the CPU. Each takes its part of every
     batch. 'auto' takes all GPUs."""
+    threads: int | None = None
+    """Threads with which each process computes on the CPU. null takes OMP_NUM_THREADS where it is
+    set, and otherwise one thread where a step is so small that several would wait for each other,
+    and all threads where it is not. A run that goes on keeps its number, to the last bit."""
     num_nodes: int = 1
     """Number of machines. Each runs the same number of processes. The guide on scaling says how
     they find one another."""
@@ -243,20 +247,9 @@ class TrainConfig:
         Returns:
             One sentence for each problem, with what to do. Empty if all is well.
         """
-        problems = []
-
-        is_coupled = self.objective in OBJECTIVES and OBJECTIVES[self.objective].is_coupled
-        if processes > 1 and is_coupled:
-            problems.append(
-                f"objective={self.objective} needs whole batches; "
-                "train it in one process (devices=1)"
-            )
-
         if processes > 0 and self.batch_size != "auto" and self.batch_size % processes:
-            problems.append(
-                f"batch_size={self.batch_size} must be a multiple of the {processes} processes"
-            )
-        return problems
+            return [f"batch_size={self.batch_size} must be a multiple of the {processes} processes"]
+        return []
 
     def step_size(self, n: int, processes: int = 1) -> int:
         """Choose the number of examples per step.
@@ -466,6 +459,7 @@ _AT_LEAST: dict[str, float] = {
     "n_components": 1,
     "seed": 0,
     "devices": 1,
+    "threads": 1,
     "num_nodes": 1,
     "checkpoint_seconds": 0,
     "image_size": 8,
@@ -484,6 +478,7 @@ _AT_MOST: dict[str, int] = {
     "n_components": 1_000_000,
     "seed": 2**32 - 1,
     "devices": 1024,
+    "threads": 1024,
     "num_nodes": 4096,
     "image_size": 4096,
 }

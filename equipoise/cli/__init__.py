@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Torch's own log writes traces of its C++ code beside the exceptions, which say the same.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    # Threads that wait sleep. Otherwise they take the cores from those that they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     INTERRUPTION.watch()
     sys.unraisablehook = _note_unraisable
     threading.excepthook = _note_in_thread

@@ -131,7 +131,7 @@ def decoding_bar(terminal: "Terminal") -> Callable[[int, int], None]:
 
 def data_of(run: "Run", terminal: "Terminal", data_dir: str | None) -> "Data":
     """Load the data of a run, and show how far that is."""
-    return run.data(data_dir, decoding_bar(terminal))
+    return run.data(data_dir, decoding_bar(terminal), terminal.message)
 
 
 def other_examples(

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from equipoise.run import Run
     from equipoise.terminal import Terminal
 
+AUTO = "auto"
+"""The value of --resume that starts a run or goes on with it."""
 SHORTHANDS = (*PLACEMENT, "precision", "fit", "pages")
 """Options with flags of their own: those of the machine, and those of image files."""
 
@@ -98,7 +100,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="Continue an interrupted run, with its own data and options.",
+        help="Continue an interrupted run, with its own data and options. '--resume auto', with "
+        "--out, continues the run in that folder if there is one, and starts it if there is none, "
+        "so that one line starts and restarts it.",
     )
 
     for name in SHORTHANDS:
@@ -116,8 +120,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="Read data from the Hugging Face hub, or from a local copy (hf:PATH), anew in every "
-        "epoch, without keeping the examples. Needs the extra 'hub'.",
+        help="Read the data anew in every epoch, without keeping the examples: a folder of .npy or "
+        ".parquet files, of which each process reads its own part, or data from the Hugging Face "
+        "hub or a local copy (hf:PATH). All but .npy needs the extra 'hub'.",
     )
     parser.add_argument(
         "--no-split",
@@ -135,7 +140,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     about_sigterm = paragraph(
         "Clusters send SIGTERM before they take a machine back. Training then writes a checkpoint "
         "and ends with the exit code 143. 'equipoise train --resume RUN' continues from the same "
-        "step, and ends with the same result as a training without an interruption."
+        "step, and ends with the same result as a training without an interruption. "
+        "'equipoise train DATA --out RUN --resume auto' is the same line for start and restart."
     )
 
     options = {}
@@ -156,7 +162,14 @@ def _run(options: Namespace) -> None:
     # Fabric logs a line for each process that it starts.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
-    if options.resume:
+    is_auto = options.resume == AUTO
+    if is_auto and not options.out:
+        raise ConfigError(
+            ["--resume auto needs --out RUN: the folder to look into, the same each time"]
+        )
+    is_resumed = bool(options.resume) and not is_auto
+
+    if is_resumed:
         _refuse_with_resume(options)
         run_to_resume = Run(options.resume)
         placement = {name: getattr(options, name) for name in PLACEMENT if getattr(options, name)}
@@ -165,8 +178,8 @@ def _run(options: Namespace) -> None:
         config, source = _resolve(options)
 
     with open_terminal(quiet=options.quiet, silent=not is_main_process()) as terminal:
-        if options.resume:
-            data = run_to_resume.data(options.data_dir, decoding_bar(terminal))
+        if is_resumed:
+            data = run_to_resume.data(options.data_dir, decoding_bar(terminal), terminal.message)
         else:
             if options.dry_run:
                 _describe_table(source, options, terminal)
@@ -186,15 +199,15 @@ def _run(options: Namespace) -> None:
         run = train(
             data,
             config,
-            options.resume or options.out,
-            resume=bool(options.resume),
+            options.resume if is_resumed else options.out,
+            resume="auto" if is_auto else is_resumed,
             force=options.force,
             sinks=[terminal],
             command=["equipoise", *sys.argv[1:]],
             on_mixture=show_mixture,
         )
         if is_main_process():
-            _finish(run, data, terminal)
+            _finish(run, data, terminal, is_evaluation_kept=is_auto)
 
 
 def _refuse_with_resume(options: Namespace) -> None:
@@ -290,6 +303,7 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
         test_fraction=config.test_fraction,
         validation_fraction=config.validation_fraction,
         progress=decoding_bar(terminal),
+        say=terminal.message,
         max_pixels=options.max_pixels,
         max_bytes=options.max_bytes,
         columns=options.columns,
@@ -325,12 +339,14 @@ def _describe_data(data: "Data") -> str:
     )
 
 
-def _finish(run: "Run", data: "Data", terminal: "Terminal") -> None:
+def _finish(run: "Run", data: "Data", terminal: "Terminal", *, is_evaluation_kept: bool) -> None:
     """Show figures on the test set, where the pictures are, and what to do next."""
     from equipoise.evaluation import evaluate
     from equipoise.terminal import format_section
 
-    evaluation = evaluate(run, data, sections=["likelihood"], brief=True)
+    evaluation = run.evaluation() if is_evaluation_kept else {}
+    if "likelihood" not in evaluation:
+        evaluation = evaluate(run, data, sections=["likelihood"], brief=True)
 
     terminal.close()
     terminal.message(format_section("likelihood", evaluation["likelihood"]))

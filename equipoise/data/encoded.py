@@ -19,8 +19,10 @@ from PIL import UnidentifiedImageError
 from equipoise.data.arrays import Part
 from equipoise.data.cache import (
     Origin,
+    bytes_of_part,
     default_cache_dir,
     forget_part,
+    in_bytes,
     one_writer,
     read_part,
     write_part,
@@ -195,6 +197,8 @@ def list_images(folder: Path) -> Listing:
         content = f"it holds {first_names(others)}" if others else "it is empty"
         if unreadable:
             content += f"; not readable: {first_names(unreadable)}"
+        if any(name.endswith((".npy", ".parquet")) for name in others):
+            content += "; --stream (equipoise.load_stream) reads a folder of .npy or .parquet files"
         raise ValueError(
             f"{folder}: no image files ({' '.join(sorted(EXTENSIONS))}) in this folder; {content}"
         )
@@ -288,6 +292,7 @@ class ImageReader:
         progress: Function that is called with (done, total). Each image counts twice: once for
             its header and once for its pixels.
         limits: The most that an image may claim.
+        say: Function that is called with the size and place of a cache before it is written.
         pages: What becomes of files of several pages. None means that each page is an example.
         fit: How an image of other proportions is brought to the size.
     """
@@ -299,6 +304,7 @@ class ImageReader:
     cache_dir: Path | None = None
     progress: Progress | None = None
     limits: Limits = DEFAULT_LIMITS
+    say: Callable[[str], None] | None = None
     pages: Pages | None = None
     fit: Fit = "crop"
 
@@ -403,10 +409,20 @@ class ImageReader:
                 return Origin(
                     notes=list(notes),
                     unreadable=skipped,
+                    source=images.source,
                     rows=None if is_each_file else list(zip(files, pages, strict=True)),
                 )
 
-            part = write_part(self.folder, key, rows(), plan.shape, about, plan.dtype)
+            n_images = len(readable)
+            if plan.pages == "examples":
+                n_images = sum(n * header.pages for header, n in headers.items())
+            if self.say is not None:
+                size = in_bytes(bytes_of_part(n_images, plan.shape, plan.dtype))
+                self.say(
+                    f"Decoding {n_images:,} images into {size} in {self.folder}; 'equipoise cache' "
+                    "lists and clears what is there."
+                )
+            part = write_part(self.folder, key, rows(), plan.shape, about, n_images, plan.dtype)
             if passing:
                 # The images themselves may be whole, and readable the next time.
                 forget_part(self.folder, key)

@@ -4,8 +4,9 @@ import difflib
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +33,14 @@ from equipoise.data.folders import read_folder
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
 from equipoise.data.named import NAMES, celeba, digits, idx_set
+from equipoise.data.shards import (
+    READERS,
+    Shard,
+    ShardedStream,
+    choose_readers,
+    find_shards,
+    read_rows,
+)
 from equipoise.data.stream import Stream, first_examples, reader
 from equipoise.data.tables import SUFFIXES, is_table, read_table
 from equipoise.files import check_text, expanded
@@ -81,6 +90,7 @@ def load(
     columns: Sequence[str] | None = None,
     drop: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Data:
     """Load examples, check them and split them into three parts.
 
@@ -123,6 +133,7 @@ def load(
         columns: Names of the columns of a table to take. None takes all.
         drop: Names of columns to leave out.
         names: Names of the columns of an array. None takes those of a data frame.
+        say: Function that is called with the size and place of a cache before it is written.
 
     Returns:
         The data. The three parts are views, so that a memory map is not copied.
@@ -154,7 +165,7 @@ def load(
         raise ValueError(f"fit must be one of {', '.join(get_args(Fit))}, not {fit!r}")
 
     limits = _limits(max_pixels, max_bytes)
-    reader = _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit)
+    reader = _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit, say)
     content = _find(source, data_dir, reader, download, columns, drop, pool=pool)
     if (pages is not None or fit != "crop") and content.train.names is None:
         raise ValueError(
@@ -224,7 +235,9 @@ def load_stream(
         source: An iterable of batches that can be read repeatedly, such as a ``DataLoader``, or a
             function that returns one. A batch is an array or tensor, (B, D), (B, H, W),
             (B, C, H, W) or (B, H, W, C), or a tuple that starts with one. The source may also be
-            a data set of the Hugging Face library, as an object or as "hf:owner/name".
+            a data set of the Hugging Face library, as an object or as "hf:owner/name", or a folder
+            or list of ``.npy`` or ``.parquet`` files, of which each process reads its own part, see
+            :class:`equipoise.data.shard_batches.ShardBatches`.
         count: Number of examples in a pass. None counts them in an additional pass.
         validation: The validation examples, as an array or tensor such as
             ``load_data("photos").validation``, or the number of examples that are held out at the
@@ -236,7 +249,8 @@ def load_stream(
         buffer_size: Number of examples in the shuffle buffer, which is kept in memory.
         name: Name of the data set in reports.
         column: Column of a Hugging Face data set. None means its images, or its only column of
-            arrays.
+            arrays. Of Parquet files, a column of lists; None means all columns if they are numbers,
+            or the only column of lists.
         image_size: Side in pixels of the square that each image of a Hugging Face data set
             becomes, as in :func:`load`.
         channels: Channels of the images of a Hugging Face data set, as in :func:`load`.
@@ -283,6 +297,7 @@ def load_stream(
 
     label = f"a stream of type {type(source).__name__}"
     notes: list[str] = []
+    shards: tuple[Shard, ...] = ()
     if is_hub_table(source) or (isinstance(source, str) and source.startswith("hf:")):
         passes = hub_passes(source, column, image_size, channels, limits)
         source = passes.train
@@ -298,12 +313,33 @@ def load_stream(
             validation = first_examples(reader(passes.validation, label)(), MAX_VALIDATION)
         if test is None and passes.test is not None:
             test = first_examples(reader(passes.test, label)(), MAX_TEST)
+    elif _is_sharded(source):
+        if image_size or channels or max_pixels:
+            raise ValueError(
+                f"{source}: image_size, channels and max_pixels are for images that are decoded; "
+                "leave them out for .npy and .parquet files"
+            )
+        shards = find_shards(source, column)  # type: ignore[arg-type] # a path or a list of paths
+        total_found = sum(shard.n for shard in shards)
+        if count not in (None, total_found):
+            raise ValueError(f"{source}: {total_found} examples by their headers, not {count}")
+        count = total_found
+        is_folder = isinstance(source, str | Path)
+        label = str(source) if is_folder else f"a list of {len(shards)} files"
+        if name == "stream" and is_folder:
+            name = expanded(str(source)).resolve().name
+        notes.append(_describe_shards(shards))
+
+        def read_all() -> Iterator[Array]:
+            return chain.from_iterable(read_rows(shard, 0, shard.n) for shard in shards)
+
+        source = read_all
     elif isinstance(source, str | Path) or hasattr(source, "shape"):
         subject = source if isinstance(source, str | Path) else label
         raise ValueError(
             f"{subject} needs no stream: load_data reads files as they are needed, and arrays are "
-            "in memory already. Expected an iterable of batches, a function that makes one, or "
-            "hf:owner/name"
+            "in memory already. Expected an iterable of batches, a function that makes one, "
+            "hf:owner/name, or a folder of .npy or .parquet files"
         )
     elif column or image_size or channels or max_pixels:
         raise ValueError(
@@ -339,6 +375,13 @@ def load_stream(
     n_train = total - set_aside
     at_hand = data.train.at_hand
     stream = Stream(read, first, set_aside, n_train, at_hand, buffer_size, label)
+    if shards:
+        parts = [(shard.path.name, shard.n) for shard in shards]
+        stream = ShardedStream(
+            *(read, first, set_aside, n_train, at_hand, buffer_size, label),
+            shards=shards,
+            readers=choose_readers(shards),
+        )
 
     if set_aside:
         notes.append(
@@ -347,7 +390,10 @@ def load_stream(
         )
     notes.append(f"units and initial values come from the first {len(at_hand)} training examples")
 
-    fingerprint = hashlib.sha256(f"{data.fingerprint} {set_aside} {total}".encode()).hexdigest()
+    identity = f"{data.fingerprint} {set_aside} {total}"
+    if shards:
+        identity += f" {parts}"
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return replace(
         data,
         train=stream,
@@ -355,6 +401,27 @@ def load_stream(
         notes=(*notes, *data.notes),
         loading=loading,
     )
+
+
+def _is_sharded(source: object) -> bool:
+    """Tell whether a source is a folder, or a list of files."""
+    if isinstance(source, str | Path):
+        return expanded(source).is_dir()
+    is_list = isinstance(source, list | tuple) and len(source) > 0
+    return is_list and all(isinstance(part, str | Path) for part in source)  # type: ignore[attr-defined]
+
+
+def _describe_shards(shards: tuple[Shard, ...]) -> str:
+    """Say how many files there are, and how many processes can share them."""
+    readers = choose_readers(shards)
+    text = f"{len(shards):,} files, counted by their headers"
+    if readers < READERS:
+        n_groups = sum(len(shard.groups) for shard in shards)
+        text += (
+            f"; with {n_groups:,} row groups, up to {readers} processes read only their own part "
+            "(write smaller row groups for more)"
+        )
+    return text
 
 
 def _record(source: object, **arguments: object) -> dict[str, Any]:
@@ -471,6 +538,7 @@ def _reader(
     limits: Limits,
     pages: Pages | None,
     fit: Fit,
+    say: Callable[[str], None] | None = None,
 ) -> ImageReader:
     return ImageReader(
         image_size,
@@ -481,6 +549,7 @@ def _reader(
         limits=limits,
         pages=pages,
         fit=fit,
+        say=say,
     )
 
 

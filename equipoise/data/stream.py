@@ -79,7 +79,7 @@ class Stream:
                 )
 
             if len(training):
-                yield self._cast(training, index)
+                yield self._cast(training, f"{self.source}, batch {index}")
 
         if before < total:
             raise ValueError(
@@ -87,9 +87,7 @@ class Stream:
                 f"counted. Give count={before}, or leave count out to have them counted"
             )
 
-    def _cast(self, values: Array, index: int) -> Array:
-        label = f"{self.source}, batch {index}"
-
+    def _cast(self, values: Array, label: str) -> Array:
         if self.dtype.kind in "ui" and values.dtype != self.dtype:
             low, high = np.iinfo(self.dtype).min, np.iinfo(self.dtype).max
             is_integer = values.dtype.kind in "bui"
