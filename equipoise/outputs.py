@@ -97,7 +97,7 @@ def write_samples(
     if arrays:
         contents = {
             name: model.scaling.restore_levels(x),
-            f"{name}-std": model.scaling.restore_std(std),
+            f"{name}-std": model.scaling.restore_std(std, means),
         }
 
     with exclusive_outputs(folder, "sampling"):
@@ -133,8 +133,10 @@ def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[P
         x = scaling(torch.from_numpy(raw[rows]))
         reconstruction = model.reconstruct(x)
         restored["mean"][rows] = scaling.restore(reconstruction.mean).numpy()
-        restored["std"][rows] = scaling.restore_std(reconstruction.std).numpy()
-        restored["error"][rows] = scaling.restore_std(x - reconstruction.mean).numpy()
+        restored["std"][rows] = scaling.restore_std(reconstruction.std, reconstruction.mean).numpy()
+        restored["error"][rows] = scaling.restore_std(
+            x - reconstruction.mean, reconstruction.mean
+        ).numpy()
 
     if len(model.shape) == 3:
         x = scaling(torch.from_numpy(raw[:SHOWN_IMAGES]))
@@ -192,8 +194,9 @@ def write_reconstructed_table(model: VAE, raw: NDArray[Any], path: Path) -> list
     x = torch.from_numpy(raw)
     model.scaling.check(x)
     parts = [model.reconstruct(model.scaling(rows)) for rows in torch.split(x, DECODED_AT_ONCE)]
-    mean = model.scaling.restore(torch.cat([part.mean for part in parts])).numpy()
-    std = model.scaling.restore_std(torch.cat([part.std for part in parts])).numpy()
+    means = torch.cat([part.mean for part in parts])
+    mean = model.scaling.restore(means).numpy()
+    std = model.scaling.restore_std(torch.cat([part.std for part in parts]), means).numpy()
     return [_write_columns(path, model, mean), _write_columns(beside(path, "std"), model, std)]
 
 
