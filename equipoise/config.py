@@ -35,6 +35,7 @@ EARLIER_VALUES: dict[str, Any] = {
     "keep_weights": "last",
     "early_stopping": 0,
     "deterministic": False,
+    "power_transform": False,
 }
 """Values that options had in effect before there were such options, for runs of that time."""
 
@@ -108,6 +109,9 @@ class TrainConfig:
     ('scale'), by one per dimension ('dimension'), or by the factor with which .683 of all errors
     lie within one std ('coverage'), which is for data without bounds: most errors of images are
     those of backgrounds. null takes 'monotone' for digital images, and otherwise 'none'."""
+    power_transform: bool = False
+    """Make skewed columns of a table symmetric by a power transform, where held-out values become
+    more likely by it. Densities of rows contain its slope."""
     noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] | None = None
     """Correlation of the errors, estimated on the validation set when training has ended: any
     matrix ('full', up to 2048 dimensions), common factors ('low-rank'), or a variance per band of

@@ -30,6 +30,7 @@ from equipoise.networks import (
 )
 from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise, describe_noise
 from equipoise.objectives import LatentVariableModel
+from equipoise.powers import yeo_johnson, yeo_johnson_inverse, yeo_johnson_log_slope
 
 LOG_VAR_RANGE = (-20.0, 5.0)
 """Bounds on the log-variance of q(z|x). The units of a model that trains well stay far from both.
@@ -263,16 +264,92 @@ class Scaling(nn.Module):
             f"{float(raw.min()):g} to {float(raw.max()):g}."
         )
 
-    def restore_std(self, std: Tensor) -> Tensor:
+    def restore_std(self, std: Tensor, mean: Tensor | None = None) -> Tensor:
         r"""Convert standard deviations or errors, which have no offset, to raw units.
 
         Args:
             std: Standard deviations or errors, (B, \*), model units.
+            mean: Where they are, (B, \*), model units. A linear map has the same everywhere, and
+                needs none.
 
         Returns:
             The same in raw units, (B, \*).
         """
         return std * self.scale
+
+    def log_slope(self, raw: Tensor) -> Tensor:
+        r"""Compute log dx/draw, by which a log-density in model units becomes one in raw units.
+
+        Args:
+            raw: Raw data, (B, \*).
+
+        Returns:
+            The logarithm for each value, (B, \*) or (1, \*) where it is the same for all.
+        """
+        return -self.scale.log().expand(raw.shape[1:])[None]
+
+
+class PowerScaling(Scaling):
+    r"""Standardised columns, of which skewed ones are made symmetric by a power transform.
+
+    .. math:: x = \bigl(t_\lambda((\mathrm{raw} - \mathrm{offset}) / \mathrm{scale})
+        - \mathrm{centre}\bigr) / \mathrm{spread}
+
+    t is :func:`equipoise.powers.yeo_johnson`. A Gaussian around a mean in model units is a skewed
+    distribution in raw units: :meth:`restore` returns its median, and :meth:`restore_std` the std
+    near there.
+
+    Args:
+        offset: Raw value that becomes zero before the transform, (D,).
+        scale: Raw difference that becomes one before the transform, (D,).
+        powers: Powers lambda from 0 to 2, (D,).
+        centre: Mean of the transformed columns, (D,).
+        spread: Std of the transformed columns, (D,).
+        columns: Names of the columns, if they have names.
+    """
+
+    powers: Tensor
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(
+        self,
+        offset: Tensor,
+        scale: Tensor,
+        powers: Tensor,
+        centre: Tensor,
+        spread: Tensor,
+        columns: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(offset, scale, None, columns)
+        self.register_buffer("powers", powers.float())
+        self.register_buffer("centre", centre.float())
+        self.register_buffer("spread", spread.float())
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Convert raw rows to model units."""
+        return (yeo_johnson(super().forward(raw), self.powers) - self.centre) / self.spread
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Convert model units to raw rows."""
+        return super().restore(self._standardised(x))
+
+    def restore_std(self, std: Tensor, mean: Tensor | None = None) -> Tensor:
+        """Convert standard deviations or errors near a mean to raw units."""
+        if mean is None:
+            raise ValueError("the columns are transformed: give the mean that the std is around")
+        slope = yeo_johnson_log_slope(self._standardised(mean), self.powers).exp() / self.spread
+        return super().restore_std(std / slope, mean)
+
+    def log_slope(self, raw: Tensor) -> Tensor:
+        """Compute log dx/draw for each value."""
+        standardised = super().forward(raw)
+        powers = yeo_johnson_log_slope(standardised, self.powers) - self.spread.log()
+        return super().log_slope(raw) + powers
+
+    def _standardised(self, x: Tensor) -> Tensor:
+        """Undo the transform."""
+        return yeo_johnson_inverse(x * self.spread + self.centre, self.powers)
 
 
 class VAE(nn.Module):
@@ -676,6 +753,8 @@ class VAE(nn.Module):
             further["reads_gaps"] = True
         if self.scaling.columns:
             further["columns"] = list(self.scaling.columns)
+        if isinstance(self.scaling, PowerScaling):
+            further["power_transform"] = True
 
         return {
             "shape": list(self.shape),

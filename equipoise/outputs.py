@@ -104,7 +104,7 @@ def write_samples(
     if arrays:
         contents = {
             name: model.scaling.restore_levels(x),
-            f"{name}-std": model.scaling.restore_std(std),
+            f"{name}-std": model.scaling.restore_std(std, means),
         }
 
     with exclusive_outputs(folder, "sampling"):
@@ -142,8 +142,10 @@ def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Pa
         x = scaling(torch.from_numpy(raw[rows]))
         reconstruction = model.reconstruct(x)
         restored["mean"][rows] = scaling.restore(reconstruction.mean).numpy()
-        restored["std"][rows] = scaling.restore_std(reconstruction.std).numpy()
-        restored["error"][rows] = scaling.restore_std(x - reconstruction.mean).numpy()
+        restored["std"][rows] = scaling.restore_std(reconstruction.std, reconstruction.mean).numpy()
+        restored["error"][rows] = scaling.restore_std(
+            x - reconstruction.mean, reconstruction.mean
+        ).numpy()
 
     shown = slice(0, SHOWN_ROWS if len(model.shape) == 1 else SHOWN_IMAGES)
     mean, std = restored["mean"][shown], restored["std"][shown]
@@ -224,8 +226,9 @@ def write_reconstructed_table(model: VAE, raw: NDArray[Any], path: Path) -> list
     x = torch.from_numpy(raw)
     model.scaling.check(x)
     parts = [model.reconstruct(model.scaling(rows)) for rows in torch.split(x, DECODED_AT_ONCE)]
-    mean = model.scaling.restore(torch.cat([part.mean for part in parts])).numpy()
-    std = model.scaling.restore_std(torch.cat([part.std for part in parts])).numpy()
+    means = torch.cat([part.mean for part in parts])
+    mean = model.scaling.restore(means).numpy()
+    std = model.scaling.restore_std(torch.cat([part.std for part in parts]), means).numpy()
     return [_write_columns(path, model, mean), _write_columns(beside(path, "std"), model, std)]
 
 

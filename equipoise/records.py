@@ -326,6 +326,7 @@ class ModelDescription(TypedDict):
     noise: NoiseRecord
     reads_gaps: NotRequired[bool]
     columns: NotRequired[list[Name]]
+    power_transform: NotRequired[bool]
     origin: NotRequired[Digest]
     codes_of: NotRequired[Digest]
     correlation_fit: NotRequired[CorrelationFitRecord]

@@ -227,7 +227,7 @@ class View:
     def _beside(self, z: Tensor, x: Tensor, std: Tensor) -> Float32[np.ndarray, "n numbers"]:
         """Codes, then values and std in raw units, flat, beside each other."""
         scaling = self.model.scaling
-        values = (scaling.restore(x).flatten(1), scaling.restore_std(std).flatten(1))
+        values = (scaling.restore(x).flatten(1), scaling.restore_std(std, x).flatten(1))
         return torch.cat((z, *values), 1).numpy()
 
     @torch.no_grad()

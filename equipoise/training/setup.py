@@ -14,8 +14,8 @@ from equipoise.config import ConfigError, TrainConfig
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Data
 from equipoise.data.batches import examples
-from equipoise.gaps import column_means, observed_values
-from equipoise.model import VAE, Scaling
+from equipoise.gaps import column_means, column_vars, observed_values
+from equipoise.model import VAE, PowerScaling, Scaling
 from equipoise.networks import build_decoder, build_head, default_architecture
 from equipoise.noise import (
     NOISE_BUILDERS,
@@ -32,6 +32,7 @@ from equipoise.objectives import (
     FrozenMeanElbo,
     Objective,
 )
+from equipoise.powers import choose_powers, yeo_johnson
 from equipoise.residuals import ResidualVariance
 from equipoise.stages import Floor, Stage
 from equipoise.training.trackers import TRACKERS, is_installed
@@ -44,6 +45,33 @@ CHECKED_AT_ONCE = 1000
 """Examples whose units are compared together."""
 SCALE_EXAMPLES = 10_000
 """Examples that give the mean and std at which untrained networks start."""
+
+
+def make_scaling(data: Data, config: TrainConfig) -> Scaling:
+    """Make the map between the data's own units and those of the model.
+
+    Args:
+        data: The data.
+        config: Option ``power_transform``.
+
+    Returns:
+        The scaling. If no column of a table is to be transformed, it is linear.
+    """
+    offset, scale = torch.as_tensor(data.offset), torch.as_tensor(data.scale)
+    linear = Scaling(offset, scale, data.quantum, data.columns)
+    if not config.power_transform or len(data.shape) != 1:
+        return linear
+
+    x = linear(examples(data.train, SCALE_EXAMPLES)).double()
+    powers = torch.from_numpy(choose_powers([column[~column.isnan()].numpy() for column in x.T]))
+    if bool((powers == 1).all()):
+        return linear
+
+    transformed = yeo_johnson(x, powers)
+    changed = powers != 1
+    centre = torch.where(changed, column_means(transformed), 0.0)
+    spread = torch.where(changed, column_vars(transformed).sqrt(), 1.0)
+    return PowerScaling(linear.offset, linear.scale, powers, centre, spread, data.columns)
 
 
 def make_model(
@@ -72,8 +100,7 @@ def make_model(
     if (encoder is None) != (decoder is None):
         raise ConfigError(["encoder and decoder go together: give both of your own, or neither"])
 
-    offset, scale = torch.as_tensor(data.offset), torch.as_tensor(data.scale)
-    scaling = Scaling(offset, scale, data.quantum, data.columns)
+    scaling = make_scaling(data, config)
     traits: dict[str, Any] = {
         "width": config.width,
         "scaling": scaling,
