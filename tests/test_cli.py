@@ -452,7 +452,7 @@ BAD = {
     "five axes": (lambda p: array(p, np.zeros((20, 2, 3, 9, 9))), "axes|dimensions|shape"),
     "no such file": (lambda p: p / "nowhere.npy", "neither"),
     "a misspelt name": (lambda p: "mnst", "mnist"),
-    "a text file": (lambda p: _text(p), "type"),
+    "a text file": (lambda p: _text(p), "cannot be read"),
 }
 
 
