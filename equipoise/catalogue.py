@@ -21,8 +21,6 @@ class Objective(NamedTuple):
         options: Options that it sets unless the user sets them.
         requires: Options that can have no other value with it.
         is_deterministic: Whether its encoder gives points in place of distributions.
-        is_coupled: Whether it has a term over a whole batch. Several processes, each with a part of
-            the batch, cannot compute it.
         penalty: Default weight of what it adds to the loss. None if it adds nothing.
         has_beta: Whether the KL in its loss has a weight.
     """
@@ -32,7 +30,6 @@ class Objective(NamedTuple):
     options: Mapping[str, Any] = NOTHING
     requires: Mapping[str, Any] = NOTHING
     is_deterministic: bool = False
-    is_coupled: bool = False
     penalty: float | None = None
     has_beta: bool = False
 
@@ -67,7 +64,6 @@ OBJECTIVES: dict[str, Objective] = {
         "Kumar et al. (2018)",
         options=_SQUARED_ERROR,
         requires=_FIXED_VARIANCE,
-        is_coupled=True,
         penalty=10.0,
     ),
     "dip-vae-ii": Objective(
@@ -75,7 +71,6 @@ OBJECTIVES: dict[str, Objective] = {
         "Kumar et al. (2018)",
         options=_SQUARED_ERROR,
         requires=_FIXED_VARIANCE,
-        is_coupled=True,
         penalty=10.0,
     ),
     "wae-mmd": Objective(
@@ -84,7 +79,6 @@ OBJECTIVES: dict[str, Objective] = {
         options=_SQUARED_ERROR,
         requires=_FIXED_VARIANCE,
         is_deterministic=True,
-        is_coupled=True,
         penalty=200.0,
     ),
     "sigma-vae": Objective(
@@ -92,7 +86,6 @@ OBJECTIVES: dict[str, Objective] = {
         "Rybkin et al. (2021)",
         options=_ONE_STAGE,
         requires={**_ONE_STAGE, "noise": "global", "noise_update": "closed-form"},
-        is_coupled=True,
     ),
     "rae-l2": Objective(
         "squared error of an autoencoder with short codes",
@@ -110,7 +103,7 @@ class Choice(NamedTuple):
 
     Args:
         summary: What it is.
-        needs_images: Whether examples must be images, (C, H, W).
+        needs_images: Whether examples must be images, signals or volumes, and not rows of a table.
     """
 
     summary: str

@@ -19,8 +19,9 @@ import msgspec
 import yaml
 
 from equipoise.catalogue import ARCHITECTURES, NOISES, OBJECTIVES
+from equipoise.text import parse_size
 
-PLACEMENT = ("devices", "num_nodes", "cuda_graphs")
+PLACEMENT = ("devices", "num_nodes", "threads", "cuda_graphs")
 """Options that may change when a run is resumed: they say where it runs, not what it does."""
 
 MACHINE = (*PLACEMENT, "accelerator", "compile", "deterministic", "tracker", "checkpoint_seconds")
@@ -34,8 +35,12 @@ EARLIER_VALUES: dict[str, Any] = {
     "keep_weights": "last",
     "early_stopping": 0,
     "deterministic": False,
+    "power_transform": False,
 }
 """Values that options had in effect before there were such options, for runs of that time."""
+
+AUTO_STEPS, AUTO_SIZES = 32, (16, 256)
+"""Steps of an epoch that batch_size=auto makes at least, and the sizes that it chooses from."""
 
 MAX_RECIPE_BYTES = 100_000
 """Longest recipe that is read."""
@@ -104,6 +109,9 @@ class TrainConfig:
     ('scale'), by one per dimension ('dimension'), or by the factor with which .683 of all errors
     lie within one std ('coverage'), which is for data without bounds: most errors of images are
     those of backgrounds. null takes 'monotone' for digital images, and otherwise 'none'."""
+    power_transform: bool = False
+    """Make skewed columns of a table symmetric by a power transform, where held-out values become
+    more likely by it. Densities of rows contain its slope."""
     noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] | None = None
     """Correlation of the errors, estimated on the validation set when training has ended: any
     matrix ('full', up to 2048 dimensions), common factors ('low-rank'), or a variance per band of
@@ -131,8 +139,9 @@ class TrainConfig:
     """Number of epochs without a higher validation ELBO after which a stage ends. 0 never ends it
     so. null takes a third of the stage's epoch limit, and at least 10."""
 
-    batch_size: int = 256
-    """Examples per step, over all processes together."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Examples per step, over all processes together. 'auto' takes so many that an epoch has at
+    least 32 steps, as a power of two from 16 to 256."""
     learning_rate: float = 2e-3
     """Peak of the learning rate of stage 1. It warms up linearly and decays as a cosine."""
     stage_2_learning_rate: float | None = None
@@ -167,6 +176,10 @@ class TrainConfig:
     devices: int | Literal["auto"] = 1
     """Processes on this machine, one per GPU, or per share of the CPU. Each takes its part of every
     batch. 'auto' takes all GPUs."""
+    threads: int | None = None
+    """Threads with which each process computes on the CPU. null takes OMP_NUM_THREADS where it is
+    set, and otherwise one thread where a step is so small that several would wait for each other,
+    and all threads where it is not. A run that goes on keeps its number, to the last bit."""
     num_nodes: int = 1
     """Number of machines. Each runs the same number of processes. The guide on scaling says how
     they find one another."""
@@ -187,10 +200,18 @@ class TrainConfig:
     needs the extra 'track'. Trackers stay local unless their own environment variables, such as
     WANDB_MODE=online, say otherwise."""
 
-    image_size: int | None = None
-    """For folders of images: crop a centred square and resize it to this many pixels a side."""
+    image_size: int | str | None = None
+    """For folders of images: resize them to this many pixels a side, or to WIDTHxHEIGHT pixels as
+    in 64x48."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """How images of other proportions get the size: 'crop' cuts out the centre, 'pad' adds black
+    bars, and 'stretch' distorts them."""
     channels: Literal["grey", "rgb"] | None = None
     """For folders of images: convert them to grey or RGB. null keeps them as they are."""
+    pages: Literal["examples", "channels", "first"] | None = None
+    """What becomes of image files of several pages, such as TIFF and GIF: each page is an example,
+    the pages of a file are the channels of one example, or only the first is read. null takes
+    'examples'."""
     test_fraction: float = 0.1
     """Share of the examples held out as the test set where the data bring none."""
     validation_fraction: float = 0.1
@@ -230,20 +251,30 @@ class TrainConfig:
         Returns:
             One sentence for each problem, with what to do. Empty if all is well.
         """
-        problems = []
+        if processes > 0 and self.batch_size != "auto" and self.batch_size % processes:
+            return [f"batch_size={self.batch_size} must be a multiple of the {processes} processes"]
+        return []
 
-        is_coupled = self.objective in OBJECTIVES and OBJECTIVES[self.objective].is_coupled
-        if processes > 1 and is_coupled:
-            problems.append(
-                f"objective={self.objective} needs whole batches; "
-                "train it in one process (devices=1)"
-            )
+    def step_size(self, n: int, processes: int = 1) -> int:
+        """Choose the number of examples per step.
 
-        if processes > 0 and self.batch_size % processes:
-            problems.append(
-                f"batch_size={self.batch_size} must be a multiple of the {processes} processes"
-            )
-        return problems
+        Args:
+            n: Number of training examples.
+            processes: Number of processes that share a batch.
+
+        Returns:
+            ``batch_size``. Where it is 'auto', the largest power of two with which an epoch has at
+            least 32 steps, from 16 to 256, or the next multiple of the number of processes.
+
+        Example:
+            >>> [TrainConfig().step_size(n) for n in (100, 1620, 60_000)]
+            [16, 32, 256]
+        """
+        if self.batch_size != "auto":
+            return self.batch_size
+        fewest, most = AUTO_SIZES
+        size = 1 << max(0, (n // AUTO_STEPS).bit_length() - 1)
+        return -(-min(max(size, fewest), most) // processes) * processes
 
     def as_dict(self) -> dict[str, Any]:
         """Return all options as JSON values.
@@ -277,7 +308,11 @@ class TrainConfig:
 
         for name in TrainConfig.__annotations__:
             value = getattr(self, name)
-            if isinstance(value, str) and value not in _possible_strings(name):
+            if (
+                isinstance(value, str)
+                and name != "image_size"
+                and value not in _possible_strings(name)
+            ):
                 problems.append(f"{name} must be {type_name(name)}, got {_shown(value)}")
 
         for name, least in _AT_LEAST.items():
@@ -291,6 +326,9 @@ class TrainConfig:
                 problems.append(f"{name} must be at most {most}, got {_shown(value)}")
             if isinstance(value, float) and not math.isfinite(value):
                 problems.append(f"{name} must be a finite number, got {value}")
+
+        if isinstance(self.image_size, str):
+            problems += _problems_of_size(self.image_size)
 
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -392,10 +430,23 @@ class TrainConfig:
 
     def _problems_of_processes(self) -> list[str]:
         """Find what keeps a batch from being divided among the processes that are asked for."""
-        numbers = (self.devices, self.num_nodes, self.batch_size)
+        size = 1 if self.batch_size == "auto" else self.batch_size
+        numbers = (self.devices, self.num_nodes, size)
         if not all(isinstance(number, int) and 1 <= number <= LARGEST for number in numbers):
             return []
         return self.problems_of_sharing(int(self.devices) * self.num_nodes)
+
+
+def _problems_of_size(image_size: str) -> list[str]:
+    """Find what is wrong with the two sides of images."""
+    try:
+        sides = parse_size(image_size)
+    except ValueError as error:
+        return [str(error)]
+    least, most = int(_AT_LEAST["image_size"]), _AT_MOST["image_size"]
+    if not least <= min(sides) <= max(sides) <= most:
+        return [f"image_size must be from {least} to {most} pixels a side, got {image_size}"]
+    return []
 
 
 _AT_LEAST: dict[str, float] = {
@@ -412,6 +463,7 @@ _AT_LEAST: dict[str, float] = {
     "n_components": 1,
     "seed": 0,
     "devices": 1,
+    "threads": 1,
     "num_nodes": 1,
     "checkpoint_seconds": 0,
     "image_size": 8,
@@ -430,6 +482,7 @@ _AT_MOST: dict[str, int] = {
     "n_components": 1_000_000,
     "seed": 2**32 - 1,
     "devices": 1024,
+    "threads": 1024,
     "num_nodes": 4096,
     "image_size": 4096,
 }
@@ -549,6 +602,7 @@ def type_name(option: str) -> str:
     names = {
         int: "a whole number",
         float: "a number",
+        str: "WIDTHxHEIGHT",
         bool: "true or false",
         type(None): "null",
     }

@@ -105,6 +105,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         recalibrate: How the predicted std is calibrated on held-out examples, "none", "monotone",
             "scale", "dimension" or "coverage". None takes "monotone" for digital images, and "none"
             otherwise.
+        power_transform: Whether skewed columns are made symmetric by Yeo and Johnson's power
+            transform, where held-out values become more likely by it. Scores contain its slope, and
+            reconstructions are medians.
         noise_correlation: Correlation of the errors, estimated on held-out examples after
             training, "none", "full", "low-rank", "bands" or "auto". None takes "auto" for tables
             and "none" for images.
@@ -112,7 +115,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             steps take, but at least 10 and at most 200.
         stage_2_epochs: Number of epochs with a variance per feature and example; 0 leaves stage 2
             out. "auto" is half of what "auto" is for ``stage_1_epochs``.
-        batch_size: Number of examples per step.
+        batch_size: Number of examples per step, or "auto" for at least 32 steps an epoch.
         learning_rate: Peak of the learning rate of stage 1.
         weight_decay: AdamW's decoupled weight decay. If there are few examples, it is worth a
             search.
@@ -170,10 +173,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         variance_from: Literal["held-out", "training"] = "held-out",
         floor: float | Literal["quantisation"] | None = None,
         recalibrate: Literal["none", "monotone", "scale", "dimension", "coverage"] | None = None,
+        power_transform: bool = False,
         noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] | None = None,
         stage_1_epochs: int | Literal["auto"] = "auto",
         stage_2_epochs: int | Literal["auto"] = "auto",
-        batch_size: int = 256,
+        batch_size: int | Literal["auto"] = 256,
         learning_rate: float = 2e-3,
         weight_decay: float = 0.0,
         keep_weights: Literal["best", "last"] = "best",
@@ -191,6 +195,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.variance_from = variance_from
         self.floor = floor
         self.recalibrate = recalibrate
+        self.power_transform = power_transform
         self.noise_correlation = noise_correlation
         self.stage_1_epochs = stage_1_epochs
         self.stage_2_epochs = stage_2_epochs
@@ -304,7 +309,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         likelihood = self._decode(self._encode(x))
         mean = self.model_.scaling.restore(likelihood.mean)
-        std = self.model_.scaling.restore_std(likelihood.std)
+        std = self.model_.scaling.restore_std(likelihood.std, likelihood.mean)
         return Reconstruction(self._in_original_shape(mean), self._in_original_shape(std))
 
     def predict_std(self, x: object) -> Float32[np.ndarray, "n *event"]:
@@ -515,7 +520,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         config = make_config(options)
 
         fewest, most = AUTO_EPOCHS
-        steps_per_epoch = math.ceil(n_examples / config.batch_size)
+        steps_per_epoch = math.ceil(n_examples / config.step_size(n_examples))
         stage_1_epochs = min(max(AUTO_STEPS // steps_per_epoch, fewest), most)
         epochs = {"stage_1_epochs": stage_1_epochs, "stage_2_epochs": stage_1_epochs // 2}
         changes: dict[str, Any] = {name: epochs[name] for name in auto_stages}

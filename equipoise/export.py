@@ -158,7 +158,9 @@ class _Decoder(nn.Module):
 
     def forward(self, code: Tensor) -> tuple[Tensor, ...]:
         likelihood, scaling = self.model.decode(code), self.model.scaling
-        return scaling.restore(likelihood.mean), scaling.restore_std(likelihood.std)
+        return scaling.restore(likelihood.mean), scaling.restore_std(
+            likelihood.std, likelihood.mean
+        )
 
 
 class _Sampler(nn.Module):

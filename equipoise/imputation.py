@@ -18,6 +18,7 @@ sets*, for the weights; Cappé et al. (2004), *Population Monte Carlo*, for the 
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from equipoise.aggregate import GaussianMixture
 from equipoise.correlation import AnyGaussian
 from equipoise.gaussian import Gaussian, RowGenerators
-from equipoise.model import VAE
+from equipoise.model import VAE, PowerScaling, Scaling
 
 ROUNDS = 3
 """Rounds of importance sampling, the last of which is the result."""
@@ -33,6 +34,8 @@ INFLATION = 1.5
 """Factor on the variance that was found, because a proposal should be wider than its target."""
 SMALLEST_VAR = 1e-6
 """Smallest variance of a proposal, where one code has all the weight."""
+QUADRATURE_NODES = 9
+"""Points at which a transformed column is averaged over the Gaussian around a mean."""
 VALUES_AT_ONCE = 1 << 22
 """Values, of all codes of all rows, that are computed together: 16 MB each."""
 
@@ -109,9 +112,9 @@ def impute(
         generators = RowGenerators.of(x)
 
         codes = _posterior_codes(model, mixture, x, pool, n_samples - len(pool), generators)
-        found, var = _moments(codes, x)
-        mean[rows] = torch.where(missing, model.scaling.restore(found), raw[rows])
-        std[rows] = model.scaling.restore_std(var.sqrt())
+        found, deviation = _moments(codes, x, model.scaling)
+        mean[rows] = torch.where(missing, found, raw[rows])
+        std[rows] = deviation
 
         for draw in draws:
             values = model.scaling.restore(_draw(model, codes, x, generators))
@@ -158,16 +161,33 @@ def _repeated(density: Gaussian, n: int) -> Gaussian:
     return Gaussian(*(part.repeat_interleave(n, 0) for part in density))
 
 
-def _moments(codes: _Codes, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each dimension over the codes of a row, (B, D)."""
+def _moments(codes: _Codes, x: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+    """Mean and std of each dimension over the codes of a row, (B, D), raw units."""
     n_codes = codes.z.shape[1]
     means, vars_ = codes.likelihood.given(x.repeat_interleave(n_codes, 0))
     means, vars_ = means.view(len(x), n_codes, -1), vars_.view(len(x), n_codes, -1)
 
     weights = codes.weights[..., None]
+    if isinstance(scaling, PowerScaling):
+        means, vars_ = _raw_moments(means, vars_, scaling)
     mean = (weights * means).sum(1)
     var = (weights * (vars_ + (means - mean[:, None]).square())).sum(1)
-    return mean, var.masked_fill(~x.isnan(), 0.0)
+    std = var.masked_fill(~x.isnan(), 0.0).sqrt()
+    if isinstance(scaling, PowerScaling):
+        return mean, std
+    return scaling.restore(mean), scaling.restore_std(std, mean)
+
+
+def _raw_moments(means: Tensor, vars_: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+    """Mean and variance in raw units of Gaussians in model units, by Gauss-Hermite quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_NODES)
+    weights = weights / weights.sum()
+    values = [scaling.restore(means + vars_.sqrt() * node) for node in nodes.tolist()]
+
+    zero = torch.zeros_like(means)
+    pairs = list(zip(weights.tolist(), values, strict=True))
+    mean = sum((weight * value for weight, value in pairs), zero)
+    return mean, sum((weight * (value - mean).square() for weight, value in pairs), zero)
 
 
 def _draw(model: VAE, codes: _Codes, x: Tensor, generators: RowGenerators) -> Tensor:

@@ -30,6 +30,7 @@ from equipoise.networks import (
 )
 from equipoise.noise import GlobalNoise, NoiseModel, PredictedNoise, describe_noise
 from equipoise.objectives import LatentVariableModel
+from equipoise.powers import yeo_johnson, yeo_johnson_inverse, yeo_johnson_log_slope
 
 LOG_VAR_RANGE = (-20.0, 5.0)
 """Bounds on the log-variance of q(z|x). The units of a model that trains well stay far from both.
@@ -37,9 +38,10 @@ LOG_VAR_RANGE = (-20.0, 5.0)
 If one bad step throws the encoder beyond a bound, it keeps the gradient that brings it back."""
 
 
-FAR_RANGES, SMALL_RANGE = 10.0, 0.02
-"""Mean distance of an image's values, in its range, from which they are in another unit; and the
-share of its range below which the largest value makes one wonder."""
+FAR_RANGES, FAR_SHARE, SMALL_RANGE = 10.0, 0.01, 0.02
+"""Distance of an image's values, in the range of the training, and the share of values so far, from
+which they are in another unit; and the share of the range below which the largest value makes one
+wonder."""
 FAR_STDS, MIN_ROWS = 10.0, 10
 """Std from the mean at which the median of a column makes one wonder, and rows that it takes."""
 MAX_INPUT = 1e6
@@ -146,6 +148,9 @@ class Scaling(nn.Module):
         Returns:
             The data in model units, (B, \*), of the dtype of the scale, which is float32.
         """
+        if raw.dtype in (torch.int32, torch.int64):
+            # Levels beyond 2^24 become float32 only when the offset is gone.
+            return (raw.double() - self.offset).to(self.scale.dtype) / self.scale
         return (raw.to(self.scale.dtype) - self.offset) / self.scale
 
     def restore(self, x: Tensor) -> Tensor:
@@ -162,7 +167,8 @@ class Scaling(nn.Module):
     def restore_levels(self, x: Tensor) -> Tensor:
         r"""Convert means or samples to values that the raw data can have.
 
-        Digital data are rounded and clamped to their range. Continuous data are only rescaled.
+        Digital data are rounded and clamped to their range, so that a level that was scaled comes
+        back to the bit. Continuous data are only rescaled.
 
         Args:
             x: Means or samples, (B, \*), model units.
@@ -171,47 +177,45 @@ class Scaling(nn.Module):
             The values in raw units, (B, \*). If the data are digital, they are uint8 where this
             type holds the range, and int32 otherwise.
         """
-        raw = self.restore(x)
         if self.quantum is None:
-            return raw
+            return self.restore(x)
 
-        low, high = self.offset, self.offset + self.scale
+        low, high = self.offset.double(), self.offset.double() + self.scale
         fits_uint8 = bool(low.min() >= 0 and high.max() <= 255)
         dtype = torch.uint8 if fits_uint8 else torch.int32
 
-        return raw.round().clamp(min=low, max=high).to(dtype)
+        raw = (x * self.scale).double() + low
+        return raw.round().clamp(min=low, max=high.clamp(max=torch.iinfo(dtype).max)).to(dtype)
 
     def check(self, raw: Tensor) -> None:
         r"""Refuse data that cannot be in the raw units of this model.
 
-        A model of digital data takes whole numbers within its range. A model of continuous data
-        takes floating-point numbers, and one of images refuses values that are on average more
-        than ten times its range away, such as pixels up to 255 where 1 is white.
+        A model of digital data takes whole numbers, and a model of continuous data floating-point
+        numbers. One of images takes values beyond those of its training, such as brighter pixels.
+        It refuses an image if more than one value in a hundred is more than ten times the range of
+        the training away, such as pixels up to 255 where 1 is white.
 
         Args:
             raw: Raw data, (B, \*).
 
         Raises:
-            ValueError: If the data have another type or range than those of the training.
+            ValueError: If the data have another type or unit than those of the training.
         """
-        if self.quantum is None:
-            if not raw.is_floating_point():
-                raise ValueError(
-                    f"The model was trained on real numbers; these are {raw.dtype}, in another "
-                    "unit. Convert them first."
-                )
-            if not self.scale.ndim and float((self(raw) - 0.5).abs().mean()) > FAR_RANGES:
-                raise ValueError(f"{self._compare(raw)} Bring them to the same range.")
-            return
-
-        low = float(self.offset.min())
-        high = float((self.offset + self.scale).max())
-        if raw.is_floating_point() or raw.max() > high or raw.min() < low:
+        is_digital = self.quantum is not None
+        # Whole numbers of so many levels became real ones for the training, too.
+        has_too_many_levels = not self.scale.ndim and float(self.scale) >= 2**24
+        if is_digital == raw.is_floating_point() and not has_too_many_levels:
+            numbers = "whole" if is_digital else "real"
             raise ValueError(
-                f"The model was trained on whole numbers from {low:g} to {high:g}; these are "
-                f"{raw.dtype} from {float(raw.min()):g} to {float(raw.max()):g}. "
-                "Bring them to the same levels."
+                f"The model was trained on {numbers} numbers{self._range()}; these are {raw.dtype} "
+                f"from {float(raw.min()):g} to {float(raw.max()):g}, in another unit. Convert them "
+                "first."
             )
+
+        if not self.scale.ndim:
+            is_far = (self(raw) - 0.5).abs() > FAR_RANGES
+            if bool((is_far.flatten(1).float().mean(1) > FAR_SHARE).any()):
+                raise ValueError(f"{self._compare(raw)} Bring them to the same range.")
 
     def range_warning(self, raw: Tensor) -> str | None:
         r"""Notice data that :meth:`check` accepts, but that seem to be in another unit.
@@ -247,24 +251,105 @@ class Scaling(nn.Module):
             "here. Are they in the same unit?"
         )
 
+    def _range(self) -> str:
+        """Name the range of an image in the training; empty for tables."""
+        if self.scale.ndim:
+            return ""
+        return f" from {float(self.offset):g} to {float(self.offset + self.scale):g}"
+
     def _compare(self, raw: Tensor) -> str:
         """Name the range of an image in the training, and that of others."""
-        low, high = float(self.offset), float(self.offset + self.scale)
         return (
-            f"The model was trained on values from {low:g} to {high:g}; these are from "
+            f"The model was trained on values{self._range()}; these are from "
             f"{float(raw.min()):g} to {float(raw.max()):g}."
         )
 
-    def restore_std(self, std: Tensor) -> Tensor:
+    def restore_std(self, std: Tensor, mean: Tensor | None = None) -> Tensor:
         r"""Convert standard deviations or errors, which have no offset, to raw units.
 
         Args:
             std: Standard deviations or errors, (B, \*), model units.
+            mean: Where they are, (B, \*), model units. A linear map has the same everywhere, and
+                needs none.
 
         Returns:
             The same in raw units, (B, \*).
         """
         return std * self.scale
+
+    def log_slope(self, raw: Tensor) -> Tensor:
+        r"""Compute log dx/draw, by which a log-density in model units becomes one in raw units.
+
+        Args:
+            raw: Raw data, (B, \*).
+
+        Returns:
+            The logarithm for each value, (B, \*) or (1, \*) where it is the same for all.
+        """
+        return -self.scale.log().expand(raw.shape[1:])[None]
+
+
+class PowerScaling(Scaling):
+    r"""Standardised columns, of which skewed ones are made symmetric by a power transform.
+
+    .. math:: x = \bigl(t_\lambda((\mathrm{raw} - \mathrm{offset}) / \mathrm{scale})
+        - \mathrm{centre}\bigr) / \mathrm{spread}
+
+    t is :func:`equipoise.powers.yeo_johnson`. A Gaussian around a mean in model units is a skewed
+    distribution in raw units: :meth:`restore` returns its median, and :meth:`restore_std` the std
+    near there.
+
+    Args:
+        offset: Raw value that becomes zero before the transform, (D,).
+        scale: Raw difference that becomes one before the transform, (D,).
+        powers: Powers lambda from 0 to 2, (D,).
+        centre: Mean of the transformed columns, (D,).
+        spread: Std of the transformed columns, (D,).
+        columns: Names of the columns, if they have names.
+    """
+
+    powers: Tensor
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(
+        self,
+        offset: Tensor,
+        scale: Tensor,
+        powers: Tensor,
+        centre: Tensor,
+        spread: Tensor,
+        columns: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(offset, scale, None, columns)
+        self.register_buffer("powers", powers.float())
+        self.register_buffer("centre", centre.float())
+        self.register_buffer("spread", spread.float())
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Convert raw rows to model units."""
+        return (yeo_johnson(super().forward(raw), self.powers) - self.centre) / self.spread
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Convert model units to raw rows."""
+        return super().restore(self._standardised(x))
+
+    def restore_std(self, std: Tensor, mean: Tensor | None = None) -> Tensor:
+        """Convert standard deviations or errors near a mean to raw units."""
+        if mean is None:
+            raise ValueError("the columns are transformed: give the mean that the std is around")
+        slope = yeo_johnson_log_slope(self._standardised(mean), self.powers).exp() / self.spread
+        return super().restore_std(std / slope, mean)
+
+    def log_slope(self, raw: Tensor) -> Tensor:
+        """Compute log dx/draw for each value."""
+        standardised = super().forward(raw)
+        powers = yeo_johnson_log_slope(standardised, self.powers) - self.spread.log()
+        return super().log_slope(raw) + powers
+
+    def _standardised(self, x: Tensor) -> Tensor:
+        """Undo the transform."""
+        return yeo_johnson_inverse(x * self.spread + self.centre, self.powers)
 
 
 class VAE(nn.Module):
@@ -638,7 +723,8 @@ class VAE(nn.Module):
         Channels last is faster for our convolutions. A user's own networks get the usual layout,
         because they may rely on it when they change shapes.
         """
-        if self.architecture is not None and ARCHITECTURES[self.architecture].needs_images:
+        is_conv = self.architecture is not None and ARCHITECTURES[self.architecture].needs_images
+        if is_conv and len(self.shape) == 3:
             return torch.channels_last
 
         return torch.contiguous_format
@@ -667,6 +753,8 @@ class VAE(nn.Module):
             further["reads_gaps"] = True
         if self.scaling.columns:
             further["columns"] = list(self.scaling.columns)
+        if isinstance(self.scaling, PowerScaling):
+            further["power_transform"] = True
 
         return {
             "shape": list(self.shape),

@@ -1,6 +1,7 @@
-r"""Pairs of an encoder and a decoder, for tables and for images.
+r"""Pairs of an encoder and a decoder, for tables and for images, signals and volumes.
 
-Images may have any number of channels and any size from 8 pixels a side.
+Images may have any number of channels and any size from 8 pixels a side. Signals (C, L) and volumes
+(C, D, H, W) have the same networks with convolutions along one and three axes.
 
 An encoder maps data (B, \*) to the (B, 2d) parameters of q(z|x), mean and log-variance side by
 side. A decoder maps codes (B, d) to means (B, \*). Any other ``nn.Module`` with these shapes serves
@@ -31,6 +32,13 @@ from torch import Tensor, nn
 
 from equipoise.catalogue import ARCHITECTURES
 from equipoise.kernels import GELU, ConvTranspose2d
+
+CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+"""Convolutions by the number of axes in space (and time)."""
 
 Shape = tuple[int, ...]
 
@@ -113,7 +121,7 @@ def default_architecture(shape: Shape) -> str:
         shape: Shape of one example.
 
     Returns:
-        "conv" for (C, H, W) of at least 8 pixels a side, otherwise "mlp".
+        "conv" for (C, H, W), (C, L) and (C, D, H, W) of at least 8 a side, otherwise "mlp".
     """
     return "conv" if _is_image(shape) else "mlp"
 
@@ -149,7 +157,7 @@ def start_at_data(encoder: nn.Module, decoder: nn.Module, mean: Tensor, std: Ten
     if has_one_per_value:
         bias.copy_(mean.flatten())
     else:
-        bias.copy_(mean.mean(dim=(1, 2)))
+        bias.copy_(mean.flatten(1).mean(1))
 
 
 class Standardise(nn.Module):
@@ -257,7 +265,7 @@ class ConvEncoder(nn.Module):
     The channels double at each convolution, up to 8 ``width``.
 
     Args:
-        shape: Shape of one image, (C, H, W), at least 8 x 8 pixels.
+        shape: Shape of one image, (C, H, W), signal or volume, at least 8 a side.
         latent_dim: Number of latent units d.
         width: Number of channels after the first convolution.
         residual: Whether a residual block follows each convolution.
@@ -268,12 +276,14 @@ class ConvEncoder(nn.Module):
     ) -> None:
         super().__init__()
         sizes, channels = _pyramid(shape, width)
+        n_axes = len(shape) - 1
 
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(channels):
-            layers += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), GELU()]
+            convolution = CONVOLUTIONS[n_axes](inputs, outputs, 4, stride=2, padding=1)
+            layers += [convolution, _activation(n_axes)]
             if residual:
-                layers.append(ResidualBlock(outputs))
+                layers.append(ResidualBlock(outputs, n_axes))
 
         units = 8 * width
         coarsest = channels[-1] * math.prod(sizes[-1])
@@ -284,7 +294,7 @@ class ConvEncoder(nn.Module):
         self.output = _posterior_layer(units, latent_dim)
 
     def forward(
-        self, x: Float[Tensor, "batch channels height width"]
+        self, x: Float[Tensor, "batch channels *space"]
     ) -> Float[Tensor, "batch parameters"]:
         """Map images to the parameters of q(z|x)."""
         hidden = self.hidden(self.standardise(x))
@@ -296,7 +306,7 @@ class ConvDecoder(nn.Module):
     """Decoder that mirrors :class:`ConvEncoder`, with transposed convolutions.
 
     Args:
-        shape: Shape of one image, (C, H, W), at least 8 x 8 pixels.
+        shape: Shape of one image, (C, H, W), signal or volume, at least 8 a side.
         latent_dim: Number of latent units d.
         width: Number of channels before the last convolution.
         residual: Whether a residual block comes before each convolution.
@@ -320,18 +330,16 @@ class ConvDecoder(nn.Module):
 
         for level in range(len(sizes) - 1, 0, -1):
             if residual:
-                layers.append(ResidualBlock(channels[level]))
+                layers.append(ResidualBlock(channels[level], len(shape) - 1))
 
-            layers += [_doubling(sizes, channels, level), GELU()]
+            layers += [_doubling(sizes, channels, level), _activation(len(shape) - 1)]
 
         # The last convolution gives the mean, without an activation.
         *hidden, output, _ = layers
         self.output = output
         self.hidden = nn.Sequential(*hidden)
 
-    def forward(
-        self, z: Float[Tensor, "batch latent"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def forward(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch channels *space"]:
         """Map codes to mean images."""
         mean: Tensor = self.output(self.hidden(z))
         return mean
@@ -341,7 +349,7 @@ class ConvHead(nn.Module):
     """Head of one hidden layer for the features of :class:`ConvDecoder`, at half the image's size.
 
     Args:
-        shape: Shape of one image, (C, H, W), at least 8 x 8 pixels.
+        shape: Shape of one image, (C, H, W), signal or volume, at least 8 a side.
         width: Number of channels of the features, and of its own hidden layer.
     """
 
@@ -349,12 +357,14 @@ class ConvHead(nn.Module):
         super().__init__()
         sizes, channels = _pyramid(shape, width)
 
-        self.hidden = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), GELU())
+        n_axes = len(shape) - 1
+        convolution = CONVOLUTIONS[n_axes](width, width, 3, padding=1)
+        self.hidden = nn.Sequential(convolution, _activation(n_axes))
         self.output = _doubling(sizes, channels, 1)
 
     def forward(
-        self, features: Float[Tensor, "batch width half_height half_breadth"]
-    ) -> Float[Tensor, "batch channels height breadth"]:
+        self, features: Float[Tensor, "batch width *half_space"]
+    ) -> Float[Tensor, "batch channels *space"]:
         """Map features to log-variances."""
         log_var: Tensor = self.output(self.hidden(features))
         return log_var
@@ -367,21 +377,22 @@ class ResidualBlock(nn.Module):
 
     Args:
         channels: Number of channels of the input and the output.
+        n_axes: Number of axes besides that of the channels.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, n_axes: int = 2) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.GroupNorm(math.gcd(channels, 8), channels),
-            GELU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            GELU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
+            _activation(n_axes),
+            CONVOLUTIONS[n_axes](channels, channels, 3, padding=1),
+            _activation(n_axes),
+            CONVOLUTIONS[n_axes](channels, channels, 3, padding=1),
         )
 
     def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
+        self, x: Float[Tensor, "batch channels *space"]
+    ) -> Float[Tensor, "batch channels *space"]:
         """Add the residual."""
         change: Tensor = self.body(x)
         return x + change
@@ -414,31 +425,39 @@ NETWORKS: dict[str, Networks] = {
 :data:`equipoise.catalogue.ARCHITECTURES`."""
 
 
-def _pyramid(shape: Shape, width: int) -> tuple[list[tuple[int, int]], list[int]]:
+def _activation(n_axes: int) -> nn.Module:
+    """Make the activation after a convolution."""
+    return GELU() if n_axes == 2 else nn.GELU()
+
+
+def _pyramid(shape: Shape, width: int) -> tuple[list[tuple[int, ...]], list[int]]:
     """Return sizes and channels of all levels, from the image down to the coarsest level.
 
     The channels double at each level, up to 8 ``width``. There are at least two levels.
     """
-    sizes = [(shape[1], shape[2])]
+    sizes = [tuple(shape[1:])]
     channels = [shape[0]]
 
     while len(sizes) == 1 or min(sizes[-1]) // 2 >= COARSEST_SIZE:
-        height, breadth = sizes[-1]
-        sizes.append((height // 2, breadth // 2))
+        sizes.append(tuple(side // 2 for side in sizes[-1]))
         channels.append(min(width * 2 ** (len(sizes) - 2), 8 * width))
 
     return sizes, channels
 
 
-def _doubling(sizes: list[tuple[int, int]], channels: list[int], level: int) -> ConvTranspose2d:
+def _doubling(sizes: list[tuple[int, ...]], channels: list[int], level: int) -> nn.Module:
     """Make the convolution from a level of the pyramid to the next finer one.
 
     Halving an odd size loses a row. The output padding adds it again.
     """
-    height, breadth = sizes[level]
-    finer_height, finer_breadth = sizes[level - 1]
-    padding = (finer_height - 2 * height, finer_breadth - 2 * breadth)
-    return ConvTranspose2d(channels[level], channels[level - 1], output_padding=padding)
+    inputs, outputs = channels[level], channels[level - 1]
+    padding = [finer - 2 * side for finer, side in zip(sizes[level - 1], sizes[level], strict=True)]
+    if len(padding) == 1:
+        return nn.ConvTranspose1d(inputs, outputs, 4, 2, 1, padding[0])
+    if len(padding) == 2:
+        return ConvTranspose2d(inputs, outputs, output_padding=(padding[0], padding[1]))
+    planes, rows, columns = padding
+    return nn.ConvTranspose3d(inputs, outputs, 4, 2, 1, (planes, rows, columns))
 
 
 def _posterior_layer(units: int, latent_dim: int) -> nn.Linear:
@@ -451,8 +470,8 @@ def _posterior_layer(units: int, latent_dim: int) -> nn.Linear:
 
 
 def _is_image(shape: Shape) -> bool:
-    """Return whether examples of this shape are images that convolutions can take."""
-    return len(shape) == 3 and min(shape[1:]) >= MIN_IMAGE_SIZE
+    """Return whether examples of this shape are such that convolutions can take them."""
+    return len(shape) - 1 in CONVOLUTIONS and min(shape[1:]) >= MIN_IMAGE_SIZE
 
 
 def _check(architecture: str, shape: Shape, latent_dim: int, width: int) -> None:

@@ -32,6 +32,7 @@ from equipoise.gaps import missing_values, observed_difference
 from equipoise.gaussian import (
     Gaussian,
     Randomness,
+    SharedGenerator,
     standard_normal_like,
     standard_normal_log_prob,
     sum_dimensions,
@@ -115,7 +116,14 @@ class Objective(nn.Module, ABC):
 
     Args:
         model: Encoder, decoder and noise.
+
+    Attributes:
+        all_reduce: Sum of a tensor over the processes that share a batch, through which gradients
+            pass, see :func:`equipoise.training.engine.all_reduce_with_gradient`. The terms of whole
+            batches are made of such sums. A single process has none to add.
     """
+
+    all_reduce: Callable[[Tensor], Tensor] = staticmethod(lambda values: values)
 
     def __init__(self, model: LatentVariableModel) -> None:
         super().__init__()
@@ -132,6 +140,10 @@ class Objective(nn.Module, ABC):
         Returns:
             The terms, per example.
         """
+
+    def _whole_mean(self, mean: Tensor, n: int, generator: Randomness) -> Tensor:
+        """Return the mean over the whole batch, given that over the n examples of this process."""
+        return self.all_reduce(mean * (n / _whole_size(n, generator)))
 
     def _terms(self, x: Tensor, posterior: Gaussian, likelihood: AnyGaussian) -> Terms:
         """Return the terms of eq. (4). The loss is the negative bound."""
@@ -319,8 +331,11 @@ class BatchVarianceElbo(Objective):
         # The mean over values, not over rows: every observed value counts once.
         squared = observed_difference(x, mean).square()
         missing = missing_values(x)
-        share = 1.0 if missing is None else (~missing).double().mean().to(squared.dtype)
-        log_var = (squared.mean() / share).clamp_min(MIN_VAR).log()
+        share = squared.new_ones(())
+        if missing is not None:
+            share = (~missing).double().mean().to(squared.dtype)
+        error, share = self._whole_mean(torch.stack([squared.mean(), share]), len(x), generator)
+        log_var = (error / share).clamp_min(MIN_VAR).log()
         return self._terms(x, posterior, Gaussian(mean, log_var))
 
 
@@ -355,18 +370,18 @@ class _DipVae(Elbo):
         """
         terms = super().forward(x, generator)
 
-        covariance = self._covariance(terms.posterior)
+        covariance = self._covariance(terms.posterior, generator)
         deviation = (covariance - torch.eye(len(covariance), device=x.device)).square()
         diagonal = deviation.diagonal().sum()
         penalty = self.off_diagonal * (deviation.sum() - diagonal) + self.diagonal * diagonal
 
         return terms._replace(loss=terms.loss + penalty)
 
-    @staticmethod
-    def _covariance(posterior: Gaussian) -> Tensor:
-        """Return the covariance of the posterior means over the batch, (d, d)."""
-        centred = posterior.mean - posterior.mean.mean(0)
-        return centred.mT @ centred / len(centred)
+    def _covariance(self, posterior: Gaussian, generator: Randomness) -> Tensor:
+        """Return the covariance of the posterior means over the whole batch, (d, d)."""
+        n = len(posterior.mean)
+        centred = posterior.mean - self._whole_mean(posterior.mean.mean(0), n, generator)
+        return self.all_reduce(centred.mT @ centred) / _whole_size(n, generator)
 
 
 class DipVaeI(_DipVae):
@@ -396,9 +411,10 @@ class DipVaeII(_DipVae):
     def __init__(self, model: LatentVariableModel, off_diagonal: float = 10.0) -> None:
         super().__init__(model, off_diagonal, diagonal_ratio=1.0)
 
-    @staticmethod
-    def _covariance(posterior: Gaussian) -> Tensor:
-        return _DipVae._covariance(posterior) + posterior.var.mean(0).diag()
+    def _covariance(self, posterior: Gaussian, generator: Randomness) -> Tensor:
+        of_means = super()._covariance(posterior, generator)
+        mean_var = self._whole_mean(posterior.var.mean(0), len(posterior.mean), generator)
+        return of_means + mean_var.diag()
 
 
 IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -433,10 +449,23 @@ class WaeMmd(Objective):
         likelihood = self.model.decode(z)
 
         error = sum_dimensions(observed_difference(x, likelihood.mean).square())
-        distance = maximum_mean_discrepancy(z, standard_normal_like(z, generator))
+        distance = maximum_mean_discrepancy(*self._codes_and_prior(z, generator))
         loss = error + self.penalty * distance
 
         return self._terms(x, posterior, likelihood)._replace(loss=loss)
+
+    def _codes_and_prior(self, z: Tensor, generator: Randomness) -> tuple[Tensor, Tensor]:
+        """Return the codes of the whole batch, and as many samples of the prior."""
+        if isinstance(generator, SharedGenerator):
+            whole = z.new_zeros(generator.batch_size, z.shape[1])
+            whole[generator.rank :: generator.world_size] = z
+            z, generator = self.all_reduce(whole), generator.generator
+        return z, standard_normal_like(z, generator)
+
+
+def _whole_size(n: int, generator: Randomness) -> int:
+    """Count the examples of the batch over all processes, of which this one has n."""
+    return generator.batch_size if isinstance(generator, SharedGenerator) else n
 
 
 def maximum_mean_discrepancy(z: Float[Tensor, "n d"], prior: Float[Tensor, "n d"]) -> Tensor:

@@ -3,6 +3,7 @@
 Programs get arrays in the user's own units, and people get pictures.
 """
 
+import csv
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from equipoise import plots
-from equipoise.data import Data
+from equipoise.data import Data, Subset
 from equipoise.data.tables import is_table, write_filled, write_table
 from equipoise.files import exclusive_outputs, whole_file, write_array
 from equipoise.imputation import Imputation
@@ -22,7 +23,7 @@ from equipoise.randomness import stream
 from equipoise.run import Run
 
 SHOWN_IMAGES = 25
-SHOWN_IMAGES_WITHOUT_STD = 100
+SHOWN_SAMPLES = 100
 SHOWN_ROWS = 300
 SHOWN_TRAINING_ROWS = 5000
 DECODED_AT_ONCE = 1000
@@ -46,7 +47,7 @@ def write_figures(run: Run, data: Data, model: VAE) -> None:
         model, codes, "mixture", run.figures, stream(seed, "noise"), real=real, arrays=False
     )
 
-    write_reconstructions(model, data.test[:SHOWN_IMAGES], run.figures)
+    write_reconstructions(model, data.test.take(slice(SHOWN_IMAGES)), run.figures)
 
 
 @torch.no_grad()
@@ -83,11 +84,17 @@ def write_samples(
     noisy = torch.cat([part.sample(generator) for part in parts])
     x = noisy if noise else means
 
-    if len(model.shape) == 3:
-        has_map = model.noise.depends_on_code
-        shown = slice(0, SHOWN_IMAGES if has_map else SHOWN_IMAGES_WITHOUT_STD)
-        stds = std[shown].numpy() if has_map else None
-        figure = plots.samples(x[shown].numpy(), stds, f"samples, {name}")
+    scale = float(model.scaling.scale.mean())
+    if len(model.shape) == 2:
+        lines, bands = model.scaling.restore(x).numpy(), model.scaling.restore_std(std).numpy()
+        figure = plots.signals(lines, bands, f"samples, {name}")
+    elif len(model.shape) > 2:
+        shown = slice(0, SHOWN_SAMPLES)
+        stds = plots.pictures(std[shown].numpy()) if model.noise.depends_on_code else None
+        title = f"samples, {name}"
+        if len(x) > SHOWN_SAMPLES:
+            title += f" (first {SHOWN_SAMPLES} of {len(x):,})"
+        figure = plots.samples(plots.pictures(x[shown].numpy()), stds, title, scale)
     else:
         # The picture of a table always has noise: means alone spread less than data do.
         generated = model.scaling.restore(noisy).numpy()
@@ -97,7 +104,7 @@ def write_samples(
     if arrays:
         contents = {
             name: model.scaling.restore_levels(x),
-            f"{name}-std": model.scaling.restore_std(std),
+            f"{name}-std": model.scaling.restore_std(std, means),
         }
 
     with exclusive_outputs(folder, "sampling"):
@@ -109,18 +116,20 @@ def write_samples(
 
 
 @torch.no_grad()
-def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[Path]:
+def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Path]:
     """Reconstruct examples, and write the reconstructions to files.
 
     Args:
         model: The model, in evaluation mode, on the CPU.
-        raw: The examples in raw units, (N, *).
+        examples: The examples in raw units, (N, *).
         folder: The folder to write to.
 
     Returns:
-        reconstructions.npz with ``data``, ``mean``, ``std`` and ``error`` in raw units, and
+        reconstructions.npz with ``data``, ``mean``, ``std`` and ``error`` in raw units and the
+        ``name`` of each example, reconstructions.csv with a row for each, and
         reconstructions.png.
     """
+    raw, names = examples[:], examples.names()
     scaling = model.scaling
     scaling.check(torch.from_numpy(raw))
     text = scaling.range_warning(torch.from_numpy(raw[:DECODED_AT_ONCE]))
@@ -133,25 +142,50 @@ def write_reconstructions(model: VAE, raw: NDArray[Any], folder: Path) -> list[P
         x = scaling(torch.from_numpy(raw[rows]))
         reconstruction = model.reconstruct(x)
         restored["mean"][rows] = scaling.restore(reconstruction.mean).numpy()
-        restored["std"][rows] = scaling.restore_std(reconstruction.std).numpy()
-        restored["error"][rows] = scaling.restore_std(x - reconstruction.mean).numpy()
+        restored["std"][rows] = scaling.restore_std(reconstruction.std, reconstruction.mean).numpy()
+        restored["error"][rows] = scaling.restore_std(
+            x - reconstruction.mean, reconstruction.mean
+        ).numpy()
 
-    if len(model.shape) == 3:
-        x = scaling(torch.from_numpy(raw[:SHOWN_IMAGES]))
+    shown = slice(0, SHOWN_ROWS if len(model.shape) == 1 else SHOWN_IMAGES)
+    mean, std = restored["mean"][shown], restored["std"][shown]
+    if len(model.shape) == 2:
+        figure = plots.signals(mean, std, "reconstructions", raw[shown])
+    elif len(model.shape) > 2:
+        x = scaling(torch.from_numpy(raw[shown]))
         reconstruction = model.reconstruct(x)
-        mean, std = reconstruction.mean.numpy(), reconstruction.std.numpy()
-        figure = plots.reconstructions(x.numpy(), mean, std)
+        images = (x, reconstruction.mean, reconstruction.std)
+        scale = float(scaling.scale.mean())
+        figure = plots.reconstructions(*[plots.pictures(it.numpy()) for it in images], scale=scale)
+        if len(model.shape) == 4:
+            figure.suptitle("middle slices of the volumes")
     else:
-        shown = slice(0, SHOWN_ROWS)
-        mean, std = restored["mean"][shown], restored["std"][shown]
         figure = plots.table_reconstructions(raw[shown], mean, std, _column_names(model))
 
-    path, picture = folder / "reconstructions.npz", folder / "reconstructions.png"
+    paths = [folder / f"reconstructions.{ending}" for ending in ("npz", "csv", "png")]
     with exclusive_outputs(folder, "reconstruction"):
-        with whole_file(path) as temporary:
-            # NumPy's types take any keyword argument for its own flag.
-            np.savez_compressed(temporary, data=raw, **restored)  # type: ignore[arg-type]
-        return [path, plots.save(figure, picture)]
+        with whole_file(paths[0]) as temporary:
+            arrays: dict[str, Any] = {"data": raw, **restored, "name": np.array(names, np.str_)}
+            np.savez_compressed(temporary, **arrays)
+        with whole_file(paths[1]) as temporary:
+            _write_table(temporary, names, restored["error"], restored["std"])
+        plots.save(figure, paths[2])
+    return paths
+
+
+def _write_table(
+    path: Path, names: list[str], error: NDArray[np.float32], std: NDArray[np.float32]
+) -> None:
+    """Write what is said of whole examples: name, root mean squared error and std, raw units."""
+    axes = tuple(range(1, error.ndim))
+    rms_error, rms_std = (
+        np.sqrt(np.square(values, dtype=np.float64).mean(axes)) for values in (error, std)
+    )
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["row", "name", "rms_error", "rms_std"])
+        for row, name in enumerate(names):
+            table.writerow([row, name, f"{rms_error[row]:.6g}", f"{rms_std[row]:.6g}"])
 
 
 @torch.no_grad()
@@ -192,8 +226,9 @@ def write_reconstructed_table(model: VAE, raw: NDArray[Any], path: Path) -> list
     x = torch.from_numpy(raw)
     model.scaling.check(x)
     parts = [model.reconstruct(model.scaling(rows)) for rows in torch.split(x, DECODED_AT_ONCE)]
-    mean = model.scaling.restore(torch.cat([part.mean for part in parts])).numpy()
-    std = model.scaling.restore_std(torch.cat([part.std for part in parts])).numpy()
+    means = torch.cat([part.mean for part in parts])
+    mean = model.scaling.restore(means).numpy()
+    std = model.scaling.restore_std(torch.cat([part.std for part in parts]), means).numpy()
     return [_write_columns(path, model, mean), _write_columns(beside(path, "std"), model, std)]
 
 

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import roc_auc_score
 
 from equipoise.files import whole_file
@@ -64,8 +64,9 @@ def tile(
     """Arrange images in a grid.
 
     Args:
-        images: images, (N, C, H, W) with C = 1 or 3.
-        columns: number of columns of the grid; None for a grid that is about square.
+        images: images, (N, C, H, W).
+        columns: number of columns of the grid; None for a grid that is about square, in which
+            strips are stacked.
         gap: number of pixels between images.
         fill: value of the gaps and of the empty places.
 
@@ -73,7 +74,7 @@ def tile(
         The grid as one image, (H', W', C).
     """
     n, channels, height, width = images.shape
-    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    columns = min(n, columns or math.ceil(math.sqrt(n * height / width)))
     rows = math.ceil(n / columns)
 
     grid_height = rows * (height + gap) - gap
@@ -89,13 +90,111 @@ def tile(
     return grid
 
 
-def samples(means: Images, stds: Images | None, title: str) -> Figure:
+def pictures(values: Num[np.ndarray, "n channels *space"]) -> Num[np.ndarray, "n bands h w"]:
+    """Make images of what has no two sides.
+
+    Args:
+        values: images (N, C, H, W), volumes (N, C, D, H, W) or signals (N, C, L).
+
+    Returns:
+        Images as they are, the middle slice of volumes, and signals as strips, one row of 8 pixels
+        for each channel.
+    """
+    if values.ndim == 5:
+        return values[:, :, values.shape[2] // 2]
+    if values.ndim == 3:
+        return np.repeat(values, 8, axis=1)[:, None]
+    return values
+
+
+def signals(
+    means: Num[np.ndarray, "n channels length"],
+    stds: Num[np.ndarray, "n channels length"],
+    title: str,
+    x: Num[np.ndarray, "n channels length"] | None = None,
+) -> Figure:
+    """Signals as lines, with a band of one predicted std on either side.
+
+    Args:
+        means: reconstructions or samples, (N, C, L), of which the first nine are drawn.
+        stds: predicted standard deviations, of the same shape and unit.
+        title: title of the figure.
+        x: the data, of the same shape; None for samples.
+
+    Returns:
+        The figure. Channels are drawn below each other.
+    """
+    n = min(9, len(means))
+    spread = float(np.ptp(means)) or 1.0
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 2.2 * math.ceil(n / 3)), layout="constrained")
+        axes = figure.subplots(math.ceil(n / 3), 3, squeeze=False, sharex=True, sharey=True)
+        for i, axis in enumerate(axes.flat):
+            if i >= n:
+                axis.set_axis_off()
+                continue
+            for channel in range(means.shape[1]):
+                shift = -channel * spread
+                mean, std = means[i, channel] + shift, stds[i, channel]
+                steps = np.arange(len(mean))
+                axis.fill_between(steps, mean - std, mean + std, color=BLUE, alpha=0.25, lw=0)
+                axis.plot(steps, mean, color=BLUE, lw=1, label="mean ± std" if not channel else "")
+                if x is not None:
+                    label = "data" if not channel else ""
+                    axis.plot(steps, x[i, channel] + shift, color=ORANGE, lw=0.7, label=label)
+        axes[0, 0].legend(frameon=False, fontsize=7)
+        figure.suptitle(title)
+    return figure
+
+
+def band_colours(reference: Images) -> Callable[[Images], NDArray[Any]]:
+    """Choose how bands become colours: those of one set of images serve others, to compare them.
+
+    Args:
+        reference: images, (N, C, H, W).
+
+    Returns:
+        A function of images, (N, C, H, W). Grey images and colours, C of 1 or 3, stay as they are.
+        Two bands are red and cyan, so that equal ones are grey. Of others the principal three of
+        the reference are red, green and blue, each over the range of 98 % of its pixels.
+    """
+    channels = reference.shape[1]
+    if channels in (1, 3):
+        return lambda images: images
+    if channels == 2:
+        return lambda images: images[:, [0, 1, 1]]
+
+    pixels = np.moveaxis(reference, 1, -1).reshape(-1, channels).astype(np.float64)
+    mean = pixels.mean(0)
+    _, vectors = np.linalg.eigh((pixels - mean).T @ (pixels - mean))
+    axes = vectors[:, ::-1][:, :3]
+    # More of all bands together is brighter.
+    axes = axes * np.where(axes.sum(0) < 0, -1.0, 1.0)
+    low, high = np.quantile((pixels - mean) @ axes, [0.01, 0.99], axis=0)
+
+    def colours(images: Images) -> NDArray[Any]:
+        scores = (np.moveaxis(images, 1, -1).astype(np.float64) - mean) @ axes
+        return np.moveaxis((scores - low) / np.maximum(high - low, 1e-12), -1, 1)
+
+    return colours
+
+
+def _band_note(images: Images) -> str:
+    """Says for the title which bands are shown."""
+    channels = images.shape[1]
+    if channels in (1, 3):
+        return ""
+    return "\nred, cyan: 2 bands" if channels == 2 else f"\nprincipal 3 of {channels} bands"
+
+
+def samples(means: Images, stds: Images | None, title: str, scale: float | None = None) -> Figure:
     """Samples and the predicted std beside them (the paper's figure 4).
 
     Args:
         means: means of the samples, (N, C, H, W) in [0, 1].
         stds: predicted standard deviations of the same shape and unit; None to show the means only.
         title: title of the samples, which names their source.
+        scale: the unit of the data that is 1 here, for the colour bar; None leaves it at 1.
 
     Returns:
         The figure.
@@ -104,10 +203,17 @@ def samples(means: Images, stds: Images | None, title: str) -> Figure:
     if stds is not None:
         maps["predicted std"] = stds
 
-    return _side_by_side({title: means}, maps)
+    return _side_by_side({title: means}, maps, scale)
 
 
-def reconstructions(x: Images, means: Images, stds: Images, *, show_inputs: bool = True) -> Figure:
+def reconstructions(
+    x: Images,
+    means: Images,
+    stds: Images,
+    *,
+    show_inputs: bool = True,
+    scale: float | None = None,
+) -> Figure:
     """Inputs, their reconstructions, predicted std and actual error (the paper's figure 3).
 
     Args:
@@ -115,6 +221,7 @@ def reconstructions(x: Images, means: Images, stds: Images, *, show_inputs: bool
         means: reconstructions, of the same shape.
         stds: predicted standard deviations, of the same shape and unit.
         show_inputs: whether to show the inputs. False is for data that may not be shown.
+        scale: the unit of the data that is 1 here, for the colour bar; None leaves it at 1.
 
     Returns:
         The figure. Both maps share one colour bar, so that a good std map looks like the error.
@@ -123,7 +230,7 @@ def reconstructions(x: Images, means: Images, stds: Images, *, show_inputs: bool
     if show_inputs:
         images = {"input": x, "reconstruction": means}
 
-    return _side_by_side(images, {"predicted std": stds, "|error|": np.abs(x - means)})
+    return _side_by_side(images, {"predicted std": stds, "|error|": np.abs(x - means)}, scale)
 
 
 def channel_rms(maps: Images) -> Num[np.ndarray, "n 1 height width"]:
@@ -139,7 +246,9 @@ def channel_rms(maps: Images) -> Num[np.ndarray, "n 1 height width"]:
     return rms
 
 
-def _side_by_side(images: dict[str, Images], maps: dict[str, Images]) -> Figure:
+def _side_by_side(
+    images: dict[str, Images], maps: dict[str, Images], scale: float | None = None
+) -> Figure:
     """Grids of images, then grids of maps with a common scale and colour bar.
 
     The common scale makes the maps comparable.
@@ -153,11 +262,13 @@ def _side_by_side(images: dict[str, Images], maps: dict[str, Images]) -> Figure:
             axis.set_title(title)
             axis.set_axis_off()
 
+        colours = band_colours(next(iter(images.values())))
         for title, values in images.items():
-            _show_images(axes[title], values)
+            axes[title].set_title(title + _band_note(values))
+            _show_images(axes[title], colours(values))
 
         if maps:
-            _show_maps(figure, {axes[title]: values for title, values in maps.items()})
+            _show_maps(figure, {axes[title]: values for title, values in maps.items()}, scale)
 
     return figure
 
@@ -170,17 +281,31 @@ def _show_images(axis: Axes, images: Images) -> None:
     axis.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
-def _show_maps(figure: Figure, maps: dict[Axes, Images]) -> None:
-    rms = {axis: channel_rms(values) for axis, values in maps.items()}
+def _show_maps(figure: Figure, maps: dict[Axes, Images], scale: float | None) -> None:
+    unit = 1.0 if scale is None else scale
+    rms = {axis: channel_rms(values) * unit for axis, values in maps.items()}
 
-    # The few largest values would make all others dark.
-    top = max(float(np.quantile(values, 0.995)) for values in rms.values())
+    top = max(_top_of(values) for values in rms.values())
     for axis, values in rms.items():
-        grid = tile(values, fill=np.nan).squeeze()
+        grid = tile(values, fill=np.nan).squeeze((2,))
         image = axis.imshow(grid, cmap=UNCERTAINTY_MAP, vmin=0, vmax=top, interpolation="nearest")
 
     quantity = "std" if len(rms) == 1 else "std and error"
-    figure.colorbar(image, ax=list(rms), shrink=0.8, label=f"{quantity} (1 = full scale)")
+    of_what = "1 = full scale" if scale is None else "unit of the data"
+    is_cut = max(float(values.max()) for values in rms.values()) > top
+    figure.colorbar(
+        image,
+        ax=list(rms),
+        shrink=0.8,
+        label=f"{quantity} ({of_what})",
+        extend="max" if is_cut else "neither",
+    )
+
+
+def _top_of(maps: Images) -> float:
+    """End of a colour scale on which neither a few pixels nor one image make all others dark."""
+    of_each = np.quantile(maps.reshape(len(maps), -1), 0.995, axis=1)
+    return float(min(np.quantile(maps, 0.995), 3 * np.median(of_each))) or float(maps.max())
 
 
 def samples_compared(sets: dict[str, Images]) -> Figure:
@@ -198,10 +323,11 @@ def samples_compared(sets: dict[str, Images]) -> Figure:
     with mpl.rc_context(STYLE | {"figure.constrained_layout.wspace": 0.06}):
         figure = Figure(figsize=(2.7 * across, 2.9 * rows), layout="constrained")
 
+        colours = band_colours(next(iter(sets.values())))
         for i, (title, images) in enumerate(sets.items()):
-            axis = figure.add_subplot(rows, across, i + 1, title=title)
+            axis = figure.add_subplot(rows, across, i + 1, title=title + _band_note(images))
             axis.set_axis_off()
-            _show_images(axis, images)
+            _show_images(axis, colours(images))
 
     return figure
 

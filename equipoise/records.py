@@ -28,6 +28,8 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Limit = Annotated[int, Meta(ge=1, le=2**53)]
 Size = Annotated[int, Meta(ge=1, le=10_000_000)]
 """A number of dimensions, units or components."""
+ImageSize = Annotated[str, Meta(pattern=r"^\d{1,5}x\d{1,5}$")]
+"""Width and height of images."""
 Side = Annotated[int, Meta(ge=0, le=10_000_000)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Shape = Annotated[list[Side], Meta(max_length=4)]
@@ -70,8 +72,11 @@ class LoadArguments(TypedDict):
 
     source: Name
     data_dir: NotRequired[Name]
-    image_size: NotRequired[Size]
+    image_size: NotRequired[Size | ImageSize]
     channels: NotRequired[Literal["grey", "rgb"]]
+    pages: NotRequired[Literal["examples", "channels", "first"]]
+    fit: NotRequired[Literal["crop", "pad", "stretch"]]
+    pool: NotRequired[bool]
     test_fraction: NotRequired[Fraction]
     validation_fraction: NotRequired[Fraction]
     strict: NotRequired[bool]
@@ -93,7 +98,7 @@ class StreamArguments(TypedDict):
     buffer_size: NotRequired[Size]
     name: NotRequired[Name]
     column: NotRequired[Name]
-    image_size: NotRequired[Size]
+    image_size: NotRequired[Size | ImageSize]
     channels: NotRequired[Literal["grey", "rgb"]]
     max_pixels: NotRequired[Limit]
 
@@ -108,7 +113,7 @@ class DataRecord(TypedDict):
     n_test: Count
     source: Name
     load: dict[str, Any]
-    shape: Annotated[list[Size], Meta(min_length=1, max_length=3)]
+    shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
 
 
 class Settings(TypedDict):
@@ -307,7 +312,7 @@ class CorrelationFitRecord(TypedDict):
 class ModelDescription(TypedDict):
     """The description in ``model.safetensors``."""
 
-    shape: Annotated[list[Size], Meta(min_length=1, max_length=3)]
+    shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
     latent_dim: Size
     architecture: str | None
     width: Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -321,6 +326,7 @@ class ModelDescription(TypedDict):
     noise: NoiseRecord
     reads_gaps: NotRequired[bool]
     columns: NotRequired[list[Name]]
+    power_transform: NotRequired[bool]
     origin: NotRequired[Digest]
     codes_of: NotRequired[Digest]
     correlation_fit: NotRequired[CorrelationFitRecord]
@@ -365,7 +371,7 @@ class EstimatorDescription(TypedDict):
     random_state: int | None
     history: list[dict[str, Scalar]]
     prior: NotRequired[Literal["prior", "mixture"]]
-    example_shape: Annotated[list[Size], Meta(min_length=1, max_length=3)]
+    example_shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
     feature_names: list[str]
 
 

@@ -143,12 +143,14 @@ class Run:
         self,
         data_dir: str | Path | None = None,
         progress: Callable[[int, int], None] | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> Data:
         """Load the data that the run was trained on, in the way in which they were loaded then.
 
         Args:
             data_dir: Where to look first for a named data set. None looks where training did.
             progress: Called with (done, total) while images are decoded.
+            say: Called with the size and place of a cache before it is written.
 
         Returns:
             The data, with the same split.
@@ -180,7 +182,7 @@ class Run:
         else:
             if data_dir is not None:
                 loading["data_dir"] = data_dir
-            data = load(**loading, progress=progress)
+            data = load(**loading, progress=progress, say=say)
 
         self.check_data(data)
         return data

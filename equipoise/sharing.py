@@ -219,7 +219,7 @@ run = equipoise.Run("{PREFIX}{name}")
 model, mixture = run.model({networks}), run.mixture()
 drawn = model.generate(16, mixture)
 samples = model.scaling.restore_levels(drawn.mean)  # in the units of the data
-std = model.scaling.restore_std(drawn.std)
+std = model.scaling.restore_std(drawn.std, drawn.mean)
 ```
 {note}"""
 

@@ -173,10 +173,12 @@ def mixture_warnings(fit: MixtureFit) -> list[str]:
     """
     warnings = []
     if fit.n_floored:
+        # 'auto' has compared numbers of components on held-out codes.
+        remedy = "give a lower n_components" if fit.held_out else "lower it, or n_components=auto"
         warnings.append(
             f"{fit.n_floored} of the mixture's {fit.mixture.n_components} components have shrunk "
             "to their floor; its density is not to be trusted. There are too many components for "
-            "the codes: lower n_components, or n_components=auto."
+            f"the codes: {remedy}."
         )
     if fit.n_flat:
         warnings.append(

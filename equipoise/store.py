@@ -25,7 +25,7 @@ from equipoise.aggregate import GaussianMixture
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.files import StoreError, check_text, owner_of, whole_file
 from equipoise.flow_fit import CodeFlow
-from equipoise.model import VAE, Scaling, encoder_shape
+from equipoise.model import VAE, PowerScaling, Scaling, encoder_shape
 from equipoise.networks import build_decoder, build_encoder
 from equipoise.noise import GlobalNoise, build_noise
 from equipoise.records import (
@@ -436,12 +436,13 @@ def _build_model(
 ) -> VAE:
     """Build the module that a description is of, with meaningless weights."""
     encoder, decoder = _build_networks(description, encoder, decoder, what)
-    scaling = Scaling(
-        torch.zeros(description["offset_shape"]),
-        torch.ones(description["scale_shape"]),
-        description["quantum"],
-        tuple(description.get("columns", ())),
-    )
+    offset, scale = torch.zeros(description["offset_shape"]), torch.ones(description["scale_shape"])
+    columns = tuple(description.get("columns", ()))
+    scaling = Scaling(offset, scale, description["quantum"], columns)
+    if description.get("power_transform", False):
+        # Tensors of their own, which are filled one by one.
+        powers, centre, spread = (torch.ones_like(scale) for _ in range(3))
+        scaling = PowerScaling(offset, scale, powers, centre, spread, columns)
     if scaling.columns and [len(scaling.columns)] != description["shape"]:
         raise ValueError("its columns have other names than there are columns")
 

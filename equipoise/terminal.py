@@ -1,5 +1,6 @@
 """What a user sees while a job runs: live bars on a terminal, and plain lines anywhere else."""
 
+import re
 import sys
 import time
 from typing import Any, TextIO
@@ -190,7 +191,12 @@ def format_section(name: str, section: dict[str, Any], width: int = 100) -> str:
     for keys, figure in leaves(section):
         n = figure.get("n") if isinstance(figure, dict) else None
         count = f"{n:,}" if n else ""
-        table.add_row(title(keys), format_figure(figure), count, term(measure(keys)[0]).unit)
+        name = title(keys)
+        first = re.search(r", first (\d+)", name)
+        if first and n and n < int(first[1]):
+            # There are no more examples, of which these would be the first.
+            name = name.replace(first[0], "")
+        table.add_row(name, format_figure(figure), count, term(measure(keys)[0]).unit)
 
     console = Console(width=width, color_system=None)
     with console.capture() as capture:

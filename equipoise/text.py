@@ -40,3 +40,27 @@ def _shown(character: str) -> str:
 
 _KEPT = "\n\t\u00a0\u2007\u2009\u202f"
 """Line ends and blanks, which harm nobody although Python does not count them as printable."""
+
+
+def parse_size(image_size: int | str) -> tuple[int, int]:
+    """Read the size of images.
+
+    Args:
+        image_size: Pixels a side, or WIDTHxHEIGHT.
+
+    Returns:
+        Width and height.
+
+    Raises:
+        ValueError: If it is neither.
+
+    Example:
+        >>> parse_size(64), parse_size("64x48")
+        ((64, 64), (64, 48))
+    """
+    sides = str(image_size).split("x")
+    if not all(side.isascii() and side.isdigit() for side in sides) or len(sides) > 2:
+        raise ValueError(
+            f"image_size must be a number of pixels, or WIDTHxHEIGHT as in 64x48, not {image_size}"
+        )
+    return int(sides[0]), int(sides[-1])

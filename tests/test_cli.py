@@ -68,7 +68,7 @@ def test_the_main_job_tells_what_it_does_and_where_to_look(trained):
         "1,455 training",
         "Stage 1",
         "Optimal noise variance",
-        "IWAE-20, first 500",
+        "│ IWAE-20  ",
         "equipoise evaluate",
         str(folder.folder),
         "equipoise sample",
@@ -290,6 +290,37 @@ def test_resume_goes_on_with_the_runs_own_data_and_options(trained, tmp_path, ca
     assert "leave out --set, mnist" in printed
     assert "leave out --strict" in refused("train", "--resume", copy, "--strict", capsys=capsys)
     assert "not a run" in refused("train", "--resume", tmp_path / "nowhere", capsys=capsys)
+
+
+def test_resume_auto_starts_goes_on_and_has_enough(trained, tmp_path, capsys):
+    """The same line does all three, and refuses what the run was not trained with."""
+    folder = tmp_path / "run"
+    line = ["train", "digits", "--out", str(folder), *QUICK, "--resume", "auto"]
+    main(line)
+    started = Run(folder)
+    assert started.history()[-1]["train_elbo"] == trained[0].history()[-1]["train_elbo"]
+
+    weights = started.model_file.read_bytes()
+    started.model_file.unlink()
+    capsys.readouterr()
+    main(line)
+    assert "Resumed step-" in capsys.readouterr().out
+    assert started.model_file.read_bytes() == weights
+
+    written = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+    main(line)
+    assert "is trained already" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == written
+
+    other = [*line, "--set", "width=3"]
+    assert "other values of width" in refused(*other, capsys=capsys)
+    started.model_file.unlink()
+    assert "other values of width" in refused(*other, capsys=capsys)
+    np.save(tmp_path / "other.npy", np.random.default_rng(0).normal(size=(200, 8)))
+    elsewhere = [str(tmp_path / "other.npy") if part == "digits" else part for part in line]
+    assert "Give the same data" in refused(*elsewhere, capsys=capsys)
+    assert "needs --out" in refused("train", "--resume", "auto", capsys=capsys)
+    assert "--resume auto" in refused("train", "--out", folder, *QUICK, capsys=capsys)
 
 
 def test_a_run_from_python_does_not_take_other_data_for_its_own(tmp_path, capsys):

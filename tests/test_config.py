@@ -285,3 +285,37 @@ def test_what_is_valid_is_read_back_as_it_was():
         config = unchecked(values)
         assert not config.problems()
         assert make_config(config.as_dict()) == config
+
+
+def test_every_recipe_sets_the_size_of_its_batches():
+    """'auto' chooses by the number of examples, of which benchmarks and tests take fewer."""
+    for file in shipped_recipes().values():
+        assert isinstance(read_recipe(file)["batch_size"], int)
+
+
+@pytest.mark.parametrize("n", [1, 20, 511, 512, 1023, 1024, 1620, 8191, 8192, 10**7])
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_automatic_batches_make_enough_steps(n, processes):
+    size = TrainConfig().step_size(n, processes)
+    assert size % processes == 0
+    assert 16 <= size < 256 + processes
+    if size >= 32 and processes == 1:
+        assert n // size >= 32
+    assert size == 16 or n < 64 * size or size >= 256
+    assert TrainConfig(batch_size=100).step_size(n) == 100
+
+
+@pytest.mark.parametrize(
+    ("image_size", "message"),
+    [
+        ("64x", "WIDTHxHEIGHT"),
+        ("axb", "WIDTHxHEIGHT"),
+        ("4x64", "from 8 to 4096 pixels a side, got 4x64"),
+        ("64x5000", "from 8 to 4096"),
+    ],
+)
+def test_two_sides_are_checked_as_one(image_size, message):
+    assert make_config({"image_size": "64x48"}).image_size == "64x48"
+    assert make_config({"image_size": "64"}).image_size == 64
+    with pytest.raises(ConfigError, match=message):
+        make_config({"image_size": image_size})

@@ -14,6 +14,8 @@ from PIL import Image
 
 from equipoise.data import Data, Subset, load, split
 from equipoise.data import arrays as arrays_module
+from equipoise.data.arrays import level_scale
+from equipoise.model import Scaling
 
 RANDOM = np.random.default_rng(0)
 GREY = RANDOM.integers(0, 256, (40, 9, 12), dtype=np.uint8)
@@ -132,9 +134,60 @@ def test_integers_in_range_become_uint8_with_a_note():
 
 def test_wide_integers_are_rescaled_and_keep_their_quantum():
     data = load(GREY.astype(np.uint16) * 200)
-    assert data.train.dtype == np.float32
+    assert data.train.dtype == np.int32
     assert data.quantum == pytest.approx(1 / float(data.scale))
-    assert units(data, everything(data)).max() == 1
+    assert units(data, everything(data)).max() == pytest.approx(51_000 / 65_536, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [
+        (np.uint8, 0, 255),
+        (np.int8, -128, 127),
+        (np.uint16, 0, 65_535),
+        (np.uint16, 30_000, 31_020),
+        (np.uint16, 0, 4_095),
+        (np.int16, -32_768, 32_767),
+        (np.int16, -1_000, 3_071),
+        (np.int32, -(2**23), 2**23 - 1),
+        (np.int32, 2**31 - 1_042, 2**31 - 1),
+        (np.uint32, 2**30, 2**30 + 40_000),
+        (np.int64, -41, 300),
+        (np.uint64, 0, 100_000),
+        (np.dtype(">u2"), 5, 999),
+    ],
+)
+def test_every_level_comes_back_to_the_bit(dtype, low, high):
+    levels = np.random.default_rng(0).integers(low, high, (40, 9, 12), endpoint=True)
+    levels[0, 0, :2] = low, high
+    data = load(levels.astype(dtype))
+    scaling = Scaling(torch.from_numpy(data.offset), torch.from_numpy(data.scale), data.quantum)
+    raw = torch.from_numpy(everything(data))
+    parts = (data.train, data.validation, data.test)
+    levels = levels[np.concatenate([part.indices for part in parts])]
+
+    scaling.check(raw)
+    x = scaling(raw)
+    assert x.min() >= 0
+    assert 0.74 < x.max() <= 1 + 1e-6
+    assert np.array_equal(scaling.restore_levels(x)[:, 0], levels)
+    if max(-low, high) <= 2**24:
+        assert np.array_equal(scaling.restore(x)[:, 0], levels)
+
+
+def test_more_levels_than_float32_has_are_real_numbers_with_a_caution():
+    levels = np.random.default_rng(0).integers(0, 2**31, (40, 9, 12), dtype=np.uint32)
+    data = load(levels)
+    assert (data.train.dtype, data.quantum) == (np.float32, None)
+    assert "float32 does not resolve so many levels" in data.cautions[0]
+
+
+@pytest.mark.parametrize("n_steps", [*range(1, 200), 1_000, 40_001, 65_535, 100_000])
+def test_the_scale_of_levels_is_exact_and_at_most_a_third_too_large(n_steps):
+    scale = np.float32(level_scale(n_steps))
+    levels = np.arange(n_steps + 1, dtype=np.float32)
+    assert np.array_equal((levels / scale) * scale, levels)
+    assert n_steps <= scale <= n_steps * 4 / 3 + 1
 
 
 def test_two_valued_images():
@@ -219,11 +272,11 @@ def with_value(value: float) -> np.ndarray:
     [
         (np.array(3.0), "expected a table"),
         (np.zeros(20), "expected a table"),
-        (np.zeros((20, 3, 8, 8, 8)), "expected a table"),
+        (np.zeros((20, 3, 8, 8, 8, 8)), "expected a table"),
         (np.zeros((20, 0)), "holds no values"),
-        (np.zeros((20, 7, 9, 9)), "cannot tell the channels"),
+        (np.zeros((20, 9, 9, 9)), "cannot tell the channels"),
         (np.zeros((20, 3, 32, 3)), "cannot tell the channels"),
-        (GREY[:, :7], "12x7; each side must be at least 8"),
+        (GREY[:, None, :7], "12x7; each side must be at least 8"),
         (GREY[:9], "too few training examples: 9 of at least 10"),
         (np.full((20, 8, 8), 5, np.uint8), "nothing to learn"),
         (np.full((20, 4), 5.0), "nothing to learn"),
@@ -398,6 +451,7 @@ def bad_files(tmp_path):
     np.save(tmp_path / "cut.npy", GREY)
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-100])
     (tmp_path / "table.xlsx").write_text("1,2\n")
+    (tmp_path / "table.csv").write_text("1,2\n")
     return tmp_path
 
 
@@ -415,6 +469,7 @@ def bad_files(tmp_path):
         ("cut.npy", "cannot be read"),
         ("table.xlsx", "type that cannot be read; expected one of digits"),
         ("tabel.xlsx", "did you mean .*table.xlsx"),
+        ("table.csv", "too few training examples"),
     ],
 )
 def test_unusable_files_are_refused_by_name(bad_files, name, message):

@@ -9,13 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from lightning_fabric import Fabric
 
 from equipoise.config import ConfigError, make_config
@@ -119,6 +123,98 @@ def test_processes_stopped_and_killed_resume_bit_for_bit(by_two, tmp_path):
     assert without_times(run.history()) == without_times(by_two.history())
 
 
+def workers_of(process):
+    """The processes that torchrun has started, by their rank."""
+    ranks = {}
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        try:
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        ranks |= {
+            int(variable[5:]): int(child) for variable in variables if variable.startswith(b"RANK=")
+        }
+    return ranks
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_torchrun_starts_again_what_was_killed(by_two, tmp_path, killed):
+    """One of two processes is killed; the same line goes on and ends bit for bit."""
+    run = Run(tmp_path / "run")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    line = ["-m", "equipoise", "train", "--out", run.folder, *OPTIONS, "--resume", "auto"]
+    with subprocess.Popen(
+        [*torchrun, "--max-restarts", "3", *map(str, line)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        while len(run.history()) < 2:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        os.kill(workers_of(process)[killed], signal.SIGKILL)
+        try:
+            told = process.communicate(timeout=120)[0]
+        finally:
+            process.terminate()
+    assert process.returncode == 0, told
+    assert "Resumed step-" in told
+    assert_same_files(run, by_two)
+    assert without_times(run.history()) == without_times(by_two.history())
+
+
+class Interruptions(RuleBasedStateMachine):
+    """A run that is stopped and goes on with another number of processes, again and again."""
+
+    def __init__(self):
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.run = Run(Path(self.folder.name) / "run")
+
+    def line(self, processes):
+        return [
+            *(*TRAIN, "--out", str(self.run.folder), *OPTIONS),
+            *("--resume", "auto", "--devices", str(processes)),
+        ]
+
+    @rule(
+        processes=st.integers(1, 3),
+        number=st.sampled_from([signal.SIGTERM, signal.SIGKILL]),
+        more_epochs=st.integers(0, 2),
+        wait=st.floats(0, 1),
+    )
+    def interrupted(self, processes, number, more_epochs, wait):
+        rows = len(self.run.history()) if self.run.folder.exists() else 0
+        with subprocess.Popen(
+            self.line(processes), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as process:
+            while process.poll() is None and len(self.run.history()) < rows + more_epochs:
+                time.sleep(0.01)
+            time.sleep(wait)
+            process.send_signal(number)
+            told = process.communicate(timeout=300)[1]
+        assert process.returncode in (0, 143, -number), told
+
+    def teardown(self):
+        done = run_command(*self.line(2))
+        assert done.returncode == 0, done.stderr
+        assert_close_runs(self.run, self.expected)
+        self.folder.cleanup()
+
+
+@pytest.mark.slow
+def test_any_sequence_of_processes_and_kills_gives_the_curve_of_one(by_two):
+    Interruptions.expected = by_two
+    run_state_machine_as_test(
+        Interruptions,
+        settings=settings(
+            max_examples=4, stateful_step_count=4, deadline=None, derandomize=True, database=None
+        ),
+    )
+
+
 @pytest.mark.slow
 def test_another_number_of_processes_may_go_on(by_two, tmp_path):
     run = Run(tmp_path / "run")
@@ -143,19 +239,112 @@ def test_torchrun_is_another_way_to_start(by_two, tmp_path):
     assert done.stdout.count("Test set") == 2, "one process speaks, once per stage"
 
 
-def test_wrong_input_is_told_before_there_are_processes(tmp_path):
-    done = run_command(
-        *TRAIN,
-        "--out",
-        tmp_path / "run",
-        "--devices",
-        "2",
-        "--set",
-        "objective=wae-mmd",
-        "batch_size=9",
+@pytest.mark.parametrize(
+    ("objective", "processes"),
+    [
+        ("dip-vae-ii", 3),
+        pytest.param("sigma-vae", 2, marks=pytest.mark.slow),
+        pytest.param("sigma-vae", 3, marks=pytest.mark.slow),
+        pytest.param("dip-vae-i", 2, marks=pytest.mark.slow),
+        pytest.param("wae-mmd", 2, marks=pytest.mark.slow),
+        pytest.param("wae-mmd", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_objectives_of_whole_batches_give_the_curve_of_one_process(objective, processes, tmp_path):
+    """1,455 examples: the last batch has 15 of them, or 5 per process."""
+    options = [
+        *("--quiet", "--set", f"objective={objective}", "latent_dim=4", "width=4"),
+        *("batch_size=96", "stage_1_epochs=3", "n_components=2", "accelerator=cpu"),
+    ]
+    one, several = Run(tmp_path / "one"), Run(tmp_path / "several")
+    for run, devices in ((one, 1), (several, processes)):
+        done = run_command(*TRAIN, "--out", run.folder, *options, f"devices={devices}")
+        assert done.returncode == 0, done.stderr
+    for row, other in zip(
+        without_times(one.history()), without_times(several.history()), strict=True
+    ):
+        assert row.pop("decision") == other.pop("decision")
+        assert row == pytest.approx(other, rel=1e-4)
+
+
+def test_parts_of_a_folder_give_the_curve_of_one_process(tmp_path):
+    """Each process reads its own files. The curve is the same."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "parts").mkdir()
+    mixing = rng.normal(size=(3, 8))
+    for number in range(6):
+        values = rng.normal(size=(300, 3)) @ mixing + 0.3 * rng.normal(size=(300, 8))
+        np.save(tmp_path / "parts" / f"{number}.npy", values.astype(np.float32))
+    options = [
+        *("--stream", "--quiet", "--set", "latent_dim=3", "width=2", "batch_size=64"),
+        *("stage_1_epochs=3", "stage_2_epochs=1", "n_components=2", "accelerator=cpu"),
+    ]
+    one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
+    for run, devices in ((one, "1"), (two, "2")):
+        line = [*TRAIN, tmp_path / "parts", "--out", run.folder, *options]
+        done = run_command(*line, "--devices", devices)
+        assert done.returncode == 0, done.stderr
+    for row, other in zip(without_times(one.history()), without_times(two.history()), strict=True):
+        assert row.pop("decision") == other.pop("decision")
+        assert row == pytest.approx(other, rel=1e-4)
+    done = run_command(*TRAIN, tmp_path / "parts", "--out", tmp_path / "none")
+    assert "--stream" in done.stderr
+
+
+SHARED_GRADIENTS = """
+import sys
+import torch
+from functools import partial
+from lightning_fabric import Fabric
+from equipoise.gaussian import SharedGenerator
+from equipoise.noise import GlobalNoise
+from equipoise.objectives import BatchVarianceElbo, DipVaeI, DipVaeII, WaeMmd
+from equipoise.training.engine import all_reduce_with_gradient, launch
+from equipoise.training.group import Group
+from tests.test_objectives import small_vae
+
+fabric = Fabric(accelerator="cpu", devices=3, strategy=Group())
+launch(fabric)
+rank = fabric.global_rank
+x = torch.rand(17, 1, 8, 8, generator=torch.Generator().manual_seed(1))  # 6, 6 and 5 examples
+
+
+def gradients(objective, x, generator, n):
+    objective.zero_grad()
+    loss = objective(x, generator).loss.sum() / n
+    loss.backward()
+    parameters = [p for p in objective.parameters() if p.grad is not None]
+    return torch.cat([p.grad.flatten() for p in parameters])
+
+
+for make in (BatchVarianceElbo, DipVaeI, DipVaeII, WaeMmd):
+    whole = gradients(make(small_vae(GlobalNoise())), x, torch.Generator().manual_seed(0), 17)
+    objective = make(small_vae(GlobalNoise()))
+    objective.all_reduce = partial(all_reduce_with_gradient, fabric)
+    draws = SharedGenerator(torch.Generator().manual_seed(0), 17, rank, 3)
+    part = gradients(objective, x[rank::3], draws, 17 / 3)
+    torch.distributed.all_reduce(part)
+    torch.testing.assert_close(part / 3, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
+if rank == 0:
+    print("equal")
+"""
+
+
+def test_gradients_of_whole_batches_are_those_of_one_process(tmp_path):
+    """Over parts of 6, 6 and 5 examples, averaged by the engine."""
+    script = tmp_path / "gradients.py"
+    script.write_text(SHARED_GRADIENTS)
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300
     )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "equal\n"
+
+
+def test_wrong_input_is_told_before_there_are_processes(tmp_path):
+    done = run_command(*TRAIN, "--out", tmp_path / "run", "--devices", "2", "--set", "batch_size=9")
     assert done.returncode == 2
-    assert "objective=wae-mmd needs whole batches" in done.stderr
     assert "batch_size=9 must be a multiple of the 2 processes" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -171,8 +360,8 @@ class SecondOfTwo(Fabric):
 
 def test_a_number_of_processes_chosen_by_torchrun_is_checked_too():
     data = load("digits")
-    config = make_config({"objective": "dip-vae-i"})
-    with pytest.raises(ConfigError, match="objective=dip-vae-i needs whole batches"):
+    config = make_config({"batch_size": 9})
+    with pytest.raises(ConfigError, match="must be a multiple of the 2 processes"):
         Trainer(make_model(data, config), data, config, fabric=SecondOfTwo())
 
 

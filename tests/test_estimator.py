@@ -76,6 +76,8 @@ def test_options_have_the_names_of_train_config_and_its_defaults():
     assert ours.pop("random_state") is None
     assert ours.pop("stage_1_epochs") == ours.pop("stage_2_epochs") == "auto"
     assert ours.pop("validation_fraction") == "auto"
+    # Where 'auto' sets the epochs by steps, few steps in an epoch do no harm.
+    assert ours.pop("batch_size") == 256
     assert ours == {name: theirs[name] for name in ours}
 
 

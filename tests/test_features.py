@@ -272,3 +272,16 @@ def test_features_of_a_users_own_module_are_computed_anew(digits, tmp_path):
     extractor = load_features(ChannelMeans(), digits)
     cached_features(extractor, digits.test, Batches(digits.test, 16).epoch(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5, 40])
+def test_images_of_any_number_of_bands_have_features(channels):
+    raw = np.random.default_rng(0).integers(0, 4096, (40, channels, 9, 9), dtype=np.uint16)
+    data = load(raw)
+    extractor = load_features("auto", data)
+    assert extractor.name == f"efficientnet-lite0 of {channels} bands in three groups"
+    rows = features_of(extractor, [torch.from_numpy(data.test[:])])
+    assert rows.shape == (4, 1280)
+    # Bands that change places are another image.
+    turned = torch.from_numpy(data.test[:]).flip(1)
+    assert not torch.allclose(rows, features_of(extractor, [turned]))

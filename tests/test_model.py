@@ -163,6 +163,32 @@ def test_data_in_another_unit_are_refused(quantum, raw, message):
         Scaling(torch.tensor(0.0), torch.tensor(16.0), quantum).check(raw)
 
 
+@pytest.mark.parametrize(
+    ("quantum", "scale", "raw"),
+    [
+        (1 / 16, 16.0, torch.tensor([[0, 20]], dtype=torch.uint8)),
+        (1 / 4095, 4095.0, torch.tensor([[0, 4000], [4096, 6000]], dtype=torch.int32)),
+        (None, 1.0, torch.tensor([[0.0, 1.2]])),
+        (None, 1.0, torch.cat([torch.rand(1, 200), torch.tensor([[300.0]])], 1)),
+    ],
+)
+def test_values_beyond_those_of_the_training_are_taken_and_noticed(quantum, scale, raw):
+    """Brighter pixels, and a hot one, are in the same unit; what is far beyond gets a word."""
+    scaling = Scaling(torch.tensor(0.0), torch.tensor(scale), quantum)
+    scaling.check(raw)
+    is_beyond = float(scaling(raw).max()) > 1.5
+    assert (scaling.range_warning(raw) is not None) == is_beyond
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
+def test_grey_levels_are_refused_where_white_is_one(share):
+    """Also if most of an image is black, and if it is one among many."""
+    raw = torch.zeros(50, 1, 20, 20)
+    raw[7].view(-1)[: int(share * 400)] = 255
+    with pytest.raises(ValueError, match="values from 0 to 1; these are from 0 to 255"):
+        Scaling(torch.tensor(0.0), torch.tensor(1.0)).check(raw)
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_scaling_needs_a_positive_scale(scale):
     with pytest.raises(ValueError, match="positive, finite scale"):

@@ -92,6 +92,25 @@ def test_auto_components_at_its_smallest_size(tmp_path):
     assert content["summary"]["found"] == content["summary"]["runs"] == 1
 
 
+def test_threads_at_their_smallest_size(tmp_path):
+    (row,) = run("threads", tmp_path / "x.json")["rows"]
+    assert 0 < row["least_milliseconds_with_one"] <= row["milliseconds_with_one"]
+    assert row["operations"] > row["parameters"]
+
+
+def test_streaming_scale_at_its_smallest_size(tmp_path):
+    rows = run("streaming_scale", tmp_path / "x.json")["rows"]
+    read = {
+        (row["source"], row["processes"], row["from_the_middle"]): row[
+            "bytes_read_over_bytes_of_the_data"
+        ]
+        for row in rows
+    }
+    for processes in (1, 2):
+        assert read["npy", processes, False] < 1.2
+        assert processes <= read["whole stream", processes, False] < 1.2 * processes
+
+
 def test_a_finished_row_is_not_computed_again(benchmark, tmp_path, capsys):
     experiment = benchmark("experiment")
     path = tmp_path / "results" / "x.json"

@@ -285,3 +285,46 @@ def test_figures_are_written_whole(tmp_path):
     with Image.open(path) as image:
         assert image.size[0] > 100
     assert [p.name for p in path.parent.iterdir()] == ["s.png"]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 200])
+def test_any_number_of_bands_becomes_colours(channels):
+    """Four bands are not colours and transparency; grey scenes stay grey in two bands."""
+    x = np.random.default_rng(0).random((6, channels, 9, 8))
+    shown = plots.band_colours(x)(x)
+    assert shown.shape == (6, 1 if channels == 1 else 3, 9, 8)
+    if channels in (1, 3):
+        np.testing.assert_array_equal(shown, x)
+
+    figure = plots.reconstructions(x, x, x)
+    for axis in figure.axes[:2]:
+        assert axis.images[0].get_array().shape[2:] == (() if channels == 1 else (3,))
+    assert (str(channels) in figure.axes[0].get_title()) == (channels not in (1, 3))
+
+
+def test_principal_bands_show_what_varies_most():
+    """A pattern over 50 bands is the first colour, whatever little noise there is, and bright."""
+    rng = np.random.default_rng(0)
+    pattern, spectrum = rng.random((8, 1, 9, 9)), 0.5 + rng.random((1, 50, 1, 1))
+    x = pattern * spectrum + 0.01 * rng.normal(size=(8, 50, 9, 9))
+    red = plots.band_colours(x)(x)[:, 0]
+    assert np.corrcoef(red.ravel(), pattern.ravel())[0, 1] > 0.999
+    assert np.mean((red > 0) & (red < 1)) > 0.97
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "grid"), [(12, 300, (5, 1)), (300, 12, (1, 5)), (9, 9, (2, 3))]
+)
+def test_strips_are_stacked(height, width, grid):
+    rows, columns = grid
+    tiled = plots.tile(np.zeros((5, 1, height, width)))
+    assert tiled.shape[:2] == (rows * (height + 1) - 1, columns * (width + 1) - 1)
+
+
+def test_one_bright_image_does_not_darken_the_maps_of_the_others():
+    maps = np.full((25, 1, 8, 8), 0.1)
+    maps[3] = 40.0
+    figure = plots.samples(maps, maps, "samples", scale=255.0)
+    (shown,) = figure.axes[1].images
+    assert shown.get_clim() == (0, pytest.approx(3 * 25.5))
+    assert "unit of the data" in figure.axes[2].get_ylabel()

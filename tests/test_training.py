@@ -991,7 +991,9 @@ def test_a_process_preempted_at_any_moment_resumes_to_the_same_run(tmp_path):
             told = process.communicate()[1]
         assert process.returncode == 143, (delay, told)
         assert "stopped by SIGTERM after step" in told
-        assert "go on from the last checkpoint with 'equipoise train --resume RUN'" in told
+        assert (
+            f"go on from the last checkpoint with 'equipoise train --resume {run.folder}'" in told
+        )
         arguments = ["--quiet", "--resume", run.folder]
     subprocess.run([*command, *arguments], check=True, capture_output=True)
     assert_same_files(run, whole)
@@ -1032,6 +1034,19 @@ def test_warnings(changes, expected, message):
 def test_what_was_learned_by_heart_is_warned_of():
     (warning,) = warnings_for(figures(), 0.1, floor_is_expected=False, overfitting=2.5)
     assert "2.5 times the squared error" in warning
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "advice"),
+    [
+        (70, "70 steps are too few: raise stage_1_epochs, or lower batch_size"),
+        (700, "train longer"),
+    ],
+)
+def test_the_advice_for_a_collapse_is_of_its_cause(n_steps, advice):
+    collapsed = figures(mse=0.1)
+    (warning,) = warnings_for(collapsed, 0.1, floor_is_expected=False, n_steps=n_steps)
+    assert advice in warning
 
 
 def test_a_healthy_model_has_no_warnings():

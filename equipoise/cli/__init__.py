@@ -5,6 +5,7 @@ during the imports is answered like any other.
 """
 
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Sequence
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Torch's own log writes traces of its C++ code beside the exceptions, which say the same.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    # Threads that wait sleep. Otherwise they take the cores from those that they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     INTERRUPTION.watch()
     sys.unraisablehook = _note_unraisable
     threading.excepthook = _note_in_thread
@@ -76,6 +79,9 @@ def _run(arguments: Sequence[str] | None) -> None:
             refuse_empty(options)
             command = COMMANDS[name]
             after_interruption = command.after_interruption
+            folder = getattr(options, "resume", None) or getattr(options, "out", None)
+            if folder and name == "train":
+                after_interruption = after_interruption.replace("RUN", shlex.quote(folder))
             command.run(options)
         except Preempted as error:
             # Of several processes, only the first has this code. The others end without a message.

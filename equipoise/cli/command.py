@@ -71,6 +71,15 @@ def add_limits(parser: ArgumentParser) -> None:
     )
 
 
+def add_no_split(parser: ArgumentParser) -> None:
+    """Describe ``--no-split`` for data to which a run is applied."""
+    parser.add_argument(
+        "--no-split",
+        action="store_true",
+        help="Take all images of a folder with the parts train, val and test.",
+    )
+
+
 def add_quiet(parser: ArgumentParser) -> None:
     """Describe ``--quiet``."""
     parser.add_argument(
@@ -122,17 +131,24 @@ def decoding_bar(terminal: "Terminal") -> Callable[[int, int], None]:
 
 def data_of(run: "Run", terminal: "Terminal", data_dir: str | None) -> "Data":
     """Load the data of a run, and show how far that is."""
-    return run.data(data_dir, decoding_bar(terminal))
+    return run.data(data_dir, decoding_bar(terminal), terminal.message)
 
 
-def other_examples(source: str, model: "VAE", options: Namespace, terminal: "Terminal") -> "Subset":
-    """Load examples for a model, and show how far that is."""
+def other_examples(
+    source: str, run: "Run", model: "VAE", options: Namespace, terminal: "Terminal"
+) -> "Subset":
+    """Load examples for the model of a run, show how far that is, and what is to be known."""
     from equipoise.data import load_examples
 
+    config = run.config()
     return load_examples(
         source,
         model.shape,
         columns=model.scaling.columns,
+        pages=config.pages,
+        fit=config.fit,
+        pool=getattr(options, "no_split", False),
+        on_note=lambda note: terminal.message(f"Note: {note}"),
         data_dir=options.data_dir,
         max_pixels=options.max_pixels,
         max_bytes=options.max_bytes,

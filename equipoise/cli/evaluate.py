@@ -7,6 +7,7 @@ from equipoise.cli.command import (
     Command,
     add_data_dir,
     add_limits,
+    add_no_split,
     add_quiet,
     add_run,
     data_of,
@@ -23,9 +24,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DATA",
-        help="Data to judge the run on, named as for 'equipoise train'. The default is the run's "
-        "own test set.",
+        help="Data to judge the run on, named as for 'equipoise train'. Of a folder with the parts "
+        "train, val and test, the test part is taken. The default is the run's own test set.",
     )
+    add_no_split(parser)
     parser.add_argument(
         "--against",
         metavar="DATA",
@@ -114,7 +116,7 @@ def _run(options: Namespace) -> None:
         def load_examples(source: str | None) -> Examples | None:
             if not source:
                 return None
-            return Examples(source, other_examples(source, model, options, terminal))
+            return Examples(source, other_examples(source, run, model, options, terminal))
 
         test = load_examples(options.data)
         against = load_examples(options.against)

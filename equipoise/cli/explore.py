@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 
 from equipoise.cli.command import Command, add_data_dir, add_run, data_of, open_terminal, paragraph
+from equipoise.config import ConfigError
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -32,6 +33,8 @@ def _run(options: Namespace) -> None:
     from equipoise.run import Run
 
     run = Run(options.run)
+    if len(run.settings()["data"]["shape"]) in (2, 4):
+        raise ConfigError(["the page is for images and tables, not for signals and volumes"])
     with open_terminal() as terminal:
         data = None
         if run.settings()["data"]["load"]:

@@ -75,7 +75,7 @@ def _run(options: Namespace) -> None:
         path = Path(options.out)
 
     with open_terminal(options.quiet) as terminal:
-        raw = torch.from_numpy(other_examples(options.table, model, options, terminal)[:])
+        raw = torch.from_numpy(other_examples(options.table, run, model, options, terminal)[:])
         found = impute(
             model,
             mixture,

@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
 from equipoise import __version__
 from equipoise.cli import (
+    cache,
     evaluate,
     explore,
     export,
@@ -33,6 +34,7 @@ COMMANDS = {
     "export": export.COMMAND,
     "paper": paper.COMMAND,
     "push": push.COMMAND,
+    "cache": cache.COMMAND,
 }
 
 

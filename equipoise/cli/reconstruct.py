@@ -7,11 +7,13 @@ from equipoise.cli.command import (
     Command,
     add_data_dir,
     add_limits,
+    add_no_split,
     add_run,
     data_of,
     list_written,
     open_terminal,
     other_examples,
+    paragraph,
     table_to_write,
 )
 from equipoise.config import ConfigError
@@ -24,9 +26,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "data",
         nargs="?",
         metavar="DATA",
-        help="Data to reconstruct, named as for 'equipoise train'. The default is the run's own "
+        help="Data to reconstruct, named as for 'equipoise train', or one image file. Of a folder "
+        "with the parts train, val and test, the test part is taken. The default is the run's own "
         "test set.",
     )
+    add_no_split(parser)
 
     parser.add_argument(
         "-n",
@@ -41,6 +45,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Folder to write to. The default is RUN/reconstructions. A path such as x.csv or "
         "x.parquet writes the means of a table, and their std to x-std.csv, with the names of its "
         "columns.",
+    )
+    parser.epilog = paragraph(
+        "reconstructions.npz has the arrays data, mean, std and error in the unit of the data, and "
+        "name: the file, or the row of the array, that each entry is. reconstructions.csv has the "
+        "name, the root mean squared error and the std of each. Values beyond those of the "
+        "training are taken with a warning; data in another unit are refused."
     )
 
 
@@ -60,12 +70,13 @@ def _run(options: Namespace) -> None:
         if options.data is None:
             examples = data_of(run, terminal, options.data_dir).test
         else:
-            examples = other_examples(options.data, model, options, terminal)
+            examples = other_examples(options.data, run, model, options, terminal)
+        examples = examples.take(slice(options.n))
 
         def write() -> list[Path]:
             if table is not None:
-                return write_reconstructed_table(model, examples[: options.n], table)
-            return write_reconstructions(model, examples[: options.n], folder)
+                return write_reconstructed_table(model, examples[:], table)
+            return write_reconstructions(model, examples, folder)
 
         terminal.message("\n".join(list_written(write, table.parent if table else folder)))
 

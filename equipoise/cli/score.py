@@ -79,7 +79,7 @@ def _run(options: Namespace) -> None:
         if options.table is None:
             raw, reference = data.test[:], data.validation[:]
         else:
-            raw = other_examples(options.table, model, options, terminal)[:]
+            raw = other_examples(options.table, run, model, options, terminal)[:]
 
         fewest = int(np.ceil(1 / rate - 1 - 1e-9))
         if len(reference) < fewest:

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from equipoise.run import Run
     from equipoise.terminal import Terminal
 
-SHORTHANDS = (*PLACEMENT, "precision")
-"""Options of the machine, which have flags of their own."""
+AUTO = "auto"
+"""The value of --resume that starts a run or goes on with it."""
+SHORTHANDS = (*PLACEMENT, "precision", "fit", "pages")
+"""Options with flags of their own: those of the machine, and those of image files."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -98,12 +100,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="Continue an interrupted run, with its own data and options.",
+        help="Continue an interrupted run, with its own data and options. '--resume auto', with "
+        "--out, continues the run in that folder if there is one, and starts it if there is none, "
+        "so that one line starts and restarts it.",
     )
 
     for name in SHORTHANDS:
         flag = "--" + name.replace("_", "-")
-        metavar = "P" if name == "precision" else "N"
+        metavar = {"precision": "P", "fit": "WAY", "pages": "USE"}.get(name, "N")
         parser.add_argument(flag, metavar=metavar, help=f"The same as --set {name}={metavar}.")
 
     add_data_dir(parser)
@@ -116,8 +120,15 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="Read data from the Hugging Face hub, or from a local copy (hf:PATH), anew in every "
-        "epoch, without keeping the examples. Needs the extra 'hub'.",
+        help="Read the data anew in every epoch, without keeping the examples: a folder of .npy or "
+        ".parquet files, of which each process reads its own part, or data from the Hugging Face "
+        "hub or a local copy (hf:PATH). All but .npy needs the extra 'hub'.",
+    )
+    parser.add_argument(
+        "--no-split",
+        action="store_true",
+        help="Pool a folder's own parts (train, val, test) and split anew. By default they are "
+        "used as such.",
     )
     parser.add_argument(
         "--strict",
@@ -129,7 +140,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     about_sigterm = paragraph(
         "Clusters send SIGTERM before they take a machine back. Training then writes a checkpoint "
         "and ends with the exit code 143. 'equipoise train --resume RUN' continues from the same "
-        "step, and ends with the same result as a training without an interruption."
+        "step, and ends with the same result as a training without an interruption. "
+        "'equipoise train DATA --out RUN --resume auto' is the same line for start and restart."
     )
 
     options = {}
@@ -150,7 +162,14 @@ def _run(options: Namespace) -> None:
     # Fabric logs a line for each process that it starts.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
-    if options.resume:
+    is_auto = options.resume == AUTO
+    if is_auto and not options.out:
+        raise ConfigError(
+            ["--resume auto needs --out RUN: the folder to look into, the same each time"]
+        )
+    is_resumed = bool(options.resume) and not is_auto
+
+    if is_resumed:
         _refuse_with_resume(options)
         run_to_resume = Run(options.resume)
         placement = {name: getattr(options, name) for name in PLACEMENT if getattr(options, name)}
@@ -159,8 +178,8 @@ def _run(options: Namespace) -> None:
         config, source = _resolve(options)
 
     with open_terminal(quiet=options.quiet, silent=not is_main_process()) as terminal:
-        if options.resume:
-            data = run_to_resume.data(options.data_dir, decoding_bar(terminal))
+        if is_resumed:
+            data = run_to_resume.data(options.data_dir, decoding_bar(terminal), terminal.message)
         else:
             if options.dry_run:
                 _describe_table(source, options, terminal)
@@ -180,22 +199,22 @@ def _run(options: Namespace) -> None:
         run = train(
             data,
             config,
-            options.resume or options.out,
-            resume=bool(options.resume),
+            options.resume if is_resumed else options.out,
+            resume="auto" if is_auto else is_resumed,
             force=options.force,
             sinks=[terminal],
             command=["equipoise", *sys.argv[1:]],
             on_mixture=show_mixture,
         )
         if is_main_process():
-            _finish(run, data, terminal)
+            _finish(run, data, terminal, is_evaluation_kept=is_auto)
 
 
 def _refuse_with_resume(options: Namespace) -> None:
     """Refuse data and options that a resumed run has already."""
     names = [
         *("recipe", "set", "out", "force", "precision", "download", "stream", "strict"),
-        *("max_pixels", "max_bytes", "columns", "drop", "dry_run"),
+        *("max_pixels", "max_bytes", "fit", "pages", "no_split", "columns", "drop", "dry_run"),
     ]
     superfluous = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
     if options.data:
@@ -260,6 +279,10 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
             raise ConfigError(
                 ["--max-bytes is for .npz and .gz files; leave it out, because --stream reads none"]
             )
+        if config.pages or config.fit != "crop" or options.no_split:
+            raise ConfigError(
+                ["--stream reads the first page and crops: leave out pages, fit and --no-split"]
+            )
         return load_stream(
             source,
             image_size=config.image_size,
@@ -274,9 +297,13 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
         download=options.download,
         image_size=config.image_size,
         channels=config.channels,
+        pages=config.pages,
+        fit=config.fit,
+        pool=options.no_split,
         test_fraction=config.test_fraction,
         validation_fraction=config.validation_fraction,
         progress=decoding_bar(terminal),
+        say=terminal.message,
         max_pixels=options.max_pixels,
         max_bytes=options.max_bytes,
         columns=options.columns,
@@ -304,7 +331,7 @@ def _describe_table(source: str, options: Namespace, terminal: "Terminal") -> No
 
 def _describe_data(data: "Data") -> str:
     """Say how many examples there are, of what kind, and where they come from."""
-    unit = "images" if data.kind == "image" else "columns"
+    unit = {1: "columns", 2: "signals", 3: "images", 4: "volumes"}[len(data.shape)]
     shape = " x ".join(map(str, data.shape))
     return (
         f"{len(data.train):,} training, {len(data.validation):,} validation and "
@@ -312,12 +339,14 @@ def _describe_data(data: "Data") -> str:
     )
 
 
-def _finish(run: "Run", data: "Data", terminal: "Terminal") -> None:
+def _finish(run: "Run", data: "Data", terminal: "Terminal", *, is_evaluation_kept: bool) -> None:
     """Show figures on the test set, where the pictures are, and what to do next."""
     from equipoise.evaluation import evaluate
     from equipoise.terminal import format_section
 
-    evaluation = evaluate(run, data, sections=["likelihood"], brief=True)
+    evaluation = run.evaluation() if is_evaluation_kept else {}
+    if "likelihood" not in evaluation:
+        evaluation = evaluate(run, data, sections=["likelihood"], brief=True)
 
     terminal.close()
     terminal.message(format_section("likelihood", evaluation["likelihood"]))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from equipoise.data.dataset import Array, Data, Subset, split
+from equipoise.data.dataset import Array, Data, Names, Split, Subset, split
 from equipoise.data.duplicates import describe_shared
 
 MIN_EXAMPLES = 10
@@ -24,6 +24,8 @@ MIN_SIDE = 8
 
 MAX_DIMENSIONS = 10_000_000
 """Most values of an example."""
+EXACT_LEVELS = 2**24
+"""Number of levels that float32 tells apart."""
 CHUNK_BYTES = 1 << 24
 """Bytes of an array that are read at a time."""
 
@@ -53,11 +55,17 @@ class Part(NamedTuple):
         values: The examples, (N, \*), in memory or memory-mapped.
         summary: Summary of ``values`` if it has been computed already.
         notes: Sentences that a user should read.
+        unreadable: Files that are left out, with the reason.
+        rows: Number of the file and of the page of each example, where not each file is one.
+        names: Names of the examples; None if they are numbered.
     """
 
     values: Array
     summary: Summary | None = None
     notes: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    rows: list[tuple[int, int]] | None = None
+    names: Names | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +80,9 @@ class Found:
         validation: The set's own validation part.
         test: The set's own test part.
         white: Value of 8-bit integers in images that becomes x = 1.
+        pieces: Indices of the set's own parts within ``train``, where they lie in one array. A part
+            that the set does not have is empty.
+        axis: Axis of the channels of images, if it is known, 1 or 3.
         columns: Names of the columns of a table, if they have names.
     """
 
@@ -81,6 +92,8 @@ class Found:
     validation: Part | None = None
     test: Part | None = None
     white: int = 255
+    pieces: Split | None = None
+    axis: int | None = None
     columns: tuple[str, ...] = ()
 
 
@@ -120,8 +133,10 @@ def prepare(
     parts = [part for part in (content.train, content.validation, content.test) if part is not None]
     notes = [note for part in parts for note in part.notes]
 
-    views = [examples(part.values, content.source) for part in parts]
+    views = [examples(part.values, content.source, content.axis) for part in parts]
     count, *shape = views[0].shape
+    if content.pieces is not None:
+        count = len(content.pieces.train)
 
     if for_training and count < MIN_EXAMPLES:
         details = "".join(f"; {note}" for note in notes)
@@ -146,19 +161,20 @@ def prepare(
             f"{content.source}: all training examples are the same; there is nothing to learn"
         )
 
-    pieces = split(
-        count,
-        test_fraction if content.test is None else 0.0,
-        validation_fraction if content.validation is None else 0.0,
-    )
+    pieces = _pieces(content, count, test_fraction, validation_fraction)
 
     kind: Literal["image", "table"]
-    if len(shape) == 3:
+    if len(shape) > 1:
         kind = "image"
         low = min(summary.low for summary in summaries)
         high = max(summary.high for summary in summaries)
         unit = image_unit(views[0].dtype, low, high, content.white)
 
+        if content.axis is None and (shape[0] not in (1, 3) or len(shape) != 3):
+            place = "first" if content.train.values.shape[1:] == tuple(shape) else "last"
+            what = {2: "signals", 3: "images", 4: "volumes"}[len(shape)]
+            sides = "x".join(map(str, reversed(shape[1:])))
+            notes.append(f"{what} of {sides} with {shape[0]} channels, which come {place}")
         if n_constant:
             notes.append(
                 f"pixel values that are the same in all images: {n_constant} of {np.prod(shape)}"
@@ -180,8 +196,8 @@ def prepare(
 
     def subset(part: Part | None, indices: NDArray[np.int64]) -> Subset:
         if part is None:
-            return Subset(views[0], indices, unit.dtype)
-        whole = Subset.whole(examples(part.values, content.source))
+            return Subset(views[0], indices, unit.dtype, content.train.names)
+        whole = Subset.whole(examples(part.values, content.source, content.axis), part.names)
         return replace(whole, dtype=unit.dtype)
 
     train = subset(None, pieces.train)
@@ -211,6 +227,26 @@ def prepare(
         cautions=tuple(cautions),
         has_gaps=bool(gaps),
         columns=content.columns,
+    )
+
+
+def _pieces(content: Found, count: int, test_fraction: float, validation_fraction: float) -> Split:
+    """Indices of the parts that lie in the array of the training: the set's own, or drawn."""
+    own = content.pieces
+    has_test = content.test is not None or (own is not None and len(own.test) > 0)
+    has_validation = content.validation is not None or (own is not None and len(own.validation) > 0)
+    drawn = split(
+        count,
+        0.0 if has_test else test_fraction,
+        0.0 if has_validation else validation_fraction,
+    )
+    if own is None:
+        return drawn
+
+    return Split(
+        own.train[drawn.train],
+        np.concatenate([own.validation, own.train[drawn.validation]]),
+        np.concatenate([own.test, own.train[drawn.test]]),
     )
 
 
@@ -266,15 +302,19 @@ def refuse_hidden(values: object) -> None:
         raise ValueError("a picture of indices into a palette; give what convert('RGB') returns")
 
 
-def examples(values: Array, source: str) -> Array:
+def examples(values: Array, source: str, axis: int | None = None) -> Array:
     r"""View an array as a table, or as images with the channels first.
 
     Args:
-        values: The examples, (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C) with C of 1, 3 or 4.
+        values: The examples, (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C), see
+            :func:`channel_axis`; signals (N, C, L) or (N, L, C) of less than 8 channels; or volumes
+            (N, C, D, H, W) or (N, D, H, W, C).
         source: Name of the array in error messages.
+        axis: Axis of the channels of images, if it is known, 1 or 3.
 
     Returns:
-        The examples, (N, D) or (N, C, H, W). They share memory with ``values``.
+        The examples, (N, D), (N, C, L), (N, C, H, W) or (N, C, D, H, W). They share memory with
+        ``values``.
 
     Raises:
         ValueError: If the meaning of the axes is not clear, or the values are not real numbers.
@@ -285,28 +325,32 @@ def examples(values: Array, source: str) -> Array:
         )
 
     if values.ndim == 3:
-        values = values[:, None]
+        values = _signals_or_grey(values)
     elif values.ndim == 4:
-        is_channels_first = values.shape[1] in (1, 3, 4)
-        is_channels_last = values.shape[3] in (1, 3, 4)
-        if is_channels_first == is_channels_last:
+        axis = axis or channel_axis(values.shape)
+        if axis is None:
             raise ValueError(
                 f"{source}: cannot tell the channels of an array of shape {values.shape}: expected "
-                "exactly one of axis 1 (N, C, H, W) and axis 3 (N, H, W, C) to be 1, 3 or 4 long; "
-                "reshape to (N, D) to use the values as a table"
+                "(N, C, H, W) or (N, H, W, C) with one of axis 1 and axis 3 of length 1, 3 or 4, "
+                "or shorter than the other axes; move the channels to axis 1 and make the images "
+                "square or larger, or reshape to (N, D) to use the values as a table"
             )
-        if is_channels_last:
-            values = np.moveaxis(values, 3, 1)
+        values = np.moveaxis(values, axis, 1)
+    elif values.ndim == 5:
+        if min(values.shape[1:4]) >= MIN_SIDE > values.shape[4]:
+            values = np.moveaxis(values, 4, 1)
     elif values.ndim != 2:
         raise ValueError(
-            f"{source}: an array of shape {values.shape}; expected a table (N, D), grey images "
-            "(N, H, W), or images (N, C, H, W) or (N, H, W, C)"
+            f"{source}: an array of shape {values.shape}; expected a table (N, D), signals "
+            "(N, C, L) of less than 8 channels, grey images (N, H, W), images (N, C, H, W) or "
+            "(N, H, W, C), or volumes (N, C, D, H, W)"
         )
 
-    if values.ndim == 4 and min(values.shape[2:]) < MIN_SIDE:
+    if values.ndim > 2 and min(values.shape[2:]) < MIN_SIDE:
+        sides = "x".join(map(str, reversed(values.shape[2:])))
         raise ValueError(
-            f"{source}: images of {values.shape[3]}x{values.shape[2]}; each side must be at least "
-            f"{MIN_SIDE} (reshape to (N, D) to use the values as a table)"
+            f"{source}: images of {sides}; each side must be at least {MIN_SIDE} (reshape to "
+            "(N, D) to use the values as a table)"
         )
     if math.prod(values.shape[1:]) > MAX_DIMENSIONS:
         raise ValueError(
@@ -316,6 +360,41 @@ def examples(values: Array, source: str) -> Array:
     if 0 in values.shape:
         raise ValueError(f"{source}: an array of shape {values.shape} holds no values")
     return values
+
+
+def _signals_or_grey(values: Array) -> Array:
+    """Tell signals, (N, C, L) or (N, L, C), from grey images, which have 8 pixels a side."""
+    _, first, last = values.shape
+    if first < MIN_SIDE <= last:
+        return values
+    if last < MIN_SIDE <= first:
+        return np.moveaxis(values, 2, 1)
+    return values[:, None]
+
+
+def channel_axis(shape: tuple[int, ...]) -> int | None:
+    """Tell which axis of an array of images has the channels.
+
+    Args:
+        shape: (N, C, H, W) or (N, H, W, C).
+
+    Returns:
+        1 or 3: the one of 1, 3 or 4 channels, as of pictures; otherwise the one that differs where
+        the other two are equal, as of square images; otherwise the one that is the shortest. None
+        if that does not tell.
+
+    Example:
+        >>> [channel_axis((9, *sides)) for sides in [(3, 8, 8), (8, 8, 40), (12, 30, 5), (8, 8, 8)]]
+        [1, 3, 3, None]
+    """
+    _, first, middle, last = shape
+    if (first in (1, 3, 4)) != (last in (1, 3, 4)):
+        return 1 if first in (1, 3, 4) else 3
+    if (middle == last) != (first == middle):
+        return 1 if middle == last else 3
+    if first != last and min(first, last) < middle:
+        return 1 if first < last else 3
+    return None
 
 
 def summarise(values: Array, source: str) -> Summary:
@@ -390,9 +469,9 @@ def image_unit(dtype: np.dtype[Any], low: float, high: float, white: int = 255) 
         white: Value of 8-bit integers that becomes x = 1.
 
     Returns:
-        The unit. Booleans and integers in 0, ..., ``white`` are stored as uint8. Floating-point
-        values in [0, 1] are stored as float32 and are not rescaled. All other values are stored
-        as float32, and their range is mapped to [0, 1].
+        The unit. Booleans and integers in 0, ..., ``white`` are stored as uint8, and other integers
+        as int32. Floating-point values are stored as float32. The range of integers beyond 8 bits,
+        and of floating-point values outside [0, 1], is mapped to [0, 1].
     """
     if dtype.kind == "b":
         return _image_unit(np.uint8, 0.0, 1.0, 1.0, "two-valued images: x is 0 or 1")
@@ -412,9 +491,48 @@ def image_unit(dtype: np.dtype[Any], low: float, high: float, white: int = 255) 
     if not is_integer and low >= 0 and high <= 1:
         return _image_unit(np.float32, 0.0, 1.0, None)
 
-    quantum = 1 / (high - low) if is_integer else None
-    note = f"values from {low:g} to {high:g} rescaled to [0, 1]"
-    return _image_unit(np.float32, low, high - low, quantum, note)
+    note = f"values from {low:.10g} to {high:.10g} rescaled to [0, 1]"
+    if not is_integer:
+        return _image_unit(np.float32, low, high - low, None, note)
+    if high - low >= EXACT_LEVELS or max(-low, high) >= 2**31:
+        caution = (
+            f"{note}, as real numbers: float32 does not resolve so many levels; subtract what all "
+            "have in common, or divide"
+        )
+        unit = _image_unit(np.float32, low, high - low, None, caution)
+        return unit._replace(cautions=(caution,))
+
+    # The map is in float32, in which an offset beyond 2^24 is rounded.
+    offset = float(np.float32(low))
+    if offset > low:
+        offset = float(np.nextafter(np.float32(low), np.float32(-np.inf)))
+    scale = level_scale(max(1, int(high - offset)))
+    return _image_unit(np.int32, offset, float(scale), 1 / scale, note)
+
+
+def level_scale(n_steps: int) -> int:
+    """Find the scale by which each of some levels comes back from float32 to the bit.
+
+    Args:
+        n_steps: Largest level k, from 1 to 2^24; the smallest is 0.
+
+    Returns:
+        ``n_steps`` if (k / n_steps) n_steps = k for all levels in float32, as for 255 and 65,535.
+        Otherwise the next larger sum of two powers of two, at most a third larger, for which Kahan
+        has proved it (Goldberg, 1991, *What every computer scientist should know about
+        floating-point arithmetic*, theorem 7).
+
+    Example:
+        >>> level_scale(255), level_scale(41)
+        (255, 48)
+    """
+    levels = np.arange(n_steps + 1, dtype=np.float32)
+    if ((levels / np.float32(n_steps)) * np.float32(n_steps) == levels).all():
+        return n_steps
+
+    larger = 1 << (n_steps - 1).bit_length()
+    sums = (larger // 2 + (1 << power) for power in range(larger.bit_length()))
+    return min(number for number in sums if number >= n_steps)
 
 
 def _image_unit(

@@ -11,6 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from equipoise.data.dataset import Array, ExampleSet, Subset
+from equipoise.data.shards import ShardedStream
 from equipoise.data.stream import Stream
 from equipoise.randomness import stream
 
@@ -63,6 +64,12 @@ def batches_of(
         >>> len(batches), sum(len(batch) for batch in batches.epoch())
         (2, 5)
     """
+    if isinstance(examples, ShardedStream):
+        from equipoise.data.shard_batches import ShardBatches  # which is made of this module
+
+        return ShardBatches(
+            examples, batch_size, device, seed=seed, rank=rank, world_size=world_size
+        )
     if isinstance(examples, Stream):
         return StreamBatches(
             examples, batch_size, device, seed=seed, rank=rank, world_size=world_size

@@ -3,14 +3,21 @@
 A part is written as a whole or not at all. The cache may be deleted at any time.
 """
 
+import contextlib
+import datetime
+import errno
 import json
+import math
 import os
+import re
+import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import BinaryIO, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -25,14 +32,49 @@ SILENT_SECONDS = 5.0
 """How long a lock is waited for without a word."""
 
 
-class CachedPart(TypedDict):
+class Origin(TypedDict):
+    """Where the examples of a part come from.
+
+    ``rows`` has the number of the file and of the page of each example. It is None if all files
+    were read and have one page.
+    """
+
+    notes: list[str]
+    unreadable: list[str]
+    rows: list[tuple[int, int]] | None
+    source: NotRequired[str]
+
+
+class CachedPart(Origin):
     """The description of a part in the cache."""
 
     digest: str
     low: float
     high: float
     n_constant: int
-    notes: list[str]
+
+
+class CachedImages(NamedTuple):
+    """Decoded images in the cache.
+
+    Args:
+        key: Key of the part, which begins the names of its files.
+        n_bytes: Size of its files.
+        used: When it was last read or written.
+        shape: Shape of the images, (N, C, H, W). None if they are incomplete or damaged.
+        source: Where the images were. None if that is not recorded.
+    """
+
+    key: str
+    n_bytes: int
+    used: datetime.datetime
+    shape: tuple[int, ...] | None
+    source: str | None
+
+
+KEY = re.compile(r"[0-9a-f]{64}")
+LEFTOVER = re.compile(r"[0-9a-f]{16}.*\.tmp")
+"""Names of files that a killed process may have left."""
 
 
 def default_cache_dir() -> Path:
@@ -69,7 +111,17 @@ def read_part(folder: Path, key: str) -> Part | None:
 
     # All of it, so that a flipped bit is noticed: this takes far less time than the decoding.
     recorded = Summary(about["digest"], about["low"], about["high"], about["n_constant"])
-    return Part(values, summary, tuple(about["notes"])) if summary == recorded else None
+    if summary != recorded:
+        return None
+    return _part(values, summary, about)
+
+
+def _part(values: Array, summary: Summary, about: CachedPart) -> Part:
+    rows = about["rows"]
+    if rows is not None:
+        rows = [(index, page) for index, page in rows]
+    unreadable = tuple(about["unreadable"])
+    return Part(values, summary, tuple(about["notes"]), unreadable=unreadable, rows=rows)
 
 
 @contextmanager
@@ -116,7 +168,9 @@ def write_part(
     key: str,
     rows: Iterable[Array],
     shape: tuple[int, ...],
-    notes: Callable[[], tuple[str, ...]],
+    about: Callable[[], Origin],
+    most_rows: int,
+    dtype: str = "uint8",
 ) -> Part:
     r"""Write examples to the cache one after another, and open the result.
 
@@ -127,40 +181,55 @@ def write_part(
     Args:
         folder: Folder of the cache. It is created if it does not exist.
         key: Key of the part.
-        rows: Any number of uint8 examples, each of the shape ``shape``.
+        rows: Any number of examples, each of the shape ``shape``.
         shape: Shape of one example.
-        notes: Function that returns the sentences that a user should read. It is called after the
-            last example.
+        about: Function that returns where the examples come from. It is called after the last.
+        most_rows: Number of examples that there are at most.
+        dtype: Type of the values.
 
     Returns:
         The part, memory-mapped.
 
     Raises:
-        OSError: If the cache cannot be written. No incomplete file is left.
+        OSError: If the cache cannot be written, or there is too little space for it. No incomplete
+            file is left.
     """
 
     def write_rows(file: BinaryIO) -> None:
-        _write_header(file, (0, *shape))
+        _write_header(file, (0, *shape), dtype)
         count = 0
         for row in rows:
-            file.write(np.ascontiguousarray(row).data)
+            file.write(np.ascontiguousarray(row, dtype).data)
             count += 1
 
         # This header is as long as the first one, because the format leaves room for the count.
         file.seek(0)
-        _write_header(file, (count, *shape))
+        _write_header(file, (count, *shape), dtype)
 
     values_path = folder / f"{key}.npy"
     with _advice(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        needed = bytes_of_part(most_rows, shape, dtype)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            reason = f"{in_bytes(needed)} are needed, and {in_bytes(free)} are free"
+            raise OSError(errno.ENOSPC, reason)
+
         _write_whole(values_path, write_rows)
         values = read_npy(values_path)
         summary = summarise(values, str(values_path))
 
-        about = {**summary._asdict(), "notes": notes()}
-        content = json.dumps(about).encode()
+        record: CachedPart = {
+            "digest": summary.digest,
+            "low": summary.low,
+            "high": summary.high,
+            "n_constant": summary.n_constant,
+            **about(),
+        }
+        content = json.dumps(record).encode()
         _write_whole(folder / f"{key}.json", lambda file: file.write(content))
 
-    return Part(values, summary, about["notes"])
+    return _part(values, summary, record)
 
 
 def forget_part(folder: Path, key: str) -> None:
@@ -171,6 +240,107 @@ def forget_part(folder: Path, key: str) -> None:
         key: Key of the part.
     """
     (folder / f"{key}.json").unlink(missing_ok=True)
+
+
+def bytes_of_part(n: int, shape: tuple[int, ...], dtype: str) -> int:
+    """Count the bytes of n examples.
+
+    Args:
+        n: Number of examples.
+        shape: Shape of one example.
+        dtype: Type of the values.
+
+    Returns:
+        The number of bytes.
+    """
+    return n * math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def in_bytes(n: int) -> str:
+    """Write a number of bytes in words, such as "6.1 GB".
+
+    Args:
+        n: The number.
+
+    Returns:
+        Three digits and a unit.
+    """
+    size, unit = float(n), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.3g} {unit}"
+
+
+def cached_images(folder: Path, least_days: float = 0.0) -> list[CachedImages]:
+    """List the decoded images in the cache, the largest first.
+
+    Args:
+        folder: Folder of the cache, which need not exist.
+        least_days: Days for which they have not been used.
+
+    Returns:
+        What was found, with files of killed processes, and without any other files.
+    """
+    sizes: dict[str, int] = {}
+    used: dict[str, float] = {}
+    for file in folder.iterdir() if folder.is_dir() else ():
+        is_part = KEY.fullmatch(file.stem) and file.suffix in (".npy", ".json")
+        if not (is_part or LEFTOVER.fullmatch(file.name)):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            status = file.stat()
+            key = file.stem if is_part else file.name
+            sizes[key] = sizes.get(key, 0) + status.st_size
+            used[key] = max(used.get(key, 0.0), status.st_atime, status.st_mtime)
+
+    latest = time.time() - 86_400 * least_days
+    found = [_describe(folder, key, sizes[key], used[key]) for key in sizes if used[key] <= latest]
+    return sorted(found, key=lambda images: (-images.n_bytes, images.key))
+
+
+def remove_images(folder: Path, images: Iterable[CachedImages]) -> int:
+    """Remove decoded images from the cache, except those that a process is writing.
+
+    Args:
+        folder: Folder of the cache.
+        images: What :func:`cached_images` returned.
+
+    Returns:
+        Number of bytes that were removed.
+    """
+    removed = 0
+    for part in images:
+        is_leftover = part.key.endswith(".tmp")
+        # The name of a leftover begins with the key of what was written.
+        lock_names = [f.name for f in folder.glob(f"{part.key[:16]}*.lock")]
+        if any(_is_locked(folder / name) for name in lock_names):
+            continue
+        names = [part.key] if is_leftover else [f"{part.key}.json", f"{part.key}.npy"]
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        removed += part.n_bytes
+    return removed
+
+
+def _describe(folder: Path, key: str, n_bytes: int, used: float) -> CachedImages:
+    """Read what is known about a part."""
+    shape, source = None, None
+    with contextlib.suppress(OSError, ValueError):
+        source = read_record(folder / f"{key}.json", CachedPart).get("source")
+        shape = read_npy(folder / f"{key}.npy").shape
+    when = datetime.datetime.fromtimestamp(used).astimezone()
+    return CachedImages(key, n_bytes, when, shape, source)
+
+
+def _is_locked(path: Path) -> bool:
+    """Tell whether another process holds a lock."""
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 @contextmanager
@@ -186,8 +356,8 @@ def _advice(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> None:
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
 

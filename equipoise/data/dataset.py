@@ -1,7 +1,7 @@
 """Records: the data that loading returns, a view of examples, and the split into three parts."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[Any]
 Channels: TypeAlias = Literal["grey", "rgb"]
+Names: TypeAlias = Callable[[int], str]
+"""Returns the name of the example with an index in an array, such as that of its file."""
+Pages: TypeAlias = Literal["examples", "channels", "first"]
+Fit: TypeAlias = Literal["crop", "pad", "stretch"]
 
 CHECKED_AT_ONCE = 1024
 """Number of examples that are read at a time for a checksum."""
@@ -47,6 +51,7 @@ class Subset:
         base: The array, (M, \*), in memory or memory-mapped.
         indices: Indices into ``base``, (N,), in the order of the examples.
         dtype: Data type to which the values are cast when they are read.
+        name: Names of the examples in ``base``. None if they have numbers only.
 
     Example:
         >>> evens = Subset(np.arange(10.0)[:, None], np.arange(0, 10, 2), np.dtype("float32"))
@@ -59,18 +64,20 @@ class Subset:
     base: Array
     indices: Int64[np.ndarray, " n"]
     dtype: np.dtype[Any]
+    name: Names | None = None
 
     @classmethod
-    def whole(cls, base: Array) -> "Subset":
+    def whole(cls, base: Array, name: Names | None = None) -> "Subset":
         r"""Make a view of all examples of an array, in their order.
 
         Args:
             base: The array, (N, \*).
+            name: Names of the examples.
 
         Returns:
             The view, with N examples and the data type of ``base``.
         """
-        return cls(base, np.arange(len(base), dtype=np.int64), base.dtype)
+        return cls(base, np.arange(len(base), dtype=np.int64), base.dtype, name)
 
     def take(self, rows: slice | Int64[np.ndarray, " k"]) -> "Subset":
         """Select some of the examples, as a view.
@@ -81,7 +88,16 @@ class Subset:
         Returns:
             The smaller subset.
         """
-        return Subset(self.base, self.indices[rows], self.dtype)
+        return Subset(self.base, self.indices[rows], self.dtype, self.name)
+
+    def names(self) -> list[str]:
+        """Name the examples.
+
+        Returns:
+            The file of each, with the page where it has several, or its row in the array.
+        """
+        name = self.name or str
+        return [name(int(index)) for index in self.indices]
 
     def sha256(self) -> str:
         """Compute a checksum of the examples, which depends on their order.

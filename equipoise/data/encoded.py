@@ -18,13 +18,16 @@ from PIL import UnidentifiedImageError
 
 from equipoise.data.arrays import Part
 from equipoise.data.cache import (
+    Origin,
+    bytes_of_part,
     default_cache_dir,
     forget_part,
+    in_bytes,
     one_writer,
     read_part,
     write_part,
 )
-from equipoise.data.dataset import Array, Channels
+from equipoise.data.dataset import Array, Channels, Fit, Pages
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, is_special
 from equipoise.data.images import Header, decode, make_plan, plan_notes, read_header
 from equipoise.files import written_names
@@ -32,11 +35,15 @@ from equipoise.files import written_names
 EXTENSIONS = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-FORMAT = "2"
+FORMAT = "3"
 """Part of every cache key. It has to change whenever the decoded pixels change."""
 
 UNREADABLE = "files and folders that cannot be read ignored"
 """What the note on them says."""
+
+FOLLOWED = "links to folders followed"
+NOT_FOLLOWED = "links to folders that are read anyway, not followed"
+"""What the notes on links say."""
 
 LONGEST_ENTRY = 300
 """Longest entry of a note, in characters."""
@@ -72,6 +79,27 @@ class Encoded:
     source: str
     notes: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RowNames:
+    """Names of the examples that were read from files.
+
+    Args:
+        name: Returns the name of the file with a number.
+        rows: Number of the file and of the page of each example, and -1 in place of the only page.
+            None if each file is an example.
+    """
+
+    name: Callable[[int], str]
+    rows: list[tuple[int, int]] | None
+
+    def __call__(self, index: int) -> str:
+        """Name the example with an index."""
+        if self.rows is None:
+            return self.name(index)
+        file, page = self.rows[index]
+        return self.name(file) if page < 0 else f"{self.name(file)}, page {page + 1}"
 
 
 class Listing(NamedTuple):
@@ -110,7 +138,7 @@ class Listing(NamedTuple):
         return Encoded(
             len(chosen),
             lambda index: self.folder / chosen[index],
-            lambda index: chosen[index],
+            chosen.__getitem__,
             stamp.hexdigest(),
             str(self.folder),
             self.notes,
@@ -118,11 +146,24 @@ class Listing(NamedTuple):
         )
 
 
+def one_image(path: Path) -> Listing:
+    """List a single image file.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        The file, in its folder.
+    """
+    stamp = hashlib.sha256(os.fsencode(f"{path.absolute()}\0{_version(path, os.lstat(path))}"))
+    return Listing(path.parent, [path.name], stamp.hexdigest())
+
+
 def list_images(folder: Path) -> Listing:
     """List the image files in a folder and its subfolders, in sorted order.
 
-    Files are recognised by their extension. Hidden files are left out. Links to folders are not
-    followed, because they may form a loop.
+    Files are recognised by their extension. Hidden files are left out. Links to folders elsewhere
+    are followed, but no folder is read twice.
 
     Args:
         folder: The folder.
@@ -138,9 +179,10 @@ def list_images(folder: Path) -> Listing:
     special: list[str] = []
     outputs: list[str] = []
     unreadable: list[str] = []
+    links: dict[str, list[str]] = {FOLLOWED: [], NOT_FOLLOWED: []}
     stamp = hashlib.sha256()
 
-    for path, status, is_output in _walk(folder, unreadable):
+    for path, status, is_output in _walk(folder, unreadable, links):
         if is_output:
             outputs.append(path)
         elif os.path.splitext(path)[1].lower() not in EXTENSIONS:
@@ -152,9 +194,11 @@ def list_images(folder: Path) -> Listing:
             stamp.update(os.fsencode(f"{path}\0{_version(folder / path, status)}\0"))
 
     if not names:
-        content = f"it holds {_first(others)}" if others else "it is empty"
+        content = f"it holds {first_names(others)}" if others else "it is empty"
         if unreadable:
-            content += f"; not readable: {_first(unreadable)}"
+            content += f"; not readable: {first_names(unreadable)}"
+        if any(name.endswith((".npy", ".parquet")) for name in others):
+            content += "; --stream (equipoise.load_stream) reads a folder of .npy or .parquet files"
         raise ValueError(
             f"{folder}: no image files ({' '.join(sorted(EXTENSIONS))}) in this folder; {content}"
         )
@@ -163,29 +207,49 @@ def list_images(folder: Path) -> Listing:
         "other files ignored": others,
         "pipes, devices and sockets ignored": special,
         "files that equipoise has written ignored": outputs,
+        **links,
         UNREADABLE: unreadable,
     }
     notes = tuple(
-        f"{what}: {len(files)} ({_first(files)})" for what, files in ignored.items() if files
+        f"{what}: {len(files)} ({first_names(files)})" for what, files in ignored.items() if files
     )
     return Listing(folder, names, stamp.hexdigest(), notes, tuple(unreadable))
 
 
-def _walk(folder: Path, unreadable: list[str]) -> Iterator[tuple[str, os.stat_result, bool]]:
+def _walk(
+    folder: Path, unreadable: list[str], links: dict[str, list[str]]
+) -> Iterator[tuple[str, os.stat_result, bool]]:
     """Go through a folder and its subfolders, in sorted order, without hidden files.
 
     Yields the path of each file, its status, and whether equipoise has written it. What cannot be
-    entered, or has gone in the meantime, is appended to ``unreadable`` with the reason.
+    entered, or has gone in the meantime, is appended to ``unreadable`` with the reason. Links to
+    folders are appended to ``links``.
     """
     ours: set[str] = set()
+    seen: set[tuple[int, int]] = set()
+    root = folder.resolve()
     waiting = [""]
     while waiting:
         path = waiting.pop()
         inside = f"{path}/" if path else ""
         try:
             status = os.lstat(folder / path) if path else os.stat(folder)
+            is_link = stat.S_ISLNK(status.st_mode) and os.path.isdir(folder / path)
+            if is_link:
+                status = os.stat(folder / path)
+
             is_folder = stat.S_ISDIR(status.st_mode)
             if is_folder:
+                place = (status.st_dev, status.st_ino)
+                # What lies within the folder itself comes under its own name.
+                is_known = place in seen
+                if is_link:
+                    is_known = is_known or (folder / path).resolve().is_relative_to(root)
+                    links[NOT_FOLLOWED if is_known else FOLLOWED].append(path)
+                if is_known:
+                    continue
+                seen.add(place)
+
                 ours.update(inside + name for name in written_names(folder / path))
                 # os.listdir, because a million entries of os.scandir take a gigabyte of memory.
                 names = os.listdir(folder / path)
@@ -218,7 +282,7 @@ class ImageReader:
     """Decodes images to an array in the cache.
 
     Args:
-        image_size: Side in pixels of the square that each image becomes. None keeps the common
+        image_size: Size in pixels of each image, a number or "WIDTHxHEIGHT". None keeps the common
             size of the images.
         channels: "grey" or "rgb". None means grey if all images are grey, otherwise RGB.
         crop: Side of the centred square that is cut out, as a share of the width. None means the
@@ -228,15 +292,21 @@ class ImageReader:
         progress: Function that is called with (done, total). Each image counts twice: once for
             its header and once for its pixels.
         limits: The most that an image may claim.
+        say: Function that is called with the size and place of a cache before it is written.
+        pages: What becomes of files of several pages. None means that each page is an example.
+        fit: How an image of other proportions is brought to the size.
     """
 
-    image_size: int | None = None
+    image_size: int | str | None = None
     channels: Channels | None = None
     crop: float | None = None
     strict: bool = False
     cache_dir: Path | None = None
     progress: Progress | None = None
     limits: Limits = DEFAULT_LIMITS
+    say: Callable[[str], None] | None = None
+    pages: Pages | None = None
+    fit: Fit = "crop"
 
     @property
     def folder(self) -> Path:
@@ -250,8 +320,8 @@ class ImageReader:
             images: The encoded images.
 
         Returns:
-            The pixels, (N, C, H, W) uint8, memory-mapped. N is smaller than ``images.count`` if
-            some images are unreadable.
+            The pixels, (N, C, H, W), memory-mapped. N is smaller than ``images.count`` if some
+            images are unreadable, and larger if files have several pages.
 
         Raises:
             ValueError: If no image is readable, if an image is unreadable and ``strict`` is True,
@@ -259,13 +329,13 @@ class ImageReader:
         """
         # The limit is part of the key, because it decides which images are skipped.
         options = (
-            f"{FORMAT} {self.image_size} {self.channels} {self.crop} "
+            f"{FORMAT} {self.image_size} {self.channels} {self.crop} {self.pages} {self.fit} "
             f"{self.limits.max_pixels} {images.stamp}"
         )
         key = hashlib.sha256(options.encode()).hexdigest()
 
         if self.strict and images.unreadable:
-            raise ValueError(f"{images.source}: cannot read {_first(images.unreadable)}")
+            raise ValueError(f"{images.source}: cannot read {first_names(images.unreadable)}")
 
         part = read_part(self.folder, key)
         damaged: tuple[str, ...] = ()
@@ -276,10 +346,14 @@ class ImageReader:
                 # Another process may have written the part while this one waited.
                 part = read_part(self.folder, key) or self._decode(images, key)
 
-        if self.strict and len(part.values) < images.count:
+        if self.strict and part.unreadable:
             raise ValueError(f"{images.source}: {part.notes[0]}")
 
-        return part._replace(notes=(*damaged, *part.notes, *images.notes))
+        return part._replace(
+            notes=(*damaged, *part.notes, *images.notes),
+            unreadable=(*part.unreadable, *images.unreadable),
+            names=RowNames(images.name, part.rows),
+        )
 
     def _decode(self, images: Encoded, key: str) -> Part:
         skipped: list[str] = []
@@ -298,26 +372,57 @@ class ImageReader:
 
             if not readable:
                 raise _no_readable_image(images, skipped)
-            plan = make_plan(headers, self.image_size, self.channels, self.crop, images.source)
+            plan = make_plan(
+                headers,
+                self.image_size,
+                self.channels,
+                self.crop,
+                images.source,
+                self.pages,
+                self.fit,
+            )
+            files, pages = array("q"), array("q")
 
             def rows() -> Iterator[Array]:
                 n_done = 2 * images.count - len(readable)
                 to_pixels = partial(decode, plan=plan, limits=self.limits)
-                for _, pixels in self._each(
-                    pool, images, readable, to_pixels, skipped, passing, n_done
+                most_pages = max(header.pages for header in headers)
+                for index, examples in self._each(
+                    pool, images, readable, to_pixels, skipped, passing, n_done, most_pages
                 ):
-                    yield pixels
+                    for page, pixels in enumerate(examples):
+                        files.append(index)
+                        pages.append(page if len(examples) > 1 else -1)
+                        yield pixels
 
                 if len(skipped) == images.count:
                     raise _no_readable_image(images, skipped)
 
-            def notes() -> tuple[str, ...]:
-                effects = plan_notes(headers, plan)
-                if not skipped:
-                    return effects
-                return (f"unreadable files skipped: {len(skipped)} ({_first(skipped)})", *effects)
+            def about() -> Origin:
+                notes = plan_notes(headers, plan)
+                if skipped:
+                    notes = (
+                        f"unreadable files skipped: {len(skipped)} ({first_names(skipped)})",
+                        *notes,
+                    )
+                is_each_file = len(files) == images.count and set(pages) == {-1}
+                return Origin(
+                    notes=list(notes),
+                    unreadable=skipped,
+                    source=images.source,
+                    rows=None if is_each_file else list(zip(files, pages, strict=True)),
+                )
 
-            part = write_part(self.folder, key, rows(), plan.shape, notes)
+            n_images = len(readable)
+            if plan.pages == "examples":
+                n_images = sum(n * header.pages for header, n in headers.items())
+            if self.say is not None:
+                size = in_bytes(bytes_of_part(n_images, plan.shape, plan.dtype))
+                self.say(
+                    f"Decoding {n_images:,} images into {size} in {self.folder}; 'equipoise cache' "
+                    "lists and clears what is there."
+                )
+            part = write_part(self.folder, key, rows(), plan.shape, about, n_images, plan.dtype)
             if passing:
                 # The images themselves may be whole, and readable the next time.
                 forget_part(self.folder, key)
@@ -332,12 +437,13 @@ class ImageReader:
         skipped: list[str],
         passing: list[str],
         n_done: int,
+        n_pages: int = 1,
     ) -> Iterator[tuple[int, T]]:
         """Apply a function to images in threads and yield the results in order.
 
         Images for which the function fails are appended to ``skipped``, with the reason, and also
         to ``passing`` if the reason is the system's. Reports of progress start after ``n_done``.
-        Only ``IN_FLIGHT`` images are processed at a time.
+        Only ``IN_FLIGHT`` pages are processed at a time.
         """
 
         def attempt(index: int) -> T | Exception:
@@ -346,8 +452,9 @@ class ImageReader:
             except Exception as error:  # a broken file may cause any exception in Pillow
                 return error
 
-        for start in range(0, len(indices), IN_FLIGHT):
-            chunk = indices[start : start + IN_FLIGHT]
+        at_once = max(1, IN_FLIGHT // n_pages)
+        for start in range(0, len(indices), at_once):
+            chunk = indices[start : start + at_once]
             for index, result in zip(chunk, pool.map(attempt, chunk), strict=True):
                 if not isinstance(result, Exception):
                     yield index, result
@@ -366,7 +473,7 @@ class ImageReader:
 
 
 def _no_readable_image(images: Encoded, skipped: list[str]) -> ValueError:
-    return ValueError(f"{images.source}: none of the images can be read: {_first(skipped)}")
+    return ValueError(f"{images.source}: none of the images can be read: {first_names(skipped)}")
 
 
 def _is_of_system(error: Exception) -> bool:
@@ -380,8 +487,15 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _first(names: Sequence[str]) -> str:
-    """The first three names, and an ellipsis if there are more."""
+def first_names(names: Sequence[str]) -> str:
+    """List the first three names, and an ellipsis if there are more.
+
+    Args:
+        names: Names of files, or what is wrong with them.
+
+    Returns:
+        The list, on one line.
+    """
     # A line end in a name would look like a line of its own.
     listed = ", ".join(_cut(name).replace("\n", "\\n") for name in names[:3])
     if len(names) > 3:

@@ -62,7 +62,7 @@ def hub_set(address: str, reader: ImageReader, name: str | None = None) -> Found
         images = Encoded(
             count=len(table),
             open=lambda row: _content(table[row][column]),
-            name=lambda row: f"{split} row {row}",
+            name=partial("{} row {}".format, split),
             stamp=f"{address} {split} {len(table)} {table._fingerprint}",
             source=label,
         )
@@ -78,7 +78,7 @@ def hub_set(address: str, reader: ImageReader, name: str | None = None) -> Found
     if "test" in splits and splits["test"] is not train:
         test_part = read("test", splits["test"])
 
-    return Found(name or address, label, train_part, validation_part, test_part)
+    return Found(name or address, label, train_part, validation_part, test_part, axis=1)
 
 
 class HubPasses(NamedTuple):
@@ -122,7 +122,7 @@ def is_hub_table(source: object) -> bool:
 def hub_passes(
     source: Any,  # noqa: ANN401 (an address or a table)
     column: str | None = None,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     channels: Channels | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> HubPasses:
@@ -189,7 +189,7 @@ def hub_passes(
         first = list(islice(chain.from_iterable(rows(train)), PLANNED_FROM))
         headers = Counter(_headers(first, label, limits))
 
-        plan = make_plan(headers, image_size, channels, None, label)
+        plan = make_plan(headers, image_size, channels, None, label, pages="first")
         effects = plan_notes(headers, plan)
         notes = (*notes, *(f"among the first {len(first)}, {effect}" for effect in effects))
     elif image_size or channels:
@@ -237,7 +237,7 @@ def _decoded(
     with ThreadPoolExecutor() as pool:
         for cells in batches:
             try:
-                yield np.stack(list(pool.map(to_pixels, map(_content, cells))))
+                yield np.concatenate(list(pool.map(to_pixels, map(_content, cells))))
             except Exception as error:  # a broken file may cause any exception in Pillow
                 raise ValueError(
                     f"{label}: an image in rows {before} to {before + len(cells) - 1} cannot be "

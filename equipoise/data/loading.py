@@ -3,10 +3,12 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -18,15 +20,31 @@ from equipoise.data.arrays import (
     prepare,
     refuse_hidden,
 )
-from equipoise.data.dataset import MAX_VALIDATION, Array, Channels, Data, Subset
-from equipoise.data.encoded import ImageReader, Progress, list_images
+from equipoise.data.dataset import MAX_VALIDATION, Array, Channels, Data, Fit, Pages, Subset
+from equipoise.data.encoded import (
+    EXTENSIONS,
+    UNREADABLE,
+    ImageReader,
+    Progress,
+    list_images,
+    one_image,
+)
+from equipoise.data.folders import read_folder
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
 from equipoise.data.named import NAMES, celeba, digits, idx_set
+from equipoise.data.shards import (
+    READERS,
+    Shard,
+    ShardedStream,
+    choose_readers,
+    find_shards,
+    read_rows,
+)
 from equipoise.data.stream import Stream, first_examples, reader
 from equipoise.data.tables import SUFFIXES, is_table, read_table
 from equipoise.files import check_text, expanded
-from equipoise.text import visible
+from equipoise.text import parse_size, visible
 
 NPZ_KEYS = (("train", "x_train"), ("validation", "x_validation", "x_val"), ("test", "x_test"))
 NPZ_SINGLE_KEYS = ("x", "data", "images")
@@ -47,7 +65,7 @@ MAX_IMAGE_SIZE = 4096
 """Longest side, in pixels, to which images are resized."""
 
 POSSIBLE = (
-    f"one of {', '.join(NAMES)}, a folder of images, an .npy or .npz file, a table "
+    f"one of {', '.join(NAMES)}, a folder of images, an image, an .npy or .npz file, a table "
     f"({', '.join(SUFFIXES)}), or hf:owner/name"
 )
 
@@ -56,8 +74,11 @@ def load(
     source: object = "digits",
     *,
     data_dir: str | Path | None = None,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     channels: Channels | None = None,
+    pages: Pages | None = None,
+    fit: Fit = "crop",
+    pool: bool = False,
     test_fraction: float = 0.1,
     validation_fraction: float = 0.1,
     strict: bool = False,
@@ -69,6 +90,7 @@ def load(
     columns: Sequence[str] | None = None,
     drop: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Data:
     """Load examples, check them and split them into three parts.
 
@@ -84,10 +106,17 @@ def load(
             (example, ...) tuples.
         data_dir: The first folder in which a named set is looked for. The folder
             $EQUIPOISE_DATA and the usual places follow.
-        image_size: Side in pixels of the square that each image file becomes: a centred square is
-            cut out and resized. None keeps the size of the images if they all have the same size
-            and no side is longer than 128 pixels.
-        channels: "grey" or "rgb". None means grey if all files are grey, otherwise RGB.
+        image_size: Size in pixels that each image file gets, one number for a square, or
+            "WIDTHxHEIGHT": the centre is cut out and resized. None keeps the size of the images if
+            they all have the same size and no side is longer than 128 pixels.
+        channels: "grey" or "rgb". None means grey if all files are grey, RGB if files are grey and
+            coloured, and otherwise all the bands that they have.
+        pages: What becomes of image files of several pages (TIFF, GIF): each is one of the
+            "examples", all of a file are the "channels" of one example, or only the "first" is
+            read. None means "examples".
+        fit: How images of other proportions get the size ``image_size``: "crop" cuts the centre
+            out, "pad" adds black bars, and "stretch" distorts them.
+        pool: Whether to take the parts of a folder (train, val, test) together, and split anew.
         test_fraction: Share of all examples that is used for the test if the set has no test part
             of its own, in [0, 1).
         validation_fraction: Share of the remaining examples that is used for validation if the
@@ -104,6 +133,7 @@ def load(
         columns: Names of the columns of a table to take. None takes all.
         drop: Names of columns to leave out.
         names: Names of the columns of an array. None takes those of a data frame.
+        say: Function that is called with the size and place of a cache before it is written.
 
     Returns:
         The data. The three parts are views, so that a memory map is not copied.
@@ -124,14 +154,23 @@ def load(
         >>> load(np.random.default_rng(0).normal(size=(100, 3))).train
         Subset(shape=(81, 3), dtype=float32)
     """
-    if image_size is not None and not 1 <= image_size <= MAX_IMAGE_SIZE:
+    sides = (1, 1) if image_size is None else parse_size(image_size)
+    if not 1 <= min(sides) <= max(sides) <= MAX_IMAGE_SIZE:
         raise ValueError(f"image_size must be from 1 to {MAX_IMAGE_SIZE} pixels, not {image_size}")
     if channels not in {None, "grey", "rgb"}:
         raise ValueError(f"channels must be 'grey', 'rgb' or None, not {channels!r}")
+    if pages not in {None, *get_args(Pages)}:
+        raise ValueError(f"pages must be one of {', '.join(get_args(Pages))}, not {pages!r}")
+    if fit not in get_args(Fit):
+        raise ValueError(f"fit must be one of {', '.join(get_args(Fit))}, not {fit!r}")
 
     limits = _limits(max_pixels, max_bytes)
-    reader = _reader(image_size, channels, strict, cache_dir, progress, limits)
-    content = _find(source, data_dir, reader, download, columns, drop)
+    reader = _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit, say)
+    content = _find(source, data_dir, reader, download, columns, drop, pool=pool)
+    if (pages is not None or fit != "crop") and content.train.names is None:
+        raise ValueError(
+            f"{content.source}: pages={pages} and fit={fit} are for image files; leave them out"
+        )
     if names is not None:
         content = replace(content, columns=tuple(names))
     data = prepare(content, test_fraction, validation_fraction)
@@ -149,6 +188,9 @@ def load(
             data_dir=data_dir and str(expanded(data_dir).resolve()),
             image_size=image_size,
             channels=channels,
+            pages=pages,
+            fit=None if fit == "crop" else fit,
+            pool=pool,
             test_fraction=test_fraction,
             validation_fraction=validation_fraction,
             strict=strict,
@@ -170,7 +212,7 @@ def load_stream(
     buffer_size: int = 10_000,
     name: str = "stream",
     column: str | None = None,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     channels: Channels | None = None,
     max_pixels: int | None = None,
 ) -> Data:
@@ -193,7 +235,9 @@ def load_stream(
         source: An iterable of batches that can be read repeatedly, such as a ``DataLoader``, or a
             function that returns one. A batch is an array or tensor, (B, D), (B, H, W),
             (B, C, H, W) or (B, H, W, C), or a tuple that starts with one. The source may also be
-            a data set of the Hugging Face library, as an object or as "hf:owner/name".
+            a data set of the Hugging Face library, as an object or as "hf:owner/name", or a folder
+            or list of ``.npy`` or ``.parquet`` files, of which each process reads its own part, see
+            :class:`equipoise.data.shard_batches.ShardBatches`.
         count: Number of examples in a pass. None counts them in an additional pass.
         validation: The validation examples, as an array or tensor such as
             ``load_data("photos").validation``, or the number of examples that are held out at the
@@ -205,7 +249,8 @@ def load_stream(
         buffer_size: Number of examples in the shuffle buffer, which is kept in memory.
         name: Name of the data set in reports.
         column: Column of a Hugging Face data set. None means its images, or its only column of
-            arrays.
+            arrays. Of Parquet files, a column of lists; None means all columns if they are numbers,
+            or the only column of lists.
         image_size: Side in pixels of the square that each image of a Hugging Face data set
             becomes, as in :func:`load`.
         channels: Channels of the images of a Hugging Face data set, as in :func:`load`.
@@ -252,6 +297,7 @@ def load_stream(
 
     label = f"a stream of type {type(source).__name__}"
     notes: list[str] = []
+    shards: tuple[Shard, ...] = ()
     if is_hub_table(source) or (isinstance(source, str) and source.startswith("hf:")):
         passes = hub_passes(source, column, image_size, channels, limits)
         source = passes.train
@@ -267,12 +313,33 @@ def load_stream(
             validation = first_examples(reader(passes.validation, label)(), MAX_VALIDATION)
         if test is None and passes.test is not None:
             test = first_examples(reader(passes.test, label)(), MAX_TEST)
+    elif _is_sharded(source):
+        if image_size or channels or max_pixels:
+            raise ValueError(
+                f"{source}: image_size, channels and max_pixels are for images that are decoded; "
+                "leave them out for .npy and .parquet files"
+            )
+        shards = find_shards(source, column)  # type: ignore[arg-type] # a path or a list of paths
+        total_found = sum(shard.n for shard in shards)
+        if count not in (None, total_found):
+            raise ValueError(f"{source}: {total_found} examples by their headers, not {count}")
+        count = total_found
+        is_folder = isinstance(source, str | Path)
+        label = str(source) if is_folder else f"a list of {len(shards)} files"
+        if name == "stream" and is_folder:
+            name = expanded(str(source)).resolve().name
+        notes.append(_describe_shards(shards))
+
+        def read_all() -> Iterator[Array]:
+            return chain.from_iterable(read_rows(shard, 0, shard.n) for shard in shards)
+
+        source = read_all
     elif isinstance(source, str | Path) or hasattr(source, "shape"):
         subject = source if isinstance(source, str | Path) else label
         raise ValueError(
             f"{subject} needs no stream: load_data reads files as they are needed, and arrays are "
-            "in memory already. Expected an iterable of batches, a function that makes one, or "
-            "hf:owner/name"
+            "in memory already. Expected an iterable of batches, a function that makes one, "
+            "hf:owner/name, or a folder of .npy or .parquet files"
         )
     elif column or image_size or channels or max_pixels:
         raise ValueError(
@@ -308,6 +375,13 @@ def load_stream(
     n_train = total - set_aside
     at_hand = data.train.at_hand
     stream = Stream(read, first, set_aside, n_train, at_hand, buffer_size, label)
+    if shards:
+        parts = [(shard.path.name, shard.n) for shard in shards]
+        stream = ShardedStream(
+            *(read, first, set_aside, n_train, at_hand, buffer_size, label),
+            shards=shards,
+            readers=choose_readers(shards),
+        )
 
     if set_aside:
         notes.append(
@@ -316,7 +390,10 @@ def load_stream(
         )
     notes.append(f"units and initial values come from the first {len(at_hand)} training examples")
 
-    fingerprint = hashlib.sha256(f"{data.fingerprint} {set_aside} {total}".encode()).hexdigest()
+    identity = f"{data.fingerprint} {set_aside} {total}"
+    if shards:
+        identity += f" {parts}"
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return replace(
         data,
         train=stream,
@@ -324,6 +401,27 @@ def load_stream(
         notes=(*notes, *data.notes),
         loading=loading,
     )
+
+
+def _is_sharded(source: object) -> bool:
+    """Tell whether a source is a folder, or a list of files."""
+    if isinstance(source, str | Path):
+        return expanded(source).is_dir()
+    is_list = isinstance(source, list | tuple) and len(source) > 0
+    return is_list and all(isinstance(part, str | Path) for part in source)  # type: ignore[attr-defined]
+
+
+def _describe_shards(shards: tuple[Shard, ...]) -> str:
+    """Say how many files there are, and how many processes can share them."""
+    readers = choose_readers(shards)
+    text = f"{len(shards):,} files, counted by their headers"
+    if readers < READERS:
+        n_groups = sum(len(shard.groups) for shard in shards)
+        text += (
+            f"; with {n_groups:,} row groups, up to {readers} processes read only their own part "
+            "(write smaller row groups for more)"
+        )
+    return text
 
 
 def _record(source: object, **arguments: object) -> dict[str, Any]:
@@ -359,6 +457,10 @@ def load_examples(
     progress: Progress | None = None,
     max_pixels: int | None = None,
     max_bytes: int | None = None,
+    pages: Pages | None = None,
+    fit: Fit = "crop",
+    pool: bool = False,
+    on_note: Callable[[str], None] | None = None,
     columns: Sequence[str] = (),
 ) -> Subset:
     """Load examples to which a trained model is applied, in the order of the source.
@@ -375,29 +477,48 @@ def load_examples(
         progress: Function that is called with (done, total) while images are decoded.
         max_pixels: Most pixels of an image file, as in :func:`load`.
         max_bytes: Most bytes that a compressed file may unpack to, as in :func:`load`.
+        pages: What becomes of image files of several pages, as in :func:`load`.
+        fit: How images get the model's size, as in :func:`load`.
+        pool: Whether to take all parts of a folder, and not only its test part.
+        on_note: Called with each sentence that a user should read. None makes warnings of those on
+            files that cannot be read.
         columns: Names of the model's columns, which are taken by name from a table that has names.
 
     Returns:
-        The test part if the source has its own, otherwise all examples.
+        The test part if the source has its own, otherwise all examples. Their method ``names``
+        says which file or row each is.
 
     Raises:
         ValueError: If the examples have another shape or cannot be read.
     """
     is_files = isinstance(source, str | Path) and (
-        str(source).startswith("hf:") or expanded(source).is_dir()
+        str(source).startswith("hf:")
+        or expanded(source).is_dir()
+        or expanded(source).suffix.lower() in EXTENSIONS
     )
-    image_size: int | None = None
+    image_size: str | None = None
     channels: Channels | None = None
     if is_files and len(shape) == 3:
         depth, height, width = shape
-        channels = "grey" if depth == 1 else "rgb"
-        if height == width:
-            image_size = height
+        if depth in (1, 3) and pages != "channels":
+            channels = "grey" if depth == 1 else "rgb"
+        image_size = f"{width}x{height}"
 
     limits = _limits(max_pixels, max_bytes)
-    reader = _reader(image_size, channels, strict, cache_dir, progress, limits)
-    content = _find(source, data_dir, reader, False, columns, for_model=True)
+    reader = _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit)
+    content = _find(source, data_dir, reader, False, columns, for_model=True, pool=pool)
+    if content.pieces is not None and not len(content.pieces.test):
+        content = replace(content, pieces=None)
+    for axis in (1, 3):
+        sides = content.train.values.shape
+        if len(sides) == 4 and (sides[axis], *np.delete(sides, [0, axis])) == shape:
+            content = replace(content, axis=content.axis or axis)
     data = prepare(content, test_fraction=0.0, validation_fraction=0.0, for_training=False)
+    for note in content.train.notes:
+        if on_note is not None:
+            on_note(note)
+        elif note.startswith(("unreadable", UNREADABLE)):
+            warnings.warn(note, stacklevel=2)
 
     if data.shape != shape:
         raise ValueError(
@@ -409,12 +530,15 @@ def load_examples(
 
 
 def _reader(
-    image_size: int | None,
+    image_size: int | str | None,
     channels: Channels | None,
     strict: bool,
     cache_dir: str | Path | None,
     progress: Progress | None,
     limits: Limits,
+    pages: Pages | None,
+    fit: Fit,
+    say: Callable[[str], None] | None = None,
 ) -> ImageReader:
     return ImageReader(
         image_size,
@@ -423,6 +547,9 @@ def _reader(
         cache_dir=None if cache_dir is None else expanded(cache_dir),
         progress=progress,
         limits=limits,
+        pages=pages,
+        fit=fit,
+        say=say,
     )
 
 
@@ -435,7 +562,7 @@ def _limits(max_pixels: int | None, max_bytes: int | None) -> Limits:
     return replace(DEFAULT_LIMITS, **{k: v for k, v in given.items() if v is not None})
 
 
-def _has_format(data: Data, image_size: int | None, channels: Channels | None) -> bool:
+def _has_format(data: Data, image_size: int | str | None, channels: Channels | None) -> bool:
     """Whether examples have the image size and the channels that a user requested, if any."""
     if not image_size and not channels:
         return True
@@ -446,7 +573,7 @@ def _has_format(data: Data, image_size: int | None, channels: Channels | None) -
     depth, height, width = data.shape
     if channels and depth != n_channels[channels]:
         return False
-    return not image_size or height == width == image_size
+    return not image_size or (width, height) == parse_size(image_size)
 
 
 def _numbers_held_out(test: object, validation: object, total: int, label: str) -> tuple[int, int]:
@@ -487,6 +614,7 @@ def _find(
     drop: Sequence[str] | None = None,
     *,
     for_model: bool = False,
+    pool: bool = False,
 ) -> Found:
     if isinstance(source, str | Path) and source not in NAMES and is_table(source):
         path = expanded(source)
@@ -508,7 +636,7 @@ def _find(
 
     if str(source).startswith("hf:"):
         return hub_set(str(source).removeprefix("hf:"), reader)
-    return _load_path(expanded(source), reader)
+    return _load_path(expanded(source), reader, pool=pool)
 
 
 def _load_table(
@@ -555,11 +683,11 @@ def _load_named(name: str, data_dir: Path | None, reader: ImageReader, download:
     return hub_set(MIRRORS[name], reader, name)
 
 
-def _load_path(path: Path, reader: ImageReader) -> Found:
+def _load_path(path: Path, reader: ImageReader, *, pool: bool) -> Found:
     source = str(path)
     if path.is_dir():
         name = os.path.basename(os.path.abspath(path))  # of "..", too
-        return Found(name, source, reader.read(list_images(path).encoded()))
+        return read_folder(list_images(path), name, reader, pool=pool)
 
     if not path.exists():
         similar = _similar_names(path)
@@ -567,6 +695,8 @@ def _load_path(path: Path, reader: ImageReader) -> Found:
         raise ValueError(
             f"{source!r} is neither a known data set nor a path{hint} Expected {POSSIBLE}"
         )
+    if path.suffix.lower() in EXTENSIONS:
+        return Found(path.stem, source, reader.read(one_image(path).encoded()), axis=1)
     if path.suffix not in {".npy", ".npz"}:
         raise ValueError(f"{source} is a file of a type that cannot be read; expected {POSSIBLE}")
 

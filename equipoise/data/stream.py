@@ -79,7 +79,7 @@ class Stream:
                 )
 
             if len(training):
-                yield self._cast(training, index)
+                yield self._cast(training, f"{self.source}, batch {index}")
 
         if before < total:
             raise ValueError(
@@ -87,15 +87,14 @@ class Stream:
                 f"counted. Give count={before}, or leave count out to have them counted"
             )
 
-    def _cast(self, values: Array, index: int) -> Array:
-        label = f"{self.source}, batch {index}"
-
-        if self.dtype == np.uint8 and values.dtype != np.uint8:
+    def _cast(self, values: Array, label: str) -> Array:
+        if self.dtype.kind in "ui" and values.dtype != self.dtype:
+            low, high = np.iinfo(self.dtype).min, np.iinfo(self.dtype).max
             is_integer = values.dtype.kind in "bui"
-            if not is_integer or values.min() < 0 or values.max() > 255:
+            if not is_integer or values.min() < low or values.max() > high:
                 raise ValueError(
                     f"{label}: {values.dtype} values from {values.min():g} to {values.max():g}; "
-                    "expected whole numbers in 0..255, as the first examples are"
+                    f"expected whole numbers in {low}..{high}, as the first examples are"
                 )
 
         with np.errstate(over="ignore"):

@@ -133,5 +133,5 @@ def _draw_samples(subject: Subject) -> None:
         raw_sets[term(row).title] = next(_generated(subject, row, SHOWN_IMAGES))
 
     scaling = subject.model.scaling
-    sets = {title: scaling(raw).cpu().numpy() for title, raw in raw_sets.items()}
+    sets = {title: plots.pictures(scaling(raw).cpu().numpy()) for title, raw in raw_sets.items()}
     plots.save(plots.samples_compared(sets), subject.figures / "samples-compared.png")

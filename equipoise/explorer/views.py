@@ -7,6 +7,7 @@ import copy
 import io
 import math
 import re
+from collections import Counter
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -19,8 +20,9 @@ from torch import Tensor
 from equipoise.aggregate import GaussianMixture, single_gaussian
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Batches, Data
+from equipoise.data.dataset import Channels
 from equipoise.data.gate import Limits
-from equipoise.data.images import Plan, decode
+from equipoise.data.images import decode, make_plan, read_header
 from equipoise.gaps import missing_values
 from equipoise.gaussian import Gaussian
 from equipoise.imputation import impute
@@ -225,7 +227,7 @@ class View:
     def _beside(self, z: Tensor, x: Tensor, std: Tensor) -> Float32[np.ndarray, "n numbers"]:
         """Codes, then values and std in raw units, flat, beside each other."""
         scaling = self.model.scaling
-        values = (scaling.restore(x).flatten(1), scaling.restore_std(std).flatten(1))
+        values = (scaling.restore(x).flatten(1), scaling.restore_std(std, x).flatten(1))
         return torch.cat((z, *values), 1).numpy()
 
     @torch.no_grad()
@@ -310,9 +312,18 @@ class View:
 
     def _read_image(self, upload: bytes) -> Array:
         channels, height, width = self.model.shape
-        plan = Plan((channels, height, width), resize=height == width)
+        file, limits = io.BytesIO(upload), Limits(max_pixels=MAX_PIXELS)
         try:
-            pixels = decode(io.BytesIO(upload), plan, Limits(max_pixels=MAX_PIXELS))
+            header = read_header(file, limits)
+            convert: Channels | None = None
+            if header.bands in (1, 3) and channels in (1, 3):
+                convert = "grey" if channels == 1 else "rgb"
+            size = f"{width}x{height}"
+            plan = make_plan(Counter([header]), size, convert, None, "the image", "first")
+            pixels = decode(file, plan, limits)
+            if pixels.shape[1:] != self.model.shape:
+                sides = f"{pixels.shape[3]}x{pixels.shape[2]} with {pixels.shape[1]} channels"
+                raise ValueError(f"is {sides} where the model has {width}x{height} with {channels}")
         except Exception as error:  # Pillow's readers raise nearly anything on a broken file
             if str(error).startswith("no image"):
                 raise
@@ -320,7 +331,9 @@ class View:
                 f"the image cannot be used ({error}); save it as PNG or JPEG of {width} x {height}"
             ) from error
 
-        x = torch.from_numpy(pixels.copy())[None] / 255
+        if plan.dtype != "uint8":
+            return pixels.astype(np.float32 if plan.dtype == "float32" else np.int32)
+        x = torch.from_numpy(pixels.copy()) / 255
         levels: Array = self.model.scaling.restore_levels(x).numpy()
         return levels
 

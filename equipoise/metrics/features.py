@@ -71,13 +71,17 @@ def load_features(
     Args:
         features: one of
 
-            - ``"auto"``: the next for images, ``"columns"`` for tables;
+            - ``"auto"``: the next for images, ``"pooled"`` for signals and volumes, ``"columns"``
+              for tables;
             - ``"efficientnet-lite0"`` for images: 1280 channels before the classifier, at 64x64
               pixels, averaged over space (Tan and Le, 2019, *EfficientNet: Rethinking Model Scaling
-              for Convolutional Neural Networks*);
+              for Convolutional Neural Networks*). Images of other than 1 or 3 channels are first
+              averaged over three groups of neighbouring bands;
             - ``"inception"`` or ``"inception=PATH"`` for images: the 2048 pooled features of the
               original Fréchet inception distance (Szegedy et al., 2016, *Rethinking the Inception
               Architecture for Computer Vision*);
+            - ``"pooled"`` for signals and volumes: averages over 256 parts of a signal, and over
+              8 x 8 x 8 parts of a volume, for each channel;
             - ``"columns"`` for tables: the standardised columns;
             - a module, or ``"package.module:name"`` of a module or of a function that returns one.
               It maps uint8 images (B, C, H, W) with levels 0..255, or standardised columns (B, D),
@@ -99,10 +103,12 @@ def load_features(
     """
     if features == "auto":
         features = "efficientnet-lite0" if data.kind == "image" else "columns"
+        if len(data.shape) in (2, 4):
+            features = "pooled"
     name, network = _load_network(features, data, download)
 
     scaling = Scaling(torch.as_tensor(data.offset), torch.as_tensor(data.scale), data.quantum)
-    preparation = GreyLevels(scaling) if data.kind == "image" else scaling
+    preparation = GreyLevels(scaling) if len(data.shape) == 3 else scaling
     module = nn.Sequential(preparation, network).eval()
 
     dimension = _dimension(name, module, torch.from_numpy(data.test[:1]))
@@ -116,12 +122,21 @@ def _load_network(features: str | nn.Module, data: Data, download: bool) -> tupl
 
     kind, _, path = features.partition("=")
     if kind == "efficientnet-lite0":
+        if len(data.shape) == 3 and data.shape[0] not in (1, 3):
+            groups = nn.Sequential(BandGroups(), EfficientNetLite0())
+            return f"{kind} of {data.shape[0]} bands in three groups", groups
         _check_images(kind, data)
         return kind, EfficientNetLite0()
 
     if kind == "inception":
         _check_images(kind, data)
         return kind, Inception(_inception_weights(path, download))
+
+    if kind == "pooled":
+        if len(data.shape) not in (2, 4):
+            raise ValueError("the features 'pooled' are of signals and volumes")
+        pool = nn.AdaptiveAvgPool1d(256) if len(data.shape) == 2 else nn.AdaptiveAvgPool3d(8)
+        return kind, nn.Sequential(pool, nn.Flatten())
 
     if kind == "columns":
         if data.kind != "table":
@@ -263,6 +278,27 @@ class GreyLevels(nn.Module):
         return (255 * x).round().clamp(0, 255).to(torch.uint8)
 
 
+class BandGroups(nn.Module):
+    r"""Images of any number of bands as three: averages over groups of neighbouring bands."""
+
+    def forward(
+        self, levels: UInt8[Tensor, "batch channels height width"]
+    ) -> UInt8[Tensor, "batch 3 height width"]:
+        """Average the bands.
+
+        Args:
+            levels: images, (B, C, H, W), with levels 0..255. Of two bands the second counts twice.
+
+        Returns:
+            Images, (B, 3, H, W).
+        """
+        if levels.shape[1] == 2:
+            return levels[:, [0, 1, 1]]
+        groups = torch.tensor_split(levels, 3, dim=1)
+        means = [group.float().mean(1, keepdim=True) for group in groups]
+        return torch.cat(means, 1).round().to(torch.uint8)
+
+
 class EfficientNetLite0(nn.Module):
     r"""EfficientNet-Lite0 up to its classifier, averaged over space.
 
@@ -368,10 +404,10 @@ class Inception(nn.Module):
 
 
 def _check_images(name: str, data: Data) -> None:
-    if data.kind != "image":
+    if len(data.shape) != 3:
+        what, other = ("a table", "columns") if len(data.shape) == 1 else ("not", "pooled")
         raise ValueError(
-            f"the features {name!r} are of images, the data {data.name!r} is a table; "
-            "give 'columns'"
+            f"the features {name!r} are of images, the data {data.name!r} is {what}; give {other!r}"
         )
 
     if data.shape[0] not in (1, 3):

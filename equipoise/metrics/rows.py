@@ -15,7 +15,7 @@ from torch import Tensor
 
 from equipoise.data.dataset import Array
 from equipoise.gaps import missing_values
-from equipoise.gaussian import RowGenerators
+from equipoise.gaussian import RowGenerators, sum_dimensions
 from equipoise.model import VAE
 from equipoise.objectives import LogPrior, importance_weighted_bound
 
@@ -35,7 +35,7 @@ def log_densities(
     r"""Bound the log-density of each example from below by importance weighting.
 
     .. math:: \log p(x) \ge \log \frac1K \sum_k \frac{p(x|z_k)\, p(z_k)}{q(z_k|x)}
-        - \sum_i \log s_i
+        + \sum_i \log \frac{\mathrm dx_i}{\mathrm d\,\mathrm{raw}_i}
 
     The random draws of an example follow from its values, so that its score does not depend on the
     others. Missing values, NaN, are left out of p(x|z) and of the sum over i.
@@ -49,11 +49,11 @@ def log_densities(
     Returns:
         The bounds, (n,), nats.
     """
-    log_scales = model.scaling.scale.log().expand(model.shape)
-    log_scale: float | Array = float(log_scales.sum())
+    log_slopes = model.scaling.log_slope(raw)
     missing = missing_values(raw)
     if missing is not None:
-        log_scale = log_scales.masked_fill(missing, 0.0).sum(1).numpy()
+        log_slopes = torch.where(missing, 0.0, log_slopes)
+    log_slope: Array = sum_dimensions(log_slopes).numpy()
 
     x = model.scaling(raw)
     rows = max(1, DECODED_AT_ONCE // importance_samples)
@@ -68,7 +68,7 @@ def log_densities(
         )
         for examples in torch.split(x, rows)
     ]
-    scores: Float64[np.ndarray, " n"] = torch.cat(bounds).numpy() - log_scale
+    scores: Float64[np.ndarray, " n"] = torch.cat(bounds).numpy() + log_slope
     return scores
 
 

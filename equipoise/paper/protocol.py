@@ -355,7 +355,8 @@ class Lab:
         """Number of training steps of a model."""
         config = self.config(spec)
         epochs = config.stage_1_epochs + config.stage_2_epochs
-        return epochs * len(self.data(spec.data).train) // config.batch_size
+        n = len(self.data(spec.data).train)
+        return epochs * n // config.step_size(n)
 
     def _is_done(self, spec: Spec) -> bool:
         """Whether a model is trained, and evaluated as far as it is needed."""

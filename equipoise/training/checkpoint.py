@@ -37,6 +37,7 @@ class CheckpointState(TypedDict):
     model: dict[str, Any]
     descent: dict[str, Any] | None
     best: NotRequired[dict[str, Any] | None]
+    threads: NotRequired[Annotated[int, Meta(ge=1)]]
     config: dict[str, Any]
     fingerprint: Digest
     digest: Digest

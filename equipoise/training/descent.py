@@ -1,6 +1,7 @@
 """What a stage descends with: objective, optimiser, learning rate, clipping and average."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from equipoise.model import VAE
 from equipoise.objectives import Terms
 from equipoise.stages import Stage
 from equipoise.training.clipping import RelativeClipping
+from equipoise.training.engine import all_reduce_with_gradient
 from equipoise.training.setup import choose_stage_two, make_objective, parameter_groups
 
 
@@ -60,6 +62,8 @@ class Descent:
         )
 
         objective = make_objective(model, config, stage)
+        if fabric.world_size > 1:
+            objective.all_reduce = partial(all_reduce_with_gradient, fabric)
         self.objective: nn.Module
         self.optimizer: torch.optim.Optimizer
         self.objective, self.optimizer = fabric.setup(objective, optimizer)

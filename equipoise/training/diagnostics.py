@@ -7,6 +7,8 @@ from equipoise.training.figures import SplitFigures
 
 LARGE_SHARE = 0.98
 """Share of the data's variance from which an error or a noise variance is suspicious."""
+FEW_STEPS = 500
+"""Number of steps below which a model that is not good is one that has hardly begun."""
 LARGE_RATIO = 2.0
 """Ratio of held-out to training residuals' variance from which it is worth a word."""
 
@@ -17,6 +19,7 @@ def warnings_for(
     floor_is_expected: bool,
     overfitting: float = 1.0,
     counted_share: float = 1.0,
+    n_steps: int = FEW_STEPS,
 ) -> list[str]:
     """Find what looks wrong with a model at the end of a stage.
 
@@ -29,18 +32,22 @@ def warnings_for(
         overfitting: How many times as large as the training residuals' variance that of held-out
             residuals is, see :func:`equipoise.residuals.overfitting_ratio`.
         counted_share: Share of the dimensions that are not constant.
+        n_steps: Number of steps of the training so far.
 
     Returns:
         One warning for each problem.
     """
     warnings = []
+    remedy = "train longer, or lower learning_rate"
+    if n_steps < FEW_STEPS:
+        remedy = f"{n_steps} steps are too few: raise stage_1_epochs, or lower batch_size"
 
     mse = figures.mse / counted_share
     if mse >= LARGE_SHARE * data_var:
         warnings.append(
             f"Collapse: the reconstruction error {mse:.4g} is no smaller than the data's "
             f"variance {data_var:.4g}, so the model ignores its codes. If the noise variance is "
-            "fixed, lower it; otherwise train longer, or lower learning_rate."
+            f"fixed, lower it; otherwise {remedy}."
         )
 
     if figures.noise_var >= LARGE_SHARE * data_var:
@@ -60,7 +67,7 @@ def warnings_for(
     if figures.active_units == 0:
         warnings.append(
             "All latent units are inactive: every input is encoded to the prior. Lower the noise "
-            "variance or learning_rate, or train longer."
+            f"variance if it is fixed; otherwise {remedy}."
         )
 
     if figures.floor_share > 0 and not floor_is_expected:

@@ -7,7 +7,7 @@ import atexit
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -115,6 +115,37 @@ def all_reduce(fabric: Fabric, values: Tensor, operation: Literal["sum", "max"] 
     combined = values.to(fabric.device, copy=True)
     torch.distributed.all_reduce(combined, operations[operation])
     return combined.to(values.device)
+
+
+def all_reduce_with_gradient(fabric: Fabric, values: Tensor) -> Tensor:
+    r"""Sum a tensor over the processes, so that gradients pass through the sum.
+
+    Each process has its own loss :math:`L_p(s)` of the sum :math:`s = \sum_p s_p`, and the engine
+    averages the gradients of the losses. The gradient of all losses by :math:`s_p` is
+    :math:`\sum_q \partial L_q / \partial s`, again a sum over the processes.
+
+    Args:
+        fabric: The engine.
+        values: Tensor of this process.
+
+    Returns:
+        The sum, the same in all processes.
+    """
+    summed: Tensor = _SumOverProcesses.apply(values, fabric)  # type: ignore[no-untyped-call]
+    return summed
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """A sum over the processes, whose gradient is the sum of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, fabric: Fabric) -> Tensor:  # noqa: ANN401
+        ctx.fabric = fabric
+        return all_reduce(fabric, values.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        return all_reduce(ctx.fabric, gradient.contiguous()), None
 
 
 def processes_of(fabric: Fabric) -> Processes:

@@ -64,6 +64,8 @@ class Group(DDPStrategy):
         try:
             if self._is_private():
                 self._meet_on_loopback()
+            elif distributed.is_torchelastic_launched():
+                self._meet_by_torchrun()
             super().setup_environment()
         except (distributed.DistError, OSError) as error:
             raise self._explained(error) from error
@@ -111,6 +113,24 @@ class Group(DDPStrategy):
             store=store,
             rank=self.local_rank,
             world_size=self.num_processes,
+            timeout=PATIENCE,
+        )
+
+    def _meet_by_torchrun(self) -> None:
+        """Start the process group under the name of this attempt.
+
+        torchrun keeps one store for all of its restarts, in which processes would find the
+        addresses of those that are no more, and wait for them.
+        """
+        meeting = distributed.rendezvous  # type: ignore[attr-defined] # documented
+        store, rank, size = next(meeting("env://", timeout=PATIENCE))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        own_store = distributed.PrefixStore  # type: ignore[attr-defined] # documented
+        distributed.init_process_group(
+            "nccl" if self.root_device.type == "cuda" else "gloo",
+            store=own_store(f"attempt-{attempt}", store),
+            rank=rank,
+            world_size=size,
             timeout=PATIENCE,
         )
 

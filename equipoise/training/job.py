@@ -1,17 +1,18 @@
 """The main job: data in, a run folder out."""
 
 import datetime
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from equipoise.config import ConfigError, TrainConfig
+from equipoise.config import EARLIER_VALUES, MACHINE, ConfigError, TrainConfig
 from equipoise.data import Data
 from equipoise.files import (
     StoreError,
@@ -42,6 +43,7 @@ from equipoise.training.engine import (
 from equipoise.training.group import noticing_losses
 from equipoise.training.logging import JsonlSink, Sink
 from equipoise.training.setup import check_fit, check_units, make_model
+from equipoise.training.threads import computing_with
 from equipoise.training.trackers import TRACKERS
 from equipoise.training.trainer import Trainer
 
@@ -52,7 +54,7 @@ def train(
     config: TrainConfig | None = None,
     out: str | Path | None = None,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     sinks: Sequence[Sink] = (),
     encoder: nn.Module | None = None,
     decoder: nn.Module | None = None,
@@ -73,7 +75,9 @@ def train(
         data: What :func:`equipoise.load_data` or :func:`equipoise.load_stream` returned.
         config: Options; the defaults if None.
         out: The run folder. None takes ``runs/NAME``, or the next free name after it.
-        resume: Go on with the run in ``out``.
+        resume: Go on with the run in ``out``. "auto" does so if there is one, starts it if there is
+            none, and returns it as it is if it is trained, so that a program which is started again
+            and again needs no other argument. It needs ``out``.
         sinks: What takes in the figures, besides ``metrics.jsonl``.
         encoder: Your own module from (B, \*) to (B, 2 d); give a decoder with it.
         decoder: Your own module from (B, d) to (B, \*); give an encoder with it.
@@ -98,6 +102,10 @@ def train(
     """
     config = config or TrainConfig()
     _check_arguments(data, config)
+    if resume == "auto" and not out:
+        raise ConfigError(
+            ["resume=auto needs the folder to look into: give out, the same each time"]
+        )
     check_fit(data, config)
     fabric = make_fabric(config)
 
@@ -106,6 +114,8 @@ def train(
             sink.message(text)
 
     launch(fabric, say)
+    if config.batch_size == "auto":
+        say(_describe_batches(config, len(data.train), fabric.world_size))
 
     if broadcast(fabric, data.fingerprint) != data.fingerprint:
         raise StoreError(
@@ -117,10 +127,20 @@ def train(
 
     check_units(model, data)
 
+    is_resumed = resume is True
+    if resume == "auto" and out:
+        # Told to all, because not every machine may see the folder.
+        is_resumed, is_trained = in_main_process(
+            fabric, partial(_find_progress, Run(out), data, config)
+        )
+        if is_trained:
+            say(f"{out} is trained already.")
+            return Run(out)
+
     # Everything that can refuse the input has run: only now does a folder appear.
-    run = Run(in_main_process(fabric, partial(_choose_folder, data, out, resume, force)))
-    if resume:
-        _check_noise(run, model, is_given=noise is not None)
+    run = Run(in_main_process(fabric, partial(_choose_folder, data, out, is_resumed, force)))
+    if is_resumed:
+        in_main_process(fabric, partial(_check_noise, run, model, is_given=noise is not None))
 
     was_there = True
 
@@ -134,7 +154,7 @@ def train(
             except OSError:
                 discard_if_empty(run.folder, keep_folder=was_there)
                 raise
-            if resume:
+            if is_resumed:
                 if not has_checkpoint(run.checkpoints):
                     # It starts anew, and may do so with other options.
                     write_json(run.config_file, _settings(data, config, model, command))
@@ -163,11 +183,12 @@ def train(
             model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric
         )
         try:
-            trainer.fit(resume=resume)
+            trainer.fit(resume=is_resumed)
         except Exception:
-            if fabric.is_global_zero and not resume:
+            if fabric.is_global_zero and not is_resumed:
                 stack.callback(_discard_unstarted, run, was_there)
             raise
+        stack.enter_context(computing_with(trainer.threads))
         in_main_process(fabric, partial(_note_options, run, config))
         # Its copy of the training examples on the device goes, too: they are encoded from their
         # source.
@@ -185,7 +206,7 @@ def train(
         fit = fit_aggregate(model, data, config, fabric.device, on_mixture, processes)
         model.cpu()
 
-        replaced = _describe_replaced(run, correlation_fit) if resume else []
+        replaced = _describe_replaced(run, correlation_fit) if is_resumed else []
         in_main_process(fabric, partial(_save, run, model, fit, config, data, correlation_fit))
         messages = _describe_fit(fit)
         if correlation_fit is not None:
@@ -195,6 +216,15 @@ def train(
             for text in messages:
                 sink.message(text)
     return run
+
+
+def _describe_batches(config: TrainConfig, n: int, processes: int) -> str:
+    """Say which size of batches batch_size=auto has chosen."""
+    size = min(config.step_size(n, processes), n)
+    return (
+        f"Note: batch_size=auto takes {size} examples per step, {math.ceil(n / size)} steps per "
+        f"epoch of {n:,} examples."
+    )
 
 
 def _discard_unstarted(run: Run, was_there: bool) -> None:
@@ -272,11 +302,42 @@ def _choose_folder(data: Data, out: str | Path | None, resume: bool, force: bool
     return str(run.folder)
 
 
+def _find_progress(run: Run, data: Data, config: TrainConfig) -> tuple[bool, bool]:
+    """Tell whether there is a run to go on with, and whether it is trained to the end.
+
+    Refuses a run of other data, and a trained one of other options. Those of a run that is not
+    trained are compared with its checkpoint.
+    """
+    if not run.config_file.exists():
+        return False, False
+    run.check_data(data)
+    if not (run.model_file.is_file() and run.mixture_file.is_file()):
+        return True, False
+
+    options = EARLIER_VALUES | run.settings()["options"]
+    changed = [
+        name
+        for name, value in config.as_dict().items()
+        if options.get(name) != value and name not in MACHINE
+    ]
+    if changed:
+        raise StoreError(
+            f"{run.folder} was trained with other values of {', '.join(changed)}; "
+            "give the same, or choose another --out."
+        )
+    try:
+        run.mixture()
+    except StoreError:
+        return True, False  # a kill came between the two files, or they are damaged
+    return True, True
+
+
 def _refuse_run(run: Run) -> None:
     """Refuse to train over a run."""
     if run.config_file.exists():
         raise StoreError(
-            f"{run.folder} holds a run already: resume it with --resume, or choose another --out."
+            f"{run.folder} holds a run already: resume it with --resume, or choose another --out. "
+            "'--resume auto' starts a run or goes on with it."
         )
 
 

@@ -14,8 +14,8 @@ from equipoise.config import ConfigError, TrainConfig
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Data
 from equipoise.data.batches import examples
-from equipoise.gaps import column_means, observed_values
-from equipoise.model import VAE, Scaling
+from equipoise.gaps import column_means, column_vars, observed_values
+from equipoise.model import VAE, PowerScaling, Scaling
 from equipoise.networks import build_decoder, build_head, default_architecture
 from equipoise.noise import (
     NOISE_BUILDERS,
@@ -32,6 +32,7 @@ from equipoise.objectives import (
     FrozenMeanElbo,
     Objective,
 )
+from equipoise.powers import choose_powers, yeo_johnson
 from equipoise.residuals import ResidualVariance
 from equipoise.stages import Floor, Stage
 from equipoise.training.trackers import TRACKERS, is_installed
@@ -44,6 +45,33 @@ CHECKED_AT_ONCE = 1000
 """Examples whose units are compared together."""
 SCALE_EXAMPLES = 10_000
 """Examples that give the mean and std at which untrained networks start."""
+
+
+def make_scaling(data: Data, config: TrainConfig) -> Scaling:
+    """Make the map between the data's own units and those of the model.
+
+    Args:
+        data: The data.
+        config: Option ``power_transform``.
+
+    Returns:
+        The scaling. If no column of a table is to be transformed, it is linear.
+    """
+    offset, scale = torch.as_tensor(data.offset), torch.as_tensor(data.scale)
+    linear = Scaling(offset, scale, data.quantum, data.columns)
+    if not config.power_transform or len(data.shape) != 1:
+        return linear
+
+    x = linear(examples(data.train, SCALE_EXAMPLES)).double()
+    powers = torch.from_numpy(choose_powers([column[~column.isnan()].numpy() for column in x.T]))
+    if bool((powers == 1).all()):
+        return linear
+
+    transformed = yeo_johnson(x, powers)
+    changed = powers != 1
+    centre = torch.where(changed, column_means(transformed), 0.0)
+    spread = torch.where(changed, column_vars(transformed).sqrt(), 1.0)
+    return PowerScaling(linear.offset, linear.scale, powers, centre, spread, data.columns)
 
 
 def make_model(
@@ -72,8 +100,7 @@ def make_model(
     if (encoder is None) != (decoder is None):
         raise ConfigError(["encoder and decoder go together: give both of your own, or neither"])
 
-    offset, scale = torch.as_tensor(data.offset), torch.as_tensor(data.scale)
-    scaling = Scaling(offset, scale, data.quantum, data.columns)
+    scaling = make_scaling(data, config)
     traits: dict[str, Any] = {
         "width": config.width,
         "scaling": scaling,
@@ -92,7 +119,7 @@ def make_model(
         if problem:
             raise ConfigError([f"the pair of encoder and decoder {problem}"])
         layers = [*encoder.modules(), *decoder.modules()]
-        if config.batch_size < 2 and any(isinstance(m, _BatchNorm) for m in layers):
+        if config.step_size(len(data.train)) < 2 and any(isinstance(m, _BatchNorm) for m in layers):
             raise ConfigError(["batch normalisation of one example: batch_size is at least 2"])
         return VAE(encoder, decoder, noise, shape=data.shape, latent_dim=latent_dim, **traits)
 
@@ -274,7 +301,7 @@ def make_noise(data: Data, config: TrainConfig) -> NoiseModel:
     Returns:
         The noise model.
     """
-    steps_per_epoch = math.ceil(len(data.train) / config.batch_size)
+    steps_per_epoch = math.ceil(len(data.train) / config.step_size(len(data.train)))
     options = NoiseOptions(
         shape=data.shape,
         latent_dim=choose_latent_dim(data, config),
@@ -443,7 +470,7 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
             f"{n_test} for the test; at least {min_train}, 2 and 2 are needed"
         )
 
-    if config.objective == "wae-mmd" and config.batch_size < 2:
+    if config.objective == "wae-mmd" and config.step_size(n_train) < 2:
         problems.append("objective=wae-mmd compares the codes of a batch: batch_size is at least 2")
 
     dimensions = math.prod(data.shape)
@@ -476,7 +503,7 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
     if problem:
         problems.append(problem)
 
-    is_image = len(data.shape) == 3
+    is_image = len(data.shape) > 1
     noise = NOISES.get(config.noise)
     if noise is not None and noise.needs_images and not is_image:
         problems.append(f"noise={config.noise} needs images; for tables use noise=dimension")

@@ -43,7 +43,13 @@ from equipoise.training.checkpoint import (
 from equipoise.training.compilation import compile_networks, restore_networks
 from equipoise.training.descent import Descent
 from equipoise.training.diagnostics import range_warning, warnings_for
-from equipoise.training.engine import all_reduce, in_main_process, make_fabric, processes_of
+from equipoise.training.engine import (
+    all_reduce,
+    broadcast,
+    in_main_process,
+    make_fabric,
+    processes_of,
+)
 from equipoise.training.figures import RunningMeans, SplitFigures, batch_sums, split_figures
 from equipoise.training.logging import Sink
 from equipoise.training.passes import EVALUATION_BATCH, SplitPass
@@ -59,6 +65,7 @@ from equipoise.training.stage_ends import (
     worth_of_prediction,
 )
 from equipoise.training.step_graph import StepGraph
+from equipoise.training.threads import choose_threads, computing_with
 
 DISPLAY_SECONDS = 1.0
 AGREEMENT_STEPS = 10
@@ -134,10 +141,17 @@ class Trainer:
         model.noise = marginal_of(model.noise)
         model.counted = counted_columns(data.train)
         model.to(self.fabric.device)
-        batch_size = min(config.batch_size, len(data.train))
+        n = len(data.train)
+        batch_size = min(config.step_size(n, self.processes.size), n)
         self.training = self._pass(data.train, batch_size, seed=config.seed)
         self.validation = self._pass(data.validation, EVALUATION_BATCH)
         self.test = self._pass(data.test, EVALUATION_BATCH)
+
+        # Told to all, because the engine has set OMP_NUM_THREADS for the processes it started.
+        share = math.ceil(batch_size / self.processes.size)
+        self.threads, self.about_threads = broadcast(
+            self.fabric, choose_threads(model, config, share)
+        )
 
         self.stage_two = choose_stage_two(model, config)
         self.schedule = StageSchedule(
@@ -182,7 +196,7 @@ class Trainer:
         before = torch.backends.cudnn.deterministic
         torch.backends.cudnn.deterministic = before or self.config.deterministic
         try:
-            with self.sigterm if self.folder else nullcontext():
+            with self.sigterm if self.folder else nullcontext(), computing_with(self.threads):
                 return self._fit(resume)
         finally:
             torch.backends.cudnn.deterministic = before
@@ -227,6 +241,8 @@ class Trainer:
         if self.leaves_out:
             self._message("Training leaves out the model's correlation; fit it anew afterwards.")
         is_restored = resume and self._restore()
+        if self.about_threads:
+            self._message(self.about_threads)
 
         try:
             for sink in self.sinks:
@@ -436,7 +452,12 @@ class Trainer:
         messages.append(_describe_test(test))
         is_floor_expected = ended is Stage.PREDICTED_VARIANCE
         warnings = warnings_for(
-            validation, self.data_var, is_floor_expected, self.overfitting, self.counted_share
+            validation,
+            self.data_var,
+            is_floor_expected,
+            self.overfitting,
+            self.counted_share,
+            self.position.step,
         )
         for warning in warnings:
             messages.append(f"Warning: {warning}")
@@ -649,6 +670,7 @@ class Trainer:
             # The global ones serve a user's own networks, such as those with dropout.
             "global_generators": self._gather(torch.get_rng_state()),
             "cuda_generators": cuda_generators,
+            "threads": self.threads,
             "config": self.config.as_dict(),
             "fingerprint": self.data.fingerprint,
             "digest": self._digest(),
@@ -706,6 +728,7 @@ class Trainer:
 
     def _take_state(self, state: dict[str, Any]) -> None:
         """Stand where a state was taken."""
+        self._keep_threads(state)
         self.position = Position(*state["position"])
         self.schedule.load_state_dict(state["schedule"])
         self.history = state["history"]
@@ -766,6 +789,17 @@ class Trainer:
             self.means.unpack(packed[rank : rank + 1])
         elif rank == 0:
             self.means.unpack(packed)
+
+    def _keep_threads(self, state: dict[str, Any]) -> None:
+        """Compute with as many threads as before, on which the rounding of sums depends."""
+        is_as_before = len(state["global_generators"]) == self.processes.size
+        if self.config.threads is None and is_as_before and self.fabric.device.type == "cpu":
+            # Runs of earlier versions had all threads.
+            kept = state.get("threads", torch.get_num_threads())
+            if kept != self.threads:
+                self.about_threads = f"Threads: {kept}, as before."
+            self.threads = kept
+            torch.set_num_threads(kept)
 
     def _restore_generators(self, state: dict[str, Any]) -> None:
         """Take back this process's global generators; new processes keep those of their start."""

@@ -378,7 +378,8 @@ function startInputs() {
 function describe() {
   document.title = `${about.name} · equipoise explore`;
   $("name").textContent = about.name;
-  const kind = isImage ? `${width} × ${height} ${channels === 1 ? "grey" : "colour"} images` : `${dimensions} columns`;
+  const images = { 1: "grey images", 3: "colour images" }[channels] ?? `images of ${channels} bands (the first is shown)`;
+  const kind = isImage ? `${width} × ${height} ${images}` : `${dimensions} columns`;
   $("summary").textContent = `${kind}, ${latent_dim} latent units, mixture of ${about.means.length}`;
   $("legend").textContent = about.n_examples
     ? "Blue: density of the aggregate posterior. Dots: training data. Ellipses: components of the mixture, one std."
