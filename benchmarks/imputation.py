@@ -134,7 +134,9 @@ def page(rows):
 
             errors = [over_seeds([row["rmse"] for row in part]) for part in found.values()]
             coverages = [
-                ", ".join(f"{np.mean([row[key] for row in found[method]]):.2f}" for key in COVERAGES)
+                ", ".join(
+                    f"{np.mean([row[key] for row in found[method]]):.2f}" for key in COVERAGES
+                )
                 for method in ("VAEImputer", "IterativeImputer")
             ]
             cells.append([f"{name}, {share:.0%}", *errors, *coverages])

@@ -417,7 +417,8 @@ def summarise(values: Array, source: str) -> Summary:
         dtype = np.dtype(np.float32)
 
     digest = hashlib.sha256(f"{dtype.str} {values.shape}".encode())
-    low = high = np.ravel(values[0]).astype(dtype)
+    with np.errstate(over="ignore"):
+        low = high = np.ravel(values[0]).astype(dtype)
     n_missing = np.zeros(low.shape, np.int64)
     n_bad = 0
     first_bad: tuple[int, ...] = ()

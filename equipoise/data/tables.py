@@ -540,7 +540,7 @@ def _problem_of(columns: list[Column]) -> str:
         problems.append(ADVICE.get(kind, f"values of the type {kind} in {{}}").format(listed))
 
     names = " ".join(_quoted(column.name) for column in columns[:LISTED])
-    return f"{'; '.join(problems)}. Or leave them out by --drop {names}"
+    return f"{'; '.join(problems)}. To leave them out: --drop {names}"
 
 
 def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
