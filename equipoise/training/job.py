@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -115,7 +116,10 @@ def train(
 
     launch(fabric, say)
     if config.batch_size == "auto":
-        say(_describe_batches(config, len(data.train), fabric.world_size))
+        # Recorded as a number, so that the run goes on with it whatever the number of processes.
+        size = config.step_size(len(data.train), fabric.world_size)
+        config = replace(config, batch_size=size)
+        say(_describe_batches(size, len(data.train)))
 
     if broadcast(fabric, data.fingerprint) != data.fingerprint:
         raise StoreError(
@@ -218,9 +222,9 @@ def train(
     return run
 
 
-def _describe_batches(config: TrainConfig, n: int, processes: int) -> str:
+def _describe_batches(size: int, n: int) -> str:
     """Say which size of batches batch_size=auto has chosen."""
-    size = min(config.step_size(n, processes), n)
+    size = min(size, n)
     return (
         f"Note: batch_size=auto takes {size} examples per step, {math.ceil(n / size)} steps per "
         f"epoch of {n:,} examples."
