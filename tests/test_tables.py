@@ -139,6 +139,13 @@ class TestReading:
             table.values()
         assert table.select(["flag", "n"]).values()[1].tolist() == [0.0, 1.0]
 
+    def test_decimals_of_parquet_are_numbers(self, tmp_path):
+        values = pl.Series(["1.25", "-3.50", None]).cast(pl.Decimal(8, 2))
+        pl.DataFrame({"x": values}).write_parquet(tmp_path / "a.parquet")
+        table = read_table(tmp_path / "a.parquet")
+        assert table.columns[0][:5] == ("x", "numbers", 1, -3.5, 1.25)
+        np.testing.assert_array_equal(table.values()[:, 0], [1.25, -3.5, np.nan])
+
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
@@ -198,6 +205,23 @@ class TestNames:
         write_table(tmp_path / "c.csv", {"age": ROWS[:, 0], "other": ROWS[:, 1]})
         with pytest.raises(ValueError, match="no column 'income, net' among 'age', 'other'"):
             load_examples(tmp_path / "c.csv", (3,), columns=NAMES)
+
+    @pytest.mark.parametrize("ending", [".csv", ".parquet"])
+    def test_a_further_table_may_lack_all_values_of_a_column(self, tmp_path, ending):
+        path = tmp_path / f"b{ending}"
+        write_table(path, {"a": [1.0, 2.0], "b": [None, None]})
+        np.testing.assert_array_equal(
+            load_examples(path, (2,), columns=("a", "b"))[:], [[1.0, np.nan], [2.0, np.nan]]
+        )
+        filled = np.array([[False, True]] * 2)
+        write_filled(tmp_path / "c.csv", path, ("a", "b"), np.full((2, 2), 0.5), filled)
+        assert (tmp_path / "c.csv").read_text() == "a,b\n1.0,0.5\n2.0,0.5\n"
+
+    def test_a_further_table_with_text_is_told_what_its_reader_can_do(self, tmp_path):
+        write_table(tmp_path / "b.csv", {"a": ["1", "unknown"], "b": [1.0, 2.0]})
+        with pytest.raises(ValueError, match=r"text in 'a'.*leave it empty") as caught:
+            load_examples(tmp_path / "b.csv", (2,), columns=("a", "b"))
+        assert "--drop" not in str(caught.value)
 
     def test_warnings_and_notes_name_columns(self):
         frame = pd.DataFrame(ROWS, columns=list(NAMES))

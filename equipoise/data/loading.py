@@ -653,7 +653,7 @@ def _load_table(
         if for_model and not table.has_names:
             columns = None
         table = table.select(columns or None, drop)
-        values = table.values()
+        values = table.values(for_model=for_model)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 

@@ -116,8 +116,12 @@ class Table:
             self.notes,
         )
 
-    def values(self) -> Array:
+    def values(self, *, for_model: bool = False) -> Array:
         """Return the numbers, NaN where there are none.
+
+        Args:
+            for_model: Whether a trained model reads them. Then a column may be without any value,
+                and none can be left out.
 
         Returns:
             Values, (N, D), float64.
@@ -125,13 +129,20 @@ class Table:
         Raises:
             ValueError: If a column holds text or dates. It names all of them, and what to do.
         """
-        bad = [column for column in self.columns if not column.is_numeric]
+        allowed = ("empty",) if for_model else ()
+        bad = [c for c in self.columns if not c.is_numeric and c.kind not in allowed]
         if bad:
-            raise ValueError(_problem_of(bad))
+            raise ValueError(_problem_of(bad, for_model=for_model))
 
         import polars as pl
 
-        values: Array = self.frame.select(pl.all().cast(pl.Float64)).to_numpy()
+        numbers = [
+            pl.lit(None, pl.Float64).alias(column.name)
+            if column.kind == "empty"
+            else pl.col(column.name).cast(pl.Float64)
+            for column in self.columns
+        ]
+        values: Array = self.frame.with_columns(numbers).to_numpy()
         return np.ascontiguousarray(values)
 
     def describe(self) -> str:
@@ -457,6 +468,9 @@ def _columns_of(frame: Frame) -> tuple[Frame, tuple[Column, ...]]:
         elif series.dtype.is_integer():
             kind = "whole numbers"
         elif series.dtype.is_numeric():
+            if not series.dtype.is_float():
+                series = series.cast(pl.Float64)  # of Decimal
+                frame = frame.with_columns(series)
             kind = "numbers"
         elif series.dtype in (pl.Categorical, pl.Enum):
             kind = "text"
@@ -528,7 +542,7 @@ ADVICE = {
 """What is said of the columns that hold no numbers, by what they hold."""
 
 
-def _problem_of(columns: list[Column]) -> str:
+def _problem_of(columns: list[Column], *, for_model: bool) -> str:
     """Name columns that hold no numbers, say what they hold, and what to do."""
     problems = []
     for kind in dict.fromkeys(column.kind for column in columns):
@@ -539,8 +553,11 @@ def _problem_of(columns: list[Column]) -> str:
             listed += f" ({notes})"
         problems.append(ADVICE.get(kind, f"values of the type {kind} in {{}}").format(listed))
 
+    few = " Where a cell stands for a missing value, leave it empty." if notes else ""
+    if for_model:
+        return f"{'; '.join(problems)}. The model was trained on these columns.{few}"
     names = " ".join(_quoted(column.name) for column in columns[:LISTED])
-    return f"{'; '.join(problems)}. To leave them out: --drop {names}"
+    return f"{'; '.join(problems)}. To leave them out: --drop {names}.{few}"
 
 
 def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
