@@ -1,5 +1,6 @@
 """``VAEImputer``: missing values of tables, as a scikit-learn transformer."""
 
+import warnings
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -140,10 +141,14 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
     def _impute(self, table: Array, n_draws: int) -> Imputation:
         estimator = self.estimator_
         seed = 0 if self.random_state is None else int(self.random_state)
+        raw = torch.from_numpy(table.astype(np.float32))
+        text = estimator.model_.scaling.range_warning(raw)
+        if text is not None:
+            warnings.warn(text, stacklevel=3)
         return impute(
             estimator.model_,
             estimator.mixture_,
-            torch.from_numpy(table.astype(np.float32)),
+            raw,
             n_samples=self.n_samples,
             n_draws=n_draws,
             seed=seed,

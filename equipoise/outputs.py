@@ -225,6 +225,10 @@ def write_reconstructed_table(model: VAE, raw: NDArray[Any], path: Path) -> list
     """
     x = torch.from_numpy(raw)
     model.scaling.check(x)
+    text = model.scaling.range_warning(x)
+    if text is not None:
+        warnings.warn(text, stacklevel=2)
+
     parts = [model.reconstruct(model.scaling(rows)) for rows in torch.split(x, DECODED_AT_ONCE)]
     means = torch.cat([part.mean for part in parts])
     mean = model.scaling.restore(means).numpy()

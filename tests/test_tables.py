@@ -139,6 +139,55 @@ class TestReading:
             table.values()
         assert table.select(["flag", "n"]).values()[1].tolist() == [0.0, 1.0]
 
+    def test_lines_that_end_as_on_an_old_mac(self, tmp_path):
+        (tmp_path / "a.csv").write_bytes(text_of().replace("\n", "\r").encode())
+        np.testing.assert_array_equal(read_table(tmp_path / "a.csv").values(), expected())
+
+    @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+    @pytest.mark.parametrize("end", ["\n\n\n", "\r\n\r\n\r\n"])
+    def test_empty_lines_at_the_end_are_no_rows(self, tmp_path, name, end):
+        content = (text_of().rstrip() + end).encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if "gz" in name else content)
+        table = read_table(tmp_path / name)
+        assert "2 empty lines at the end are left out" in table.notes
+        np.testing.assert_array_equal(table.values(), expected())
+
+    def test_rows_without_any_value_are_kept_and_counted(self, tmp_path):
+        (tmp_path / "a.csv").write_text(text_of() + ",,\nNaN,,\n")
+        table = read_table(tmp_path / "a.csv")
+        assert table.values().shape == (62, 3)
+        assert "2 rows without any value" in table.describe()
+        (tmp_path / "b.csv").write_text("a\n1\n2\n\n")
+        assert len(read_table(tmp_path / "b.csv").values()) == 3
+
+    def test_names_in_quotes_and_without_text(self, tmp_path):
+        (tmp_path / "a.csv").write_text('"a ""x""","b\nc",,\n1,2,3,4\n2,3,4,5\n')
+        names = [column.name for column in read_table(tmp_path / "a.csv").columns]
+        assert names == ['a "x"', "b\nc", "column 2", "column 3"]
+
+    def test_lines_longer_than_a_sample(self, tmp_path):
+        values = np.random.default_rng(0).normal(size=(12, 30_000)).round(2)
+        lines = [";".join(f"feature {i}" for i in range(30_000))]
+        lines += [";".join(map(str, row)).replace(".", ",") for row in values]
+        (tmp_path / "a.csv").write_text("\n".join(lines))
+        table = read_table(tmp_path / "a.csv")
+        np.testing.assert_array_equal(table.values(), values)
+        assert table.columns[-1].name == "feature 29999"
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("a,b\n1,2\n1,2,3\n", "line 3 has 3 cells, and the first one 2"),
+            ("# from X\na,b\n1,2\n", "line 2 has 2 cells, and the first one 1"),
+            ("a\n1,5\n2,5\n", "line 2 has 2 cells, and the first one 1"),
+        ],
+    )
+    def test_lines_of_too_many_cells_are_named(self, tmp_path, text, message):
+        (tmp_path / "a.csv").write_text(text)
+        with pytest.raises(ValueError, match=message) as caught:
+            read_table(tmp_path / "a.csv")
+        assert "truncate" not in str(caught.value)
+
     def test_decimals_of_parquet_are_numbers(self, tmp_path):
         values = pl.Series(["1.25", "-3.50", None]).cast(pl.Decimal(8, 2))
         pl.DataFrame({"x": values}).write_parquet(tmp_path / "a.parquet")
@@ -284,6 +333,11 @@ class TestScores:
         assert found.worst_columns[1].startswith("größe -9.0, ")
         assert worst_columns(model, torch.full((1, 3), torch.nan)) == [""]
 
+        # Whatever the size of a batch does to the last digits.
+        for n in (1, 2, 7, 150):
+            empty = torch.full((n, 3), torch.nan)
+            assert score_rows(model, empty, reference, standard_normal_log_prob).p_value.min() == 1
+
 
 @pytest.fixture
 def command(capsys):
@@ -343,6 +397,23 @@ class TestCommandLine:
             table = read_table(tmp_path / file)
             assert table.frame.height == height
             assert tuple(column.name for column in table.columns) == NAMES
+
+        write_table(tmp_path / "far.csv", dict(zip(NAMES, 1e3 * values.T + 1e5, strict=True)))
+        for name, *out in (("impute",), ("reconstruct", "--out", tmp_path / "far-r.csv")):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                text = command(name, run, tmp_path / "far.csv", *out)
+            assert "in the same unit?" in text + "".join(str(w.message) for w in caught)
+
+        before = path.read_bytes()
+        assert "the table itself" in command("impute", run, path, "--out", path, fails=True)
+        assert path.read_bytes() == before
+        for name, file in (("impute", "a.txt"), ("sample", "a.xlsx"), ("reconstruct", "a.txt")):
+            table = [] if name == "sample" else [path]
+            text = command(name, run, *table, "--out", tmp_path / file, fails=True)
+            assert ".csv" in text
+            assert not (tmp_path / file).exists()
+
         assert "at least 999 held-out rows" in command(
             "score", run, "--false-alarm-rate", "0.001", fails=True
         )

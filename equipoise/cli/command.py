@@ -158,8 +158,11 @@ def other_examples(
 
 def table_to_write(path: str | None, model: "VAE") -> Path | None:
     """Take ``--out`` for a table if its ending is that of one, and if the model is of a table."""
-    from equipoise.data.tables import is_table
+    from equipoise.data.tables import OTHER_SUFFIXES, SUFFIXES, is_table
 
+    if path is not None and not is_table(path) and path.lower().endswith(OTHER_SUFFIXES):
+        endings = ", ".join(SUFFIXES)
+        raise ConfigError([f"--out {path}: give a folder, or a file of a table: {endings}"])
     if path is None or not is_table(path):
         return None
     if len(model.shape) != 1:

@@ -59,6 +59,7 @@ def _run(options: Namespace) -> None:
     """Fill the gaps of a table, and write it."""
     import torch
 
+    from equipoise.data.tables import SUFFIXES, is_table
     from equipoise.imputation import impute
     from equipoise.outputs import write_imputed
     from equipoise.run import Run
@@ -73,9 +74,17 @@ def _run(options: Namespace) -> None:
     path = run.folder / "imputed" / f"{stem}-imputed{dot}{endings}"
     if options.out:
         path = Path(options.out)
+    if options.out and path.suffix != ".npy" and not is_table(path):
+        raise ConfigError([f"--out {path}: tables are written to {', '.join(SUFFIXES)} and .npy"])
+    if path.resolve() == source.resolve():
+        raise ConfigError([f"--out {path} is the table itself, whose gaps would be lost"])
 
     with open_terminal(options.quiet) as terminal:
         raw = torch.from_numpy(other_examples(options.table, run, model, options, terminal)[:])
+        text = model.scaling.range_warning(raw)
+        if text is not None:
+            terminal.message(f"Warning: {text}")
+
         found = impute(
             model,
             mixture,

@@ -9,6 +9,7 @@ import difflib
 import gzip
 import io
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,14 @@ TEXT_FORMATS = {".csv": ",", ".tsv": "\t"}
 BINARY_FORMATS = (".parquet", ".feather", ".arrow")
 SUFFIXES = (".csv", ".tsv", ".parquet", ".feather", ".csv.gz", ".tsv.gz")
 """Endings of files that are tables, for messages."""
+
+OTHER_SUFFIXES = (".xlsx", ".xls", ".ods", ".txt", ".json", ".npy", ".npz", ".zip", ".gz", ".dta")
+"""Endings of files that are not written, for which nobody means a folder."""
 MISSING = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None", "?", "-")
 """Cells of a file of text that are missing values."""
 
 SEPARATORS = (",", ";", "\t", "|")
-SAMPLE_BYTES, SAMPLE_LINES = 1 << 16, 100
+SAMPLE_BYTES, SAMPLE_LINES, MOST_SAMPLE_BYTES = 1 << 16, 100, 1 << 26
 INFERRED_ROWS = 10_000
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARACTERS, LISTED = 5, 8, 12, 10
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -151,6 +155,14 @@ class Table:
         Returns:
             Lines of text.
         """
+        import polars as pl
+
+        without_value = [
+            pl.col(column.name).is_null() | pl.col(column.name).cast(pl.Float64).is_nan()
+            if column.is_numeric
+            else pl.col(column.name).is_null()
+            for column in self.columns
+        ]
         width = max(len(visible(column.name)) for column in self.columns)
         lines = [f"{self.frame.height:,} rows, {len(self.columns)} columns"]
         for column in self.columns:
@@ -163,6 +175,9 @@ class Table:
             if column.note:
                 parts.append(column.note)
             lines.append("  ".join(parts).rstrip())
+        n_bare = int(self.frame.select(pl.all_horizontal(without_value)).to_series().sum())
+        if n_bare:
+            lines.append(f"{n_bare:,} rows without any value")
 
         lines.append(f"first rows of the first {min(SHOWN_COLUMNS, len(self.columns))} columns")
         shown = self.frame.select(self.frame.columns[:SHOWN_COLUMNS]).head(SHOWN_ROWS)
@@ -335,11 +350,8 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
     """Read a file of text; return whether it names its columns, and notes."""
     pl = _polars()
     content = _unpacked(path, limits) if path.name.lower().endswith(".gz") else None
-    if content is None:
-        with path.open("rb") as file:
-            start = file.read(SAMPLE_BYTES)
-    else:
-        start = content[:SAMPLE_BYTES]
+    with path.open("rb") if content is None else io.BytesIO(content) as file:
+        start = _start(file)
     if not start.strip():
         raise ValueError("it is empty")
 
@@ -348,7 +360,7 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
     if encoding != "utf-8":
         content = path.read_bytes() if content is None else content
         content = content.decode(encoding, errors="strict").encode()
-        start = content[:SAMPLE_BYTES]
+        start = _start(io.BytesIO(content))
         notes.append(f"the text is {encoding}")
 
     text = start.decode(errors="ignore").removeprefix("\ufeff")
@@ -364,9 +376,12 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
         notes.append("numbers have decimal commas")
     if not has_names:
         notes.append("the first line holds numbers, so that the columns have no names")
-    names = [name.strip() for name in rows[0]]
-    twice = {name for name in names if names.count(name) > 1 and name}
-    if has_names and twice:
+    names = [
+        name.strip() if has_names and name.strip() else f"column {i}"
+        for i, name in enumerate(rows[0])
+    ]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
         raise ValueError(f"columns have the same name: {_listed(sorted(twice))}")
 
     options: dict[str, Any] = {
@@ -375,6 +390,7 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
         "decimal_comma": has_commas,
         "null_values": list(MISSING),
         "try_parse_dates": True,
+        "eol_char": "\n" if b"\n" in start else "\r",
     }
     source: Any = path if content is None else content
     try:
@@ -384,15 +400,61 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
             raw = path.read_bytes() if content is None else content
             source = raw.decode("cp1252", errors="replace").encode()
             notes.append("the text is cp1252")
+        if "truncate_ragged_lines" in str(error):
+            raise ValueError(_ragged(source, separator, len(names))) from error
         # A number with a point after rows of whole numbers, for instance.
         frame = pl.read_csv(source, infer_schema_length=None, **options)
 
-    renamed = [
-        name.strip() if has_names and name.strip() else f"column {i}"
-        for i, name in enumerate(frame.columns)
-    ]
-    frame.columns = renamed
-    return frame, has_names, notes
+    if frame.width != len(names):
+        raise ValueError(f"it has {frame.width} columns, and its first line {len(names)} names")
+    # Those of polars keep doubled quotes.
+    frame.columns = names
+    frame, note = _without_end(frame, source)
+    return frame, has_names, [*notes, *note]
+
+
+def _start(file: io.BufferedIOBase) -> bytes:
+    """Read the first lines, at least three of them however long they are, if there are so many."""
+    start = file.read(SAMPLE_BYTES)
+    while start.count(b"\n") < 3 and len(start) < MOST_SAMPLE_BYTES:
+        more = file.read(SAMPLE_BYTES)
+        start += more
+        if not more:
+            break
+    return start
+
+
+def _without_end(frame: Frame, source: Path | bytes) -> tuple[Frame, list[str]]:
+    """Leave out empty lines at the end, which are no rows without values."""
+    pl = _polars()
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - SAMPLE_BYTES))
+        end = file.read()
+
+    n_empty = len(re.sub(rb"\r\n?", b"\n", end[len(end.rstrip()) :])) - 1
+    is_empty = frame.tail(max(0, n_empty)).select(pl.all_horizontal(pl.all().is_null())).to_series()
+    # In a table of one column, an empty line may be a missing value.
+    if n_empty < 1 or frame.width == 1 or not is_empty.all():
+        return frame, []
+    return frame.head(-n_empty), [f"{n_empty} empty lines at the end are left out"]
+
+
+def _ragged(source: Path | bytes, separator: str, width: int) -> str:
+    """Say which line has more cells than the first one."""
+    content = source.read_bytes() if isinstance(source, Path) else source
+    text = io.StringIO(content.decode(errors="replace"), newline=None)
+    lines = csv.reader(text, delimiter=separator)
+    try:
+        for row in lines:
+            if len(row) > width:
+                return (
+                    f"line {lines.line_num} has {len(row)} cells, and the first one {width}, where "
+                    f"{separator!r} separates them; it starts with {visible(repr(row[0]), 50)}"
+                )
+    except csv.Error as error:
+        return f"line {lines.line_num} cannot be read ({error})"
+    return f"a line has more cells than the first one, {width}, where {separator!r} separates them"
 
 
 def _unpacked(path: Path, limits: Limits) -> bytes:
@@ -421,7 +483,7 @@ def _encoding(start: bytes) -> str:
 
 def _sample(text: str, separator: str) -> list[list[str]]:
     """Parse the first lines."""
-    lines = csv.reader(io.StringIO(text), delimiter=separator)
+    lines = csv.reader(io.StringIO(text, newline=None), delimiter=separator)
     rows = [row for row, _ in zip(lines, range(SAMPLE_LINES), strict=False) if row]
     # The last line of a sample may be cut off.
     return rows[:-1] if len(rows) > 2 else rows

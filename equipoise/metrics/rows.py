@@ -113,7 +113,8 @@ def score_rows(
     for k, gaps in enumerate(patterns):
         rows = (number == k).numpy()
         among = log_densities(model, reference.masked_fill(gaps, torch.nan), log_prior)
-        p_value[rows] = conformal_p_values(score[rows], among)
+        # Rows without any value are all alike, and only rounding tells their scores apart.
+        p_value[rows] = 1.0 if gaps.all() else conformal_p_values(score[rows], among)
         progress(k + 1, len(patterns))
     return RowScores(score, p_value, worst_columns(model, raw))
 
