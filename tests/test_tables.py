@@ -212,6 +212,18 @@ class TestReading:
         with pytest.raises(ValueError, match=message):
             read_table(tmp_path / name, Limits(max_bytes=1000))
 
+    @pytest.mark.parametrize("fill", [1e20, -9999.0, 999.0])
+    def test_values_that_stand_for_missing_ones_are_pointed_out(self, tmp_path, fill):
+        values = ROWS.copy()
+        values[::7, 1] = fill
+        write_table(tmp_path / "a.csv", dict(zip("xyz", values.T, strict=True)))
+        cautions = load(tmp_path / "a.csv").cautions
+        assert len(cautions) == 1
+        assert cautions[0].startswith(f"columns 'y' have the value {fill:g}, ")
+        assert load(ROWS).cautions == ()
+        flags = np.c_[ROWS, np.arange(60) == 3, 1000 * (np.arange(60) % 2), np.exp(4 * ROWS[:, 0])]
+        assert load(flags).cautions == ()
+
     def test_an_index_is_noticed(self, tmp_path):
         write_table(tmp_path / "a.csv", {"": range(60), "x": ROWS[:, 0], "y": ROWS[:, 1]})
         assert any("counts the rows" in note for note in load(tmp_path / "a.csv").notes)

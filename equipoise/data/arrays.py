@@ -24,6 +24,8 @@ MIN_SIDE = 8
 
 MAX_DIMENSIONS = 10_000_000
 """Most values of an example."""
+LONELY = 100
+"""Distance of a smallest or largest value, in ranges of all others, that is pointed out."""
 EXACT_LEVELS = 2**24
 """Number of levels that float32 tells apart."""
 CHUNK_BYTES = 1 << 24
@@ -582,8 +584,11 @@ def table_unit(train: Subset, for_training: bool = True, names: tuple[str, ...] 
     mean = total / count
 
     squares = np.zeros(width)
+    next_low, next_high = np.full(width, np.inf), np.full(width, -np.inf)
     for _, chunk in _chunks(train, train.dtype):
         squares += np.nansum(np.square(chunk - mean), 0)
+        next_low = np.fmin(next_low, np.fmin.reduce(np.where(chunk > low, chunk, np.nan), 0))
+        next_high = np.fmax(next_high, np.fmax.reduce(np.where(chunk < high, chunk, np.nan), 0))
     std = np.sqrt(squares / count)
 
     scale = std.astype(np.float32)
@@ -603,6 +608,17 @@ def table_unit(train: Subset, for_training: bool = True, names: tuple[str, ...] 
             f"columns {_columns(coarse, names)} vary by less than 1e-5 of their mean, near the "
             "resolution of float32: subtract the mean in float64 before"
         )
+
+    for extreme, nearest, other_end in ((low, next_low, high), (high, next_high, low)):
+        rest = np.abs(other_end - nearest.astype(np.float64))
+        lonely = varies & (rest > 0) & (np.abs(nearest - extreme) > LONELY * rest)
+        if lonely.any():
+            listed = ", ".join(f"{extreme[i]:g}" for i in np.flatnonzero(lonely)[:20])
+            cautions.append(
+                f"columns {_columns(lonely, names)} have the value {listed}, from which all others "
+                f"are over {LONELY} times as far as from each other: if it stands for a missing "
+                "value, leave the cell empty or put NaN"
+            )
 
     scale = np.where(constant, np.maximum(np.float32(1), (high - low).astype(np.float32)), scale)
     offset = mean.astype(np.float32)

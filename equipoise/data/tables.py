@@ -174,7 +174,7 @@ class Table:
                 parts.append(f"{column.n_missing:,} missing ({share:.1%})")
             if column.note:
                 parts.append(column.note)
-            lines.append("  ".join(parts).rstrip())
+            lines.append(" ".join("  ".join(parts).splitlines()).rstrip())
         n_bare = int(self.frame.select(pl.all_horizontal(without_value)).to_series().sum())
         if n_bare:
             lines.append(f"{n_bare:,} rows without any value")
@@ -188,7 +188,7 @@ class Table:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         for row in cells:
             padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-            lines.append("  " + "  ".join(padded))
+            lines.append(" ".join(("  " + "  ".join(padded)).splitlines()))
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
