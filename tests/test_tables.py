@@ -284,6 +284,29 @@ class TestNames:
             load_examples(tmp_path / "b.csv", (2,), columns=("a", "b"))
         assert "--drop" not in str(caught.value)
 
+    def test_data_frames_whose_columns_differ_in_type(self):
+        frame = pd.DataFrame(
+            {
+                "n": pd.array([1, None, 3] * 20, dtype="Int64"),
+                "flag": pd.array([True, False, None] * 20, dtype="boolean"),
+                "x": ROWS[:, 0],
+            }
+        )
+        data = load(frame)
+        found = np.sort(np.concatenate([data.train[:], data.validation[:], data.test[:]]), axis=0)
+        expected = np.stack(
+            [column.to_numpy(float, na_value=np.nan) for _, column in frame.items()]
+        )
+        np.testing.assert_array_equal(found, np.sort(expected.T, axis=0).astype(np.float32))
+        assert any("22.2% of the values are missing" in note for note in data.notes)
+
+        frame["day"] = pd.date_range("2024-01-01", periods=60)
+        frame["town"] = ["Bern"] * 60
+        with pytest.raises(
+            ValueError, match=r"'day' .*Timestamp.*'town' \(such as 'Bern'\) hold no"
+        ):
+            load(frame)
+
     def test_warnings_and_notes_name_columns(self):
         frame = pd.DataFrame(ROWS, columns=list(NAMES))
         frame["largest"] = 7.0

@@ -6,7 +6,9 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from itertools import chain
+from numbers import Real
 from pathlib import Path
 from typing import Any, get_args
 
@@ -765,7 +767,9 @@ def _as_array(source: object) -> Array:
     """Convert an array, tensor, data frame, nested list or map-style data set to an array."""
     is_sequence = isinstance(source, np.ndarray | list | tuple)
     if is_sequence or hasattr(source, "detach") or hasattr(source, "__array__"):
-        return as_array(source)
+        array = as_array(source)
+        is_frame = hasattr(source, "columns") and array.dtype == object and array.ndim == 2
+        return _numbers(array, _names_of(source)) if is_frame else array
 
     if isinstance(source, Mapping):
         keys = _listed([str(key) for key in source])
@@ -777,6 +781,28 @@ def _as_array(source: object) -> Array:
         f"an object of type {type(source).__name__}; expected an array, a tensor, a data set with "
         f"__len__ and __getitem__, or {POSSIBLE}"
     )
+
+
+def _numbers(values: Array, names: tuple[str, ...]) -> Array:
+    """Make numbers of a data frame whose columns differ in type, and NaN of what is missing."""
+    numbers = np.full(values.shape, np.nan)
+    bad = []
+    for j, column in enumerate(values.T):
+        # The missing value of pandas is equal to nothing, and its comparison has no truth.
+        is_missing = [v is None or type(v).__name__ in ("NAType", "NaTType") for v in column]
+        rest = column[np.logical_not(is_missing)]
+        other = [v for v in rest if not isinstance(v, Real | Decimal | np.bool_)]
+        if other or not len(rest):
+            what = f" (such as {visible(repr(other[0]), 30)})" if other else " (no value)"
+            bad.append(f"{names[j]!r}{what}" if names else f"{j}{what}")
+        else:
+            numbers[np.logical_not(is_missing), j] = rest.astype(np.float64)
+    if bad:
+        listed = ", ".join(bad[:LISTED_ARRAYS]) + (", ..." if len(bad) > LISTED_ARRAYS else "")
+        raise ValueError(
+            f"columns {listed} hold no numbers: leave them out, or give numbers in their place"
+        )
+    return numbers
 
 
 def _collect(dataset: Any) -> Array:  # noqa: ANN401
