@@ -111,7 +111,8 @@ class TrainConfig:
     those of backgrounds. null takes 'monotone' for digital images, and otherwise 'none'."""
     power_transform: bool = False
     """Make skewed columns of a table symmetric by a power transform, where held-out values become
-    more likely by it. Densities of rows contain its slope."""
+    more likely by it. Densities of rows, and evaluations, contain its slope, so that they compare
+    with those of a model without. What is shown during training does not contain it."""
     noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] | None = None
     """Correlation of the errors, estimated on the validation set when training has ended: any
     matrix ('full', up to 2048 dimensions), common factors ('low-rank'), or a variance per band of

@@ -288,6 +288,20 @@ class Scaling(nn.Module):
         """
         return -self.scale.log().expand(raw.shape[1:])[None]
 
+    def log_transform_slope(self, raw: Tensor) -> Tensor:
+        r"""Compute by how much a power transform alone changes the log-density of each example.
+
+        A log-density in model units and this are one in units of standardised columns, in which
+        models with and without a transform are compared.
+
+        Args:
+            raw: Raw data, (B, \*), with NaN where a value is missing, which does not count.
+
+        Returns:
+            The sum of the logarithms of the slopes, (B,), 0 without a transform.
+        """
+        return raw.new_zeros(len(raw), dtype=self.scale.dtype)
+
 
 class PowerScaling(Scaling):
     r"""Standardised columns, of which skewed ones are made symmetric by a power transform.
@@ -343,9 +357,16 @@ class PowerScaling(Scaling):
 
     def log_slope(self, raw: Tensor) -> Tensor:
         """Compute log dx/draw for each value."""
+        return super().log_slope(raw) + self._log_transform_slopes(raw)
+
+    def log_transform_slope(self, raw: Tensor) -> Tensor:
+        """Compute the log-slope of the transform of each row, of what is observed, (B,)."""
+        return self._log_transform_slopes(raw).masked_fill(raw.isnan(), 0.0).sum(1)
+
+    def _log_transform_slopes(self, raw: Tensor) -> Tensor:
+        """Log-slope of the transform at each value, (B, D)."""
         standardised = super().forward(raw)
-        powers = yeo_johnson_log_slope(standardised, self.powers) - self.spread.log()
-        return super().log_slope(raw) + powers
+        return yeo_johnson_log_slope(standardised, self.powers) - self.spread.log()
 
     def _standardised(self, x: Tensor) -> Tensor:
         """Undo the transform."""

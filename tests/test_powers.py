@@ -10,6 +10,7 @@ import torch
 import equipoise
 from equipoise import VAEEstimator
 from equipoise.imputer import VAEImputer
+from equipoise.metrics.likelihood import iwae, likelihood
 from equipoise.model import PowerScaling
 from equipoise.powers import (
     choose_powers,
@@ -89,6 +90,25 @@ def test_densities_have_the_slope_and_are_higher(both):
     partner = transformed.score_samples(np.array([[np.nan, 1.0, 100.0]]))
     mass = np.trapezoid(slice_of, grid) / math.exp(partner[0])
     assert mass == pytest.approx(1.0, abs=0.25)
+
+
+def test_evaluations_with_and_without_are_in_one_unit(both):
+    rows = skewed_table(2500)[2000:]
+    rows[::5, 0] = np.nan
+    raw = torch.from_numpy(rows).float()
+    bounds, elbos = [], []
+    for estimator in both:
+        model = estimator.model_
+        log_scale = np.where(np.isnan(rows), 0, model.scaling.scale.log().numpy()).sum(1).mean()
+        expected = estimator.score_samples(rows, importance_samples=20).mean() + log_scale
+        prior = [estimator.mixture_.log_prob]
+        generator = torch.Generator().manual_seed(0)
+        bounds.append(float(iwae(model, [raw], 20, prior, generator).mean()))
+        assert bounds[-1] == pytest.approx(expected, abs=0.05)
+        elbos.append(likelihood(model, [raw], generator).elbo.value)
+
+    assert bounds[1] > bounds[0] + 0.3
+    assert elbos[1] > elbos[0] + 0.2
 
 
 def test_units_do_not_matter(both):

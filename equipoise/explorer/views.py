@@ -397,7 +397,7 @@ class View:
         return Inspection(
             raw=raw.astype(np.float64).flatten().tolist(),
             code=encode_all(self.model, [batch]).mean[0].tolist(),
-            elbo=-float(scores.negative_elbo[0]),
+            elbo=float(self.model.scaling.log_transform_slope(batch)[0] - scores.negative_elbo[0]),
             log_likelihood=float(bound[0, 0]),
             standardised_residual=float(scores.standardised_residual[0]),
             code_log_prob=-float(scores.negative_mixture_log_prob[0]),

@@ -43,6 +43,8 @@ def likelihood(
 ) -> Likelihood:
     r"""Evaluate the evidence lower bound, eq. (4), with one sample of z per example.
 
+    The slope of a power transform is contained, so that models with and without are comparable.
+
     Args:
         model: the model, in evaluation mode.
         batches: raw data, (B, \*) each, on the model's device.
@@ -60,7 +62,8 @@ def likelihood(
         # large set would fill the memory.
         noise_var = terms.log_var.exp().expand_as(terms.residual).flatten(1).mean(1)
 
-        row = torch.stack([terms.kl, terms.log_likelihood, terms.squared_error, noise_var])
+        log_likelihood = terms.log_likelihood + model.scaling.log_transform_slope(raw)
+        row = torch.stack([terms.kl, log_likelihood, terms.squared_error, noise_var])
         rows.append(row.double())
 
     kl, log_likelihood, squared_error, noise_var = torch.cat(rows, 1)
@@ -88,7 +91,8 @@ def iwae(
 ) -> Tensor:
     r"""Importance-weighted bound on log p(x) of each example.
 
-    The bound is computed by :func:`equipoise.objectives.importance_weighted_bounds`.
+    The bound is computed by :func:`equipoise.objectives.importance_weighted_bounds`. The slope of
+    a power transform is contained, so that models with and without are comparable.
 
     Args:
         model: the model, in evaluation mode.
@@ -132,7 +136,7 @@ def iwae(
             observed=observed,
             levels=model.levels if digital else None,
         )
-        parts.append(bounds)
+        parts.append(bounds + model.scaling.log_transform_slope(raw))
 
     return torch.cat(parts, 2)
 
