@@ -1,5 +1,6 @@
 """Compares outlier scores with closed forms, and areas with scikit-learn and the normal law."""
 
+import copy
 import math
 
 import numpy as np
@@ -83,10 +84,10 @@ class TestScores:
         model, _, _, x = linear
         with pytest.raises(ValueError, match="at least one batch"):
             model_scores(model, standard_normal_mixture(), [])
-        bad = x[:4].clone()
-        bad[2, 0] = math.nan
-        with pytest.raises(ValueError, match="NaN for 1 of 4 examples, the first in row 2"):
-            model_scores(model, standard_normal_mixture(), [bad])
+        broken = copy.deepcopy(model)
+        broken.decoder.register_forward_hook(lambda module, codes, means: means * math.nan)
+        with pytest.raises(ValueError, match="NaN for 4 of 4 examples, the first in row 0"):
+            model_scores(broken, standard_normal_mixture(), [x[:4]])
 
     def test_far_examples_are_odd_and_stop_no_others(self, linear):
         model, _, _, x = linear

@@ -23,7 +23,7 @@ from equipoise.config import ConfigError, TrainConfig
 from equipoise.data import load
 from equipoise.digital import DigitalGaussian
 from equipoise.estimate import Estimate
-from equipoise.files import StoreError
+from equipoise.files import StoreError, write_json
 from equipoise.metrics.calibration import NOMINAL_COVERAGE, varying_dimensions
 from equipoise.model import VAE
 from equipoise.noise import DimensionNoise, FixedNoise, GlobalNoise, PredictedNoise
@@ -35,7 +35,7 @@ from equipoise.training import trainer as trainer_module
 from equipoise.training.checkpoint import load_checkpoint
 from equipoise.training.diagnostics import range_warning, warnings_for
 from equipoise.training.figures import NotFiniteError, SplitFigures
-from equipoise.training.job import train
+from equipoise.training.job import _recorded_batch_size, train
 from equipoise.training.logging import JsonlSink
 from equipoise.training.preemption import Preempted
 from equipoise.training.setup import (
@@ -930,7 +930,7 @@ import sys
 from equipoise.data import load
 from equipoise.estimate import Estimate
 from equipoise.config import make_config
-from equipoise.training.job import train
+from equipoise.training.job import _recorded_batch_size, train
 options = dict(
     latent_dim=4, width=4, stage_1_epochs=8, stage_2_epochs=4, n_components=2, tolerance=0.0
 )
@@ -1198,3 +1198,18 @@ def test_config_json_has_the_options_that_the_run_went_on_with(tmp_path):
     run = train(data, again, run.folder, resume=True)
     assert run.config() == again
     assert run.model().width == 8
+
+
+def test_the_size_of_batches_that_auto_chose_is_kept(table, tmp_path):
+    """Also where another number of processes, or more examples, would choose another."""
+    config = TrainConfig(latent_dim=2, width=4, stage_1_epochs=1, stage_2_epochs=0)
+    assert config.batch_size == "auto"
+    data = load(table)
+    run = train(data, config, tmp_path / "run")
+    assert run.config().batch_size == config.step_size(len(data.train))
+    settings = json.loads(run.config_file.read_text())
+    settings["options"]["batch_size"] = 18
+    write_json(run.config_file, settings)
+    assert _recorded_batch_size(run.folder) == 18
+    assert _recorded_batch_size(tmp_path / "none") is None
+    assert _recorded_batch_size(None) is None

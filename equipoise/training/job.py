@@ -117,7 +117,8 @@ def train(
     launch(fabric, say)
     if config.batch_size == "auto":
         # Recorded as a number, so that the run goes on with it whatever the number of processes.
-        size = config.step_size(len(data.train), fabric.world_size)
+        recorded = in_main_process(fabric, partial(_recorded_batch_size, out if resume else None))
+        size = recorded or config.step_size(len(data.train), fabric.world_size)
         config = replace(config, batch_size=size)
         say(_describe_batches(size, len(data.train)))
 
@@ -220,6 +221,14 @@ def train(
             for text in messages:
                 sink.message(text)
     return run
+
+
+def _recorded_batch_size(out: str | Path | None) -> int | None:
+    """Read the size of batches that a run has; None if there is no run yet."""
+    if out is None or not Run(out).config_file.exists():
+        return None
+    size = Run(out).settings()["options"].get("batch_size")
+    return size if isinstance(size, int) else None
 
 
 def _describe_batches(size: int, n: int) -> str:
