@@ -656,10 +656,10 @@ def _load_table(
             columns = None
         absent = set(columns or ()) - {column.name for column in table.columns}
         if for_model and absent and len(absent) < len(columns or ()):
-            names = _listed([repr(name) for name in columns or () if name in absent])
+            lacking = _listed([repr(name) for name in columns or () if name in absent])
             there = _listed([repr(column.name) for column in table.columns])
             raise ValueError(
-                f"there is no column {names} among {there}, and the model was trained on it: "
+                f"there is no column {lacking} among {there}, and the model was trained on it: "
                 "rename one, or add an empty column if its values are missing"
             )
         table = table.select(columns or None, drop)
