@@ -249,7 +249,7 @@ def test_a_table_from_end_to_end(table, tmp_path):
         assert (arrays["error"].std(0) < arrays["data"].std(0)).all()
 
 
-def test_a_folder_of_images_from_end_to_end(tmp_path):
+def test_a_folder_of_images_from_end_to_end(tmp_path, capsys):
     rng = np.random.default_rng(0)
     folder = tmp_path / "images"
     folder.mkdir()
@@ -258,6 +258,7 @@ def test_a_folder_of_images_from_end_to_end(tmp_path):
             folder / f"{i}.png"
         )
     (folder / "broken.png").write_bytes(b"not an image")
+    (folder / "broken.tif").write_bytes(b"II*\0" + b"\xff" * 20)
     done = run(
         "train",
         folder,
@@ -267,8 +268,12 @@ def test_a_folder_of_images_from_end_to_end(tmp_path):
         env={"EQUIPOISE_CACHE": str(tmp_path / "cache")},
     )
     assert done.returncode == 0, done.stderr
-    assert "broken.png" in done.stdout
+    assert "broken.png" in done.stdout and "broken.tif" in done.stdout
+    assert "PIL" not in done.stderr
     assert Run(tmp_path / "run").model().shape == (3, 16, 12)
+    for command in ("score", "impute"):
+        printed = refused(command, tmp_path / "run", folder, capsys=capsys)
+        assert "is a run of images" in printed
     strict = run(
         "train", folder, "--strict", env={"EQUIPOISE_CACHE": str(tmp_path / "cache")}, cwd=tmp_path
     )

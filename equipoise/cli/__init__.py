@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     # Threads that wait sleep. Otherwise they take the cores from those that they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # What Pillow would say of damaged files does not name them. The notes on the data do.
+    warnings.filterwarnings("ignore", module="PIL")
     INTERRUPTION.watch()
     sys.unraisablehook = _note_unraisable
     threading.excepthook = _note_in_thread
