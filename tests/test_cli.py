@@ -710,3 +710,13 @@ def test_a_live_terminal_shows_the_bar_with_time_left_and_figures(tmp_path):
         "Optimal noise variance",
     ):
         assert part in text
+
+
+def test_warnings_are_one_line_without_the_code(tmp_path):
+    """As of data in another unit than the training's, which are warned of from within torch."""
+    code = (
+        "import sys, warnings, equipoise.cli as cli; "
+        "cli._run = lambda _: warnings.warn('Same unit?', stacklevel=2); cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "Warning: Same unit?\n"

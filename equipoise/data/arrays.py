@@ -548,6 +548,11 @@ def image_unit(dtype: np.dtype[Any], low: float, high: float, white: int = 255) 
     if offset > low:
         offset = float(np.nextafter(np.float32(low), np.float32(-np.inf)))
     scale = level_scale(max(1, int(high - offset)))
+    if (offset, scale) != (low, high - low):
+        note = (
+            f"values from {low:.10g} to {high:.10g}, on a scale where {offset:.10g} to "
+            f"{offset + scale:.10g} become [0, 1], so that float32 gives back every level"
+        )
     return _image_unit(np.int32, offset, float(scale), 1 / scale, note)
 
 
