@@ -350,7 +350,9 @@ def test_images_in_another_range_are_warned_of_or_refused(float_images):
     images, vae = float_images
     vae.transform(images[:3])
     vae.transform(images[:3] * 0)
-    with pytest.warns(UserWarning, match=r"trained on values within \[0, 1\]; these are from 0 to 4"):
+    with pytest.warns(
+        UserWarning, match=r"trained on values within \[0, 1\]; these are from 0 to 4"
+    ):
         vae.score_samples(4 * images[:20])
     with pytest.warns(UserWarning, match=r"these are from 0 to 0\.00392"):
         vae.reconstruct(images[:20] / 255)
