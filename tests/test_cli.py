@@ -720,3 +720,19 @@ def test_warnings_are_one_line_without_the_code(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "Warning: Same unit?\n"
+
+
+@pytest.mark.parametrize(
+    "line", [["--resume", "runs/x"], ["digits", "--out", "runs/x", "--resume", "auto"]]
+)
+def test_an_interrupted_training_says_the_line_that_goes_on(line, monkeypatch, capsys):
+    from equipoise.cli import parser, train
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    command = train.COMMAND._replace(run=interrupt)
+    monkeypatch.setitem(parser.COMMANDS, "train", command)
+    with pytest.raises(SystemExit):
+        main(["train", *line])
+    assert "'equipoise train --resume runs/x'" in capsys.readouterr().err

@@ -84,7 +84,9 @@ def _run(arguments: Sequence[str] | None) -> None:
             refuse_empty(options)
             command = COMMANDS[name]
             after_interruption = command.after_interruption
-            folder = getattr(options, "resume", None) or getattr(options, "out", None)
+            folder = getattr(options, "resume", None)
+            if folder in (None, "auto"):
+                folder = getattr(options, "out", None)
             if folder and name == "train":
                 after_interruption = after_interruption.replace("RUN", shlex.quote(folder))
             command.run(options)

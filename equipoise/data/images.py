@@ -178,9 +178,7 @@ def _common_bands(headers: Counter[Header], channels: Channels | None, source: s
     return next(iter(numbers))
 
 
-def plan_notes(
-    headers: Counter[Header], plan: Plan, *, for_model: bool = False
-) -> tuple[str, ...]:
+def plan_notes(headers: Counter[Header], plan: Plan, *, for_model: bool = False) -> tuple[str, ...]:
     """List the effects of a plan that a user might not expect.
 
     Args:
