@@ -268,7 +268,8 @@ def test_a_folder_of_images_from_end_to_end(tmp_path, capsys):
         env={"EQUIPOISE_CACHE": str(tmp_path / "cache")},
     )
     assert done.returncode == 0, done.stderr
-    assert "broken.png" in done.stdout and "broken.tif" in done.stdout
+    assert "broken.png" in done.stdout
+    assert "broken.tif" in done.stdout
     assert "PIL" not in done.stderr
     assert Run(tmp_path / "run").model().shape == (3, 16, 12)
     for command in ("score", "impute"):

@@ -263,7 +263,8 @@ def test_all_pages_of_a_file_are_in_one_part(tmp_path, own):
 
     data = load(tmp_path / "stacks")
     files = [{name.split(",")[0] for name in part.names()} for part in parts_of(data)]
-    assert all(files) and sum(map(len, files)) == len(set.union(*files)) == N * (1 + len(own))
+    assert all(files)
+    assert sum(map(len, files)) == len(set.union(*files)) == N * (1 + len(own))
     assert any("all pages of a file are in the same part" in note for note in data.notes) == (
         len(own) < 2
     )

@@ -357,7 +357,7 @@ def test_images_in_another_range_are_warned_of_or_refused(float_images):
     with pytest.warns(UserWarning, match=r"these are from 0 to 0\.00392"):
         vae.reconstruct(images[:20] / 255)
     for method in (vae.transform, vae.score_samples, vae.reconstruct):
-        with pytest.raises(ValueError, match=r"from 0 to 1; these are from 0 to 255\. Bring"):
+        with pytest.raises(ValueError, match=r"within \[0, 1\]; these are from 0 to 255\. Bring"):
             method(255 * images[:20])
 
 

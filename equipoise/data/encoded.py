@@ -199,8 +199,8 @@ def list_images(folder: Path) -> Listing:
             content += f"; not readable: {first_names(unreadable)}"
         if any(name.endswith((".npy", ".parquet")) for name in others):
             content += (
-                "; 'equipoise train --stream' (equipoise.load_stream) trains on a folder of .npy or "
-                ".parquet files, and a trained model takes one of them at a time"
+                "; 'equipoise train --stream' (equipoise.load_stream) trains on a folder of .npy "
+                "or .parquet files, and a trained model takes one of them at a time"
             )
         raise ValueError(
             f"{folder}: no image files ({' '.join(sorted(EXTENSIONS))}) in this folder; {content}"
