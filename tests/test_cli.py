@@ -214,7 +214,7 @@ def test_reconstructing_other_data(trained, tmp_path, capsys):
             arrays["data"][:, 0], numbered
         )  # all of them, in the order of the file
     np.save(tmp_path / "unit.npy", np.random.default_rng(0).random((3, 8, 8)).astype(np.float32))
-    assert "whole numbers from 0 to 16" in refused(
+    assert "whole numbers within [0, 16]" in refused(
         "reconstruct", trained[0].folder, tmp_path / "unit.npy", capsys=capsys
     )
     np.save(
