@@ -252,10 +252,10 @@ class Scaling(nn.Module):
         )
 
     def _range(self) -> str:
-        """Name the range of an image in the training; empty for tables."""
+        """Name the range of the scale, in which the training lies; empty for tables."""
         if self.scale.ndim:
             return ""
-        return f" from {float(self.offset):g} to {float(self.offset + self.scale):g}"
+        return f" within [{float(self.offset):g}, {float(self.offset + self.scale):g}]"
 
     def _compare(self, raw: Tensor) -> str:
         """Name the range of an image in the training, and that of others."""

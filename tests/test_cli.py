@@ -214,7 +214,7 @@ def test_reconstructing_other_data(trained, tmp_path, capsys):
             arrays["data"][:, 0], numbered
         )  # all of them, in the order of the file
     np.save(tmp_path / "unit.npy", np.random.default_rng(0).random((3, 8, 8)).astype(np.float32))
-    assert "whole numbers from 0 to 16" in refused(
+    assert "whole numbers within [0, 16]" in refused(
         "reconstruct", trained[0].folder, tmp_path / "unit.npy", capsys=capsys
     )
     np.save(
@@ -249,7 +249,7 @@ def test_a_table_from_end_to_end(table, tmp_path):
         assert (arrays["error"].std(0) < arrays["data"].std(0)).all()
 
 
-def test_a_folder_of_images_from_end_to_end(tmp_path):
+def test_a_folder_of_images_from_end_to_end(tmp_path, capsys):
     rng = np.random.default_rng(0)
     folder = tmp_path / "images"
     folder.mkdir()
@@ -258,6 +258,7 @@ def test_a_folder_of_images_from_end_to_end(tmp_path):
             folder / f"{i}.png"
         )
     (folder / "broken.png").write_bytes(b"not an image")
+    (folder / "broken.tif").write_bytes(b"II*\0" + b"\xff" * 20)
     done = run(
         "train",
         folder,
@@ -268,7 +269,12 @@ def test_a_folder_of_images_from_end_to_end(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "broken.png" in done.stdout
+    assert "broken.tif" in done.stdout
+    assert "PIL" not in done.stderr
     assert Run(tmp_path / "run").model().shape == (3, 16, 12)
+    for command in ("score", "impute"):
+        printed = refused(command, tmp_path / "run", folder, capsys=capsys)
+        assert "is a run of images" in printed
     strict = run(
         "train", folder, "--strict", env={"EQUIPOISE_CACHE": str(tmp_path / "cache")}, cwd=tmp_path
     )
@@ -705,3 +711,29 @@ def test_a_live_terminal_shows_the_bar_with_time_left_and_figures(tmp_path):
         "Optimal noise variance",
     ):
         assert part in text
+
+
+def test_warnings_are_one_line_without_the_code(tmp_path):
+    """As of data in another unit than the training's, which are warned of from within torch."""
+    code = (
+        "import sys, warnings, equipoise.cli as cli; "
+        "cli._run = lambda _: warnings.warn('Same unit?', stacklevel=2); cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "Warning: Same unit?\n"
+
+
+@pytest.mark.parametrize(
+    "line", [["--resume", "runs/x"], ["digits", "--out", "runs/x", "--resume", "auto"]]
+)
+def test_an_interrupted_training_says_the_line_that_goes_on(line, monkeypatch, capsys):
+    from equipoise.cli import parser, train
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    command = train.COMMAND._replace(run=interrupt)
+    monkeypatch.setitem(parser.COMMANDS, "train", command)
+    with pytest.raises(SystemExit):
+        main(["train", *line])
+    assert "'equipoise train --resume runs/x'" in capsys.readouterr().err

@@ -108,6 +108,16 @@ def test_image_axes(array, shape):
     assert np.array_equal(np.sort(everything(data)[:, 0].sum((1, 2))), np.sort(GREY.sum((1, 2))))
 
 
+@pytest.mark.parametrize(("high", "one"), [(65535, 65535), (52085, 65536)])
+def test_the_note_says_which_value_becomes_one(high, one):
+    images = np.arange(20 * 64).reshape(20, 8, 8)
+    images[-1, -1, -1] = high
+    data = load(images.astype(np.uint16))
+    assert data.scale == one
+    note = next(note for note in data.notes if f"values from 0 to {high}" in note)
+    assert ("0 to 65536 become [0, 1]" in note) == (one != high)
+
+
 def test_float_images_in_the_unit_interval_stay_as_they_are():
     data = load(GREY / 255)
     assert data.train.dtype == np.float32

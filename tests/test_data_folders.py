@@ -165,3 +165,18 @@ def test_outputs_name_what_they_are_of(tmp_path, capsys):
     (fill(tmp_path / "new", 20) / "07.png").write_bytes(b"no image")
     main(["evaluate", "run", "--data", "new", "--sections", "likelihood", "--quiet"])
     assert "unreadable files skipped: 1 (07.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_images_that_a_model_has_in_another_size_are_noted(tmp_path, fit):
+    for i, size in enumerate([(9, 10), (9, 10), (18, 14)]):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        Image.new("L", size, 10 * i).save(tmp_path / "set" / f"{i}.png")
+
+    notes = []
+    load_examples(tmp_path / "set", (1, 10, 9), fit=fit, on_note=notes.append)
+    assert f"images of other sizes than the model's 9x10, resized with fit={fit}: 1" in notes
+    notes.clear()
+    (tmp_path / "set" / "2.png").unlink()
+    load_examples(tmp_path / "set", (1, 10, 9), fit=fit, on_note=notes.append)
+    assert not notes

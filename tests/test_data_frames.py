@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from equipoise.data import load, load_examples
+from equipoise.data import load, load_examples, split
 from equipoise.data.images import decode, make_plan, read_header
 from equipoise.text import parse_size
 
@@ -249,6 +249,36 @@ def test_pages_are_examples_channels_or_the_first_alone(tmp_path, dtype):
     assert load_examples(folder, (5, HEIGHT, WIDTH), pages="channels", on_note=str).names() == [
         f"{i:02d}.tif" for i in range(N)
     ]
+
+
+@pytest.mark.parametrize("own", [(), ("test",), ("val", "test")])
+def test_all_pages_of_a_file_are_in_one_part(tmp_path, own):
+    examples = values("uint8", bands=5)
+    if not own:
+        folder_of(tmp_path / "stacks", examples, write_pages)
+    else:
+        (tmp_path / "stacks").mkdir()
+    for part in ("train", *own) if own else ():
+        folder_of(tmp_path / "stacks" / part, examples, write_pages)
+
+    data = load(tmp_path / "stacks")
+    files = [{name.split(",")[0] for name in part.names()} for part in parts_of(data)]
+    assert all(files)
+    assert sum(map(len, files)) == len(set.union(*files)) == N * (1 + len(own))
+    assert any("all pages of a file are in the same part" in note for note in data.notes) == (
+        len(own) < 2
+    )
+
+
+def test_pages_of_few_files_are_split_with_a_note(tmp_path):
+    folder = folder_of(tmp_path / "stacks", values("uint8", bands=5)[:9], write_pages)
+    data = load(folder)
+    assert [len(part) for part in parts_of(data)] == [len(part) for part in split(45)]
+    assert any("pages of the same file are in several parts" in note for note in data.notes)
+
+
+def parts_of(data):
+    return data.train, data.validation, data.test
 
 
 def test_files_of_different_numbers_of_pages_are_no_channels(tmp_path):

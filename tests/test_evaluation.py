@@ -414,7 +414,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(run, digits):
     )
     with pytest.raises(ValueError, match="values from 0 to 16; these are from 0 to 200"):
         evaluate(run, digits, test=Examples("too bright", Subset.whole(late)))
-    with pytest.raises(ValueError, match="whole numbers from 0 to 16"):
+    with pytest.raises(ValueError, match=r"whole numbers within \[0, 16\]"):
         evaluate(
             run, digits, test=Examples("floats", Subset.whole(np.zeros((5, 1, 8, 8), np.float32)))
         )

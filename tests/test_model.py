@@ -153,7 +153,11 @@ def test_levels_that_a_byte_cannot_hold_are_not_wrapped():
 @pytest.mark.parametrize(
     ("quantum", "raw", "message"),
     [
-        (1 / 16, torch.tensor([[0.0, 0.5]]), "whole numbers from 0 to 16; these are torch.float32"),
+        (
+            1 / 16,
+            torch.tensor([[0.0, 0.5]]),
+            r"whole numbers within \[0, 16\]; these are torch.float32",
+        ),
         (1 / 16, torch.tensor([[0, 200]], dtype=torch.uint8), "from 0 to 200"),
         (None, torch.tensor([[0, 200]], dtype=torch.uint8), "real numbers"),
     ],
@@ -185,7 +189,7 @@ def test_grey_levels_are_refused_where_white_is_one(share):
     """Also if most of an image is black, and if it is one among many."""
     raw = torch.zeros(50, 1, 20, 20)
     raw[7].view(-1)[: int(share * 400)] = 255
-    with pytest.raises(ValueError, match="values from 0 to 1; these are from 0 to 255"):
+    with pytest.raises(ValueError, match=r"values within \[0, 1\]; these are from 0 to 255"):
         Scaling(torch.tensor(0.0), torch.tensor(1.0)).check(raw)
 
 

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from equipoise.training.preemption import Preempted
 
 if TYPE_CHECKING:
     from threading import ExceptHookArgs
+    from typing import TextIO
 
 INTERRUPTION = Interruption()
 
@@ -52,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     # Threads that wait sleep. Otherwise they take the cores from those that they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # What Pillow would say of damaged files does not name them. The notes on the data do.
+    warnings.filterwarnings("ignore", module="PIL")
+    warnings.showwarning = _show_warning
     INTERRUPTION.watch()
     sys.unraisablehook = _note_unraisable
     threading.excepthook = _note_in_thread
@@ -79,7 +84,9 @@ def _run(arguments: Sequence[str] | None) -> None:
             refuse_empty(options)
             command = COMMANDS[name]
             after_interruption = command.after_interruption
-            folder = getattr(options, "resume", None) or getattr(options, "out", None)
+            folder = getattr(options, "resume", None)
+            if folder in (None, "auto"):
+                folder = getattr(options, "out", None)
             if folder and name == "train":
                 after_interruption = after_interruption.replace("RUN", shlex.quote(folder))
             command.run(options)
@@ -106,6 +113,21 @@ def _fail(message: str, code: int) -> None:
     """Print an error message, and end the process."""
     print(f"equipoise: {visible(message)}", file=sys.stderr)  # noqa: T201 (the terminal)
     sys.exit(code)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: "TextIO | None" = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning for users as one line, and others with their place in the code."""
+    text = f"Warning: {visible(str(message))}\n"
+    if category is not UserWarning:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
 
 
 def _note_unraisable(event: "sys.UnraisableHookArgs") -> None:

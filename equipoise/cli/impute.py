@@ -69,6 +69,11 @@ def _run(options: Namespace) -> None:
 
     run = Run(options.run)
     model, mixture = run.model(), run.mixture()
+    if len(model.shape) != 1:
+        raise ConfigError(
+            [f"{options.run} is a run of images, and this command fills the gaps of tables"]
+        )
+
     source = Path(options.table)
     stem, dot, endings = source.name.partition(".")
     path = run.folder / "imputed" / f"{stem}-imputed{dot}{endings}"

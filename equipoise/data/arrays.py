@@ -163,7 +163,10 @@ def prepare(
             f"{content.source}: all training examples are the same; there is nothing to learn"
         )
 
-    pieces = _pieces(content, count, test_fraction, validation_fraction)
+    files = _files_of(content)
+    pieces = _pieces(content, count, files, test_fraction, validation_fraction)
+    if for_training and files is not None and (len(pieces.validation) or len(pieces.test)):
+        notes.append(_note_on_files(files))
 
     kind: Literal["image", "table"]
     if len(shape) > 1:
@@ -232,16 +235,53 @@ def prepare(
     )
 
 
-def _pieces(content: Found, count: int, test_fraction: float, validation_fraction: float) -> Split:
+def _files_of(content: Found) -> NDArray[np.int64] | None:
+    """Number of the file of each training example, if a file that is to be split has several."""
+    if content.train.rows is None:
+        return None
+    files = np.array([file for file, _ in content.train.rows], np.int64)
+    if content.pieces is not None:
+        if len(content.pieces.validation) and len(content.pieces.test):
+            return None
+        files = files[content.pieces.train]
+    return files if len(np.unique(files)) < len(files) else None
+
+
+def _note_on_files(files: NDArray[np.int64]) -> str:
+    """Say whether the parts share files, whose pages resemble each other."""
+    n_files = len(np.unique(files))
+    if n_files >= MIN_EXAMPLES:
+        return "all pages of a file are in the same part: training, validation or test"
+    return (
+        f"pages of the same file are in several parts, since there are fewer than {MIN_EXAMPLES} "
+        f"files ({n_files}): if its pages resemble each other, pages of new files will have "
+        "larger errors than the test says"
+    )
+
+
+def _pieces(
+    content: Found,
+    count: int,
+    files: NDArray[np.int64] | None,
+    test_fraction: float,
+    validation_fraction: float,
+) -> Split:
     """Indices of the parts that lie in the array of the training: the set's own, or drawn."""
     own = content.pieces
     has_test = content.test is not None or (own is not None and len(own.test) > 0)
     has_validation = content.validation is not None or (own is not None and len(own.validation) > 0)
-    drawn = split(
-        count,
+    fractions = (
         0.0 if has_test else test_fraction,
         0.0 if has_validation else validation_fraction,
     )
+    drawn = split(count, *fractions)
+    if files is not None:
+        numbers, file_of = np.unique(files, return_inverse=True)
+        if len(numbers) >= MIN_EXAMPLES:
+            drawn_files = split(len(numbers), *fractions)
+            drawn = Split(
+                *(np.flatnonzero(np.isin(file_of, part)).astype(np.int64) for part in drawn_files)
+            )
     if own is None:
         return drawn
 
@@ -510,6 +550,11 @@ def image_unit(dtype: np.dtype[Any], low: float, high: float, white: int = 255) 
     if offset > low:
         offset = float(np.nextafter(np.float32(low), np.float32(-np.inf)))
     scale = level_scale(max(1, int(high - offset)))
+    if (offset, scale) != (low, high - low):
+        note = (
+            f"values from {low:.10g} to {high:.10g}, on a scale where {offset:.10g} to "
+            f"{offset + scale:.10g} become [0, 1], so that float32 gives back every level"
+        )
     return _image_unit(np.int32, offset, float(scale), 1 / scale, note)
 
 

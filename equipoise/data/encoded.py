@@ -198,7 +198,10 @@ def list_images(folder: Path) -> Listing:
         if unreadable:
             content += f"; not readable: {first_names(unreadable)}"
         if any(name.endswith((".npy", ".parquet")) for name in others):
-            content += "; --stream (equipoise.load_stream) reads a folder of .npy or .parquet files"
+            content += (
+                "; 'equipoise train --stream' (equipoise.load_stream) trains on a folder of .npy "
+                "or .parquet files, and a trained model takes one of them at a time"
+            )
         raise ValueError(
             f"{folder}: no image files ({' '.join(sorted(EXTENSIONS))}) in this folder; {content}"
         )
@@ -295,6 +298,7 @@ class ImageReader:
         say: Function that is called with the size and place of a cache before it is written.
         pages: What becomes of files of several pages. None means that each page is an example.
         fit: How an image of other proportions is brought to the size.
+        for_model: Whether the size is that of a model, so that a note says which images had others.
     """
 
     image_size: int | str | None = None
@@ -307,6 +311,7 @@ class ImageReader:
     say: Callable[[str], None] | None = None
     pages: Pages | None = None
     fit: Fit = "crop"
+    for_model: bool = False
 
     @property
     def folder(self) -> Path:
@@ -330,7 +335,7 @@ class ImageReader:
         # The limit is part of the key, because it decides which images are skipped.
         options = (
             f"{FORMAT} {self.image_size} {self.channels} {self.crop} {self.pages} {self.fit} "
-            f"{self.limits.max_pixels} {images.stamp}"
+            f"{self.limits.max_pixels} {self.for_model} {images.stamp}"
         )
         key = hashlib.sha256(options.encode()).hexdigest()
 
@@ -399,7 +404,7 @@ class ImageReader:
                     raise _no_readable_image(images, skipped)
 
             def about() -> Origin:
-                notes = plan_notes(headers, plan)
+                notes = plan_notes(headers, plan, for_model=self.for_model)
                 if skipped:
                     notes = (
                         f"unreadable files skipped: {len(skipped)} ({first_names(skipped)})",

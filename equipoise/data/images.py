@@ -178,19 +178,20 @@ def _common_bands(headers: Counter[Header], channels: Channels | None, source: s
     return next(iter(numbers))
 
 
-def plan_notes(headers: Counter[Header], plan: Plan) -> tuple[str, ...]:
+def plan_notes(headers: Counter[Header], plan: Plan, *, for_model: bool = False) -> tuple[str, ...]:
     """List the effects of a plan that a user might not expect.
 
     Args:
         headers: Headers of the readable images, with the number of images that have each.
         plan: The plan for these images.
+        for_model: Whether the size is that of a model, which nobody has asked for.
 
     Returns:
         One sentence for each effect, with the number of images that it changes.
     """
     _, height, width = plan.shape
     size = f"{width}" if width == height else f"{width}x{height}"
-    n_transparent = n_reduced = n_small = n_widened = n_paged = n_pages = n_padded = 0
+    n_transparent = n_reduced = n_small = n_widened = n_paged = n_pages = n_padded = n_other = 0
     for header, count in headers.items():
         n_transparent += count * header.transparent
         n_reduced += count * header.reduced
@@ -203,6 +204,7 @@ def plan_notes(headers: Counter[Header], plan: Plan) -> tuple[str, ...]:
             n_small += count * (inside_width < width and inside_height < height)
             has_bars = plan.fit == "pad" and header.width * height != header.height * width
             n_padded += count * has_bars
+            n_other += count * (for_model and (header.width, header.height) != (width, height))
 
     chosen = {
         "examples": "each page is an example (or pages=channels, pages=first)",
@@ -213,6 +215,7 @@ def plan_notes(headers: Counter[Header], plan: Plan) -> tuple[str, ...]:
         "images with transparency, laid on white": n_transparent,
         "images of more than 8 bits, reduced to 8": n_reduced,
         "images of 8 bits beside those of 16, multiplied by 257": n_widened,
+        f"images of other sizes than the model's {size}, resized with fit={plan.fit}": n_other,
         f"images smaller than {size} pixels, enlarged": n_small,
         "images of other proportions, with black bars": n_padded,
     }

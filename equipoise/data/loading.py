@@ -507,7 +507,10 @@ def load_examples(
         image_size = f"{width}x{height}"
 
     limits = _limits(max_pixels, max_bytes)
-    reader = _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit)
+    reader = replace(
+        _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit),
+        for_model=True,
+    )
     content = _find(source, data_dir, reader, False, columns, for_model=True, pool=pool)
     if content.pieces is not None and not len(content.pieces.test):
         content = replace(content, pieces=None)
