@@ -412,7 +412,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(run, digits):
     late = np.concatenate(
         [np.zeros((600, 1, 8, 8), np.uint8), np.full((1, 1, 8, 8), 200, np.uint8)]
     )
-    with pytest.raises(ValueError, match="values from 0 to 16; these are from 0 to 200"):
+    with pytest.raises(ValueError, match=r"within \[0, 16\]; these are from 0 to 200"):
         evaluate(run, digits, test=Examples("too bright", Subset.whole(late)))
     with pytest.raises(ValueError, match=r"whole numbers within \[0, 16\]"):
         evaluate(
