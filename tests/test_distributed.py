@@ -93,6 +93,7 @@ def test_two_processes_give_the_curve_of_one(by_two, tmp_path):
     assert by_two.settings()["options"] == one.settings()["options"] | {"devices": 2}
 
 
+@pytest.mark.slow
 def test_processes_stopped_and_killed_resume_bit_for_bit(by_two, tmp_path):
     """Training goes on where it ended, after SIGTERM in stage 1 and SIGKILL in stage 2.
 
@@ -138,7 +139,9 @@ def workers_of(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "killed", [pytest.param(1, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.slow)]
+)
 def test_torchrun_starts_again_what_was_killed(by_two, tmp_path, killed):
     """One of two processes is killed; the same line goes on and ends bit for bit."""
     run = Run(tmp_path / "run")
@@ -242,7 +245,7 @@ def test_torchrun_is_another_way_to_start(by_two, tmp_path):
 @pytest.mark.parametrize(
     ("objective", "processes"),
     [
-        ("dip-vae-ii", 3),
+        pytest.param("dip-vae-ii", 3, marks=pytest.mark.slow),
         pytest.param("sigma-vae", 2, marks=pytest.mark.slow),
         pytest.param("sigma-vae", 3, marks=pytest.mark.slow),
         pytest.param("dip-vae-i", 2, marks=pytest.mark.slow),
@@ -267,6 +270,7 @@ def test_objectives_of_whole_batches_give_the_curve_of_one_process(objective, pr
         assert row == pytest.approx(other, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_parts_of_a_folder_give_the_curve_of_one_process(tmp_path):
     """Each process reads its own files. The curve is the same."""
     rng = np.random.default_rng(0)

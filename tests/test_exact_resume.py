@@ -172,7 +172,7 @@ class StopWithin(Stop):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("step", [2, 6, 10])
+@pytest.mark.parametrize("step", [2, pytest.param(6, marks=pytest.mark.slow), 10])
 @pytest.mark.parametrize("shape", [(7,), (28, 28), (3, 31, 45)])
 def test_a_stop_within_an_epoch(tmp_path, monkeypatch, shape, step):
     """Of three steps an epoch: in the first, in the last of stage 1's, in stage 2."""

@@ -119,13 +119,12 @@ def test_a_penalty_and_a_beta_reach_the_objective(lab):
 def test_every_item_asks_for_models_that_exist(lab):
     assert tuple(ITEMS) == PAPER_ITEMS
     assert METHODS.keys() == TITLES.keys()
-    for budget in BUDGETS:
+    for budget in ("tiny", "full"):  # "small" differs in its lengths alone
         of_budget = Lab(budget, lab.runs)
-        for item in ITEMS.values():
-            specs = item.specs(of_budget)
-            assert specs
-            for spec in specs:
-                assert of_budget.config(spec).problems() == []
+        specs = {name: set(item.specs(of_budget)) for name, item in ITEMS.items()}
+        assert all(specs.values())
+        for spec in set.union(*specs.values()):
+            assert of_budget.config(spec).problems() == []
 
 
 def test_a_model_is_made_once_whole_for_all_who_need_it(lab, monkeypatch):

@@ -227,7 +227,13 @@ def resume(data, config, folder, recorder=None):
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"ema_decay": 0.9, "noise": "dimension", "stage_2_gradients": "stop"}],
+    [
+        {},
+        pytest.param(
+            {"ema_decay": 0.9, "noise": "dimension", "stage_2_gradients": "stop"},
+            marks=pytest.mark.slow,
+        ),
+    ],
     ids=["plain", "average"],
 )
 def test_a_preempted_run_stops_at_a_step_and_resumes_bit_for_bit(
