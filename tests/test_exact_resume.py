@@ -104,7 +104,7 @@ def assert_same(resumed, resumed_rows, whole, rows):
     torch.testing.assert_close(resumed_moments, moments, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("stop", [2, 4])
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(
     ("shape", "architecture"),
     [
@@ -149,7 +149,9 @@ def test_networks_of_ones_own(tmp_path, stop):
     assert_resumes(data_of((3, 12, 20)), CONFIG, tmp_path, stop, own=True)
 
 
-@pytest.mark.parametrize("gradients", ["stop", "frozen", "joint"])
+@pytest.mark.parametrize(
+    "gradients", ["stop", "frozen", pytest.param("joint", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("shape", "architecture"), [((7,), "mlp"), ((3, 31, 45), "conv"), ((28, 28), "residual")]
 )

@@ -25,7 +25,7 @@ from equipoise.objectives import (
 )
 from equipoise.paper import ITEMS
 from equipoise.paper.markdown import cell, table
-from equipoise.paper.protocol import BUDGETS, METHODS, PAPERS_FIVE, TITLES, Lab, Spec
+from equipoise.paper.protocol import METHODS, PAPERS_FIVE, TITLES, Lab, Spec
 from equipoise.paper.results import make_items, refuse_to_replace, write_page
 from equipoise.stages import Stage
 from equipoise.training.setup import make_model, make_objective, parameter_groups
