@@ -53,7 +53,7 @@ def played(monkeypatch):
         graph.register_generator_state(self.generator)
         graph.work = lambda: self.work(self.x)
         self.figures = graph.result = torch.full((8,), torch.nan, dtype=torch.float64)
-        self.graph = graph
+        return graph
 
     monkeypatch.setattr(StepGraph, "_record", record)
     monkeypatch.setattr(StepGraph, "_generators", lambda graph: [])
@@ -106,7 +106,7 @@ def test_first_steps_and_odd_batches_are_taken_as_usual(played):
         seen.append(len(x))
         return x.sum(0).double()
 
-    graph = StepGraph(work, torch.Generator(), print)
+    graph = StepGraph(work, 4, torch.Generator(), print)
     for _ in range(WARM_UP):
         graph(torch.ones(4, 8))
     assert graph.graph is None
@@ -120,6 +120,16 @@ def test_first_steps_and_odd_batches_are_taken_as_usual(played):
     assert second.tolist() == [8.0] * 8
 
 
+def test_an_odd_batch_is_not_what_is_recorded(played):
+    """The fourth step may be the last of an epoch; the full ones after it are replayed."""
+    graph = StepGraph(lambda x: x.sum(0).double(), 4, torch.Generator(), print)
+    for n in (4, 4, 4, 3):
+        graph(torch.ones(n, 8))
+    assert graph.graph is None
+    assert graph(torch.ones(4, 8)).tolist() == [4.0] * 8
+    assert PlayedGraph.n_replays == 1
+
+
 def test_a_step_that_cannot_be_recorded_is_taken_as_usual_and_said(played, monkeypatch):
     said = []
 
@@ -128,7 +138,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_usual_and_said(played, monke
 
     monkeypatch.setattr(StepGraph, "_record", refuse)
     monkeypatch.setattr(StepGraph, "_generators", lambda graph: [])
-    graph = StepGraph(lambda x: x.sum(), torch.Generator(), said.append)
+    graph = StepGraph(lambda x: x.sum(), 4, torch.Generator(), said.append)
     for _ in range(WARM_UP + 3):
         assert graph(torch.ones(4)) == 4
     assert len(said) == 1

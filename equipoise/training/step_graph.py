@@ -1,8 +1,8 @@
 """A training step as one CUDA graph, so that the host starts one graph and not every kernel.
 
-The networks of small images leave a GPU idle most of the time: a step is some three hundred
-kernels, and Python needs longer to start them than the GPU to run them. A graph is recorded once
-and replayed with each batch. It computes the same numbers.
+The networks of small images leave a GPU idle most of the time: a step is many small kernels, and
+Python needs longer to start them than the GPU to run them. A graph is recorded once and replayed
+with each batch. It runs the same kernels.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,13 @@ them, and the optimiser makes its moments."""
 class StepGraph:
     r"""Takes steps, by a CUDA graph from the fourth on.
 
-    A batch of another size than the recorded one is taken as usual.
+    Only batches of the full size are recorded and replayed. Others are taken as usual.
 
     Args:
         work: Takes a step with a batch, (B, \*), and returns figures that stay on the device. All
             that it computes must be done by the device: what it does in Python happens only when
             it is recorded.
+        batch_size: Number of examples in a full batch.
         generator: Source of all random numbers in ``work``, on the GPU.
         say: Called with a sentence if a step cannot be recorded. The steps are then taken as usual.
     """
@@ -31,10 +32,12 @@ class StepGraph:
     def __init__(
         self,
         work: Callable[[Tensor], Tensor],
+        batch_size: int,
         generator: torch.Generator,
         say: Callable[[str], None],
     ) -> None:
         self.work = work
+        self.batch_size = batch_size
         self.generator = generator
         self.say = say
         self.n_usual = 0
@@ -52,14 +55,16 @@ class StepGraph:
         Returns:
             The figures, which later steps leave as they are.
         """
-        if self.n_usual < WARM_UP or not self.is_possible:
+        is_replayed = self.is_possible and len(x) == self.batch_size
+        if self.n_usual < WARM_UP or not is_replayed:
             self.n_usual += 1
             return self.work(x)
 
-        if self.graph is None:
+        graph = self.graph
+        if graph is None:
             states = [generator.get_state() for generator in self._generators()]
             try:
-                self._record(x)
+                graph = self.graph = self._record(x)
             except RuntimeError as error:
                 self.is_possible = False
                 self._mend_generators(states)
@@ -67,13 +72,11 @@ class StepGraph:
                 self.say(f"Training steps cannot be replayed as a CUDA graph ({reason}).")
                 return self.work(x)
 
-        if self.graph is None or x.shape != self.x.shape:
-            return self.work(x)
         self.x.copy_(x)
-        self.graph.replay()
+        graph.replay()
         return self.figures.clone()
 
-    def _record(self, x: Tensor) -> None:
+    def _record(self, x: Tensor) -> torch.cuda.CUDAGraph:
         """Record a step, which does not take it."""
         self.x = x.clone(memory_format=torch.preserve_format)
         graph = torch.cuda.CUDAGraph()
@@ -81,7 +84,7 @@ class StepGraph:
 
         with torch.cuda.graph(graph):
             self.figures = self.work(self.x)
-        self.graph = graph
+        return graph
 
     def _generators(self) -> list[torch.Generator]:
         """Return the generators that take part in a recording: ours, and the device's."""

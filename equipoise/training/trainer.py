@@ -308,7 +308,8 @@ class Trainer:
         self.descent = Descent(self.model, self.config, stage, n_steps, self.fabric)
         self.graph = None
         if self._replays_steps():
-            self.graph = StepGraph(self._step, self.generator, self._message)
+            batch_size = self.training.size(0)
+            self.graph = StepGraph(self._step, batch_size, self.generator, self._message)
         if not self._is_judged_by_elbo():
             self.schedule.early_stopping = 0
 
