@@ -23,8 +23,8 @@ def missing_values(x: Tensor) -> Tensor | None:
         x: Rows of a table, or residuals of them, (B, D). Anything of another shape has no gaps.
 
     Returns:
-        True where a value is NaN, (B, D). None if there are no such values. Within a recording of a
-        CUDA graph, which cannot ask the device, the mask is returned in any case.
+        True where a value is NaN, (B, D). None if there are no such values. On a GPU the mask is
+        returned in any case, because a question would wait for the device.
 
     Example:
         >>> missing_values(torch.tensor([[1.0, torch.nan]]))
@@ -35,9 +35,7 @@ def missing_values(x: Tensor) -> Tensor | None:
     if x.ndim != 2 or not x.is_floating_point():
         return None
     missing = torch.isnan(x)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return missing
-    return missing if bool(missing.any()) else None
+    return missing if x.is_cuda or bool(missing.any()) else None
 
 
 def n_observed(x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
