@@ -292,7 +292,7 @@ class Batches(EpochBatches):
                 yield ahead.result().to(self.device, non_blocking=True)
 
     def _gather(self, row: Tensor) -> Tensor:
-        return _pinned(self.examples[row.numpy()], self.device)
+        return pinned(self.examples[row.numpy()], self.device)
 
 
 class StreamBatches(EpochBatches):
@@ -340,8 +340,8 @@ class StreamBatches(EpochBatches):
         last_size = n - self.batch_size * (self.count - 1)
         sizes = chain(repeat(self.batch_size, self.count - 1), [last_size])
 
-        batches = islice(_recut(self._pieces(epoch), sizes), start, None)
-        return (_pinned(batch, self.device).to(self.device, non_blocking=True) for batch in batches)
+        batches = islice(recut(self._pieces(epoch), sizes), start, None)
+        return (pinned(batch, self.device).to(self.device, non_blocking=True) for batch in batches)
 
     def _pieces(self, epoch: int) -> Iterator[Array]:
         """Yield every ``world_size``-th example of the epoch's order, in arrays of any size."""
@@ -375,7 +375,7 @@ def _shuffled(
     if rest:
         sizes = chain(sizes, [rest])
 
-    arrays = _recut(pieces, sizes)
+    arrays = recut(pieces, sizes)
     buffer = next(arrays)
     for incoming in arrays:
         drawn = torch.randperm(buffered, generator=generator)[: len(incoming)].numpy()
@@ -388,11 +388,18 @@ def _shuffled(
         yield buffer[order[first : first + step]]
 
 
-def _recut(pieces: Iterator[Array], sizes: Iterable[int]) -> Iterator[Array]:
-    """Yield the same examples in the same order, in arrays of the given sizes.
+def recut(pieces: Iterator[Array], sizes: Iterable[int]) -> Iterator[Array]:
+    r"""Yield the same examples in the same order, in arrays of the given sizes.
 
     The sizes must add up to the number of examples. At the end the pieces are asked for one more,
     so that a stream that has more examples than it should can raise its error.
+
+    Args:
+        pieces: Arrays of examples, (B, \*) each, not all empty.
+        sizes: Numbers of examples of the new arrays.
+
+    Yields:
+        The new arrays.
     """
     piece = next(pieces)
 
@@ -411,7 +418,15 @@ def _recut(pieces: Iterator[Array], sizes: Iterable[int]) -> Iterator[Array]:
     next(pieces, None)
 
 
-def _pinned(values: Array, device: torch.device) -> Tensor:
-    """Convert a batch to a tensor, in pinned memory if it goes to a GPU."""
+def pinned(values: Array, device: torch.device) -> Tensor:
+    r"""Convert a batch to a tensor, in pinned memory if it goes to a GPU.
+
+    Args:
+        values: Raw examples, (B, \*).
+        device: Device to which it will go.
+
+    Returns:
+        The tensor, on the CPU.
+    """
     batch = torch.from_numpy(values)
     return batch.pin_memory() if device.type == "cuda" else batch

@@ -10,7 +10,7 @@ from decimal import Decimal
 from itertools import chain
 from numbers import Real
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -410,7 +410,8 @@ def _is_sharded(source: object) -> bool:
     if isinstance(source, str | Path):
         return expanded(source).is_dir()
     is_list = isinstance(source, list | tuple) and len(source) > 0
-    return is_list and all(isinstance(part, str | Path) for part in source)  # type: ignore[attr-defined]
+    parts = cast(Sequence[object], source)
+    return is_list and all(isinstance(part, str | Path) for part in parts)
 
 
 def _describe_shards(shards: tuple[Shard, ...]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.data.batches import EpochBatches, _pinned, _recut
+from equipoise.data.batches import EpochBatches, pinned, recut
 from equipoise.data.dataset import Array
 from equipoise.data.shards import Shard, ShardedStream
 from equipoise.randomness import stream as random_stream
@@ -83,9 +83,9 @@ class ShardBatches(EpochBatches):
         last_size = n - self.batch_size * (self.count - 1)
         sizes = chain(repeat(self.batch_size, self.count - 1 - start), [last_size])
 
-        batches = _recut(self._examples(epoch, start * self.batch_size), sizes)
+        batches = recut(self._examples(epoch, start * self.batch_size), sizes)
         return (
-            _pinned(batch, self.device).to(self.device, non_blocking=True)
+            pinned(batch, self.device).to(self.device, non_blocking=True)
             for batch in _ahead(batches)
         )
 
@@ -134,7 +134,7 @@ class ShardBatches(EpochBatches):
             return
 
         within = skipped - window * self.window
-        for rows in _recut(_read_line(self.stream, line, start, last), iter(sizes)):
+        for rows in recut(_read_line(self.stream, line, start, last), iter(sizes)):
             shuffled = rows
             if self.seed is not None:
                 generator = random_stream(self.seed, epoch, "window", reader, window)
