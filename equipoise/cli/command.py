@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from equipoise.config import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from equipoise.aggregate import GaussianMixture
     from equipoise.data import Data, Subset
     from equipoise.model import VAE
     from equipoise.run import Run
@@ -154,6 +157,41 @@ def other_examples(
         max_bytes=options.max_bytes,
         progress=decoding_bar(terminal),
     )
+
+
+def table_run(folder: str, does: str) -> tuple["Run", "VAE", "GaussianMixture"]:
+    """Open a run for a command that is for tables.
+
+    Args:
+        folder: The run folder.
+        does: What the command does with tables, for the message.
+
+    Returns:
+        The run, its model and its mixture.
+
+    Raises:
+        ConfigError: If it is a run of images.
+    """
+    from equipoise.run import Run
+
+    run = Run(folder)
+    model, mixture = run.model(), run.mixture()
+    if len(model.shape) != 1:
+        raise ConfigError([f"{folder} is a run of images, and this command {does} of tables"])
+    return run, model, mixture
+
+
+def warn_of_unit(model: "VAE", raw: "Tensor", terminal: "Terminal") -> None:
+    """Say it if rows seem to be in another unit than those of the training.
+
+    Args:
+        model: The model.
+        raw: The rows, (N, D), raw units.
+        terminal: Where the warning goes.
+    """
+    text = model.scaling.range_warning(raw)
+    if text is not None:
+        terminal.message(f"Warning: {text}")
 
 
 def table_to_write(path: str | None, model: "VAE") -> Path | None:

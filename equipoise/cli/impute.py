@@ -12,6 +12,8 @@ from equipoise.cli.command import (
     list_written,
     open_terminal,
     other_examples,
+    table_run,
+    warn_of_unit,
 )
 from equipoise.config import ConfigError
 
@@ -62,17 +64,11 @@ def _run(options: Namespace) -> None:
     from equipoise.data.tables import SUFFIXES, is_table
     from equipoise.imputation import impute
     from equipoise.outputs import write_imputed
-    from equipoise.run import Run
 
     if options.draws < 0:
         raise ConfigError([f"--draws must be at least 0, got {options.draws}"])
 
-    run = Run(options.run)
-    model, mixture = run.model(), run.mixture()
-    if len(model.shape) != 1:
-        raise ConfigError(
-            [f"{options.run} is a run of images, and this command fills the gaps of tables"]
-        )
+    run, model, mixture = table_run(options.run, "fills the gaps")
 
     source = Path(options.table)
     stem, dot, endings = source.name.partition(".")
@@ -86,9 +82,7 @@ def _run(options: Namespace) -> None:
 
     with open_terminal(options.quiet) as terminal:
         raw = torch.from_numpy(other_examples(options.table, run, model, options, terminal)[:])
-        text = model.scaling.range_warning(raw)
-        if text is not None:
-            terminal.message(f"Warning: {text}")
+        warn_of_unit(model, raw, terminal)
 
         found = impute(
             model,

@@ -14,6 +14,8 @@ from equipoise.cli.command import (
     open_terminal,
     other_examples,
     paragraph,
+    table_run,
+    warn_of_unit,
 )
 from equipoise.config import ConfigError
 
@@ -59,18 +61,12 @@ def _run(options: Namespace) -> None:
 
     from equipoise.data.tables import write_table
     from equipoise.metrics.rows import score_rows
-    from equipoise.run import Run
 
     rate = options.false_alarm_rate
     if not 0 < rate < 1:
         raise ConfigError([f"--false-alarm-rate must be above 0 and below 1, got {rate:g}"])
 
-    run = Run(options.run)
-    model, mixture = run.model(), run.mixture()
-    if len(model.shape) != 1:
-        raise ConfigError(
-            [f"{options.run} is a run of images, and this command scores rows of tables"]
-        )
+    run, model, mixture = table_run(options.run, "scores rows")
     path = Path(options.out) if options.out else run.folder / "scores.csv"
 
     with open_terminal(options.quiet) as terminal:
@@ -92,9 +88,7 @@ def _run(options: Namespace) -> None:
 
         x = torch.from_numpy(raw)
         model.scaling.check(x)
-        text = model.scaling.range_warning(x)
-        if text is not None:
-            terminal.message(f"Warning: {text}")
+        warn_of_unit(model, x, terminal)
 
         found = score_rows(
             model,
