@@ -53,7 +53,10 @@ def main():
     parser.add_argument("--components", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--accelerator", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-mixture-gpu.json"))
+    parser.add_argument("--tiny", action="store_true", help="the smallest size, on the CPU")
     options = parser.parse_args()
+    if options.tiny:
+        options.codes, options.components, options.accelerator = 2000, [2], "cpu"
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -41,6 +41,12 @@ def test_one_class_tables_at_their_smallest_size(tmp_path):
     assert content["summary"]["equipoise, default"]["tables"] in (1, 2)
 
 
+def test_mixture_gpu_at_its_smallest_size(tmp_path):
+    rows = run("mixture_gpu", tmp_path / "x.json")["rows"]
+    assert [row["place"] for row in rows] == ["on the device", "on disk", "on disk"]
+    assert len({round(row["log_likelihood"], 9) for row in rows}) == 1
+
+
 def test_noise_updates_at_their_smallest_size(tmp_path):
     content = run("noise_updates", tmp_path / "x.json", "--variants", "fixed")
     (row,) = content["rows"]
