@@ -98,7 +98,7 @@ def main():
     names, shares, seeds = list(TABLES), SHARES, options.seeds
     methods = [name for name, _ in options.methods]
     if options.tiny:
-        names, shares, seeds = ["crabs"], SHARES[:1], options.seeds[:1]
+        names, shares, seeds = ["wine"], SHARES[:1], options.seeds[:1]
 
     rows = Rows(options.out)
     for name in names:

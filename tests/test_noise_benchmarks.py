@@ -30,7 +30,8 @@ def benchmark(monkeypatch):
 def run(script, out, *arguments):
     command = [sys.executable, f"benchmarks/{script}.py", "--tiny", "--out", str(out), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
     return json.loads(out.read_text())
 
 
