@@ -6,6 +6,7 @@ Training, bounds and mixture are those of the other modules.
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,14 +14,27 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Shaped
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from numpy.typing import NDArray
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    OutlierMixin,
+    TransformerMixin,
+    clone,
+)
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import KFold
 from sklearn.utils import Tags, check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
 from equipoise.config import EARLIER_VALUES, TrainConfig, make_config
+from equipoise.conformal import (
+    FALSE_ALARM_RATE,
+    conformal_p_values,
+    conformal_threshold,
+)
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.correlation import AnyGaussian
 from equipoise.data import load, load_examples
@@ -30,7 +44,8 @@ from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.gaps import column_means, column_vars
 from equipoise.gaussian import standard_normal_log_prob
-from equipoise.metrics.rows import log_densities
+from equipoise.metrics.explanation import Explanation, explain
+from equipoise.metrics.rows import MAX_REFERENCE, held_out_by_gaps, log_densities
 from equipoise.model import VAE, encode_all
 from equipoise.noise_fit import choose_form, fit_correlation
 from equipoise.objectives import LogPrior, importance_weighted_bounds
@@ -61,8 +76,14 @@ PRIOR_EXAMPLES, PRIOR_SAMPLES = 200, 20
 """Held-out examples that choose p(z), and codes drawn for each."""
 CHUNK_SHIFT = 5.0
 """Mean or std of a column of a chunk, in std of the first chunk, that is worth a word."""
+DECISIONS = ("false_alarm_rate", "contamination")
+"""Options of the threshold, which no other class has."""
+DECISION = "held_out."
+"""Prefix of the tensors in a file by which examples are judged."""
 MIN_VALIDATION = 2
 """Smallest number of examples in the validation set."""
+CONTAMINATION_FOLDS = 3
+"""Models that tell each other's outliers before the one that is kept is trained."""
 
 
 class Reconstruction(NamedTuple):
@@ -78,7 +99,9 @@ class Reconstruction(NamedTuple):
 
 
 # scikit-learn has no types.
-class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class VAEEstimator(  # type: ignore[misc]
+    ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMixin, BaseEstimator
+):
     r"""A variational autoencoder that finds its own balance, with scikit-learn's interface.
 
     ``fit`` trains by Algorithm 1 of Lin et al. (2019) and fits a mixture to the aggregate
@@ -128,6 +151,15 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         validation_fraction: Share of the examples that are held out: for the noise variance and
             the correlation of the errors, to choose the mixture, and to recalibrate. "auto" is a
             tenth, or as much as makes 50 examples, but at most a quarter.
+        false_alarm_rate: Share of ordinary examples that :meth:`predict` may call odd. The
+            threshold is conformal: a score as low has a p-value of at most this share among
+            held-out examples. None takes 0.05, or the smallest p-value 1 / (m + 1) that m held-out
+            examples can give if that is larger.
+        contamination: Share of the table that is outliers, above 0 and at most 0.5. That share is
+            left out of the training: the examples with the lowest scores under models that were
+            trained on other parts of the table. The threshold is then the quantile of all scores
+            of the table, as in scikit-learn's detectors. None trains on all. It takes four times
+            as long.
         accelerator: Device to train on, "cpu", "cuda" or "auto". A fitted model is on the CPU.
         random_state: Seed or source of randomness. An int gives the same model from the same data.
             With a RandomState or None, each fit gives another model.
@@ -149,6 +181,12 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             if ``variance_from="training"``.
         noise_correlation_: Form of the correlation of the errors, "none", "full", "low-rank" or
             "bands": what was chosen if ``noise_correlation`` is "auto" or None.
+        offset_: Score below which an example is odd, nats. ``decision_function`` is the score
+            minus this number.
+        false_alarm_rate_: The rate that ``offset_`` has, see ``false_alarm_rate``. NaN if
+            ``contamination`` set the threshold.
+        held_out_scores_: Scores of held-out examples, at most 1,000, in ascending order.
+        usual_: Which examples of the table were trained on, (n,), if ``contamination`` is given.
         history_: Figures of each epoch, as in ``metrics.jsonl`` of a run.
         n_features_in_: Number of features or of pixel values of an example.
         feature_names_in_: Names of the columns of a data frame, if they are strings.
@@ -184,6 +222,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         early_stopping: int | None = None,
         n_components: int | Literal["auto"] = "auto",
         validation_fraction: float | Literal["auto"] = "auto",
+        false_alarm_rate: float | None = None,
+        contamination: float | None = None,
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
         random_state: int | np.integer[Any] | np.random.RandomState | None = None,
     ) -> None:
@@ -206,6 +246,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.early_stopping = early_stopping
         self.n_components = n_components
         self.validation_fraction = validation_fraction
+        self.false_alarm_rate = false_alarm_rate
+        self.contamination = contamination
         self.accelerator = accelerator
         self.random_state = random_state
 
@@ -223,9 +265,15 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             ValueError: If the examples or the options cannot be used. The message says why.
         """
         examples = self._array(x, reset=True)
-        config = self._config(len(examples))
+        self._check_decision()
+        usual = examples
+        if self.contamination is not None:
+            self.usual_ = self._find_usual(examples, self.contamination)
+            usual = examples[self.usual_]
+
+        config = self._config(len(usual))
         self.history_: list[Row] = []
-        trainer = self._train(examples, config, None)
+        trainer = self._train(usual, config, None)
 
         figures = trainer.figures(trainer.validation)
         depends_on_code = trainer.model.noise.depends_on_code
@@ -235,7 +283,12 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         ):
             warnings.warn(text, ConvergenceWarning, stacklevel=2)
 
-        return self._finish(trainer)
+        self._finish(trainer)
+        if self.contamination is not None:
+            self._set_offset(
+                float(np.quantile(self.score_samples(examples), self.contamination)), math.nan
+            )
+        return self
 
     def partial_fit(self, x: object, y: object = None) -> "VAEEstimator":
         r"""Train on a chunk of a stream: one epoch of stage 1 that continues from the last chunk.
@@ -252,7 +305,14 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         Returns:
             The estimator.
+
+        Raises:
+            ValueError: If the examples or the options cannot be used, or ``contamination`` is
+                given.
         """
+        if self.contamination is not None:
+            raise ValueError("contamination is for fit: partial_fit sees one chunk at a time")
+        self._check_decision()
         model: VAE | None = getattr(self, "model_", None)
         examples = self._array(x, reset=model is None)
         if model is None:
@@ -374,8 +434,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         Returns:
             The bounds, (n,), nats.
         """
-        log_prior = self._log_priors()[self.prior_]
-        return log_densities(self.model_, self._raw(x), log_prior, importance_samples)
+        return self._scores(self._raw(x), importance_samples)
 
     def score(self, x: object, y: object = None) -> float:
         """Average :meth:`score_samples` over the examples. Grid searches maximise this score.
@@ -402,8 +461,95 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             )
         return float(scores.mean())
 
+    def decision_function(self, x: object) -> Float64[np.ndarray, " n"]:
+        """Subtract the threshold from :meth:`score_samples`. Odd examples are below zero.
+
+        A row with gaps has the density of what is observed, which is another number than that of a
+        complete row. Its threshold is therefore that of held-out rows with the same gaps.
+
+        Args:
+            x: Examples as for :meth:`fit`.
+
+        Returns:
+            Differences, (n,), nats; minus infinity for an example whose density is too small for a
+            number.
+
+        Raises:
+            ValueError: If rows have gaps, and the estimator was loaded from a file and fitted to a
+                table without.
+        """
+        raw = self._raw(x)
+        scores = self._scores(raw)
+        for rows, held_out in self._by_gaps(raw):
+            scores[rows] -= self._threshold_of(held_out)
+        return scores
+
+    def predict(self, x: object) -> NDArray[np.int64]:
+        """Call each example odd or usual by the threshold.
+
+        Args:
+            x: Examples as for :meth:`fit`.
+
+        Returns:
+            -1 for odd examples and 1 for usual ones, (n,).
+        """
+        return np.where(self.decision_function(x) < 0, -1, 1)
+
+    def p_values(self, x: object) -> Float64[np.ndarray, " n"]:
+        """Compare each example with held-out ones, see :func:`equipoise.conformal_p_values`.
+
+        Args:
+            x: Examples as for :meth:`fit`.
+
+        Returns:
+            Conformal p-values, (n,). Rows with gaps are compared with rows of the same gaps.
+        """
+        raw = self._raw(x)
+        scores = self._scores(raw)
+        p_values = np.empty(len(raw))
+        for rows, held_out in self._by_gaps(raw):
+            p_values[rows] = conformal_p_values(scores[rows], held_out)
+        return p_values
+
+    def calibrate(self, x: object) -> "VAEEstimator":
+        """Set the threshold by examples of your own that had no part in the training.
+
+        The held-out examples of :meth:`fit` also decide on the noise variance, the mixture and the
+        weights that are kept. Those given here decide on nothing else, so that the rate of false
+        alarms is at most ``false_alarm_rate_`` without approximation.
+
+        Args:
+            x: Ordinary examples as for :meth:`fit`, at least 1 / ``false_alarm_rate`` - 1.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError: If there are too few examples for the rate.
+        """
+        self._calibrate(self._raw(x))
+        return self
+
+    def explain(self, x: object) -> Explanation:
+        r"""Say in which values an example is odd.
+
+        .. math:: \tfrac12 \frac{(x_i - m_i(\mu(x)))^2}{\sigma_i^2}
+
+        Args:
+            x: Examples as for :meth:`fit`.
+
+        Returns:
+            Nats that each value costs, in the shape of the examples, with the names of the columns.
+        """
+        raw = self._raw(x)
+        found = explain(self.model_, raw)
+        return found._replace(nats=self._in_original_shape(torch.from_numpy(found.nats)))
+
     def save(self, path: str | Path) -> None:
         """Save the fitted estimator in one safetensors file, which appears complete or not at all.
+
+        The threshold and the held-out scores are saved, too. If the table has gaps, so are the
+        held-out rows themselves, at most 1,000, with which rows of other gaps are compared.
 
         Args:
             path: Path of the file.
@@ -424,7 +570,15 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         }
 
         parts = nn.ModuleDict({"model": self.model_, "mixture": self.mixture_})
-        write_tensors(Path(path), "estimator", parts.state_dict(), description)
+        tensors = parts.state_dict()
+        if hasattr(self, "offset_"):
+            description |= {"offset": self.offset_}
+            if not math.isnan(self.false_alarm_rate_):
+                description |= {"rate": self.false_alarm_rate_}
+            tensors[f"{DECISION}scores"] = torch.from_numpy(self.held_out_scores_)
+            if self._held_out is not None and bool(self._held_out.isnan().any()):
+                tensors[f"{DECISION}rows"] = self._held_out
+        write_tensors(Path(path), "estimator", tensors, description)
 
     @classmethod
     def load(cls, path: str | Path) -> "VAEEstimator":
@@ -452,6 +606,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         except ValueError as error:
             raise StoreError(f"{path}: options: {error}") from error
 
+        decision = {
+            name.removeprefix(DECISION): tensors.pop(name)
+            for name in sorted(tensors)
+            if name.startswith(DECISION)
+        }
         prefix = "mixture."
         mixture_tensors = {
             name.removeprefix(prefix): tensors.pop(name)
@@ -481,7 +640,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             estimator.feature_names_in_ = np.array(description["feature_names"], object)
 
         # Estimators of earlier releases have no other.
-        return estimator._adopt(model, mixture, description.get("prior", "prior"))
+        estimator._adopt(model, mixture, description.get("prior", "prior"))
+        if "offset" in description:
+            estimator._set_offset(description["offset"], description.get("rate", math.nan))
+            estimator._take_held_out(decision, str(path))
+        return estimator
 
     @property
     def _n_features_out(self) -> int:
@@ -510,6 +673,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _config(self, n_examples: int) -> TrainConfig:
         """Check the options, and replace "auto" by numbers of epochs."""
         options = self._options()
+        for name in DECISIONS:
+            del options[name]
         stages = ("stage_1_epochs", "stage_2_epochs")
         auto_stages = [name for name in stages if options[name] == "auto"]
         for name in auto_stages:
@@ -604,7 +769,86 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         held_out = torch.from_numpy(trainer.data.validation[:PRIOR_EXAMPLES])
         self.prior_ = self._choose_prior(model.scaling(held_out))
+        self._calibrate(torch.from_numpy(trainer.data.validation[:MAX_REFERENCE]))
         return self
+
+    def _check_decision(self) -> None:
+        """Refuse options of the threshold that are out of their domain, or exclude each other."""
+        rate, contamination = self.false_alarm_rate, self.contamination
+        if rate is not None and contamination is not None:
+            raise ValueError("give one of false_alarm_rate and contamination, which sets it too")
+        if rate is not None and not 0 < rate < 1:
+            raise ValueError(f"false_alarm_rate must be above 0 and below 1, got {rate:g}")
+        if contamination is not None and not 0 < contamination <= 0.5:
+            raise ValueError(
+                f"contamination must be above 0 and at most 0.5, got {contamination:g}"
+            )
+
+    def _find_usual(self, examples: Array, contamination: float) -> NDArray[np.bool_]:
+        """Tell examples from the given share of outliers, by models that did not see them."""
+        model = clone(self).set_params(contamination=None, random_state=self._seed())
+        folds = KFold(CONTAMINATION_FOLDS, shuffle=True, random_state=model.random_state)
+        scores = np.empty(len(examples))
+        for given, others in folds.split(examples):
+            with warnings.catch_warnings():
+                # What there is to say will be said of the model that is kept.
+                warnings.simplefilter("ignore")
+                scores[others] = model.fit(examples[given]).score_samples(examples[others])
+        return scores >= np.quantile(scores, contamination)
+
+    def _calibrate(self, raw: Tensor) -> None:
+        """Set the threshold by held-out examples, and keep them for rows with gaps."""
+        scores = np.sort(self._scores(raw))
+        rate = self.false_alarm_rate
+        if rate is None:
+            rate = max(FALSE_ALARM_RATE, 1 / (1 + len(scores)))
+        self._set_offset(conformal_threshold(scores, rate), rate)
+        self.held_out_scores_ = scores
+        self._held_out = raw if raw.ndim == 2 else None
+
+    def _set_offset(self, offset: float, rate: float) -> None:
+        self.offset_ = offset
+        self.false_alarm_rate_ = rate
+
+    def _take_held_out(self, tensors: dict[str, Tensor], what: str) -> None:
+        """Take the held-out scores and rows of a file."""
+        scores, rows = tensors.pop("scores", None), tensors.pop("rows", None)
+        shape = self.model_.shape
+        if scores is None or scores.dtype != torch.float64 or scores.ndim != 1 or tensors:
+            raise StoreError(f"{what} has no held-out scores beside its threshold.")
+        if rows is not None and (rows.dtype != torch.float32 or rows.shape[1:] != shape):
+            raise StoreError(f"{what} has held-out rows of another shape than the model's.")
+        self.held_out_scores_ = np.sort(scores.numpy())
+        self._held_out = rows
+
+    def _by_gaps(self, raw: Tensor) -> Iterator[tuple[NDArray[np.bool_], Array]]:
+        """Find the held-out scores that each example is compared with."""
+        if not hasattr(self, "offset_"):
+            raise ValueError(
+                "this file is of an earlier release, and has no threshold; "
+                "set one by calibrate(x) with ordinary examples that were not trained on"
+            )
+        yield from held_out_by_gaps(
+            self.model_,
+            raw,
+            self._held_out,
+            self._log_priors()[self.prior_],
+            complete=self.held_out_scores_,
+        )
+
+    def _scores(self, raw: Tensor, importance_samples: int = 20) -> Float64[np.ndarray, " n"]:
+        log_prior = self._log_priors()[self.prior_]
+        return log_densities(self.model_, raw, log_prior, importance_samples)
+
+    def _threshold_of(self, held_out: Float64[np.ndarray, " m"]) -> float:
+        """Set a threshold on other scores as ``offset_`` is set on those of complete rows."""
+        if held_out is self.held_out_scores_:
+            return self.offset_
+        if math.isnan(self.false_alarm_rate_):
+            share = (self.held_out_scores_ < self.offset_).mean()
+            return float(np.quantile(held_out, share))
+        rate = max(self.false_alarm_rate_, 1 / (1 + len(held_out)))
+        return conformal_threshold(held_out, rate)
 
     def _log_priors(self) -> dict[str, LogPrior]:
         return {"prior": standard_normal_log_prob, "mixture": self.mixture_.log_prob}

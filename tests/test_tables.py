@@ -18,7 +18,7 @@ from equipoise.data import load, load_examples
 from equipoise.data.gate import Limits
 from equipoise.data.tables import is_table, read_table, write_filled, write_table
 from equipoise.gaussian import standard_normal_log_prob
-from equipoise.metrics.rows import conformal_p_values, score_rows, worst_columns
+from equipoise.metrics.rows import score_rows, worst_columns
 from equipoise.model import VAE, Scaling
 from equipoise.outputs import beside
 
