@@ -2,11 +2,13 @@ r"""False alarms on fresh rows, by thresholds of the validation rows and of rows
 
     python benchmarks/false_alarms.py
 
-The validation rows also decide on the noise variance, the mixture and the epoch that is kept. The
-threshold of ``VAEEstimator`` is set by their scores. Here it is compared with thresholds set by as
-many rows that decided on nothing, and by both together, at the same fitted models. A threshold of m
-rows at the rate a is exact if it flags floor(a (1 + m)) / (1 + m) of fresh rows in the mean over
-splits, which is "expected" in the JSON. The excess is the flagged share minus that.
+The validation rows also decide on the noise variance, the correlation of the errors, the mixture and
+the epoch that is kept. "validation" is the threshold by their scores as they are; "cross-fitted",
+which VAEEstimator uses, takes the correlation of each score from the other four fifths of them;
+"separate" takes as many rows that decided on nothing. All are of the same fitted models.
+
+A threshold of m rows at the rate a flags floor(a (1 + m)) / (1 + m) of fresh rows in the mean over
+splits, if it is exact. The excess is the flagged share minus that.
 
 A row that is in the JSON is not computed again, so that the command may be stopped and repeated.
 """
@@ -45,13 +47,10 @@ def measure(table, n, seed, options):
     given, fresh = np.split(table[order], [n])
     model = VAEEstimator(**options, random_state=seed).fit(given)
 
-    validation, scores = model.held_out_scores_, model.score_samples(fresh)
-    separate, scores = np.split(scores, [len(validation)])
-    held_out = {
-        "validation": validation,
-        "separate": separate,
-        "both": np.concatenate([validation, separate]),
-    }
+    cross_fitted, scores = model.held_out_scores_, model.score_samples(fresh)
+    separate, scores = np.split(scores, [len(cross_fitted)])
+    validation = model.score_samples(model._held_out.numpy())
+    held_out = {"validation": validation, "cross-fitted": cross_fitted, "separate": separate}
     return {
         "n_validation": len(validation),
         "n_fresh": len(scores),
@@ -73,7 +72,7 @@ def false_alarms(held_out, scores):
 def summarise(rows):
     """Average flagged and expected shares over all tables and seeds, with standard errors."""
     summary = {}
-    for source in ("validation", "separate", "both"):
+    for source in ("validation", "cross-fitted", "separate"):
         for rate in RATES:
             found = [row[source][f"{rate:g}"] for row in rows if f"{rate:g}" in row[source]]
             if found:

@@ -37,7 +37,7 @@ from equipoise.conformal import (
 )
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.correlation import AnyGaussian
-from equipoise.data import load, load_examples
+from equipoise.data import Data, load, load_examples
 from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
 from equipoise.data.dataset import Array
 from equipoise.estimate import Estimate
@@ -47,7 +47,7 @@ from equipoise.gaussian import standard_normal_log_prob
 from equipoise.metrics.explanation import Explanation, explain
 from equipoise.metrics.rows import MAX_REFERENCE, held_out_by_gaps, log_densities
 from equipoise.model import VAE, encode_all
-from equipoise.noise_fit import choose_form, fit_correlation
+from equipoise.noise_fit import choose_form, fit_correlation, without_each_fold
 from equipoise.objectives import LogPrior, importance_weighted_bounds
 from equipoise.randomness import stream, stream_seed
 from equipoise.records import EstimatorDescription
@@ -527,7 +527,8 @@ class VAEEstimator(  # type: ignore[misc]
         Raises:
             ValueError: If there are too few examples for the rate.
         """
-        self._calibrate(self._raw(x))
+        raw = self._raw(x)[:MAX_REFERENCE]
+        self._set_threshold(self._scores(raw), raw)
         return self
 
     def explain(self, x: object) -> Explanation:
@@ -769,7 +770,7 @@ class VAEEstimator(  # type: ignore[misc]
 
         held_out = torch.from_numpy(trainer.data.validation[:PRIOR_EXAMPLES])
         self.prior_ = self._choose_prior(model.scaling(held_out))
-        self._calibrate(torch.from_numpy(trainer.data.validation[:MAX_REFERENCE]))
+        self._calibrate_by_folds(model, trainer.data, config.seed)
         return self
 
     def _check_decision(self) -> None:
@@ -796,9 +797,19 @@ class VAEEstimator(  # type: ignore[misc]
                 scores[others] = model.fit(examples[given]).score_samples(examples[others])
         return scores >= np.quantile(scores, contamination)
 
-    def _calibrate(self, raw: Tensor) -> None:
-        """Set the threshold by held-out examples, and keep them for rows with gaps."""
-        scores = np.sort(self._scores(raw))
+    def _calibrate_by_folds(self, model: VAE, data: Data, seed: int) -> None:
+        """Set the threshold by the held-out examples, each judged without its own correlation."""
+        raw = torch.from_numpy(data.validation[:MAX_REFERENCE])
+        log_prior = self._log_priors()[self.prior_]
+        scores = np.empty(len(raw))
+        for numbers, judge in without_each_fold(model, data, seed=seed):
+            rows = numbers[numbers < len(raw)]
+            scores[rows] = log_densities(judge, raw[rows], log_prior)
+        self._set_threshold(scores, raw)
+
+    def _set_threshold(self, scores: Float64[np.ndarray, " m"], raw: Tensor) -> None:
+        """Set the threshold by held-out scores, and keep the examples for rows with gaps."""
+        scores = np.sort(scores)
         rate = self.false_alarm_rate
         if rate is None:
             rate = max(FALSE_ALARM_RATE, 1 / (1 + len(scores)))
