@@ -2,9 +2,9 @@ r"""False alarms on fresh rows, by thresholds of the validation rows and of rows
 
     python benchmarks/false_alarms.py
 
-The validation rows also decide on the noise variance, the correlation of the errors, the mixture and
-the epoch that is kept. "validation" is the threshold by their scores as they are; "cross-fitted",
-which VAEEstimator uses, takes the correlation of each score from the other four fifths of them;
+The validation rows also decide on the noise variance, the correlation of the errors, the mixture
+and the epoch that is kept. "validation" is the threshold by their scores as they are;
+"cross-fitted", which VAEEstimator uses, takes the correlation of each score from the other rows;
 "separate" takes as many rows that decided on nothing. All are of the same fitted models.
 
 A threshold of m rows at the rate a flags floor(a (1 + m)) / (1 + m) of fresh rows in the mean over
