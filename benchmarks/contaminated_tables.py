@@ -3,9 +3,9 @@ r"""Outliers within the table that a detector is fitted to: AUROC of eleven tabl
     python benchmarks/contaminated_tables.py
 
 Rows of other classes are added to those of the inlier class until they are 5 % of the table. Each
-method is fitted to the whole table, and scores the same rows, ``table_scores_`` of VAEEstimator. scikit-learn's detectors get columns
+method is fitted to the whole table, and scores the same rows. scikit-learn's detectors get columns
 that are standardised by the table, and VAEEstimator the table as it is: once by default, and once
-with ``contamination=0.05``. There are three seeds, which choose the outliers.
+with ``contamination=0.05``, of which ``table_scores_`` count. Three seeds choose the outliers.
 
 A row that is in the JSON is not computed again, so that the command may be stopped and repeated.
 """

@@ -42,6 +42,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="RATE",
         help="Share of ordinary rows that may be called odd. The default is 0.05.",
     )
+    parser.add_argument(
+        "--fail-on-odd",
+        action="store_true",
+        help="End with the exit status 1 if any row is odd, for scripts.",
+    )
     add_data_dir(parser)
     add_limits(parser)
     add_quiet(parser)
@@ -59,8 +64,9 @@ def _run(options: Namespace) -> None:
     import numpy as np
     import torch
 
+    from equipoise.conformal import check_rate, fewest_held_out
     from equipoise.data.tables import write_table
-    from equipoise.metrics.rows import score_rows
+    from equipoise.metrics.rows import MIN_REFERENCE, score_rows
 
     rate = options.false_alarm_rate
     if not 0 < rate < 1:
@@ -77,14 +83,10 @@ def _run(options: Namespace) -> None:
         else:
             raw = other_examples(options.table, run, model, options, terminal)[:]
 
-        fewest = int(np.ceil(1 / rate - 1 - 1e-9))
-        if len(reference) < fewest:
-            raise ConfigError(
-                [
-                    f"a false-alarm rate of {rate:g} takes at least {fewest} held-out rows, and "
-                    f"the run has {len(reference)}; give a higher rate"
-                ]
-            )
+        try:
+            check_rate(rate, len(reference))
+        except ValueError as error:
+            raise ConfigError([f"{run.folder}: {error}"]) from error
 
         x = torch.from_numpy(raw)
         model.scaling.check(x)
@@ -96,8 +98,10 @@ def _run(options: Namespace) -> None:
             torch.from_numpy(reference),
             mixture.log_prob,
             lambda done, total: terminal.progress("scores", done, total, ""),
+            fewest=max(MIN_REFERENCE, fewest_held_out(rate)),
         )
-        is_odd = found.p_value <= rate
+        # What has no density left is odd, even if some of the held-out rows have none.
+        is_odd = (found.p_value <= rate) | np.isneginf(found.score)
         columns = {
             "row": np.arange(len(raw)),
             "score": found.score,
@@ -111,6 +115,9 @@ def _run(options: Namespace) -> None:
         )
         lines = list_written(lambda: [write_table(path, columns)], path.parent)
         terminal.message("\n".join(lines))
+
+    if options.fail_on_odd and is_odd.any():
+        raise SystemExit(1)
 
 
 COMMAND = Command(

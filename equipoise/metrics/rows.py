@@ -30,6 +30,8 @@ MAX_REFERENCE = 1000
 """Most held-out rows that others are compared with."""
 MIN_REFERENCE = 100
 """Held-out rows that rows of rare gaps are compared with at least, where there are so many."""
+FEWEST_ALIKE = 20
+"""Held-out rows that have all values of a pattern, below which those with more gaps join in."""
 REFERENCE_SCORES = 100_000
 """Held-out rows that are scored for all patterns of gaps together, if each gets its fewest."""
 
@@ -179,10 +181,14 @@ def held_out_by_gaps(
             # Rows without any value are all alike, and only rounding tells their scores apart.
             yield rows, np.full(min(len(reference), MAX_REFERENCE), -np.inf)
         else:
-            among = reference[:each]
+            among = reference
             if gaps.any():
-                among = among.masked_fill(gaps, torch.nan)
-            yield rows, log_densities(model, among, log_prior)
+                # Rows that lack more would be compared by fewer columns.
+                is_enough = ~(reference.isnan() & ~gaps).any(1)
+                if int(is_enough.sum()) >= FEWEST_ALIKE:
+                    among = reference[is_enough]
+                among = among[:each].masked_fill(gaps, torch.nan)
+            yield rows, log_densities(model, among[:each], log_prior)
         progress(k + 1, len(patterns))
 
 
