@@ -34,7 +34,7 @@ def near_rows(x: Float[np.ndarray, "n d"], share: float) -> NDArray[np.bool_]:
         >>> near_rows(x, 0.05)[-5:].any()
         np.False_
     """
-    near = np.ones(len(x), bool)
+    near: NDArray[np.bool_] = np.ones(len(x), bool)
     if x.shape[1] > MAX_DIMENSIONS:
         return near
 
@@ -51,4 +51,5 @@ def _standardise(x: Float[np.ndarray, "n d"]) -> Float64[np.ndarray, "n d"]:
     with np.errstate(invalid="ignore"):
         z = z - np.nanmedian(z, 0)
         z = z / np.maximum(np.nanmean(np.abs(z), 0), np.finfo(np.float32).tiny)
-    return np.nan_to_num(z)
+    filled: Float64[np.ndarray, "n d"] = np.nan_to_num(z)
+    return filled

@@ -102,8 +102,11 @@ class Reconstruction(NamedTuple):
 
 
 # scikit-learn has no types.
-class VAEEstimator(  # type: ignore[misc]
-    ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMixin, BaseEstimator
+class VAEEstimator(
+    ClassNamePrefixFeaturesOutMixin,  # type: ignore[misc]
+    TransformerMixin,  # type: ignore[misc]
+    OutlierMixin,  # type: ignore[misc]
+    BaseEstimator,  # type: ignore[misc]
 ):
     r"""A variational autoencoder that finds its own balance, with scikit-learn's interface.
 
@@ -518,7 +521,8 @@ class VAEEstimator(  # type: ignore[misc]
         return np.where(self.decision_function(x) < 0, -1, 1)
 
     def p_values(self, x: object) -> Float64[np.ndarray, " n"]:
-        """Compare each example with held-out ones, see :func:`equipoise.conformal_p_values`.
+        """Compare each example with held-out ones, see
+        :func:`equipoise.conformal.conformal_p_values`.
 
         Args:
             x: Examples as for :meth:`fit`.
@@ -582,7 +586,7 @@ class VAEEstimator(  # type: ignore[misc]
         random_state = None
         if isinstance(self.random_state, int | np.integer):
             random_state = int(self.random_state)
-        description = {
+        description: dict[str, Any] = {
             "model": self.model_.description(),
             "options": self._options(),
             "random_state": random_state,

@@ -17,6 +17,7 @@ from equipoise.conformal import (
     fewest_held_out,
 )
 from equipoise.data import load
+from equipoise.detector import pyod_detector
 from equipoise.files import StoreError
 from equipoise.gaussian import standard_normal_log_prob
 from equipoise.metrics import rows
@@ -105,6 +106,7 @@ def test_the_threshold_is_saved(vae, table, tmp_path):
         again.predict(gaps)
 
 
+@pytest.mark.filterwarnings("ignore:Half of the values")
 def test_rows_with_gaps_have_a_threshold_of_their_own(table, tmp_path):
     rng = np.random.default_rng(0)
     x = table.copy()
@@ -290,3 +292,16 @@ def test_a_file_with_a_damaged_threshold_is_refused(vae, tmp_path, monkeypatch):
     vae.save(tmp_path / "vae.safetensors")
     with pytest.raises(StoreError, match="no held-out scores"):
         VAEEstimator.load(tmp_path / "vae.safetensors")
+
+
+def test_the_estimator_is_a_detector_of_pyod(table):
+    pytest.importorskip("pyod")
+    x = table[:100]
+    detector = pyod_detector(VAEEstimator(**QUICK, stage_1_epochs=3), contamination=0.1).fit(x)
+    assert detector.labels_.sum() == 10
+    far = table[100:103] + 20 * table.std(0)
+    assert detector.predict(far).tolist() == [1, 1, 1]
+    assert detector.get_params()["contamination"] == 0.1
+    np.testing.assert_array_equal(
+        detector.decision_function(far), -detector.estimator_.score_samples(far)
+    )

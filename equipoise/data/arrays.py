@@ -675,11 +675,7 @@ def table_unit(train: Subset, for_training: bool = True, names: tuple[str, ...] 
 
 
 def _far_values(part: Subset, unit: Unit, name: str, content: Found) -> list[str]:
-    """Point out values of held-out rows that are far from all training, such as fill values.
-
-    Raises:
-        ValueError: If a value is so far that its squared error overflows float32.
-    """
+    """Point out far values of held-out rows, and refuse those whose squares overflow float32."""
     width = part.shape[1]
     largest, values = np.zeros(width), np.zeros(width)
     for _, chunk in _chunks(part, unit.dtype):
