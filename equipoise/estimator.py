@@ -521,8 +521,9 @@ class VAEEstimator(
         return np.where(self.decision_function(x) < 0, -1, 1)
 
     def p_values(self, x: object) -> Float64[np.ndarray, " n"]:
-        """Compare each example with held-out ones, see
-        :func:`equipoise.conformal.conformal_p_values`.
+        """Compare each example with held-out ones.
+
+        See :func:`equipoise.conformal.conformal_p_values`.
 
         Args:
             x: Examples as for :meth:`fit`.
