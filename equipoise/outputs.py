@@ -4,7 +4,6 @@ Programs get arrays in the user's own units, and people get pictures.
 """
 
 import csv
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +131,7 @@ def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Pa
     raw, names = examples[:], examples.names()
     scaling = model.scaling
     scaling.check(torch.from_numpy(raw))
-    text = scaling.range_warning(torch.from_numpy(raw[:DECODED_AT_ONCE]))
-    if text is not None:
-        warnings.warn(text, stacklevel=2)
+    scaling.warn_of_range(torch.from_numpy(raw[:DECODED_AT_ONCE]), stacklevel=2)
 
     restored = {name: np.empty(raw.shape, np.float32) for name in ("mean", "std", "error")}
     for start in range(0, len(raw), DECODED_AT_ONCE):
@@ -225,9 +222,7 @@ def write_reconstructed_table(model: VAE, raw: NDArray[Any], path: Path) -> list
     """
     x = torch.from_numpy(raw)
     model.scaling.check(x)
-    text = model.scaling.range_warning(x)
-    if text is not None:
-        warnings.warn(text, stacklevel=2)
+    model.scaling.warn_of_range(x, stacklevel=2)
 
     parts = [model.reconstruct(model.scaling(rows)) for rows in torch.split(x, DECODED_AT_ONCE)]
     means = torch.cat([part.mean for part in parts])
