@@ -253,10 +253,10 @@ class Scaling(nn.Module):
         )
 
     def warn_of_range(self, raw: Tensor, stacklevel: int = 1) -> None:
-        """Warn as :meth:`range_warning` says, where it says something.
+        r"""Warn as :meth:`range_warning` says, where it says something.
 
         Args:
-            raw: Raw data, (B, \\*).
+            raw: Raw data, (B, \*).
             stacklevel: How far above the caller the line is that the warning names; 1 is the
                 caller's own.
         """

@@ -24,6 +24,8 @@ LARGEST_PNG = 350_000
 
 Larger figures are embedded as JPEG. Ten figures then stay below 5 MB.
 """
+LISTED_UNITS = 8
+"""Most latent units whose KL are also listed in the table; of more, there are the bars alone."""
 
 
 class Section(NamedTuple):
@@ -137,7 +139,7 @@ tbody th { font-weight: normal }
 .case th { padding-left: .8rem }
 td { font-variant-numeric: tabular-nums }
 .value { width: 14rem }
-.count { text-align: right; padding-right: 0; width: 4rem }
+.count { text-align: right; padding-right: 0; width: 4rem; overflow-wrap: normal }
 small, figcaption, td.count { color: var(--soft) }
 small { display: block; line-height: 1.35; margin-top: -.2rem }
 figure { margin: 1.5rem 0 }
@@ -155,7 +157,7 @@ img {
 aside { background: var(--mark); padding: .1rem 1rem; border-radius: 4px }
 pre { overflow-x: auto; border: 1px solid var(--line); border-radius: 4px; padding: .6rem }
 @media (max-width: 40rem) {
-  .value { width: 8.2rem } .count { width: 3.4rem } figure { margin: 1rem 0 }
+  .value { width: 8rem } .count { width: 3.9rem } figure { margin: 1rem 0 }
 }
 """
 
@@ -232,8 +234,11 @@ def _content(
 
     for key, section in sections.items():
         section_figures = {path: figure for path, figure in figures.items() if path[0] == key}
-        element = _section(run, key, section, section_figures)
         bars = _unit_bars(evaluation.get("latent", {})) if key == "latent" else None
+        rates = section_figures.get(("latent", "rate_per_unit"), [])
+        if bars is not None and len(rates) > LISTED_UNITS:
+            del section_figures["latent", "rate_per_unit"]
+        element = _section(run, key, section, section_figures)
         if bars is not None:
             element.insert(2, bars)  # below the heading and the table
         yield element
@@ -325,7 +330,7 @@ def _unit_bars(latent: dict[str, Any]) -> Element | None:
         "KL of each latent unit, which add up to that of the ELBO, the largest first. A unit that "
         "is off encodes every input in the same way."
     )
-    return _tag("figure", _tag("ol", *items, class_="bars"), _tag("figcaption", caption))
+    return _tag("div", _tag("ol", *items, class_="bars"), _tag("p", _tag("small", caption)))
 
 
 def _section(run: Run, key: str, section: Section, figures: dict[Keys, Any]) -> Element:

@@ -69,10 +69,12 @@ def verdict(rows: Sequence[Row], evaluation: dict[str, Any], run: str = "RUN") -
         _units(rows[-1], evaluation),
         _calibration(evaluation, run),
     ]
-    bad = sum(finding.is_good is False for finding in findings)
+    bad = [finding for finding in findings if finding.is_good is False]
     if bad:
-        points = "One point needs" if bad == 1 else f"{bad} points need"
-        headline = f"{points} attention: see what to do below."
+        topics = [finding.text.partition(":")[0] for finding in bad]
+        listed = " and ".join(topic if topic == topics[0] else topic.lower() for topic in topics)
+        verb = "needs" if len(bad) == 1 else "need"
+        headline = f"{listed} {verb} attention: see below what to do."
     elif any(finding.is_good is None for finding in findings):
         headline = (
             "The training is in order, as far as it is known: run the commands below for the rest."
@@ -98,7 +100,8 @@ def _convergence(rows: Sequence[Row], run: str) -> Finding:
     return Finding(
         False,
         f"Convergence: {decision}, before noise variance and ELBO had settled. More epochs may "
-        f"give a better model: equipoise train --resume {run} --set stage_{stage}_epochs={3 * of_stage}",
+        f"give a better model: equipoise train --resume {run} --set "
+        f"stage_{stage}_epochs={3 * of_stage}",
     )
 
 
@@ -157,9 +160,17 @@ def _calibration(evaluation: dict[str, Any], run: str) -> Finding:
     )
     if abs(miss) <= SMALL_MISS:
         return Finding(True, f"{text}: within {100 * SMALL_MISS:.0f} points.")
+
+    interval = part.get("interval_coverage_1", {}).get("value")
     are = "too large" if miss > 0 else "too small"
+    if interval is not None and abs(interval - NOMINAL_COVERAGE) <= SMALL_MISS:
+        return Finding(
+            True,
+            f"{text}: the std are {are} for most errors, which are not Gaussian. The intervals "
+            f"that were calibrated on held-out data hold {interval:.1%}: use them.",
+        )
     return Finding(
         False,
-        f"{text}: the std are {are} for most errors. Take the intervals that were calibrated on "
-        "held-out data, or train with recalibrate=coverage.",
+        f"{text}: the std are {are} for most errors. Another noise model or recalibrate=coverage "
+        "may help, or a larger validation_fraction, if that set is small.",
     )

@@ -103,9 +103,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="RUN",
         help="Continue an interrupted run, with its own data and options. With --set "
         "stage_1_epochs=N or stage_2_epochs=N, a finished run goes on for longer: N counts all "
-        "epochs of the stage, and the results so far are kept in RUN/earlier-1. '--resume auto', with "
-        "--out, continues the run in that folder if there is one, and starts it if there is none, "
-        "so that one line starts and restarts it.",
+        "epochs of the stage, and the results so far are kept in RUN/earlier-1. '--resume auto', "
+        "with --out, continues the run in that folder if there is one, and starts it if there is "
+        "none, so that one line starts and restarts it.",
     )
 
     for name in SHORTHANDS:

@@ -60,8 +60,8 @@ def precision_recall(
     The balls shrink when there are more vectors, so only figures of the same numbers should be
     compared. The standard error is that of the delete-a-group jackknife. Each of its 10 groups, or
     as many as there are vectors if they are fewer, has its share of both sets, so that the error
-    accounts for the spread of either. For Gaussian vectors it is too large, by a factor of 1.2 to 2,
-    since balls are no smooth function of the vectors.
+    accounts for the spread of either. For Gaussian vectors it is too large, by a factor of 1.2 to
+    2, since balls are no smooth function of the vectors.
 
     Args:
         features: features x of the samples to judge, (N, d), where N is at least k + 1.

@@ -91,9 +91,9 @@ def train(
         out: The run folder. None takes ``runs/NAME``, or the next free name after it.
         resume: Go on with the run in ``out``. A run that is trained to its end goes on for longer
             if ``config`` has more ``stage_1_epochs`` or ``stage_2_epochs``, and nothing else
-            changed; its results are kept in ``RUN/earlier-1``. "auto" does so if there is one, starts it if there is
-            none, and returns it as it is if it is trained, so that a program which is started again
-            and again needs no other argument. It needs ``out``.
+            changed; its results are kept in ``RUN/earlier-1``. "auto" goes on if there is a run,
+            starts it if there is none, and returns it as it is if it is trained, so that a program
+            which is started again and again needs no other argument. It needs ``out``.
         sinks: What takes in the figures, besides ``metrics.jsonl``.
         encoder: Your own module from (B, \*) to (B, 2 d); give a decoder with it.
         decoder: Your own module from (B, d) to (B, \*); give an encoder with it.
