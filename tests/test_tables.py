@@ -46,6 +46,20 @@ def expected():
 
 
 class TestReading:
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_last_line_that_was_cut_off_is_named(self, tmp_path, packed):
+        """As of a download that broke off: its cells are not taken for gaps without a word."""
+        path = tmp_path / ("a.csv.gz" if packed else "a.csv")
+        whole = text_of(names=("a", "b", "c"))
+
+        def notes(text):
+            path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+            return read_table(path).notes
+
+        assert notes(whole) == notes(whole.rstrip("\n")) == ()
+        (note,) = notes(whole.rstrip("\n").rpartition(",")[0])
+        assert note.startswith("the last line has 2 of 3 cells and no line break")
+
     @pytest.mark.parametrize(
         ("name", "content"),
         [
