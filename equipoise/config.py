@@ -62,7 +62,8 @@ class TrainConfig:
 
     latent_dim: int | Literal["auto"] = "auto"
     """Number of latent units d. 'auto' is 16, or half the data's dimensions if there are fewer than
-    32. Units that the data do not need switch themselves off."""
+    32, of which constant columns of a table do not count. Units that the data do not need switch
+    themselves off."""
     architecture: str = "auto"
     """Networks. 'auto' takes 'conv' for images and 'mlp' for tables."""
     width: int = 32

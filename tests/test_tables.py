@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 import equipoise
 from equipoise.cli import main
+from equipoise.config import TrainConfig
 from equipoise.data import load, load_examples
 from equipoise.data.gate import Limits
 from equipoise.data.tables import is_table, read_table, write_filled, write_table
@@ -468,3 +469,16 @@ class TestCommandLine:
         assert "at least 999 held-out rows" in command(
             "score", run, "--false-alarm-rate", "0.001", fails=True
         )
+
+
+def test_constant_columns_do_not_count_for_the_number_of_latent_units(tmp_path):
+    """A run of an earlier version, which has 'auto' in its options, goes on as it began."""
+    raw = np.random.default_rng(0).normal(size=(60, 12))
+    options = TrainConfig(width=4, stage_1_epochs=1, stage_2_epochs=0, n_components=1)
+    assert equipoise.train(load(raw), options, tmp_path / "all").model().latent_dim == 6
+
+    raw[:, 4:] = 3.0
+    run = equipoise.train(load(raw), options, tmp_path / "few")
+    assert run.model().latent_dim == run.config().latent_dim == 2
+    again = equipoise.train(load(raw), options, run.folder, resume="auto")
+    assert again.model().latent_dim == 2

@@ -56,7 +56,7 @@ from equipoise.training.engine import (
 )
 from equipoise.training.group import noticing_losses
 from equipoise.training.logging import JsonlSink, Sink
-from equipoise.training.setup import check_fit, check_units, make_model
+from equipoise.training.setup import check_fit, check_units, latent_dim_of_varying, make_model
 from equipoise.training.threads import computing_with
 from equipoise.training.trackers import TRACKERS
 from equipoise.training.trainer import Trainer
@@ -136,6 +136,10 @@ def train(
         size = recorded or config.step_size(len(data.train), fabric.world_size)
         config = replace(config, batch_size=size)
         say(_describe_batches(size, len(data.train)))
+
+    if config.latent_dim == "auto":
+        choose = partial(_latent_dim, out if resume else None, data)
+        config = replace(config, latent_dim=in_main_process(fabric, choose))
 
     if broadcast(fabric, data.fingerprint) != data.fingerprint:
         raise StoreError(
@@ -252,6 +256,14 @@ def _recorded_batch_size(out: str | Path | None) -> int | None:
         return None
     size = Run(out).settings()["options"].get("batch_size")
     return size if isinstance(size, int) else None
+
+
+def _latent_dim(out: str | Path | None, data: Data) -> int | Literal["auto"]:
+    """Choose the number of latent units as the run has it; that of a new run by what varies."""
+    if out is None or not Run(out).config_file.exists():
+        return latent_dim_of_varying(data)
+    recorded = Run(out).settings()["options"].get("latent_dim")
+    return recorded if isinstance(recorded, int) else "auto"
 
 
 def _describe_batches(size: int, n: int) -> str:
