@@ -482,3 +482,8 @@ def test_constant_columns_do_not_count_for_the_number_of_latent_units(tmp_path):
     assert run.model().latent_dim == run.config().latent_dim == 2
     again = equipoise.train(load(raw), options, run.folder, resume="auto")
     assert again.model().latent_dim == 2
+
+    estimator = equipoise.VAEEstimator(stage_1_epochs=1, stage_2_epochs=0, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        assert estimator.fit(raw).model_.latent_dim == 2
