@@ -329,6 +329,17 @@ class GaussianMixture(LatentDistribution):
         """Dimension d of the codes."""
         return self.means.shape[1]
 
+    def with_covariances(self, covariances: Tensor) -> "GaussianMixture":
+        """Make the same mixture with other covariances.
+
+        Args:
+            covariances: The covariances, (K, d, d).
+
+        Returns:
+            The new mixture.
+        """
+        return GaussianMixture(self.weights, self.means, covariances)
+
     def moments(self) -> Moments:
         r"""Mean and covariance, in closed form.
 
@@ -402,6 +413,11 @@ class GaussianMixture(LatentDistribution):
                 f"expected a component from 0 to {self.n_components - 1}, got {component}"
             )
 
+        return self._sample_of(components, generator)
+
+    def _sample_of(self, components: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw a code of each of the given components, (n,)."""
+        n = len(components)
         z = self.means.new_empty(n, self.latent_dim).normal_(generator=generator)
         # One matrix product per component saves memory. A factor for each of the n codes would take
         # n d^2 numbers.
@@ -428,7 +444,11 @@ class GaussianMixture(LatentDistribution):
         squared_distance = whitened.reshape(-1, K, d).square().sum(2)
 
         log_det = self.whiteners.diagonal(dim1=1, dim2=2).log().sum(1)
-        return self.weights.log() + log_det - 0.5 * (d * LOG_2PI + squared_distance)
+        return self._weights_of(z).log() + log_det - 0.5 * (d * LOG_2PI + squared_distance)
+
+    def _weights_of(self, z: Tensor) -> Tensor:
+        """Return the weights of the components, (K,), or (B, K) where they depend on the code."""
+        return self.weights
 
 
 @torch.no_grad()
@@ -484,7 +504,7 @@ def tempered(mixture: GaussianMixture, temperature: float) -> GaussianMixture:
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"expected a finite temperature above 0, got {temperature}")
-    return GaussianMixture(mixture.weights, mixture.means, temperature * mixture.covariances)
+    return mixture.with_covariances(temperature * mixture.covariances)
 
 
 def _factorise(mixture: GaussianMixture, _incompatible_keys: Any = None) -> None:  # noqa: ANN401
