@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from equipoise.estimate import Estimate
 from equipoise.gaussian import LOG_2PI, Gaussian, standard_normal_log_prob
+from equipoise.labels import labelled, labels_of
 
 ACTIVE_UNIT_VAR = 0.01
 """A unit is active if the variance of its posterior mean over the data is above this value.
@@ -194,6 +195,7 @@ class AggregatePosterior(LatentDistribution):
             )
         _check_finite(means=means, log_vars=log_vars)
 
+        self.labels = labels_of(means)
         self.register_buffer("means", means.detach())
         self.register_buffer("log_vars", log_vars.detach())
 
@@ -250,7 +252,9 @@ class AggregatePosterior(LatentDistribution):
             The codes, (n, d).
         """
         rows = torch.randint(len(self.means), (n,), generator=generator, device=self.means.device)
-        return Gaussian(self.means[rows], self.log_vars[rows]).sample(generator)
+        labels = None if self.labels is None else self.labels.to(rows.device)[rows]
+        codes = Gaussian(self.means[rows], self.log_vars[rows]).sample(generator)
+        return labelled(codes, labels)
 
     def moments(self) -> Moments:
         r"""Mean and covariance of q(z), in closed form.

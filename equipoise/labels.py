@@ -12,6 +12,7 @@ model is one of unlabelled examples, too, as in Ho and Salimans (2022), *Classif
 guidance*.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Labelled(Tensor):
         (tensor([ 1, -1]), True)
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     labels: Tensor
 
     def __getitem__(self, rows: Any) -> Tensor:  # noqa: ANN401 (whatever selects rows)
@@ -45,7 +46,7 @@ class Labelled(Tensor):
 
     def split(self, split_size: Any, dim: int = 0) -> tuple[Tensor, ...]:  # noqa: ANN401
         """Divide into blocks of rows."""
-        values = super().split(split_size, dim)  # type: ignore[no-untyped-call]
+        values = super().split(split_size, dim)
         if dim != 0:
             return tuple(values)
         labels = self.labels.split(split_size)  # type: ignore[no-untyped-call]
@@ -107,6 +108,19 @@ def labels_of(values: Tensor) -> Tensor | None:
         Their numbers, (B,), or None if they carry none.
     """
     return values.labels if isinstance(values, Labelled) else None
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    r"""Put batches of examples or codes one behind the other, with the labels that they carry.
+
+    Args:
+        parts: The batches, (B, \*) each. Either all carry labels, or none does.
+
+    Returns:
+        All rows, (N, \*).
+    """
+    known = [numbers for numbers in map(labels_of, parts) if numbers is not None]
+    return labelled(torch.cat(list(parts)), torch.cat(known) if known else None)
 
 
 def one_hot(values: Tensor, n_labels: int) -> Float[Tensor, "batch labels"]:

@@ -19,7 +19,7 @@ from equipoise.correlation import AnyGaussian
 from equipoise.digital import Levels
 from equipoise.gaussian import Gaussian
 from equipoise.kernels import bounded
-from equipoise.labels import labelled, labels_of, one_hot
+from equipoise.labels import joined, labelled, labels_of, one_hot
 from equipoise.networks import (
     ConvDecoder,
     MLPDecoder,
@@ -891,11 +891,9 @@ def encode_all(model: VAE, batches: Iterable[Tensor]) -> Gaussian:
     if not posteriors:
         raise ValueError("expected at least one batch of examples to encode, got none")
 
-    means = torch.cat([posterior.mean for posterior in posteriors])
+    means = joined([posterior.mean for posterior in posteriors])
     log_vars = torch.cat([posterior.log_var for posterior in posteriors])
-    labels = [labels_of(posterior.mean) for posterior in posteriors]
-    known = [numbers for numbers in labels if numbers is not None]
-    return Gaussian(labelled(means, torch.cat(known) if known else None), log_vars)
+    return Gaussian(means, log_vars)
 
 
 def encoder_shape(

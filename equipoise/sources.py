@@ -215,8 +215,9 @@ def any_label(density: LatentDistribution, mixture: GaussianMixture) -> LatentDi
     Returns:
         The density, or one of codes with labels.
     """
-    is_labelled = isinstance(mixture, LabelMixture)
-    return AnyLabel(density, mixture.label_shares) if is_labelled else density
+    if isinstance(mixture, LabelMixture):
+        return AnyLabel(density, mixture.label_shares)
+    return density
 
 
 READY: dict[str, Callable[[GaussianMixture], LatentDistribution]] = {

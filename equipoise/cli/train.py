@@ -68,9 +68,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--label",
         metavar="NAME",
-        help="Train a conditional model: NAME is the column of a table or the array of an .npz file "
-        "that holds labels, 'folder' for images in folders of classes, and 'label' for digits, "
-        "mnist and fashion-mnist. Without it, labels are not used.",
+        help="Train a conditional model: NAME is the column of a table or the array of an .npz "
+        "file that holds labels, 'folder' for images in folders of classes, and 'label' for "
+        "digits, mnist and fashion-mnist. Without it, labels are not used.",
     )
     parser.add_argument(
         "--dry-run",

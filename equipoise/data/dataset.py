@@ -110,7 +110,8 @@ class Subset:
         """
         if self.labels is None:
             return np.full(len(self), -1, np.int64)
-        return self.labels[self.indices]
+        numbers: Int64[np.ndarray, " n"] = self.labels[self.indices]
+        return numbers
 
     def sha256(self) -> str:
         """Compute a checksum of the examples, which depends on their order.

@@ -45,7 +45,7 @@ def name_of(value: Any) -> str | None:  # noqa: ANN401 (any label)
             return None
         if not number.is_integer():
             raise ValueError(f"{number:g} is no label: give whole numbers or names")
-        return str(int(value))  # type: ignore[call-overload, no-any-return]
+        return str(int(value))  # type: ignore[call-overload]
     if isinstance(value, str):
         return value.strip() or None
     raise ValueError(f"{visible(repr(value), 50)} is no label: give whole numbers or names")
@@ -102,9 +102,7 @@ def choose_names(parts: Sequence[list[str | None]], source: str) -> tuple[str, .
     return (*numbers, *sorted(names.difference(numbers)))
 
 
-def number(
-    names: list[str | None], labels: Sequence[str], source: str
-) -> Int64[np.ndarray, " n"]:
+def number(names: list[str | None], labels: Sequence[str], source: str) -> Int64[np.ndarray, " n"]:
     """Number the labels of examples.
 
     Args:
