@@ -46,13 +46,13 @@ class Labelled(Tensor):
 
     def split(self, split_size: Any, dim: int = 0) -> tuple[Tensor, ...]:  # noqa: ANN401
         """Divide into blocks of rows."""
-        values = super().split(split_size, dim)
+        values = super().split(split_size, dim)  # type: ignore[no-untyped-call]
         if dim != 0:
             return tuple(values)
         labels = self.labels.split(split_size)  # type: ignore[no-untyped-call]
         return tuple(labelled(*pair) for pair in zip(values, labels, strict=True))
 
-    def repeat_interleave(self, repeats: Any, dim: int | None = None, **more: Any) -> Tensor:  # type: ignore[override] # noqa: ANN401
+    def repeat_interleave(self, repeats: Any, dim: int | None = None, **more: Any) -> Tensor:  # noqa: ANN401
         """Repeat each row."""
         values = super().repeat_interleave(repeats, dim, **more)
         return labelled(values, self.labels.repeat_interleave(repeats)) if dim == 0 else values

@@ -306,12 +306,12 @@ def _write_columns(
     return write_table(path, columns)
 
 
-def _label_texts(model: VAE, values: Tensor) -> NDArray[np.str_] | None:
+def _label_texts(model: VAE, values: Tensor) -> NDArray[Any] | None:
     """Names of the labels that examples or codes carry, "" where unknown; None without labels."""
     labels = labels_of(values)
     if labels is None or not model.label_names:
         return None
-    texts: NDArray[np.str_] = np.array([*model.label_names, ""])[labels.cpu().numpy()]
+    texts: NDArray[Any] = np.array([*model.label_names, ""])[labels.cpu().numpy()]
     return texts
 
 
