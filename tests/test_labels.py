@@ -554,3 +554,27 @@ def test_a_killed_run_goes_on_with_its_labels(tmp_path, monkeypatch):
     whole = train(parts.data(), parts.config(), "whole")
     assert read_digest(parts.mixture_file) == read_digest(whole.mixture_file)
     assert parts.model().label_names == ("0", "1", "2")
+
+
+def test_other_data_may_lack_the_labels_of_a_run(tmp_path):
+    x, _ = shifted(12)
+    np.save(tmp_path / "x.npy", x)
+    options = {"label": "label", "label_names": ("0", "1")}
+    assert (load_examples(tmp_path / "x.npy", (5,), **options).label_numbers() == UNKNOWN).all()
+    notes = []
+    fill(tmp_path / "flat", 3, 90)
+    load_examples(tmp_path / "flat", (1, 9, 10), **options, on_note=notes.append)
+    assert any("labels of all examples are unknown" in note for note in notes)
+
+
+def test_explorer_and_export_of_a_conditional_model(conditional, tmp_path):
+    from equipoise.explorer.views import View
+    from equipoise.export import export
+
+    x, y = shifted(60)
+    view = View(conditional.model_, conditional.mixture_, load(x, labels=y))
+    for source in ("mixture", "prior", "0"):
+        assert np.isfinite(view.decode(view.sample(source, 3, seed=0))).all()
+    assert np.isfinite(view.inspect(x[:1].astype(np.float32)).elbo)
+    with pytest.raises(ValueError, match="is not exported yet"):
+        export(conditional.model_, conditional.mixture_, "torch", tmp_path)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -112,6 +112,14 @@ class Subset:
             return np.full(len(self), -1, np.int64)
         numbers: Int64[np.ndarray, " n"] = self.labels[self.indices]
         return numbers
+
+    def without_labels(self) -> "Subset":
+        """Forget the labels of the examples, for what is computed without.
+
+        Returns:
+            The same examples.
+        """
+        return replace(self, labels=None)
 
     def sha256(self) -> str:
         """Compute a checksum of the examples, which depends on their order.

@@ -648,6 +648,9 @@ def _find(
     pool: bool = False,
     label: str | None = None,
 ) -> Found:
+    if label is not None and for_model and not _may_have(source, label):
+        found = _find(source, data_dir, reader, download, columns, drop, for_model=True, pool=pool)
+        return _with_unknown(found, label)
     if isinstance(source, str | Path) and source not in NAMES and is_table(source):
         path = expanded(source)
         if path.is_file():
@@ -755,11 +758,8 @@ def _load_path(
         if label not in (None, "folder"):
             raise ValueError(f"{source}: the label of images is 'folder', not {label!r}")
         name = os.path.basename(os.path.abspath(path))  # of "..", too
-        listing = list_images(path)
-        has_classes = bool(label) and bool(sort_folders(listing.names).classes)
-        with_labels = has_classes if for_model else bool(label)
-        found = read_folder(listing, name, reader, pool=pool, with_labels=with_labels)
-        return _with_unknown(found, label) if label and not with_labels else found
+        with_labels = label is not None
+        return read_folder(list_images(path), name, reader, pool=pool, with_labels=with_labels)
 
     if not path.exists():
         similar = _similar_names(path)
@@ -767,18 +767,16 @@ def _load_path(
         raise ValueError(
             f"{source!r} is neither a known data set nor a path{hint} Expected {POSSIBLE}"
         )
-    if label is not None and path.suffix != ".npz" and not for_model:
+    if label is not None and path.suffix != ".npz":
         raise ValueError(f"{source} has no label {label!r}; .npz files, tables and folders have")
     if path.suffix.lower() in EXTENSIONS:
-        found = Found(path.stem, source, reader.read(one_image(path).encoded()), axis=1)
-        return _with_unknown(found, label) if label else found
+        return Found(path.stem, source, reader.read(one_image(path).encoded()), axis=1)
     if path.suffix not in {".npy", ".npz"}:
         raise ValueError(f"{source} is a file of a type that cannot be read; expected {POSSIBLE}")
 
     try:
         if path.suffix == ".npy":
-            found = Found(path.stem, source, Part(read_npy(path)))
-            return _with_unknown(found, label) if label else found
+            return Found(path.stem, source, Part(read_npy(path)))
         with open_npz(path, reader.limits) as archive:
             names = [name for name in archive.names if label not in _npz_words(name)]
             keys = _npz_keys(names)
@@ -802,6 +800,20 @@ def _load_path(
         train, validation, test = Part(values, labels=labels.get(key)), None, None
     found = Found(path.stem, source, train, validation, test)
     return _with_unknown(found, label) if label and not labels else found
+
+
+def _may_have(source: object, label: str) -> bool:
+    """Tell whether a source is of a kind that has labels of this name."""
+    if not isinstance(source, str | Path):
+        return False
+    if source in NAMES:
+        return label == "label" and source != "celeba"
+    if str(source).startswith("hf:"):
+        return True
+    path = expanded(source)
+    if path.is_dir():
+        return label == "folder" and bool(sort_folders(list_images(path).names).classes)
+    return path.suffix == ".npz" or is_table(path)
 
 
 def _with_unknown(found: Found, label: str) -> Found:
