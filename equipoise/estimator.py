@@ -25,11 +25,14 @@ from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.correlation import AnyGaussian
 from equipoise.data import load, load_examples
 from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
+from equipoise.data.batches import as_tensor
 from equipoise.data.dataset import Array
+from equipoise.data.labels import name_of
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.gaps import column_means, column_vars
 from equipoise.gaussian import standard_normal_log_prob
+from equipoise.labels import label_number
 from equipoise.metrics.rows import log_densities
 from equipoise.model import VAE, encode_all
 from equipoise.noise_fit import choose_form, fit_correlation
@@ -37,7 +40,7 @@ from equipoise.objectives import LogPrior, importance_weighted_bounds
 from equipoise.randomness import stream, stream_seed
 from equipoise.records import EstimatorDescription
 from equipoise.run import Row
-from equipoise.sources import fit_aggregate, mixture_warnings, ready_source
+from equipoise.sources import fit_aggregate, mixture_warnings, ready_source, sample_source
 from equipoise.store import (
     read_tensors,
     restore_mixture,
@@ -128,6 +131,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         validation_fraction: Share of the examples that are held out: for the noise variance and
             the correlation of the errors, to choose the mixture, and to recalibrate. "auto" is a
             tenth, or as much as makes 50 examples, but at most a quarter.
+        conditional: Whether the model is one of x given the labels y, which :meth:`fit` then needs:
+            text or whole numbers; None, NaN and numbers below 0 are unknown labels. Otherwise y is
+            ignored.
+        label_dropout: Share of the examples of a step whose label is withheld, so that the model
+            also describes examples without one.
         accelerator: Device to train on, "cpu", "cuda" or "auto". A fitted model is on the CPU.
         random_state: Seed or source of randomness. An int gives the same model from the same data.
             With a RandomState or None, each fit gives another model.
@@ -149,6 +157,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             if ``variance_from="training"``.
         noise_correlation_: Form of the correlation of the errors, "none", "full", "low-rank" or
             "bands": what was chosen if ``noise_correlation`` is "auto" or None.
+        label_names_: Names of the labels of a conditional model, otherwise empty.
         history_: Figures of each epoch, as in ``metrics.jsonl`` of a run.
         n_features_in_: Number of features or of pixel values of an example.
         feature_names_in_: Names of the columns of a data frame, if they are strings.
@@ -184,6 +193,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         early_stopping: int | None = None,
         n_components: int | Literal["auto"] = "auto",
         validation_fraction: float | Literal["auto"] = "auto",
+        conditional: bool = False,
+        label_dropout: float = 0.1,
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
         random_state: int | np.integer[Any] | np.random.RandomState | None = None,
     ) -> None:
@@ -206,6 +217,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.early_stopping = early_stopping
         self.n_components = n_components
         self.validation_fraction = validation_fraction
+        self.conditional = conditional
+        self.label_dropout = label_dropout
         self.accelerator = accelerator
         self.random_state = random_state
 
@@ -214,7 +227,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         Args:
             x: Examples, at least 10, rows of a table (n, features) or images.
-            y: Ignored.
+            y: Label of each example if ``conditional``. Ignored otherwise.
 
         Returns:
             The estimator.
@@ -224,8 +237,10 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         examples = self._array(x, reset=True)
         config = self._config(len(examples))
+        if self.conditional and y is None:
+            raise ValueError("conditional=True needs a label for each example: give y")
         self.history_: list[Row] = []
-        trainer = self._train(examples, config, None)
+        trainer = self._train(examples, config, None, y if self.conditional else None)
 
         figures = trainer.figures(trainer.validation)
         depends_on_code = trainer.model.noise.depends_on_code
@@ -253,6 +268,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         Returns:
             The estimator.
         """
+        if self.conditional:
+            raise ValueError("a conditional model is trained on all examples at once: take fit")
         model: VAE | None = getattr(self, "model_", None)
         examples = self._array(x, reset=model is None)
         if model is None:
@@ -263,16 +280,17 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         trainer = self._train(examples, config, model)
         return self._finish(trainer)
 
-    def transform(self, x: object) -> Float32[np.ndarray, "n latent"]:
-        """Encode examples by the means of q(z|x).
+    def transform(self, x: object, y: object = None) -> Float32[np.ndarray, "n latent"]:
+        """Encode examples by the means of q(z|x), or of q(z|x, y).
 
         Args:
             x: Examples as for :meth:`fit`.
+            y: Labels of the examples if ``conditional``. None means that they are unknown.
 
         Returns:
             Codes, (n, d).
         """
-        codes: Float32[np.ndarray, "n latent"] = self._encode(x).numpy()
+        codes: Float32[np.ndarray, "n latent"] = self._encode(x, y).numpy()
         return codes
 
     def inverse_transform(self, z: object) -> Float32[np.ndarray, "n *event"]:
@@ -298,16 +316,17 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         likelihood = self._decode(torch.tensor(codes))
         return self._in_original_shape(self.model_.scaling.restore(likelihood.mean))
 
-    def reconstruct(self, x: object) -> Reconstruction:
+    def reconstruct(self, x: object, y: object = None) -> Reconstruction:
         """Encode examples and decode the codes.
 
         Args:
             x: Examples as for :meth:`fit`.
+            y: Labels of the examples if ``conditional``. None means that they are unknown.
 
         Returns:
             Mean and std of p(x|z), in the data's own unit.
         """
-        likelihood = self._decode(self._encode(x))
+        likelihood = self._decode(self._encode(x, y))
         mean = self.model_.scaling.restore(likelihood.mean)
         std = self.model_.scaling.restore_std(likelihood.std, likelihood.mean)
         return Reconstruction(self._in_original_shape(mean), self._in_original_shape(std))
@@ -324,7 +343,12 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return self.reconstruct(x).std
 
     def sample(
-        self, n: int = 1, source: str = "mixture", *, noise: bool = False
+        self,
+        n: int = 1,
+        source: str = "mixture",
+        *,
+        noise: bool = False,
+        label: object = None,
     ) -> Shaped[np.ndarray, "{n} *event"]:
         r"""Draw new examples. If ``random_state`` is an int, each call draws the same ones.
 
@@ -335,24 +359,30 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 covariance, or "prior" for N(0, I).
             noise: Whether to add the noise of p(x|z). Without it the samples are means, which look
                 best as images, but vary less than the rows of a table do.
+            label: Label of all examples, of a conditional model. None draws labels by their share.
 
         Returns:
             Examples, (n, \*), in the data's own unit. Those of images are rounded to whole numbers.
 
         Raises:
-            ValueError: If there is no such source, or if ``n`` is less than 1.
+            ValueError: If there is no such source or label, or if ``n`` is less than 1.
         """
         check_is_fitted(self, "model_")
         if n < 1:
             raise ValueError(f"expected n >= 1 samples, got {n}")
         density = ready_source(source, self.mixture_)
+        number = None
+        if label is not None:
+            number = label_number(self.label_names_, name_of(label) or "")
 
         generator = stream(self._seed(), "samples")
-        likelihood = self._decode(density.sample(n, generator).float())
+        likelihood = self._decode(sample_source(density, n, generator, number).float())
         samples = likelihood.sample(generator) if noise else likelihood.mean
         return self._in_original_shape(self.model_.scaling.restore_levels(samples))
 
-    def score_samples(self, x: object, importance_samples: int = 20) -> Float64[np.ndarray, " n"]:
+    def score_samples(
+        self, x: object, importance_samples: int = 20, *, y: object = None
+    ) -> Float64[np.ndarray, " n"]:
         r"""Bound the log-density of each example from below by importance weighting.
 
         .. math:: \log p(x) \ge \log \frac1K \sum_k \frac{p(x|z_k)\, p(z_k)}{q(z_k|x)}
@@ -370,12 +400,14 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             x: Examples as for :meth:`fit`.
             importance_samples: Number of samples K per example. The bound grows with K. K = 1
                 estimates the evidence lower bound, eq. (4); K = 20 is used in Table 3 of the paper.
+            y: Labels of the examples if ``conditional``: the density is then p(x|y). None, or an
+                unknown label, means p(x).
 
         Returns:
             The bounds, (n,), nats.
         """
         log_prior = self._log_priors()[self.prior_]
-        return log_densities(self.model_, self._raw(x), log_prior, importance_samples)
+        return log_densities(self.model_, self._raw(x, y), log_prior, importance_samples)
 
     def score(self, x: object, y: object = None) -> float:
         """Average :meth:`score_samples` over the examples. Grid searches maximise this score.
@@ -385,13 +417,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         Args:
             x: Examples as for :meth:`fit`, preferably other examples than those of :meth:`fit`.
-            y: Ignored.
+            y: Labels of the examples if ``conditional``. Ignored otherwise.
 
         Returns:
             Nats per example. Minus infinity if an example is so odd that its density is too small
             for a number; a warning names it.
         """
-        scores = self.score_samples(x)
+        scores = self.score_samples(x, y=y if self.conditional else None)
         far = np.flatnonzero(np.isneginf(scores))
         if len(far) > 0:
             warnings.warn(
@@ -510,6 +542,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _config(self, n_examples: int) -> TrainConfig:
         """Check the options, and replace "auto" by numbers of epochs."""
         options = self._options()
+        del options["conditional"]  # a matter of the data, and not of the training
         stages = ("stage_1_epochs", "stage_2_epochs")
         auto_stages = [name for name in stages if options[name] == "auto"]
         for name in auto_stages:
@@ -532,7 +565,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _seed(self) -> int:
         return int(check_random_state(self.random_state).randint(2**31))
 
-    def _train(self, examples: Array, config: TrainConfig, model: VAE | None) -> Trainer:
+    def _train(
+        self, examples: Array, config: TrainConfig, model: VAE | None, y: object = None
+    ) -> Trainer:
         """Train a new model, or continue with the given one, and extend the history."""
         validation_fraction = max(config.validation_fraction, MIN_VALIDATION / len(examples))
         names = getattr(self, "feature_names_in_", None)
@@ -541,6 +576,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             test_fraction=0.0,
             validation_fraction=validation_fraction,
             names=None if names is None or examples.ndim > 2 else [str(name) for name in names],
+            labels=_as_labels(y),
         )
         # The caller tests the estimator on data of their own. The trainer needs a test set, so it
         # gets the validation set once more.
@@ -602,7 +638,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             warnings.warn(text, ConvergenceWarning, stacklevel=3)
         self._adopt(model.cpu(), fit.mixture.cpu(), "prior")
 
-        held_out = torch.from_numpy(trainer.data.validation[:PRIOR_EXAMPLES])
+        held_out = as_tensor(trainer.data.validation.take(slice(PRIOR_EXAMPLES)))
         self.prior_ = self._choose_prior(model.scaling(held_out))
         return self
 
@@ -625,6 +661,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.model_ = model
         self.mixture_ = mixture
         self.prior_ = prior
+        self.label_names_ = model.label_names
 
         self.noise_correlation_ = "none"
         if isinstance(model.noise, CorrelatedNoise):
@@ -670,18 +707,22 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             )
         return table.reshape(-1, *example_shape)
 
-    def _raw(self, x: object) -> Tensor:
-        """Check examples to which the fitted model is applied."""
+    def _raw(self, x: object, y: object = None) -> Tensor:
+        """Check examples to which the fitted model is applied, and their labels."""
         check_is_fitted(self, "model_")
         array = self._array(x, reset=False)
-        raw = torch.from_numpy(load_examples(array, self.model_.shape)[:])
+        labels = _as_labels(y)
+        if labels is not None and not self.label_names_:
+            raise ValueError("the model reads no labels: leave out y, or fit with conditional=True")
+        names = self.label_names_
+        raw = as_tensor(load_examples(array, self.model_.shape, labels=labels, label_names=names))
         self.model_.scaling.check(raw)
         _warn_of_range(self.model_.scaling.range_warning(raw))
         return raw
 
-    def _encode(self, x: object) -> Tensor:
+    def _encode(self, x: object, y: object = None) -> Tensor:
         """Return the means of q(z|x), computed batch by batch."""
-        batches = torch.split(self._raw(x), EVALUATION_BATCH)
+        batches = torch.split(self._raw(x, y), EVALUATION_BATCH)
         return encode_all(self.model_, batches).mean
 
     @torch.no_grad()
@@ -701,6 +742,15 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if array.shape[1:] != self.example_shape_:
             array = np.moveaxis(array, 1, -1).reshape(-1, *self.example_shape_)
         return array
+
+
+def _as_labels(y: object) -> list[Any] | None:
+    """Return labels as a list of Python's values, whatever holds them."""
+    if y is None:
+        return None
+    if isinstance(y, str) or not hasattr(y, "__len__"):
+        raise ValueError("expected one label for each example, in a list, an array or a column")
+    return list(as_array(y).ravel().tolist() if isinstance(y, Tensor) else np.asarray(y).tolist())
 
 
 def _warn_of_range(text: str | None) -> None:

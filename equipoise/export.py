@@ -69,7 +69,7 @@ def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[
         The files.
 
     Raises:
-        ValueError: If there is no such format.
+        ValueError: If there is no such format, or the model is conditional on labels.
         ImportError: If the libraries of the extra ``export`` are missing.
         ArithmeticError: If a file deviates from the model. That file is not kept.
 
@@ -84,6 +84,11 @@ def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[
     if to not in FORMATS:
         raise ValueError(
             f"there is no format {to!r} to export to; choose from {', '.join(FORMATS)}"
+        )
+    if model.label_names:
+        raise ValueError(
+            "a model with labels is not exported yet: its files would not know them. Load it with "
+            "equipoise where it is used, or train without --label"
         )
 
     form = FORMATS[to]()

@@ -98,6 +98,7 @@ def impute(
     if n_samples < 2:
         raise ValueError(f"n_samples must be at least 2, got {n_samples}")
 
+    raw = raw.as_subclass(Tensor)  # a row is completed as one whose label is unknown
     mean, std = raw.clone(), torch.zeros_like(raw)
     draws = raw.expand(n_draws, *raw.shape).clone()
     generator = torch.Generator(raw.device).manual_seed(seed)

@@ -19,6 +19,7 @@ from equipoise.correlation import AnyGaussian
 from equipoise.digital import Levels
 from equipoise.gaussian import Gaussian
 from equipoise.kernels import bounded
+from equipoise.labels import joined, labelled, labels_of, one_hot
 from equipoise.networks import (
     ConvDecoder,
     MLPDecoder,
@@ -146,12 +147,15 @@ class Scaling(nn.Module):
             raw: Raw data, (B, \*).
 
         Returns:
-            The data in model units, (B, \*), of the dtype of the scale, which is float32.
+            The data in model units, (B, \*), of the dtype of the scale, which is float32. They
+            carry the labels that the raw data carry.
         """
         if raw.dtype in (torch.int32, torch.int64):
             # Levels beyond 2^24 become float32 only when the offset is gone.
-            return (raw.double() - self.offset).to(self.scale.dtype) / self.scale
-        return (raw.to(self.scale.dtype) - self.offset) / self.scale
+            x = (raw.double() - self.offset).to(self.scale.dtype) / self.scale
+        else:
+            x = (raw.to(self.scale.dtype) - self.offset) / self.scale
+        return labelled(x, labels_of(raw))
 
     def restore(self, x: Tensor) -> Tensor:
         r"""Convert means or samples from model units to raw units.
@@ -342,7 +346,8 @@ class PowerScaling(Scaling):
 
     def forward(self, raw: Tensor) -> Tensor:
         """Convert raw rows to model units."""
-        return (yeo_johnson(super().forward(raw), self.powers) - self.centre) / self.spread
+        x = (yeo_johnson(super().forward(raw), self.powers) - self.centre) / self.spread
+        return labelled(x, labels_of(raw))
 
     def restore(self, x: Tensor) -> Tensor:
         """Convert model units to raw rows."""
@@ -395,6 +400,8 @@ class VAE(nn.Module):
         reads_gaps: Whether the encoder also reads which values of a row are missing. Its input is
             then (B, 2 D): the row, with zeros in its gaps, and ones where the gaps are. Otherwise
             it gets the zeros alone.
+        label_names: Names of the labels of a conditional model, see ``labels.py``. Encoder, decoder
+            and noise then read the label that an example or a code carries.
 
     Raises:
         ValueError: If a network does not map its input to the expected shape.
@@ -421,6 +428,7 @@ class VAE(nn.Module):
         mean_bounds: tuple[float, float] | None = None,
         deterministic: bool = False,
         reads_gaps: bool = False,
+        label_names: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -438,6 +446,7 @@ class VAE(nn.Module):
         self.mean_bounds = mean_bounds
         self.deterministic = deterministic
         self.reads_gaps = reads_gaps
+        self.label_names = tuple(label_names)
         # Set in training, and not saved: the dimensions over which residuals are pooled.
         self.register_buffer("counted", None, persistent=False)
 
@@ -456,6 +465,7 @@ class VAE(nn.Module):
         mean_bounds: tuple[float, float] | None = None,
         deterministic: bool = False,
         reads_gaps: bool = False,
+        label_names: tuple[str, ...] = (),
     ) -> "VAE":
         """Make a model with networks that suit the data's shape.
 
@@ -470,6 +480,7 @@ class VAE(nn.Module):
             mean_bounds: Smallest and largest value that the data can have, see :class:`VAE`.
             deterministic: Whether q(z|x) is a point, see :class:`VAE`.
             reads_gaps: Whether the encoder reads which values are missing, see :class:`VAE`.
+            label_names: Names of the labels of a conditional model, see :class:`VAE`.
 
         Returns:
             The untrained model.
@@ -479,9 +490,11 @@ class VAE(nn.Module):
         if noise is None:
             noise = GlobalNoise()
 
+        n_labels = len(label_names)
+        read = encoder_shape(shape, reads_gaps, n_labels, architecture)
         return cls(
-            build_encoder(architecture, encoder_shape(shape, reads_gaps), latent_dim, width),
-            build_decoder(architecture, shape, latent_dim, width),
+            build_encoder(architecture, read, latent_dim, width),
+            build_decoder(architecture, shape, latent_dim + n_labels, width),
             noise,
             shape=shape,
             latent_dim=latent_dim,
@@ -491,6 +504,7 @@ class VAE(nn.Module):
             mean_bounds=mean_bounds,
             deterministic=deterministic,
             reads_gaps=reads_gaps,
+            label_names=label_names,
         )
 
     def pooled(self, values: Float[Tensor, "batch *event"]) -> Tensor:
@@ -521,10 +535,11 @@ class VAE(nn.Module):
 
         Returns:
             Gaussian over codes, (B, d). In evaluation mode, that of the data within
-            :data:`MAX_INPUT`.
+            :data:`MAX_INPUT`. Its mean and its samples carry the labels of the data.
         """
+        labels = labels_of(x)
         if not self.training:
-            x = x.clamp(-MAX_INPUT, MAX_INPUT)
+            x = labelled(x.clamp(-MAX_INPUT, MAX_INPUT), labels)
         parameters = self.encoder(self._encoder_input(x))
         if isinstance(parameters, tuple):
             mean, log_var = parameters
@@ -535,15 +550,31 @@ class VAE(nn.Module):
         if self.deterministic:
             log_var = torch.full_like(log_var, LOG_VAR_RANGE[0])
 
-        return Gaussian(at_least_float32(mean), log_var)
+        return Gaussian(labelled(at_least_float32(mean), labels), log_var)
 
     def _encoder_input(self, x: Tensor) -> Tensor:
-        """Put zeros in the gaps of rows, and tell the encoder where they are if it reads that."""
-        if len(self.shape) != 1:
-            return x
-        missing = x.isnan()
-        filled = x.masked_fill(missing, 0.0)
-        return torch.cat([filled, missing.to(x.dtype)], 1) if self.reads_gaps else filled
+        """Put zeros in the gaps of rows, and add what else the encoder reads: gaps, and labels.
+
+        Labels are numbers behind those of a row, and constant planes behind those of an image.
+        """
+        read = x
+        if len(self.shape) == 1:
+            missing = x.isnan()
+            read = x.masked_fill(missing, 0.0)
+            if self.reads_gaps:
+                read = torch.cat([read, missing.to(x.dtype)], 1)
+        if not self.label_names:
+            return read
+
+        label = one_hot(x, len(self.label_names))
+        if not _reads_planes(self.architecture):
+            return torch.cat([read.flatten(1), label], 1)
+        planes = label.view(*label.shape, *(1 for _ in self.shape[1:]))
+        return torch.cat([read, planes.expand(-1, -1, *self.shape[1:])], 1)
+
+    def _decoder_input(self, z: Tensor) -> Tensor:
+        """Add the labels that codes carry, (B, d + L)."""
+        return torch.cat([z, one_hot(z, len(self.label_names))], 1) if self.label_names else z
 
     def decode_mean(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch *event"]:
         r"""Compute the mean m(z) of p(x|z).
@@ -554,7 +585,7 @@ class VAE(nn.Module):
         Returns:
             The mean, (B, \*), model units, within ``mean_bounds``.
         """
-        return self._within_bounds(self.decoder(z))
+        return self._within_bounds(self.decoder(self._decoder_input(z)))
 
     def mean_and_context(
         self, z: Float[Tensor, "batch latent"]
@@ -565,14 +596,15 @@ class VAE(nn.Module):
             z: Codes, (B, d).
 
         Returns:
-            The mean, (B, \*), as :meth:`decode_mean` gives it; and the codes, or the features from
-            which the decoder computed the mean if the noise model reads those.
+            The mean, (B, \*), as :meth:`decode_mean` gives it; and the codes with their labels, or
+            the features from which the decoder computed the mean if the noise model reads those.
         """
+        code = self._decoder_input(z)
         if not self.noise.reads_features:
-            return self.decode_mean(z), z
+            return self._within_bounds(self.decoder(code)), code
 
         decoder = cast(MLPDecoder | ConvDecoder, self.decoder)
-        features = decoder.hidden(z)
+        features = decoder.hidden(code)
         mean = decoder.output(features).view(-1, *self.shape)
         return self._within_bounds(mean), features
 
@@ -723,7 +755,8 @@ class VAE(nn.Module):
 
         if architecture is None:
             architecture = default_architecture(self.shape)
-        return build_decoder(architecture, self.shape, self.latent_dim, self.width)
+        n_read = self.latent_dim + len(self.label_names)
+        return build_decoder(architecture, self.shape, n_read, self.width)
 
     def start_at_data(self, mean: Tensor, std: Tensor) -> None:
         r"""Fit untrained networks to the scale of the data.
@@ -772,6 +805,8 @@ class VAE(nn.Module):
         further: dict[str, Any] = {}
         if self.reads_gaps:
             further["reads_gaps"] = True
+        if self.label_names:
+            further["label_names"] = list(self.label_names)
         if self.scaling.columns:
             further["columns"] = list(self.scaling.columns)
         if isinstance(self.scaling, PowerScaling):
@@ -823,6 +858,7 @@ class VAE(nn.Module):
                 )
 
             z = torch.zeros(2, self.latent_dim, dtype=x.dtype, device=x.device)
+            z = self._decoder_input(z)
             mean = self.decoder(z)
             if tuple(mean.shape) != tuple(x.shape):
                 raise ValueError(
@@ -855,29 +891,46 @@ def encode_all(model: VAE, batches: Iterable[Tensor]) -> Gaussian:
     if not posteriors:
         raise ValueError("expected at least one batch of examples to encode, got none")
 
-    means = torch.cat([posterior.mean for posterior in posteriors])
+    means = joined([posterior.mean for posterior in posteriors])
     log_vars = torch.cat([posterior.log_var for posterior in posteriors])
     return Gaussian(means, log_vars)
 
 
-def encoder_shape(shape: tuple[int, ...], reads_gaps: bool) -> tuple[int, ...]:
+def encoder_shape(
+    shape: tuple[int, ...],
+    reads_gaps: bool,
+    n_labels: int = 0,
+    architecture: str | None = None,
+) -> tuple[int, ...]:
     """Shape of what an encoder reads of one example.
 
     Args:
         shape: Shape of the example.
         reads_gaps: Whether it also reads which values are missing, see :class:`VAE`.
+        n_labels: Number of labels L of a conditional model.
+        architecture: Name of the networks, of which some read labels as planes of an image.
 
     Returns:
-        The shape; that of a row twice if the gaps are read.
+        The shape; that of a row twice if the gaps are read, and L numbers or planes more if there
+        are labels.
 
     Raises:
         ValueError: If the gaps of anything but rows are to be read.
     """
-    if not reads_gaps:
-        return shape
-    if len(shape) != 1:
+    if reads_gaps and len(shape) != 1:
         raise ValueError(f"only rows of a table can have missing values, not examples {shape}")
-    return (2 * shape[0],)
+    if reads_gaps:
+        shape = (2 * shape[0],)
+    if not n_labels:
+        return shape
+    if _reads_planes(architecture):
+        return (shape[0] + n_labels, *shape[1:])
+    return (math.prod(shape) + n_labels,)
+
+
+def _reads_planes(architecture: str | None) -> bool:
+    """Tell whether networks read a label as constant planes, and not as further numbers."""
+    return architecture is not None and ARCHITECTURES[architecture].needs_images
 
 
 def at_least_float32(values: Tensor) -> Tensor:

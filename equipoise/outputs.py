@@ -15,9 +15,11 @@ from torch import Tensor
 
 from equipoise import plots
 from equipoise.data import Data, Subset
+from equipoise.data.batches import as_tensor
 from equipoise.data.tables import is_table, write_filled, write_table
 from equipoise.files import exclusive_outputs, whole_file, write_array
 from equipoise.imputation import Imputation
+from equipoise.labels import labels_of
 from equipoise.model import VAE
 from equipoise.randomness import stream
 from equipoise.run import Run
@@ -75,8 +77,10 @@ def write_samples(
         arrays: Whether to write the arrays too, and not only the picture.
 
     Returns:
-        NAME.png, NAME.npy (rounded to the levels of digital data) and NAME-std.npy.
+        NAME.png, NAME.npy (rounded to the levels of digital data) and NAME-std.npy; and the labels
+        in NAME-labels.npy, if the codes carry labels.
     """
+    labels = _label_texts(model, codes)
     codes = codes.to(model.scaling.scale.dtype)  # mixtures draw in float64
     parts = [model.decode(chunk) for chunk in torch.split(codes, DECODED_AT_ONCE)]
     means = torch.cat([part.mean for part in parts])
@@ -112,6 +116,9 @@ def write_samples(
         for file, tensor in contents.items():
             files.append(folder / f"{file}.npy")
             write_array(files[-1], tensor.numpy())
+        if arrays and labels is not None:
+            files.append(folder / f"{name}-labels.npy")
+            write_array(files[-1], labels)
     return files
 
 
@@ -130,7 +137,7 @@ def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Pa
         reconstructions.png.
     """
     raw, names = examples[:], examples.names()
-    scaling = model.scaling
+    scaling, given = model.scaling, as_tensor(examples)
     scaling.check(torch.from_numpy(raw))
     text = scaling.range_warning(torch.from_numpy(raw[:DECODED_AT_ONCE]))
     if text is not None:
@@ -139,7 +146,7 @@ def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Pa
     restored = {name: np.empty(raw.shape, np.float32) for name in ("mean", "std", "error")}
     for start in range(0, len(raw), DECODED_AT_ONCE):
         rows = slice(start, start + DECODED_AT_ONCE)
-        x = scaling(torch.from_numpy(raw[rows]))
+        x = scaling(given[rows])
         reconstruction = model.reconstruct(x)
         restored["mean"][rows] = scaling.restore(reconstruction.mean).numpy()
         restored["std"][rows] = scaling.restore_std(reconstruction.std, reconstruction.mean).numpy()
@@ -152,7 +159,7 @@ def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Pa
     if len(model.shape) == 2:
         figure = plots.signals(mean, std, "reconstructions", raw[shown])
     elif len(model.shape) > 2:
-        x = scaling(torch.from_numpy(raw[shown]))
+        x = scaling(given[shown])
         reconstruction = model.reconstruct(x)
         images = (x, reconstruction.mean, reconstruction.std)
         scale = float(scaling.scale.mean())
@@ -166,6 +173,9 @@ def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Pa
     with exclusive_outputs(folder, "reconstruction"):
         with whole_file(paths[0]) as temporary:
             arrays: dict[str, Any] = {"data": raw, **restored, "name": np.array(names, np.str_)}
+            labels = _label_texts(model, given)
+            if labels is not None:
+                arrays["label"] = labels
             np.savez_compressed(temporary, **arrays)
         with whole_file(paths[1]) as temporary:
             _write_table(temporary, names, restored["error"], restored["std"])
@@ -202,28 +212,30 @@ def write_sampled_table(
         noise: Whether to add the model's noise. Otherwise the means are written.
 
     Returns:
-        The file.
+        The file. If the codes carry labels, its last column is "label".
     """
+    labels = _label_texts(model, codes)
     parts = []
     for chunk in torch.split(codes.to(model.scaling.scale.dtype), DECODED_AT_ONCE):
         likelihood = model.decode(chunk)
         parts.append(likelihood.sample(generator) if noise else likelihood.mean)
-    return [_write_columns(path, model, model.scaling.restore(torch.cat(parts)).numpy())]
+    values = model.scaling.restore(torch.cat(parts)).numpy()
+    return [_write_columns(path, model, values, labels)]
 
 
 @torch.no_grad()
-def write_reconstructed_table(model: VAE, raw: NDArray[Any], path: Path) -> list[Path]:
+def write_reconstructed_table(model: VAE, examples: Subset, path: Path) -> list[Path]:
     """Reconstruct rows, and write means and std as tables.
 
     Args:
         model: A model of a table, in evaluation mode, on the CPU.
-        raw: The rows in raw units, (N, D).
+        examples: The rows in raw units, (N, D).
         path: The file of the means, whose ending names the format.
 
     Returns:
         The file, and the one of the std, such as x-std.csv for x.csv.
     """
-    x = torch.from_numpy(raw)
+    x = as_tensor(examples)
     model.scaling.check(x)
     text = model.scaling.range_warning(x)
     if text is not None:
@@ -284,10 +296,23 @@ def beside(path: Path, what: str) -> Path:
     return path.with_name(f"{stem}-{what}{dot}{endings}")
 
 
-def _write_columns(path: Path, model: VAE, values: NDArray[Any]) -> Path:
-    """Write a table with the names of the model's columns."""
-    names = _column_names(model)
-    return write_table(path, dict(zip(names, values.T, strict=True)))
+def _write_columns(
+    path: Path, model: VAE, values: NDArray[Any], labels: NDArray[Any] | None = None
+) -> Path:
+    """Write a table with the names of the model's columns, and labels in a last one."""
+    columns = dict(zip(_column_names(model), values.T, strict=True))
+    if labels is not None:
+        columns["label"] = labels
+    return write_table(path, columns)
+
+
+def _label_texts(model: VAE, values: Tensor) -> NDArray[Any] | None:
+    """Names of the labels that examples or codes carry, "" where unknown; None without labels."""
+    labels = labels_of(values)
+    if labels is None or not model.label_names:
+        return None
+    texts: NDArray[Any] = np.array([*model.label_names, ""])[labels.cpu().numpy()]
+    return texts
 
 
 def _column_names(model: VAE) -> list[str]:

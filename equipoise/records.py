@@ -83,6 +83,7 @@ class LoadArguments(TypedDict):
     download: NotRequired[bool]
     columns: NotRequired[list[Name]]
     drop: NotRequired[list[Name]]
+    label: NotRequired[Name]
     max_pixels: NotRequired[Limit]
     max_bytes: NotRequired[Limit]
 
@@ -327,6 +328,7 @@ class ModelDescription(TypedDict):
     reads_gaps: NotRequired[bool]
     columns: NotRequired[list[Name]]
     power_transform: NotRequired[bool]
+    label_names: NotRequired[Annotated[list[Name], Meta(max_length=256)]]
     origin: NotRequired[Digest]
     codes_of: NotRequired[Digest]
     correlation_fit: NotRequired[CorrelationFitRecord]

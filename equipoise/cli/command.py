@@ -148,6 +148,8 @@ def other_examples(
         source,
         model.shape,
         columns=model.scaling.columns,
+        label=run.settings()["data"]["load"].get("label") if model.label_names else None,
+        label_names=model.label_names,
         pages=config.pages,
         fit=config.fit,
         pool=getattr(options, "no_split", False),

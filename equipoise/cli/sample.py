@@ -32,6 +32,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-n", type=int, default=64, help="Number of samples. The default is 64.")
 
     parser.add_argument(
+        "--label",
+        metavar="NAME",
+        help="Label of all samples, of a run that was trained with labels. By default, labels are "
+        "drawn by their share, and written beside the samples.",
+    )
+    parser.add_argument(
         "--seed",
         type=int,
         default=0,
@@ -63,6 +69,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> None:
     """Draw samples, and write them."""
+    from equipoise.labels import label_number
     from equipoise.outputs import write_sampled_table, write_samples
     from equipoise.randomness import stream
     from equipoise.run import Run
@@ -74,6 +81,8 @@ def _run(options: Namespace) -> None:
     run = Run(options.run)
     model = run.model()
     generator = stream(options.seed, "samples")
+    if options.label is not None:
+        label_number(model.label_names, options.label)  # before anything is fitted or loaded
     table = table_to_write(options.out, model)
     folder = Path(options.out) if options.out else run.folder / "samples"
 
@@ -86,9 +95,12 @@ def _run(options: Namespace) -> None:
             generator,
             lambda: data_of(run, terminal, options.data_dir),
             terminal.progress,
+            options.label,
         )
 
         name = file_stem(options.source)
+        if options.label is not None:
+            name += f"-label-{label_number(model.label_names, options.label)}"
 
         def write() -> list[Path]:
             if table is not None:

@@ -57,9 +57,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(options: Namespace) -> None:
     """Score the rows of a table, and write what is found."""
     import numpy as np
-    import torch
 
+    from equipoise.data.batches import as_tensor
     from equipoise.data.tables import write_table
+    from equipoise.labels import joined
     from equipoise.metrics.rows import score_rows
 
     rate = options.false_alarm_rate
@@ -71,11 +72,12 @@ def _run(options: Namespace) -> None:
 
     with open_terminal(options.quiet) as terminal:
         data = data_of(run, terminal, options.data_dir)
-        reference = np.concatenate([data.validation[:], data.test[:]])
+        validation, test = as_tensor(data.validation), as_tensor(data.test)
         if options.table is None:
-            raw, reference = data.test[:], data.validation[:]
+            x, reference = test, validation
         else:
-            raw = other_examples(options.table, run, model, options, terminal)[:]
+            x = as_tensor(other_examples(options.table, run, model, options, terminal))
+            reference = joined([validation, test])
 
         fewest = int(np.ceil(1 / rate - 1 - 1e-9))
         if len(reference) < fewest:
@@ -86,27 +88,26 @@ def _run(options: Namespace) -> None:
                 ]
             )
 
-        x = torch.from_numpy(raw)
         model.scaling.check(x)
         warn_of_unit(model, x, terminal)
 
         found = score_rows(
             model,
             x,
-            torch.from_numpy(reference),
+            reference,
             mixture.log_prob,
             lambda done, total: terminal.progress("scores", done, total, ""),
         )
         is_odd = found.p_value <= rate
         columns = {
-            "row": np.arange(len(raw)),
+            "row": np.arange(len(x)),
             "score": found.score,
             "p_value": found.p_value,
             "verdict": np.where(is_odd, "odd", "usual"),
             "worst_columns": found.worst_columns,
         }
         terminal.message(
-            f"{int(is_odd.sum()):,} of {len(raw):,} rows are odd, at a false-alarm rate of "
+            f"{int(is_odd.sum()):,} of {len(x):,} rows are odd, at a false-alarm rate of "
             f"{rate:g} by {len(reference):,} held-out rows."
         )
         lines = list_written(lambda: [write_table(path, columns)], path.parent)

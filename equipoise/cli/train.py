@@ -66,6 +66,13 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Columns of a table to leave out, such as those of text or dates.",
     )
     parser.add_argument(
+        "--label",
+        metavar="NAME",
+        help="Train a conditional model: NAME is the column of a table or the array of an .npz "
+        "file that holds labels, 'folder' for images in folders of classes, and 'label' for "
+        "digits, mnist and fashion-mnist. Without it, labels are not used.",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="Say what was read, and what would be trained, and stop: columns, kinds, gaps, ranges "
@@ -215,6 +222,7 @@ def _refuse_with_resume(options: Namespace) -> None:
     names = [
         *("recipe", "set", "out", "force", "precision", "download", "stream", "strict"),
         *("max_pixels", "max_bytes", "fit", "pages", "no_split", "columns", "drop", "dry_run"),
+        "label",
     ]
     superfluous = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
     if options.data:
@@ -271,6 +279,8 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
     from equipoise.data import load, load_stream
 
     if options.stream:
+        if options.label:
+            raise ConfigError(["--stream reads no labels: leave out --label, or --stream"])
         if options.columns or options.drop:
             raise ConfigError(
                 ["--columns and --drop are for tables in files, which --stream does not read"]
@@ -308,6 +318,7 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
         max_bytes=options.max_bytes,
         columns=options.columns,
         drop=options.drop,
+        label=options.label,
     )
 
 

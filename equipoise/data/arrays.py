@@ -5,7 +5,7 @@ All sources end here. A folder or an idx file is only a way to get an array of s
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from equipoise.data.dataset import Array, Data, Names, Split, Subset, split
 from equipoise.data.duplicates import describe_shared
+from equipoise.data.labels import choose_names, describe_labels, names_of, number
 
 MIN_EXAMPLES = 10
 """Smallest number of training examples."""
@@ -60,6 +61,7 @@ class Part(NamedTuple):
         unreadable: Files that are left out, with the reason.
         rows: Number of the file and of the page of each example, where not each file is one.
         names: Names of the examples; None if they are numbered.
+        labels: Label of each example, (N,), a name or a whole number; None if they have none.
     """
 
     values: Array
@@ -68,6 +70,7 @@ class Part(NamedTuple):
     unreadable: tuple[str, ...] = ()
     rows: list[tuple[int, int]] | None = None
     names: Names | None = None
+    labels: Array | Sequence[Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +89,7 @@ class Found:
             that the set does not have is empty.
         axis: Axis of the channels of images, if it is known, 1 or 3.
         columns: Names of the columns of a table, if they have names.
+        label_names: Labels that there may be. Empty if they are those that the examples have.
     """
 
     name: str
@@ -97,6 +101,7 @@ class Found:
     pieces: Split | None = None
     axis: int | None = None
     columns: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
 
 
 class Unit(NamedTuple):
@@ -199,15 +204,20 @@ def prepare(
                 f"{len(n_missing)} columns: nothing is filled in, only observed values count"
             )
 
+    label_names, labels = _labels_of(content, parts)
+
     def subset(part: Part | None, indices: NDArray[np.int64]) -> Subset:
         if part is None:
-            return Subset(views[0], indices, unit.dtype, content.train.names)
+            return Subset(views[0], indices, unit.dtype, content.train.names, labels[0])
         whole = Subset.whole(examples(part.values, content.source, content.axis), part.names)
-        return replace(whole, dtype=unit.dtype)
+        own = [numbers for other, numbers in zip(parts, labels, strict=True) if other is part]
+        return replace(whole, dtype=unit.dtype, labels=own[0])
 
     train = subset(None, pieces.train)
     validation = subset(content.validation, pieces.validation)
     test = subset(content.test, pieces.test)
+    if label_names and for_training:
+        notes.append(describe_labels(label_names, train.label_numbers()))
     cautions = list(unit.cautions)
     held_out = {"validation": validation, "test": test} if for_training else {}
     for name, part in held_out.items():
@@ -216,6 +226,9 @@ def prepare(
             (cautions if is_caution else notes).append(text)
 
     digests = "".join(summary.digest for summary in summaries)
+    for numbers in labels if label_names else ():
+        digests += hashlib.sha256(numbers.tobytes()).hexdigest()  # type: ignore[union-attr]
+    digests += "".join(label_names)
     return Data(
         name=content.name,
         train=train,
@@ -232,7 +245,28 @@ def prepare(
         cautions=tuple(cautions),
         has_gaps=bool(gaps),
         columns=content.columns,
+        label_names=label_names,
     )
+
+
+def _labels_of(
+    content: Found, parts: Sequence[Part]
+) -> tuple[tuple[str, ...], list[NDArray[np.int64] | None]]:
+    """Name the labels of a source, and number those of each part; none if it has no labels."""
+    if content.train.labels is None:
+        return (), [None for _ in parts]
+
+    names = []
+    for part in parts:
+        values = [None] * len(part.values) if part.labels is None else part.labels
+        if len(values) != len(part.values):
+            raise ValueError(
+                f"{content.source}: {len(values)} labels for {len(part.values)} examples; give "
+                "one for each, None where it is unknown"
+            )
+        names.append(names_of(values, content.source))
+    labels = content.label_names or choose_names(names, content.source)
+    return labels, [number(part, labels, content.source) for part in names]
 
 
 def _files_of(content: Found) -> NDArray[np.int64] | None:

@@ -115,8 +115,10 @@ class View:
 
         self.reference = None
         if data is not None and len(data.validation) >= MIN_REFERENCE:
-            held_out = Batches(data.validation.take(slice(REFERENCE)), BATCH).epoch()
-            self.reference = model_scores(model, mixture, held_out, _generator(0))
+            # The page shows examples and codes whose label is unknown.
+            held_out = data.validation.take(slice(REFERENCE)).without_labels()
+            batches = Batches(held_out, BATCH).epoch()
+            self.reference = model_scores(model, mixture, batches, _generator(0))
 
         self.map = self._map() if model.latent_dim > 1 else None
 
@@ -129,7 +131,8 @@ class View:
         else:
             train = self.data.train.at_hand
             rows = np.random.default_rng(0).permutation(len(train))[:PLANE_CODES]
-            posterior = encode_all(self.model, Batches(train.take(np.sort(rows)), BATCH).epoch())
+            shown = train.take(np.sort(rows)).without_labels()
+            posterior = encode_all(self.model, Batches(shown, BATCH).epoch())
 
         plane = latent_plane(posterior, self.mixture, _generator(0), PLANE_POINTS)
 

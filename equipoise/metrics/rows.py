@@ -16,6 +16,7 @@ from torch import Tensor
 from equipoise.data.dataset import Array
 from equipoise.gaps import missing_values
 from equipoise.gaussian import RowGenerators, sum_dimensions
+from equipoise.labels import labelled, labels_of
 from equipoise.model import VAE
 from equipoise.objectives import LogPrior, importance_weighted_bound
 
@@ -112,7 +113,8 @@ def score_rows(
     patterns, number = torch.unique(raw.isnan(), dim=0, return_inverse=True)
     for k, gaps in enumerate(patterns):
         rows = (number == k).numpy()
-        among = log_densities(model, reference.masked_fill(gaps, torch.nan), log_prior)
+        with_gaps = labelled(reference.masked_fill(gaps, torch.nan), labels_of(reference))
+        among = log_densities(model, with_gaps, log_prior)
         # Rows without any value are all alike, and only rounding tells their scores apart.
         p_value[rows] = 1.0 if gaps.all() else conformal_p_values(score[rows], among)
         progress(k + 1, len(patterns))

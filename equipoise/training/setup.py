@@ -100,6 +100,10 @@ def make_model(
     if (encoder is None) != (decoder is None):
         raise ConfigError(["encoder and decoder go together: give both of your own, or neither"])
 
+    if data.label_names and (encoder is not None or noise is not None):
+        raise ConfigError(
+            ["networks and noise models of your own read no labels: leave out the label"]
+        )
     scaling = make_scaling(data, config)
     traits: dict[str, Any] = {
         "width": config.width,
@@ -127,6 +131,7 @@ def make_model(
     if architecture == "auto":
         architecture = default_architecture(data.shape)
     traits |= {"architecture": architecture, "noise": noise, "reads_gaps": data.has_gaps}
+    traits["label_names"] = data.label_names
     model = VAE.build(data.shape, latent_dim, **traits)
 
     sample = scaling(examples(data.train, SCALE_EXAMPLES))

@@ -26,6 +26,8 @@ from equipoise.data.varying import counted_columns, varying_mask
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.gaps import column_vars, observed_values
+from equipoise.gaussian import random_like
+from equipoise.labels import labels_of, withhold
 from equipoise.model import VAE
 from equipoise.noise import build_noise, describe_noise
 from equipoise.randomness import stream
@@ -394,6 +396,10 @@ class Trainer:
         """Take a step on a batch, with all that the device does in it; return the batch's sums."""
         batch = self.position.batch
         draws = self.training.draws(self.generator, batch)
+        if labels_of(x) is not None:
+            uniform = x.new_empty(len(x), dtype=torch.float32)
+            uniform = random_like(uniform, lambda u, source: u.uniform_(generator=source), draws)
+            x = withhold(x, uniform < self.config.label_dropout)
         terms = self._entered().step(x, draws, self.training.size(batch))
 
         # Before the closed form moves on, because the terms refer to the variance before it.
@@ -417,6 +423,8 @@ class Trainer:
         """
         if self.fabric.device.type != "cuda" or self.processes.size > 1:
             return False
+        if self.model.label_names:
+            return False  # a recorded step reads one tensor, and not the labels that it carries
         if self.config.cuda_graphs is not None:
             return self.config.cuda_graphs
         is_own_noise = not type(self.model.noise).__module__.startswith("equipoise.")
