@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Shaped
+from jaxtyping import Float32, Float64
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Tags, check_array, check_random_state
@@ -20,12 +20,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.categories import Level, Likelihood, joined, level_values, mode_of
 from equipoise.config import EARLIER_VALUES, TrainConfig, make_config
 from equipoise.correlated_noise import CorrelatedNoise
-from equipoise.correlation import AnyGaussian
 from equipoise.data import load, load_examples
 from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
 from equipoise.data.dataset import Array
+from equipoise.data.levels import encode_frame, new_frame
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.gaps import column_means, column_vars
@@ -69,11 +70,12 @@ class Reconstruction(NamedTuple):
     r"""Reconstructed examples and their predicted errors, in the data's own unit.
 
     Args:
-        mean: Mean of p(x|z), (n, \*), in the shape of the examples.
+        mean: Mean of p(x|z), (n, \*), in the shape of the examples; a data frame with the most
+            probable level of each category if there are some.
         std: Standard deviation of p(x|z) per dimension, (n, \*), in the shape of the examples.
     """
 
-    mean: Float32[np.ndarray, "n *event"]
+    mean: Any
     std: Float32[np.ndarray, "n *event"]
 
 
@@ -86,7 +88,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     (n, H, W), (n, C, H, W) or (n, H, W, C), which are scaled to [0, 1]. They may come in an array,
     a tensor, a data frame or a list. All results have the shape and the unit of the examples. NaN
     in a table is a missing value, in training and afterwards: only what is observed counts, and
-    :class:`equipoise.VAEImputer` fills the gaps.
+    :class:`equipoise.VAEImputer` fills the gaps. Columns of text, flags and categories of a data
+    frame of pandas or polars are categories: they get probabilities, and rows come back as such
+    frames.
 
     An option that :class:`equipoise.TrainConfig` has too means the same in both classes. The
     documentation of :class:`equipoise.TrainConfig` is more detailed.
@@ -222,6 +226,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         Raises:
             ValueError: If the examples or the options cannot be used. The message says why.
         """
+        x = self._encoded_frame(x, reset=True)
         examples = self._array(x, reset=True)
         config = self._config(len(examples))
         self.history_: list[Row] = []
@@ -254,6 +259,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             The estimator.
         """
         model: VAE | None = getattr(self, "model_", None)
+        x = self._encoded_frame(x, reset=model is None)
         examples = self._array(x, reset=model is None)
         if model is None:
             self.history_ = []
@@ -275,14 +281,14 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         codes: Float32[np.ndarray, "n latent"] = self._encode(x).numpy()
         return codes
 
-    def inverse_transform(self, z: object) -> Float32[np.ndarray, "n *event"]:
+    def inverse_transform(self, z: object) -> Any:  # noqa: ANN401 (an array, or a frame)
         r"""Decode codes by the means of p(x|z).
 
         Args:
             z: Codes, (n, d).
 
         Returns:
-            Examples, (n, \*), in the data's own unit.
+            Examples, (n, \*), in the data's own unit; a data frame if there are categories.
 
         Raises:
             ValueError: If the codes have another dimension than d.
@@ -296,7 +302,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             )
 
         likelihood = self._decode(torch.tensor(codes))
-        return self._in_original_shape(self.model_.scaling.restore(likelihood.mean))
+        return self._rows(self.model_.scaling.restore(mode_of(likelihood)))
 
     def reconstruct(self, x: object) -> Reconstruction:
         """Encode examples and decode the codes.
@@ -305,12 +311,13 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             x: Examples as for :meth:`fit`.
 
         Returns:
-            Mean and std of p(x|z), in the data's own unit.
+            Mean and std of p(x|z), in the data's own unit. Categories have the most probable
+            level in place of a mean, and NaN in place of a std.
         """
         likelihood = self._decode(self._encode(x))
-        mean = self.model_.scaling.restore(likelihood.mean)
+        mean = self.model_.scaling.restore(mode_of(likelihood))
         std = self.model_.scaling.restore_std(likelihood.std, likelihood.mean)
-        return Reconstruction(self._in_original_shape(mean), self._in_original_shape(std))
+        return Reconstruction(self._rows(mean), self._in_original_shape(std))
 
     def predict_std(self, x: object) -> Float32[np.ndarray, "n *event"]:
         r"""Predict how far each value may lie from its reconstruction.
@@ -323,9 +330,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         return self.reconstruct(x).std
 
-    def sample(
-        self, n: int = 1, source: str = "mixture", *, noise: bool = False
-    ) -> Shaped[np.ndarray, "{n} *event"]:
+    def sample(self, n: int = 1, source: str = "mixture", *, noise: bool = False) -> Any:  # noqa: ANN401 (an array, or a frame)
         r"""Draw new examples. If ``random_state`` is an int, each call draws the same ones.
 
         Args:
@@ -338,6 +343,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         Returns:
             Examples, (n, \*), in the data's own unit. Those of images are rounded to whole numbers.
+            Rows with categories come in a data frame.
 
         Raises:
             ValueError: If there is no such source, or if ``n`` is less than 1.
@@ -349,8 +355,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         generator = stream(self._seed(), "samples")
         likelihood = self._decode(density.sample(n, generator).float())
-        samples = likelihood.sample(generator) if noise else likelihood.mean
-        return self._in_original_shape(self.model_.scaling.restore_levels(samples))
+        samples = likelihood.sample(generator) if noise else mode_of(likelihood)
+        return self._rows(self.model_.scaling.restore_levels(samples))
 
     def score_samples(self, x: object, importance_samples: int = 20) -> Float64[np.ndarray, " n"]:
         r"""Bound the log-density of each example from below by importance weighting.
@@ -422,6 +428,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             "example_shape": list(self.example_shape_),
             "feature_names": list(getattr(self, "feature_names_in_", [])),
         }
+        if self._frame_library:
+            description["frames"] = self._frame_library
 
         parts = nn.ModuleDict({"model": self.model_, "mixture": self.mixture_})
         write_tensors(Path(path), "estimator", parts.state_dict(), description)
@@ -480,6 +488,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if description["feature_names"]:
             estimator.feature_names_in_ = np.array(description["feature_names"], object)
 
+        estimator._frame_library = description.get("frames", "")
         # Estimators of earlier releases have no other.
         return estimator._adopt(model, mixture, description.get("prior", "prior"))
 
@@ -541,6 +550,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             test_fraction=0.0,
             validation_fraction=validation_fraction,
             names=None if names is None or examples.ndim > 2 else [str(name) for name in names],
+            levels=self._levels,
         )
         # The caller tests the estimator on data of their own. The trainer needs a test set, so it
         # gets the validation set once more.
@@ -639,6 +649,30 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.overfitting_ = float(self.history_[-1].get("overfitting", 1.0))
         return self
 
+    _frame_library: str = ""
+    """Library of the data frame that the model was fitted to, if that had categories."""
+    _levels: dict[int, tuple[Level, ...]] = {}  # noqa: RUF012 (replaced, never changed)
+
+    def _encoded_frame(self, x: object, *, reset: bool) -> object:
+        """Put codes in the place of the categories of a data frame."""
+        if not reset:
+            self._levels = self.model_.scaling.levels
+        else:
+            self._levels, self._frame_library = {}, ""
+        if not hasattr(x, "columns") or not all(isinstance(name, str) for name in x.columns):
+            return x
+        known = None if reset else self._levels
+        if known and len(x.columns) != self.n_features_in_:
+            return x  # of which scikit-learn says what is wrong
+        encoded = encode_frame(x, levels=known)
+        for note in encoded.notes:
+            if note.endswith("treated as missing"):
+                warnings.warn(note, stacklevel=4)
+        if reset and encoded.levels:
+            self._levels = encoded.levels
+            self._frame_library = "polars" if hasattr(x, "with_columns") else "pandas"
+        return encoded.frame
+
     def _array(self, x: object, *, reset: bool) -> Array:
         """Check examples by scikit-learn's rules for tables, and check their shape.
 
@@ -673,7 +707,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _raw(self, x: object) -> Tensor:
         """Check examples to which the fitted model is applied."""
         check_is_fitted(self, "model_")
-        array = self._array(x, reset=False)
+        array = self._array(self._encoded_frame(x, reset=False), reset=False)
         raw = torch.from_numpy(load_examples(array, self.model_.shape)[:])
         self.model_.scaling.check(raw)
         _warn_of_range(self.model_.scaling.range_warning(raw))
@@ -685,13 +719,22 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return encode_all(self.model_, batches).mean
 
     @torch.no_grad()
-    def _decode(self, codes: Tensor) -> AnyGaussian:
+    def _decode(self, codes: Tensor) -> Likelihood:
         """Return p(x|z) in model units, computed batch by batch."""
-        parts = [self.model_.decode(batch) for batch in torch.split(codes, EVALUATION_BATCH)]
+        return joined([self.model_.decode(batch) for batch in torch.split(codes, EVALUATION_BATCH)])
 
-        mean = torch.cat([part.mean for part in parts])
-        log_var = torch.cat([part.log_var.expand_as(part.mean) for part in parts])
-        return parts[0]._replace(mean=mean, log_var=log_var)
+    def _rows(self, raw: Tensor) -> Any:  # noqa: ANN401 (an array, or a frame)
+        """Return examples as they were given: rows with categories in a data frame."""
+        array = self._in_original_shape(raw)
+        levels = self.model_.scaling.levels
+        if not levels:
+            return array
+
+        columns: dict[str, Any] = dict(zip(self.feature_names_in_, array.T, strict=True))
+        for number, names in levels.items():
+            name = self.feature_names_in_[number]
+            columns[name] = level_values(columns[name].tolist(), names)
+        return new_frame(self._frame_library, columns)
 
     def _in_original_shape(self, examples: Tensor) -> Array:
         """Convert examples of the model, (n, C, H, W) or (n, D), to the shape of the user's."""

@@ -63,7 +63,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--drop",
         nargs="+",
         metavar="NAME",
-        help="Columns of a table to leave out, such as those of text or dates.",
+        help="Columns of a table to leave out, such as those of names or dates.",
+    )
+    parser.add_argument(
+        "--categorical",
+        nargs="+",
+        metavar="NAME",
+        help="Columns of a table that are categories besides those of text and flags, such as "
+        "codes that are numbers.",
     )
     parser.add_argument(
         "--dry-run",
@@ -214,7 +221,17 @@ def _refuse_with_resume(options: Namespace) -> None:
     """Refuse data and options that a resumed run has already."""
     names = [
         *("recipe", "set", "out", "force", "precision", "download", "stream", "strict"),
-        *("max_pixels", "max_bytes", "fit", "pages", "no_split", "columns", "drop", "dry_run"),
+        *(
+            "max_pixels",
+            "max_bytes",
+            "fit",
+            "pages",
+            "no_split",
+            "columns",
+            "drop",
+            "categorical",
+            "dry_run",
+        ),
     ]
     superfluous = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
     if options.data:
@@ -271,9 +288,12 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
     from equipoise.data import load, load_stream
 
     if options.stream:
-        if options.columns or options.drop:
+        if options.columns or options.drop or options.categorical:
             raise ConfigError(
-                ["--columns and --drop are for tables in files, which --stream does not read"]
+                [
+                    "--columns, --drop and --categorical are for tables in files, which --stream "
+                    "does not read"
+                ]
             )
         if options.max_bytes is not None:
             raise ConfigError(
@@ -308,6 +328,7 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
         max_bytes=options.max_bytes,
         columns=options.columns,
         drop=options.drop,
+        categorical=options.categorical or True,
     )
 
 
@@ -326,6 +347,7 @@ def _describe_table(source: str, options: Namespace, terminal: "Terminal") -> No
         raise ValueError(f"{path} cannot be read: {error}") from error
     if options.columns or options.drop:
         table = table.select(options.columns, options.drop)
+    table = table.with_categories(options.categorical or True)
     terminal.message(table.describe())
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
+from equipoise.categories import Levels
 from equipoise.data.arrays import (
     MIN_EXAMPLES,
     Found,
@@ -34,6 +35,7 @@ from equipoise.data.encoded import (
 from equipoise.data.folders import read_folder
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
+from equipoise.data.levels import Categorical, encode_frame
 from equipoise.data.named import NAMES, celeba, digits, idx_set
 from equipoise.data.shards import (
     READERS,
@@ -92,6 +94,8 @@ def load(
     columns: Sequence[str] | None = None,
     drop: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
+    categorical: Categorical = True,
+    levels: Levels | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Data:
     """Load examples, check them and split them into three parts.
@@ -135,6 +139,11 @@ def load(
         columns: Names of the columns of a table to take. None takes all.
         drop: Names of columns to leave out.
         names: Names of the columns of an array. None takes those of a data frame.
+        categorical: Names of columns of numbers in a file or a data frame that are categories
+            besides those of text and flags. True for none. False takes no column for one: then
+            flags are numbers, and text is refused.
+        levels: Levels of the columns of an array that are categories already, by their number. The
+            array holds the numbers of levels.
         say: Function that is called with the size and place of a cache before it is written.
 
     Returns:
@@ -168,13 +177,15 @@ def load(
 
     limits = _limits(max_pixels, max_bytes)
     reader = _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit, say)
-    content = _find(source, data_dir, reader, download, columns, drop, pool=pool)
+    content = _find(source, data_dir, reader, download, columns, drop, categorical, pool=pool)
     if (pages is not None or fit != "crop") and content.train.names is None:
         raise ValueError(
             f"{content.source}: pages={pages} and fit={fit} are for image files; leave them out"
         )
     if names is not None:
         content = replace(content, columns=tuple(names))
+    if levels:
+        content = replace(content, levels=levels)
     data = prepare(content, test_fraction, validation_fraction)
 
     if not _has_format(data, image_size, channels):
@@ -201,6 +212,8 @@ def load(
             max_bytes=max_bytes,
             columns=list(columns) if columns else None,
             drop=list(drop) if drop else None,
+            # Left out where nothing depends on it, as before there were categories.
+            categorical=_as_recorded(categorical) if data.levels else None,
         ),
     )
 
@@ -450,6 +463,10 @@ def _record(source: object, **arguments: object) -> dict[str, Any]:
     return {"source": name, **set_arguments}
 
 
+def _as_recorded(categorical: Categorical) -> list[str] | bool:
+    return categorical if isinstance(categorical, bool) else list(categorical)
+
+
 def load_examples(
     source: object,
     shape: tuple[int, ...],
@@ -465,6 +482,7 @@ def load_examples(
     pool: bool = False,
     on_note: Callable[[str], None] | None = None,
     columns: Sequence[str] = (),
+    levels: Levels | None = None,
 ) -> Subset:
     """Load examples to which a trained model is applied, in the order of the source.
 
@@ -486,6 +504,9 @@ def load_examples(
         on_note: Called with each sentence that a user should read. None makes warnings of those on
             files that cannot be read.
         columns: Names of the model's columns, which are taken by name from a table that has names.
+        levels: Levels of the model's categories by the number of the column. Values of a file or a
+            data frame that are none of them become missing, with a note, or are an error if
+            ``strict``.
 
     Returns:
         The test part if the source has its own, otherwise all examples. Their method ``names``
@@ -512,7 +533,18 @@ def load_examples(
         _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit),
         for_model=True,
     )
-    content = _find(source, data_dir, reader, False, columns, for_model=True, pool=pool)
+    content = _find(
+        source,
+        data_dir,
+        reader,
+        False,
+        columns,
+        categorical=False,
+        for_model=True,
+        pool=pool,
+        levels=levels or {},
+        strict=strict,
+    )
     if content.pieces is not None and not len(content.pieces.test):
         content = replace(content, pieces=None)
     for axis in (1, 3):
@@ -523,7 +555,7 @@ def load_examples(
     for note in content.train.notes:
         if on_note is not None:
             on_note(note)
-        elif note.startswith(("unreadable", UNREADABLE)):
+        elif note.startswith(("unreadable", UNREADABLE)) or note.endswith("treated as missing"):
             warnings.warn(note, stacklevel=2)
 
     if data.shape != shape:
@@ -618,14 +650,25 @@ def _find(
     download: bool,
     columns: Sequence[str] | None = None,
     drop: Sequence[str] | None = None,
+    categorical: Categorical = True,
     *,
     for_model: bool = False,
     pool: bool = False,
+    levels: Levels | None = None,
+    strict: bool = False,
 ) -> Found:
     if isinstance(source, str | Path) and source not in NAMES and is_table(source):
         path = expanded(source)
         if path.is_file():
-            return _load_table(path, reader.limits, columns, drop, for_model=for_model)
+            return _load_table(
+                path,
+                reader.limits,
+                columns,
+                drop,
+                categorical,
+                levels=levels if for_model else None,
+                strict=strict,
+            )
     if (columns or drop) and not for_model:
         raise ValueError(
             "columns and drop are for tables in files with names: "
@@ -634,7 +677,14 @@ def _find(
 
     if not isinstance(source, str | Path):
         label = f"an object of type {type(source).__name__}"
-        return Found("array", label, Part(_as_array(source)), columns=_names_of(source))
+        names = _names_of(source)
+        if not names:
+            return Found("array", label, Part(_as_array(source)))
+        encoded = encode_frame(source, categorical, levels, strict=strict)
+        values = Part(_as_array(encoded.frame), notes=encoded.notes)
+        return Found("array", label, values, columns=names, levels=encoded.levels)
+    if not isinstance(categorical, bool):
+        raise ValueError("categorical is for columns of tables; leave it out")
 
     if source in NAMES:
         folder = None if data_dir is None else expanded(data_dir)
@@ -650,10 +700,13 @@ def _load_table(
     limits: Limits,
     columns: Sequence[str] | None,
     drop: Sequence[str] | None,
+    categorical: Categorical,
     *,
-    for_model: bool,
+    levels: Levels | None,
+    strict: bool,
 ) -> Found:
     """Read a table; that for a model by the names of its columns, where both have names."""
+    for_model = levels is not None
     try:
         table = read_table(path, limits)
         if for_model and not table.has_names:
@@ -667,13 +720,18 @@ def _load_table(
                 "rename one, or add an empty column if its values are missing"
             )
         table = table.select(columns or None, drop)
+        if levels is None:
+            table = table.with_categories(categorical)
+        else:
+            table = table.with_levels(levels, strict=strict)
         values = table.values(for_model=for_model)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
     names = tuple(column.name for column in table.columns) if table.has_names else ()
     name = path.name.partition(".")[0] or path.stem
-    return Found(name, str(path), Part(values, notes=table.notes), columns=names)
+    part = Part(values, notes=table.notes)
+    return Found(name, str(path), part, columns=names, levels=table.levels)
 
 
 def _names_of(source: object) -> tuple[str, ...]:

@@ -139,7 +139,7 @@ class Trainer:
         # Trained with, it would take from the networks what it explains.
         self.leaves_out = isinstance(model.noise, CorrelatedNoise)
         model.noise = marginal_of(model.noise)
-        model.counted = counted_columns(data.train)
+        model.counted = counted_columns(data.train, data.levels)
         model.to(self.fabric.device)
         n = len(data.train)
         batch_size = min(config.step_size(n, self.processes.size), n)
@@ -156,7 +156,7 @@ class Trainer:
         self.stage_two = choose_stage_two(model, config)
         self.schedule = StageSchedule(
             config.stage_1_epochs,
-            config.stage_2_epochs,
+            config.stage_2_epochs if model.has_numbers else 0,
             config.tolerance,
             config.patience,
             config.early_stopping,
@@ -227,6 +227,8 @@ class Trainer:
             Sentences that say what was done.
         """
         varying = varying_mask(self.data.train).to(self.fabric.device)
+        if self.model.categories is not None:
+            varying &= self.model.categories.is_numeric
         return recalibrate(
             self.model,
             self.validation,
@@ -286,7 +288,8 @@ class Trainer:
         sample = self.model.scaling(sample)
         counted = self.model.pooled(sample)
         self.data_var = float(column_vars(counted).nanmean())
-        self.counted_share = counted[0].numel() / sample[0].numel()
+        n_numeric = sample[0].numel() - len(self.data.levels)
+        self.counted_share = counted[0].numel() / n_numeric if n_numeric else 1.0
 
         observed = observed_values(sample)
         warning = range_warning(self.model.decoder, float(observed.min()), float(observed.max()))
@@ -520,6 +523,8 @@ class Trainer:
         Returns figures for the epoch's row, and a sentence.
         """
         model, n_training = self.model, len(self.data.train)
+        if not model.has_numbers:
+            return {}, "The table has categories alone, which have no noise variance."
         generator = self._stream("optimal variance")
         var = exact_optimal_var(model, self.training, generator, self.all_reduce)
         figures = {"training_noise_var": float(var.mean())}
