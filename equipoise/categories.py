@@ -175,6 +175,17 @@ class Categories(nn.Module):
         # A power transform of 1 gives codes back up to rounding.
         return (x[:, self.column_of].round() == self.code_of).to(x.dtype)
 
+    def forward(self, x: Float[Tensor, "batch columns"]) -> Float[Tensor, "batch values"]:
+        """Write rows as vectors between which distances make sense, for features and copies.
+
+        Args:
+            x: Rows, (B, D).
+
+        Returns:
+            The numbers, and then the one-hot vectors.
+        """
+        return torch.cat([x[:, self.is_numeric], self.one_hot(x)], 1)
+
     def log_probs(self, logits: Float[Tensor, "batch logits"]) -> Float[Tensor, "batch logits"]:
         """Normalise the logits of each column: log softmax.
 
@@ -265,6 +276,13 @@ class MixedLikelihood(NamedTuple):
         """Logarithms of the probabilities of all levels, (B, L)."""
         return self.categories.log_probs(self.logits)
 
+    @property
+    def vectors(self) -> Tensor:
+        """Means of numbers, and then probabilities of levels, as :meth:`Categories.forward`."""
+        return torch.cat(
+            [self.numeric.mean[:, self.categories.is_numeric], self.log_probs.exp()], 1
+        )
+
     def log_probability(self, x: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
         """Log-probability of the observed categories alone, (B,), nats."""
         return (self.categories.one_hot(x) * self.log_probs).sum(1)
@@ -324,6 +342,11 @@ def numeric_part(likelihood: Likelihood, x: Tensor) -> tuple[AnyGaussian, Tensor
     if isinstance(likelihood, MixedLikelihood):
         return likelihood.numeric, likelihood.categories.hide(x)
     return likelihood, x
+
+
+def vectors_of(likelihood: Likelihood) -> Tensor:
+    """Return means, with probabilities for categories, as vectors that have distances."""
+    return likelihood.vectors if isinstance(likelihood, MixedLikelihood) else likelihood.mean
 
 
 def joined(parts: Sequence[Likelihood]) -> Likelihood:

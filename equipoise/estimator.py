@@ -302,7 +302,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             )
 
         likelihood = self._decode(torch.tensor(codes))
-        return self._rows(self.model_.scaling.restore(mode_of(likelihood)))
+        return self.as_given(
+            self._in_original_shape(self.model_.scaling.restore(mode_of(likelihood)))
+        )
 
     def reconstruct(self, x: object) -> Reconstruction:
         """Encode examples and decode the codes.
@@ -317,7 +319,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         likelihood = self._decode(self._encode(x))
         mean = self.model_.scaling.restore(mode_of(likelihood))
         std = self.model_.scaling.restore_std(likelihood.std, likelihood.mean)
-        return Reconstruction(self._rows(mean), self._in_original_shape(std))
+        return Reconstruction(
+            self.as_given(self._in_original_shape(mean)), self._in_original_shape(std)
+        )
 
     def predict_std(self, x: object) -> Float32[np.ndarray, "n *event"]:
         r"""Predict how far each value may lie from its reconstruction.
@@ -356,7 +360,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         generator = stream(self._seed(), "samples")
         likelihood = self._decode(density.sample(n, generator).float())
         samples = likelihood.sample(generator) if noise else mode_of(likelihood)
-        return self._rows(self.model_.scaling.restore_levels(samples))
+        return self.as_given(self._in_original_shape(self.model_.scaling.restore_levels(samples)))
 
     def score_samples(self, x: object, importance_samples: int = 20) -> Float64[np.ndarray, " n"]:
         r"""Bound the log-density of each example from below by importance weighting.
@@ -723,9 +727,27 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """Return p(x|z) in model units, computed batch by batch."""
         return joined([self.model_.decode(batch) for batch in torch.split(codes, EVALUATION_BATCH)])
 
-    def _rows(self, raw: Tensor) -> Any:  # noqa: ANN401 (an array, or a frame)
-        """Return examples as they were given: rows with categories in a data frame."""
-        array = self._in_original_shape(raw)
+    def with_codes(self, x: object) -> object:
+        """Put the numbers of levels in the place of the categories of a data frame.
+
+        Args:
+            x: Rows as for :meth:`fit`, or an array, which stays as it is.
+
+        Returns:
+            A frame of numbers. Values that are no level of the model's are missing, with a warning.
+        """
+        check_is_fitted(self, "model_")
+        return self._encoded_frame(x, reset=False)
+
+    def as_given(self, array: Array) -> Any:  # noqa: ANN401 (an array, or a frame)
+        r"""Put levels in the place of their numbers, in a data frame.
+
+        Args:
+            array: Examples, (n, \*). It stays as it is if there are no categories.
+
+        Returns:
+            Rows in a frame of the library of those that the estimator was fitted to.
+        """
         levels = self.model_.scaling.levels
         if not levels:
             return array

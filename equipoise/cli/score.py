@@ -52,9 +52,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "p-value, the share of held-out rows of the run with a score as low, where they have the "
         "same gaps; a verdict, 'odd' if the p-value is at most the rate; and the columns that are "
         "furthest from their reconstruction, numbers in predicted std and categories by -log p in "
-        "nats. With categories, the score is the log-density of the numbers plus the log-probability of "
-        "the categories. The held-out rows are those of the "
-        "run's validation and test sets."
+        "nats. With categories, the score is the log-density of the numbers plus the "
+        "log-probability of the categories. The held-out rows are those of the run's validation "
+        "and test sets."
     )
 
 

@@ -220,6 +220,9 @@ def prepare(
 
     digests = "".join(summary.digest for summary in summaries)
     if content.levels:
+        has_numbers = len(content.levels) < shape[0]
+        density = "the density of the numbers times " if has_numbers else ""
+        notes.append(f"log-likelihoods are of {density}the probability of the categories, in nats")
         # The same numbers stand for other data if their levels have other names.
         digests += repr(sorted(content.levels.items()))
     return Data(
