@@ -195,7 +195,7 @@ class Categories(nn.Module):
         Returns:
             Logarithm of the probability of each level. Those of a column sum to one.
         """
-        parts = [part.log_softmax(1) for part in logits.split(self.sizes, 1)]
+        parts = [part.log_softmax(1) for part in torch.split(logits, self.sizes, 1)]
         return torch.cat(parts, 1)
 
     def most_probable(self, log_probs: Float[Tensor, "batch logits"]) -> tuple[Tensor, Tensor]:
@@ -207,7 +207,7 @@ class Categories(nn.Module):
         Returns:
             Codes of the levels, and their entries, (B, D) both; NaN in numeric columns.
         """
-        best = [part.max(1) for part in log_probs.split(self.sizes, 1)]
+        best = [part.max(1) for part in torch.split(log_probs, self.sizes, 1)]
         codes, values = (
             log_probs.new_full((len(log_probs), len(self.is_category)), torch.nan) for _ in range(2)
         )
@@ -228,7 +228,9 @@ class Categories(nn.Module):
             One number for each level.
         """
         counts = self.one_hot(x).sum(0)
-        parts = [torch.log((n + 1 / len(n)) / (n.sum() + 1)) for n in counts.split(self.sizes)]
+        parts = [
+            torch.log((n + 1 / len(n)) / (n.sum() + 1)) for n in torch.split(counts, self.sizes)
+        ]
         return torch.cat(parts)
 
 

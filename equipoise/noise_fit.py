@@ -25,6 +25,7 @@ from equipoise.correlation import (
     Correlation,
     FullCorrelation,
     LowRankCorrelation,
+    embedded,
 )
 from equipoise.data import Data, ExampleSet, batches_of
 from equipoise.estimate import Estimate

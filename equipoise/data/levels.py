@@ -14,8 +14,8 @@ from equipoise.categories import Level, level_codes, sorted_levels
 from equipoise.data.dataset import Array
 from equipoise.text import visible
 
-MOST_LEVELS = 1000
-"""Most levels of a column of text that nobody has named."""
+FEW_LEVELS, MOST_LEVELS = 10, 1000
+"""Levels of a column of text that are no question, and most that it may have if nobody names it."""
 SHOWN_LEVELS = 5
 
 Frame: TypeAlias = Any  # of pandas or polars, which are optional
@@ -88,9 +88,10 @@ def problem_of_levels(n_levels: int, n_values: int) -> str | None:
         n_values: Number of values that are not missing.
 
     Returns:
-        A clause; None if each level occurs twice on average and there are at most 1000.
+        A clause; None if there are at most 10 levels, or at most 1000 of which each occurs twice on
+        average.
     """
-    if 2 * n_levels > n_values or n_levels > MOST_LEVELS:
+    if n_levels > FEW_LEVELS and (2 * n_levels > n_values or n_levels > MOST_LEVELS):
         return f"{n_levels:,} different values in {n_values:,} rows, like names"
     return None
 

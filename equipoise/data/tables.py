@@ -710,7 +710,7 @@ def _index_notes(frame: Frame, columns: tuple[Column, ...]) -> list[str]:
 ADVICE = {
     "dates": "dates in {}: give numbers in their place, such as days since the first",
     "text": "text in {}, where the model has numbers",
-    "numbers and text": "text among the numbers in {}",
+    "numbers and text": "text in {}, among numbers",
     "names": "text in {}",
     "empty": "no value at all in {}",
 }
