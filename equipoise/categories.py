@@ -129,7 +129,7 @@ class Categories(nn.Module):
     def __init__(self, levels: Levels, width: int) -> None:
         super().__init__()
         self.columns = tuple(sorted(levels))
-        self.sizes = tuple(len(levels[column]) for column in self.columns)
+        self.sizes = [len(levels[column]) for column in self.columns]
         if not all(0 <= column < width for column in self.columns) or 0 in self.sizes:
             raise ValueError(f"columns of categories {self.columns} with {self.sizes} levels")
 

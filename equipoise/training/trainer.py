@@ -163,6 +163,7 @@ class Trainer:
         )
         self.position = Position()
         self.history: list[Row] = []
+        self.data_var = math.nan
         self.optimal_var: Tensor | None = None
         self.overfitting = 1.0
         self.ratio = torch.ones((), dtype=torch.float64, device=self.fabric.device)
@@ -287,7 +288,8 @@ class Trainer:
         sample = examples(self.data.train, RANGE_EXAMPLES, self.fabric.device)
         sample = self.model.scaling(sample)
         counted = self.model.pooled(sample)
-        self.data_var = float(column_vars(counted).nanmean())
+        if self.model.has_numbers:
+            self.data_var = float(column_vars(counted).nanmean())
         n_numeric = sample[0].numel() - len(self.data.levels)
         self.counted_share = counted[0].numel() / n_numeric if n_numeric else 1.0
 
