@@ -528,7 +528,7 @@ def test_a_killed_run_goes_on_with_its_labels(tmp_path, monkeypatch):
     """A real process, stopped by SIGTERM within training, and the command that goes on."""
     monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "data.npz", **dict(zip("xy", shifted(400), strict=True)))
-    options = ["--quiet", "--set", "stage_1_epochs=12", "stage_2_epochs=1", "batch_size=8"]
+    options = ["--quiet", "--set", "stage_1_epochs=6", "stage_2_epochs=1", "batch_size=8"]
     options += ["width=4", "n_components=2", "accelerator=cpu", "tolerance=0"]
     options.append("noise_correlation=none")
     command = [sys.executable, "-m", "equipoise", "train", "data.npz", "--label", "y", *options]
