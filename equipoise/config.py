@@ -39,6 +39,7 @@ EARLIER_VALUES: dict[str, Any] = {
     "early_stopping": 0,
     "deterministic": False,
     "power_transform": False,
+    "label_dropout": 0.1,
 }
 """Values that options had in effect before there were such options, for runs of that time."""
 
@@ -124,6 +125,10 @@ class TrainConfig:
     likelihood, and none where it gains nothing beyond its error. null takes 'auto' for tables, and
     'none' for images, whose grey levels have an exact probability without. Training never uses
     it."""
+
+    label_dropout: float = 0.1
+    """For data with labels: share of the examples of a batch whose label is withheld, so that the
+    model also describes examples without one. 0 never withholds one."""
 
     stage_1_epochs: int = 10
     """Epoch limit of stage 1, which learns one variance. From Python, 0 adds stage 2 to a model
@@ -341,7 +346,7 @@ class TrainConfig:
             if isinstance(value, int | float) and not value > 0:
                 problems.append(f"{name} must be above 0, got {_shown(value)}")
 
-        for name in ("warm_up", "ema_decay"):
+        for name in ("warm_up", "ema_decay", "label_dropout"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 problems.append(f"{name} must be at least 0 and below 1, got {value}")

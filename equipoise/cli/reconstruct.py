@@ -77,7 +77,7 @@ def _run(options: Namespace) -> None:
 
         def write() -> list[Path]:
             if table is not None:
-                return write_reconstructed_table(model, examples[:], table)
+                return write_reconstructed_table(model, examples, table)
             return write_reconstructions(model, examples, folder)
 
         terminal.message("\n".join(list_written(write, table.parent if table else folder)))

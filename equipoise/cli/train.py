@@ -64,7 +64,21 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--drop",
         nargs="+",
         metavar="NAME",
-        help="Columns of a table to leave out, such as those of text or dates.",
+        help="Columns of a table to leave out, such as those of names or dates.",
+    )
+    parser.add_argument(
+        "--categorical",
+        nargs="+",
+        metavar="NAME",
+        help="Columns of a table that are categories besides those of text and flags, such as "
+        "codes that are numbers.",
+    )
+    parser.add_argument(
+        "--label",
+        metavar="NAME",
+        help="Train a conditional model: NAME is the column of a table or the array of an .npz "
+        "file that holds labels, 'folder' for images in folders of classes, and 'label' for "
+        "digits, mnist and fashion-mnist. Without it, labels are not used.",
     )
     parser.add_argument(
         "--dry-run",
@@ -226,6 +240,7 @@ def _refuse_with_resume(options: Namespace) -> None:
     names = [
         *("recipe", "out", "force", "precision", "download", "stream", "strict"),
         *("max_pixels", "max_bytes", "fit", "pages", "no_split", "columns", "drop", "dry_run"),
+        *("categorical", "label"),
     ]
     superfluous = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
     if options.data:
@@ -301,9 +316,14 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
     from equipoise.data import load, load_stream
 
     if options.stream:
-        if options.columns or options.drop:
+        if options.label:
+            raise ConfigError(["--stream reads no labels: leave out --label, or --stream"])
+        if options.columns or options.drop or options.categorical:
             raise ConfigError(
-                ["--columns and --drop are for tables in files, which --stream does not read"]
+                [
+                    "--columns, --drop and --categorical are for tables in files, which --stream "
+                    "does not read"
+                ]
             )
         if options.max_bytes is not None:
             raise ConfigError(
@@ -338,6 +358,8 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
         max_bytes=options.max_bytes,
         columns=options.columns,
         drop=options.drop,
+        label=options.label,
+        categorical=options.categorical or True,
     )
 
 
@@ -356,6 +378,7 @@ def _describe_table(source: str, options: Namespace, terminal: "Terminal") -> No
         raise ValueError(f"{path} cannot be read: {error}") from error
     if options.columns or options.drop:
         table = table.select(options.columns, options.drop)
+    table = table.with_categories(options.categorical or True)
     terminal.message(table.describe())
 
 

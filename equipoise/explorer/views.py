@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from equipoise.aggregate import GaussianMixture, single_gaussian
+from equipoise.categories import mode_of
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Batches, Data
 from equipoise.data.dataset import Channels
@@ -123,8 +124,10 @@ class View:
 
         self.reference = None
         if data is not None and len(data.validation) >= MIN_REFERENCE:
-            held_out = Batches(data.validation.take(slice(REFERENCE)), BATCH).epoch()
-            self.reference = model_scores(model, mixture, held_out, _generator(0))
+            # The page shows examples and codes whose label is unknown.
+            held_out = data.validation.take(slice(REFERENCE)).without_labels()
+            batches = Batches(held_out, BATCH).epoch()
+            self.reference = model_scores(model, mixture, batches, _generator(0))
 
         self.map = self._map() if model.latent_dim > 1 else None
 
@@ -137,7 +140,8 @@ class View:
         else:
             train = self.data.train.at_hand
             rows = np.random.default_rng(0).permutation(len(train))[:PLANE_CODES]
-            posterior = encode_all(self.model, Batches(train.take(np.sort(rows)), BATCH).epoch())
+            shown = train.take(np.sort(rows)).without_labels()
+            posterior = encode_all(self.model, Batches(shown, BATCH).epoch())
 
         plane = latent_plane(posterior, self.mixture, _generator(0), PLANE_POINTS)
 
@@ -217,7 +221,7 @@ class View:
         """
         z = torch.from_numpy(codes).to(self.model.scaling.scale.dtype)
         likelihood = self.model.decode(z)
-        return self._beside(z, likelihood.mean, likelihood.std)
+        return self._beside(z, mode_of(likelihood), likelihood.std)
 
     @torch.no_grad()
     def draws(self, code: Float[np.ndarray, "1 latent"]) -> Float32[np.ndarray, "draws numbers"]:
@@ -236,7 +240,9 @@ class View:
     def _beside(self, z: Tensor, x: Tensor, std: Tensor) -> Float32[np.ndarray, "n numbers"]:
         """Codes, then values and std in raw units, flat, beside each other."""
         scaling = self.model.scaling
-        values = (scaling.restore(x).flatten(1), scaling.restore_std(std, x).flatten(1))
+        # Categories, which are shown by their numbers, have no std.
+        raw_std = scaling.restore_std(std, x).nan_to_num(0.0)
+        values = (scaling.restore(x).flatten(1), raw_std.flatten(1))
         return torch.cat((z, *values), 1).numpy()
 
     @torch.no_grad()

@@ -26,6 +26,8 @@ from equipoise.data.varying import counted_columns, varying_mask
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.gaps import column_vars, observed_values
+from equipoise.gaussian import random_like
+from equipoise.labels import labels_of, withhold
 from equipoise.model import VAE
 from equipoise.noise import build_noise, describe_noise
 from equipoise.randomness import stream
@@ -146,7 +148,7 @@ class Trainer:
         # Trained with, it would take from the networks what it explains.
         self.leaves_out = isinstance(model.noise, CorrelatedNoise)
         model.noise = marginal_of(model.noise)
-        model.counted = counted_columns(data.train)
+        model.counted = counted_columns(data.train, data.levels)
         model.to(self.fabric.device)
         n = len(data.train)
         batch_size = min(config.step_size(n, self.processes.size), n)
@@ -163,13 +165,14 @@ class Trainer:
         self.stage_two = choose_stage_two(model, config)
         self.schedule = StageSchedule(
             config.stage_1_epochs,
-            config.stage_2_epochs,
+            config.stage_2_epochs if model.has_numbers else 0,
             config.tolerance,
             config.patience,
             config.early_stopping,
         )
         self.position = Position()
         self.history: list[Row] = []
+        self.data_var = math.nan
         self.optimal_var: Tensor | None = None
         self.overfitting = 1.0
         self.ratio = torch.ones((), dtype=torch.float64, device=self.fabric.device)
@@ -236,6 +239,8 @@ class Trainer:
             Sentences that say what was done.
         """
         varying = varying_mask(self.data.train).to(self.fabric.device)
+        if self.model.categories is not None:
+            varying &= self.model.categories.is_numeric
         return recalibrate(
             self.model,
             self.validation,
@@ -299,8 +304,10 @@ class Trainer:
         sample = examples(self.data.train, RANGE_EXAMPLES, self.fabric.device)
         sample = self.model.scaling(sample)
         counted = self.model.pooled(sample)
-        self.data_var = float(column_vars(counted).nanmean())
-        self.counted_share = counted[0].numel() / sample[0].numel()
+        if self.model.has_numbers:
+            self.data_var = float(column_vars(counted).nanmean())
+        n_numeric = sample[0].numel() - len(self.data.levels)
+        self.counted_share = counted[0].numel() / n_numeric if n_numeric else 1.0
 
         observed = observed_values(sample)
         warning = range_warning(self.model.decoder, float(observed.min()), float(observed.max()))
@@ -420,6 +427,10 @@ class Trainer:
         """Take a step on a batch, with all that the device does in it; return the batch's sums."""
         batch = self.position.batch
         draws = self.training.draws(self.generator, batch)
+        if labels_of(x) is not None:
+            uniform = x.new_empty(len(x), dtype=torch.float32)
+            uniform = random_like(uniform, lambda u, source: u.uniform_(generator=source), draws)
+            x = withhold(x, uniform < self.config.label_dropout)
         terms = self._entered().step(x, draws, self.training.size(batch))
 
         # Before the closed form moves on, because the terms refer to the variance before it.
@@ -443,6 +454,8 @@ class Trainer:
         """
         if self.fabric.device.type != "cuda" or self.processes.size > 1:
             return False
+        if self.model.label_names:
+            return False  # a recorded step reads one tensor, and not the labels that it carries
         if self.config.cuda_graphs is not None:
             return self.config.cuda_graphs
         is_own_noise = not type(self.model.noise).__module__.startswith("equipoise.")
@@ -547,6 +560,8 @@ class Trainer:
         Returns figures for the epoch's row, and a sentence.
         """
         model, n_training = self.model, len(self.data.train)
+        if not model.has_numbers:
+            return {}, "The table has categories alone, which have no noise variance."
         generator = self._stream("optimal variance")
         var = exact_optimal_var(model, self.training, generator, self.all_reduce)
         figures = {"training_noise_var": float(var.mean())}
