@@ -196,7 +196,8 @@ def plan_notes(headers: Counter[Header], plan: Plan, *, for_model: bool = False)
     for header, count in headers.items():
         n_transparent += count * header.transparent
         n_reduced += count * header.reduced
-        n_of_bands[header.bands] += count
+        if np.dtype(header.dtype).kind == np.dtype(plan.dtype).kind:
+            n_of_bands[header.bands] += count
         n_widened += count * (header.dtype == "uint8" and plan.dtype == "uint16")
         if header.pages > 1:
             n_paged += count
@@ -222,7 +223,7 @@ def plan_notes(headers: Counter[Header], plan: Plan, *, for_model: bool = False)
         "images of other proportions, with black bars": n_padded,
     }
     notes = [f"{effect}: {count}" for effect, count in counts.items() if count]
-    if len(n_of_bands) > 1 and not for_model:
+    if min(n_of_bands[1], n_of_bands[3]) and not for_model:
         chosen_bands = "grey" if plan.bands == 1 else "RGB (channels=grey makes all grey)"
         notes.insert(
             0, f"{n_of_bands[1]} grey and {n_of_bands[3]} colour images: all become {chosen_bands}"
