@@ -50,7 +50,12 @@ from equipoise.store import (
 )
 from equipoise.training.diagnostics import warnings_for
 from equipoise.training.passes import EVALUATION_BATCH
-from equipoise.training.setup import check_fit, make_model, make_noise
+from equipoise.training.setup import (
+    check_fit,
+    latent_dim_of_varying,
+    make_model,
+    make_noise,
+)
 from equipoise.training.trainer import Trainer
 
 AUTO_STEPS = 1000
@@ -599,6 +604,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         data = replace(data, test=data.validation)
         for text in data.cautions:
             warnings.warn(text[0].upper() + text[1:] + ".", stacklevel=3)
+        if config.latent_dim == "auto":
+            latent_dim = latent_dim_of_varying(data) if model is None else model.latent_dim
+            config = replace(config, latent_dim=latent_dim)
         check_fit(data, config, min_train=MIN_EXAMPLES - MIN_VALIDATION)
         if model is not None:
             self._check_chunk(model, torch.from_numpy(data.train.at_hand[:]))

@@ -1,6 +1,5 @@
 """``VAEImputer``: missing values of tables, as a scikit-learn transformer."""
 
-import warnings
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -171,9 +170,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
         estimator = self.estimator_
         seed = 0 if self.random_state is None else int(self.random_state)
         raw = torch.from_numpy(table.astype(np.float32))
-        text = estimator.model_.scaling.range_warning(raw)
-        if text is not None:
-            warnings.warn(text, stacklevel=3)
+        estimator.model_.scaling.warn_of_range(raw, stacklevel=3)
         return impute(
             estimator.model_,
             estimator.mixture_,

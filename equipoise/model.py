@@ -6,6 +6,7 @@ decoder. They need no base class of this library. :meth:`VAE.build` makes a pair
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
@@ -261,6 +262,18 @@ class Scaling(nn.Module):
             f"mean of the training. C{self.name_of(first)[1:]} was {was} there, and is {here} "
             "here. Are they in the same unit?"
         )
+
+    def warn_of_range(self, raw: Tensor, stacklevel: int = 1) -> None:
+        r"""Warn as :meth:`range_warning` says, where it says something.
+
+        Args:
+            raw: Raw data, (B, \*).
+            stacklevel: How far above the caller the line is that the warning names; 1 is the
+                caller's own.
+        """
+        text = self.range_warning(raw)
+        if text is not None:
+            warnings.warn(text, stacklevel=stacklevel + 1)
 
     def _range(self) -> str:
         """Name the range of the scale, in which the training lies; empty for tables."""

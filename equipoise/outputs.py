@@ -4,7 +4,6 @@ Programs get arrays in the user's own units, and people get pictures.
 """
 
 import csv
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +140,7 @@ def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Pa
     raw, names = examples[:], examples.names()
     scaling, given = model.scaling, as_tensor(examples)
     scaling.check(torch.from_numpy(raw))
-    text = scaling.range_warning(torch.from_numpy(raw[:DECODED_AT_ONCE]))
-    if text is not None:
-        warnings.warn(text, stacklevel=2)
+    scaling.warn_of_range(torch.from_numpy(raw[:DECODED_AT_ONCE]), stacklevel=2)
 
     restored = {name: np.empty(raw.shape, np.float32) for name in ("mean", "std", "error")}
     for start in range(0, len(raw), DECODED_AT_ONCE):
@@ -251,9 +248,7 @@ def write_reconstructed_table(model: VAE, examples: Subset, path: Path) -> list[
     """
     x = as_tensor(examples)
     model.scaling.check(x)
-    text = model.scaling.range_warning(x)
-    if text is not None:
-        warnings.warn(text, stacklevel=2)
+    model.scaling.warn_of_range(x, stacklevel=2)
 
     parts = [model.reconstruct(model.scaling(rows)) for rows in torch.split(x, DECODED_AT_ONCE)]
     likelihood = joined(parts)

@@ -118,6 +118,15 @@ class DataRecord(TypedDict):
     shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
 
 
+class ContinuationRecord(TypedDict):
+    """How a finished run was continued: the options before, and where its results are kept."""
+
+    command: list[str]
+    created: Name
+    epochs_before: dict[str, Count]
+    earlier_results: Name
+
+
 class Settings(TypedDict):
     """``config.json``."""
 
@@ -129,6 +138,7 @@ class Settings(TypedDict):
     options: dict[str, Any]
     parameters: Count
     versions: dict[str, str]
+    continued: NotRequired[list[ContinuationRecord]]
 
 
 class EpochRow(TypedDict):

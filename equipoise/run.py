@@ -99,6 +99,10 @@ class Run:
             adopt(self.folder, (*RUN_FILES, *names))
         return exclusive(self.folder, job)
 
+    def is_trained(self) -> bool:
+        """Tell whether the run is trained to its end: it has a model, and a mixture."""
+        return self.model_file.is_file() and self.mixture_file.is_file()
+
     def settings(self) -> Settings:
         """Read ``config.json``: options, data, versions and command.
 

@@ -7,6 +7,7 @@ from equipoise.catalogue import SOURCES
 from equipoise.cli.command import (
     Command,
     add_data_dir,
+    add_quiet,
     add_run,
     data_of,
     list_entries,
@@ -57,6 +58,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "writes rows of a table with the names of its columns.",
     )
 
+    add_quiet(parser)
+
     sources = {}
     for name, source in SOURCES.items():
         text = source.summary[0].upper() + source.summary[1:] + "."
@@ -86,7 +89,7 @@ def _run(options: Namespace) -> None:
     table = table_to_write(options.out, model)
     folder = Path(options.out) if options.out else run.folder / "samples"
 
-    with open_terminal() as terminal:
+    with open_terminal(options.quiet) as terminal:
         codes = draw_codes(
             run,
             model,

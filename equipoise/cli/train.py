@@ -19,6 +19,7 @@ from equipoise.cli.command import (
     show_default,
 )
 from equipoise.config import (
+    CONTINUED,
     PLACEMENT,
     ConfigError,
     TrainConfig,
@@ -114,9 +115,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="Continue an interrupted run, with its own data and options. '--resume auto', with "
-        "--out, continues the run in that folder if there is one, and starts it if there is none, "
-        "so that one line starts and restarts it.",
+        help="Continue an interrupted run, with its own data and options. With --set "
+        "stage_1_epochs=N or stage_2_epochs=N, a finished run goes on for longer: N counts all "
+        "epochs of the stage, and the results so far are kept in RUN/earlier-1. '--resume auto', "
+        "with --out, continues the run in that folder if there is one, and starts it if there is "
+        "none, so that one line starts and restarts it.",
     )
 
     for name in SHORTHANDS:
@@ -186,8 +189,16 @@ def _run(options: Namespace) -> None:
     if is_resumed:
         _refuse_with_resume(options)
         run_to_resume = Run(options.resume)
-        placement = {name: getattr(options, name) for name in PLACEMENT if getattr(options, name)}
-        config = make_config(run_to_resume.config().as_dict(), placement)
+        over = {name: getattr(options, name) for name in PLACEMENT if getattr(options, name)}
+        over |= _options_of_continuation(options.set)
+        config = make_config(run_to_resume.config().as_dict(), over)
+        if options.set and run_to_resume.is_trained() and config == run_to_resume.config():
+            raise ConfigError(
+                [
+                    f"{options.resume} was trained with {', '.join(options.set)}: "
+                    "give more epochs to continue it"
+                ]
+            )
     else:
         config, source = _resolve(options)
 
@@ -227,7 +238,7 @@ def _run(options: Namespace) -> None:
 def _refuse_with_resume(options: Namespace) -> None:
     """Refuse data and options that a resumed run has already."""
     names = [
-        *("recipe", "set", "out", "force", "precision", "download", "stream", "strict"),
+        *("recipe", "out", "force", "precision", "download", "stream", "strict"),
         *("max_pixels", "max_bytes", "fit", "pages", "no_split", "columns", "drop", "dry_run"),
         *("categorical", "label"),
     ]
@@ -242,6 +253,32 @@ def _refuse_with_resume(options: Namespace) -> None:
                 f"leave out {', '.join(superfluous)}"
             ]
         )
+
+
+def _options_of_continuation(items: list[str]) -> dict[str, str]:
+    """Read the values of --set that a run may be continued with, and refuse the others."""
+    over, problems = _read_items(items)
+    problems += [
+        f"{name} cannot change with --resume: the weights, the data or the stages that the run "
+        f"has belong to its value; only {' and '.join(CONTINUED)} can, or train another run"
+        for name in over
+        if name not in CONTINUED
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return over
+
+
+def _read_items(items: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Split the values of --set into names and values; return the problems beside them."""
+    values, problems = {}, []
+    for item in items:
+        key, separator, value = item.partition("=")
+        if separator:
+            values[key.strip()] = value
+        else:
+            problems.append(f"--set needs KEY=VALUE, got {item!r}; the data go before --set")
+    return values, problems
 
 
 def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
@@ -260,14 +297,7 @@ def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
     data_of_recipe = values.pop("data", None)
     source = options.data or data_of_recipe or "digits"
 
-    problems = []
-    over = {}
-    for item in options.set:
-        key, separator, value = item.partition("=")
-        if separator:
-            over[key.strip()] = value
-        else:
-            problems.append(f"--set needs KEY=VALUE, got {item!r}; the data go before --set")
+    over, problems = _read_items(options.set)
     for shorthand in SHORTHANDS:
         if getattr(options, shorthand):
             over[shorthand] = getattr(options, shorthand)

@@ -502,8 +502,9 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
         raise ValueError(f"it has {frame.width} columns, and its first line {len(names)} names")
     # Those of polars keep doubled quotes.
     frame.columns = names
-    frame, note = _without_end(frame, source)
-    return frame, has_names, [*notes, *note]
+    note = _cut_off(source, separator, len(names))
+    frame, note_of_end = _without_end(frame, source)
+    return frame, has_names, [*notes, *note, *note_of_end]
 
 
 def _start(file: io.BufferedIOBase) -> bytes:
@@ -515,6 +516,23 @@ def _start(file: io.BufferedIOBase) -> bytes:
         if not more:
             break
     return start
+
+
+def _cut_off(source: Path | bytes, separator: str, width: int) -> list[str]:
+    """Say it if the last line seems to have been cut off: no line break, and too few cells."""
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - SAMPLE_BYTES))
+        end = file.read()
+
+    last = re.split(rb"[\r\n]", end)[-1].decode(errors="replace")
+    n_cells = len(next(csv.reader([last], delimiter=separator), []))
+    if not last.strip() or n_cells >= width or '"' in last:
+        return []
+    return [
+        f"the last line has {n_cells} of {width} cells and no line break: it seems to be cut off, "
+        f"and its other cells count as missing; it starts with {visible(repr(last), 50)}"
+    ]
 
 
 def _without_end(frame: Frame, source: Path | bytes) -> tuple[Frame, list[str]]:

@@ -45,6 +45,7 @@ def latent_section(subject: Subject) -> dict[str, Any]:
             "n": len(subject.test.raw),
         },
         "rate_per_unit": [unit.rate for unit in units],
+        "unit_is_active": [unit.is_active for unit in units],
         **_code_log_likelihood(subject, codes),
         "memorisation": _memorisation(subject),
     }

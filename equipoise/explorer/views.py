@@ -100,6 +100,8 @@ class View:
             the validation scores that an input is compared with. If None, the map is drawn from
             the mixture, and inputs are not ranked.
         name: The name of the run.
+        start: The example that the page begins with, (1, \*), raw units. If None, it begins with
+            the heaviest component of the mixture.
 
     Example:
         >>> model = VAE.build((1, 8, 8), latent_dim=2).eval()
@@ -110,9 +112,15 @@ class View:
     """
 
     def __init__(
-        self, model: VAE, mixture: GaussianMixture, data: Data | None = None, name: str = "model"
+        self,
+        model: VAE,
+        mixture: GaussianMixture,
+        data: Data | None = None,
+        name: str = "model",
+        start: Num[np.ndarray, "1 *shape"] | None = None,
     ) -> None:
         self.model, self.mixture, self.data, self.name = model, mixture, data, name
+        self.start = start
 
         self.reference = None
         if data is not None and len(data.validation) >= MIN_REFERENCE:
@@ -175,6 +183,7 @@ class View:
             "n_draws": DRAWS if self._has_draws else 0,
             "n_examples": len(self.data.validation) if self.data else 0,
             "plane": self.map and self._describe_map(self.map),
+            "start": None if self.start is None else self.inspect(self.start)._asdict(),
         }
 
     @property
@@ -298,11 +307,12 @@ class View:
         )
 
     def read(self, upload: bytes) -> Num[np.ndarray, "1 *shape"]:
-        r"""Make an example from an upload: an image file, or the numbers of a row.
+        r"""Make an example from an upload: an image file, or the numbers of a row or signal.
 
         Args:
             upload: The content of an image file, whose centred square is taken and resized. For
-                models of tables it is text: the values of one row, separated by commas or blanks.
+                models of tables and signals it is text: the values of one example, separated by
+                commas or blanks, channel after channel.
 
         Returns:
             The example, (1, \*), raw units.
@@ -344,7 +354,7 @@ class View:
         return levels
 
     def _read_row(self, upload: bytes) -> Array:
-        n_columns = self.model.shape[0]
+        n_columns = math.prod(self.model.shape)
         words = re.split(r"[\s,;]+", upload.decode(errors="replace").strip())
         try:
             row = np.array([float(word) for word in words])
@@ -353,12 +363,12 @@ class View:
                 f"expected {n_columns} numbers separated by commas: {error}"
             ) from error
 
-        if row.shape != self.model.shape or not np.isfinite(row).all():
+        if len(row) != n_columns or not np.isfinite(row).all():
             raise ValueError(
                 f"expected {n_columns} finite numbers separated by commas, got {len(words)}"
             )
 
-        return row[None]
+        return row.reshape(1, *self.model.shape)
 
     def example(self, index: int) -> Num[np.ndarray, "1 *shape"]:
         r"""An example of the validation set.

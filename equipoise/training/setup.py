@@ -14,6 +14,7 @@ from equipoise.config import ConfigError, TrainConfig
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Data
 from equipoise.data.batches import examples
+from equipoise.data.varying import counted_columns
 from equipoise.gaps import column_means, column_vars, observed_values
 from equipoise.model import VAE, PowerScaling, Scaling
 from equipoise.networks import build_decoder, build_head, default_architecture
@@ -360,6 +361,24 @@ def choose_latent_dim(data: Data, config: TrainConfig) -> int:
 def _n_dimensions(data: Data) -> int:
     """Number of dimensions of an example; a category of L levels has L - 1."""
     return math.prod(data.shape) + sum(len(levels) - 2 for levels in data.levels.values())
+
+
+def latent_dim_of_varying(data: Data) -> int | Literal["auto"]:
+    """Choose the number of latent units of a table of which some columns are constant.
+
+    They carry nothing that a code could say. Runs of earlier versions counted them, and go on so,
+    which is why :func:`choose_latent_dim` does.
+
+    Args:
+        data: The data.
+
+    Returns:
+        d: half the number of dimensions that vary, at most 16. 'auto' where all of them do.
+    """
+    counted = counted_columns(data.train)
+    if counted is None:
+        return "auto"
+    return max(1, min(16, (_n_dimensions(data) - int((~counted).sum())) // 2))
 
 
 class StageTwo(NamedTuple):
