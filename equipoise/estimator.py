@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Shaped
+from jaxtyping import Float32, Float64
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Tags, check_array, check_random_state
@@ -20,14 +20,15 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.categories import Level, Likelihood, joined, level_values, mode_of
 from equipoise.config import EARLIER_VALUES, TrainConfig, make_config
 from equipoise.correlated_noise import CorrelatedNoise
-from equipoise.correlation import AnyGaussian
 from equipoise.data import load, load_examples
 from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
 from equipoise.data.batches import as_tensor
 from equipoise.data.dataset import Array
 from equipoise.data.labels import name_of
+from equipoise.data.levels import encode_frame, new_frame
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.gaps import column_means, column_vars
@@ -72,11 +73,12 @@ class Reconstruction(NamedTuple):
     r"""Reconstructed examples and their predicted errors, in the data's own unit.
 
     Args:
-        mean: Mean of p(x|z), (n, \*), in the shape of the examples.
+        mean: Mean of p(x|z), (n, \*), in the shape of the examples; a data frame with the most
+            probable level of each category if there are some.
         std: Standard deviation of p(x|z) per dimension, (n, \*), in the shape of the examples.
     """
 
-    mean: Float32[np.ndarray, "n *event"]
+    mean: Any
     std: Float32[np.ndarray, "n *event"]
 
 
@@ -89,7 +91,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     (n, H, W), (n, C, H, W) or (n, H, W, C), which are scaled to [0, 1]. They may come in an array,
     a tensor, a data frame or a list. All results have the shape and the unit of the examples. NaN
     in a table is a missing value, in training and afterwards: only what is observed counts, and
-    :class:`equipoise.VAEImputer` fills the gaps.
+    :class:`equipoise.VAEImputer` fills the gaps. Columns of text, flags and categories of a data
+    frame of pandas or polars are categories: they get probabilities, and rows come back as such
+    frames.
 
     An option that :class:`equipoise.TrainConfig` has too means the same in both classes. The
     documentation of :class:`equipoise.TrainConfig` is more detailed.
@@ -235,6 +239,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         Raises:
             ValueError: If the examples or the options cannot be used. The message says why.
         """
+        x = self._encoded_frame(x, reset=True)
         examples = self._array(x, reset=True)
         config = self._config(len(examples))
         if self.conditional and y is None:
@@ -271,6 +276,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if self.conditional:
             raise ValueError("a conditional model is trained on all examples at once: take fit")
         model: VAE | None = getattr(self, "model_", None)
+        x = self._encoded_frame(x, reset=model is None)
         examples = self._array(x, reset=model is None)
         if model is None:
             self.history_ = []
@@ -293,14 +299,14 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         codes: Float32[np.ndarray, "n latent"] = self._encode(x, y).numpy()
         return codes
 
-    def inverse_transform(self, z: object) -> Float32[np.ndarray, "n *event"]:
+    def inverse_transform(self, z: object) -> Any:  # noqa: ANN401 (an array, or a frame)
         r"""Decode codes by the means of p(x|z).
 
         Args:
             z: Codes, (n, d).
 
         Returns:
-            Examples, (n, \*), in the data's own unit.
+            Examples, (n, \*), in the data's own unit; a data frame if there are categories.
 
         Raises:
             ValueError: If the codes have another dimension than d.
@@ -314,7 +320,9 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             )
 
         likelihood = self._decode(torch.tensor(codes))
-        return self._in_original_shape(self.model_.scaling.restore(likelihood.mean))
+        return self.as_given(
+            self._in_original_shape(self.model_.scaling.restore(mode_of(likelihood)))
+        )
 
     def reconstruct(self, x: object, y: object = None) -> Reconstruction:
         """Encode examples and decode the codes.
@@ -324,12 +332,15 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             y: Labels of the examples if ``conditional``. None means that they are unknown.
 
         Returns:
-            Mean and std of p(x|z), in the data's own unit.
+            Mean and std of p(x|z), in the data's own unit. Categories have the most probable
+            level in place of a mean, and NaN in place of a std.
         """
         likelihood = self._decode(self._encode(x, y))
-        mean = self.model_.scaling.restore(likelihood.mean)
+        mean = self.model_.scaling.restore(mode_of(likelihood))
         std = self.model_.scaling.restore_std(likelihood.std, likelihood.mean)
-        return Reconstruction(self._in_original_shape(mean), self._in_original_shape(std))
+        return Reconstruction(
+            self.as_given(self._in_original_shape(mean)), self._in_original_shape(std)
+        )
 
     def predict_std(self, x: object) -> Float32[np.ndarray, "n *event"]:
         r"""Predict how far each value may lie from its reconstruction.
@@ -349,7 +360,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         *,
         noise: bool = False,
         label: object = None,
-    ) -> Shaped[np.ndarray, "{n} *event"]:
+    ) -> Any:  # noqa: ANN401 (an array, or a frame)
         r"""Draw new examples. If ``random_state`` is an int, each call draws the same ones.
 
         Args:
@@ -363,6 +374,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         Returns:
             Examples, (n, \*), in the data's own unit. Those of images are rounded to whole numbers.
+            Rows with categories come in a data frame.
 
         Raises:
             ValueError: If there is no such source or label, or if ``n`` is less than 1.
@@ -377,8 +389,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         generator = stream(self._seed(), "samples")
         likelihood = self._decode(sample_source(density, n, generator, number).float())
-        samples = likelihood.sample(generator) if noise else likelihood.mean
-        return self._in_original_shape(self.model_.scaling.restore_levels(samples))
+        samples = likelihood.sample(generator) if noise else mode_of(likelihood)
+        return self.as_given(self._in_original_shape(self.model_.scaling.restore_levels(samples)))
 
     def score_samples(
         self, x: object, importance_samples: int = 20, *, y: object = None
@@ -454,6 +466,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             "example_shape": list(self.example_shape_),
             "feature_names": list(getattr(self, "feature_names_in_", [])),
         }
+        if self._frame_library:
+            description["frames"] = self._frame_library
 
         parts = nn.ModuleDict({"model": self.model_, "mixture": self.mixture_})
         write_tensors(Path(path), "estimator", parts.state_dict(), description)
@@ -512,6 +526,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if description["feature_names"]:
             estimator.feature_names_in_ = np.array(description["feature_names"], object)
 
+        estimator._frame_library = description.get("frames", "")
         # Estimators of earlier releases have no other.
         return estimator._adopt(model, mixture, description.get("prior", "prior"))
 
@@ -577,6 +592,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             validation_fraction=validation_fraction,
             names=None if names is None or examples.ndim > 2 else [str(name) for name in names],
             labels=_as_labels(y),
+            levels=self._levels,
         )
         # The caller tests the estimator on data of their own. The trainer needs a test set, so it
         # gets the validation set once more.
@@ -676,6 +692,30 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.overfitting_ = float(self.history_[-1].get("overfitting", 1.0))
         return self
 
+    _frame_library: str = ""
+    """Library of the data frame that the model was fitted to, if that had categories."""
+    _levels: dict[int, tuple[Level, ...]] = {}  # noqa: RUF012 (replaced, never changed)
+
+    def _encoded_frame(self, x: object, *, reset: bool) -> object:
+        """Put codes in the place of the categories of a data frame."""
+        if not reset:
+            self._levels = self.model_.scaling.levels
+        else:
+            self._levels, self._frame_library = {}, ""
+        if not hasattr(x, "columns") or not all(isinstance(name, str) for name in x.columns):
+            return x
+        known = None if reset else self._levels
+        if known and len(x.columns) != self.n_features_in_:
+            return x  # of which scikit-learn says what is wrong
+        encoded = encode_frame(x, levels=known)
+        for note in encoded.notes:
+            if note.endswith("treated as missing"):
+                warnings.warn(note, stacklevel=4)
+        if reset and encoded.levels:
+            self._levels = encoded.levels
+            self._frame_library = "polars" if hasattr(x, "with_columns") else "pandas"
+        return encoded.frame
+
     def _array(self, x: object, *, reset: bool) -> Array:
         """Check examples by scikit-learn's rules for tables, and check their shape.
 
@@ -710,7 +750,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _raw(self, x: object, y: object = None) -> Tensor:
         """Check examples to which the fitted model is applied, and their labels."""
         check_is_fitted(self, "model_")
-        array = self._array(x, reset=False)
+        array = self._array(self._encoded_frame(x, reset=False), reset=False)
         labels = _as_labels(y)
         if labels is not None and not self.label_names_:
             raise ValueError("the model reads no labels: leave out y, or fit with conditional=True")
@@ -726,13 +766,40 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return encode_all(self.model_, batches).mean
 
     @torch.no_grad()
-    def _decode(self, codes: Tensor) -> AnyGaussian:
+    def _decode(self, codes: Tensor) -> Likelihood:
         """Return p(x|z) in model units, computed batch by batch."""
-        parts = [self.model_.decode(batch) for batch in torch.split(codes, EVALUATION_BATCH)]
+        return joined([self.model_.decode(batch) for batch in torch.split(codes, EVALUATION_BATCH)])
 
-        mean = torch.cat([part.mean for part in parts])
-        log_var = torch.cat([part.log_var.expand_as(part.mean) for part in parts])
-        return parts[0]._replace(mean=mean, log_var=log_var)
+    def with_codes(self, x: object) -> object:
+        """Put the numbers of levels in the place of the categories of a data frame.
+
+        Args:
+            x: Rows as for :meth:`fit`, or an array, which stays as it is.
+
+        Returns:
+            A frame of numbers. Values that are no level of the model's are missing, with a warning.
+        """
+        check_is_fitted(self, "model_")
+        return self._encoded_frame(x, reset=False)
+
+    def as_given(self, array: Array) -> Any:  # noqa: ANN401 (an array, or a frame)
+        r"""Put levels in the place of their numbers, in a data frame.
+
+        Args:
+            array: Examples, (n, \*). It stays as it is if there are no categories.
+
+        Returns:
+            Rows in a frame of the library of those that the estimator was fitted to.
+        """
+        levels = self.model_.scaling.levels
+        if not levels:
+            return array
+
+        columns: dict[str, Any] = dict(zip(self.feature_names_in_, array.T, strict=True))
+        for number, names in levels.items():
+            name = self.feature_names_in_[number]
+            columns[name] = level_values(columns[name].tolist(), names)
+        return new_frame(self._frame_library, columns)
 
     def _in_original_shape(self, examples: Tensor) -> Array:
         """Convert examples of the model, (n, C, H, W) or (n, D), to the shape of the user's."""

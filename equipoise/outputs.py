@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from equipoise import plots
+from equipoise.categories import MixedLikelihood, joined, level_values, mode_of
 from equipoise.data import Data, Subset
 from equipoise.data.batches import as_tensor
 from equipoise.data.tables import is_table, write_filled, write_table
@@ -83,7 +84,7 @@ def write_samples(
     labels = _label_texts(model, codes)
     codes = codes.to(model.scaling.scale.dtype)  # mixtures draw in float64
     parts = [model.decode(chunk) for chunk in torch.split(codes, DECODED_AT_ONCE)]
-    means = torch.cat([part.mean for part in parts])
+    means = torch.cat([mode_of(part) for part in parts])
     std = torch.cat([part.std for part in parts])
     noisy = torch.cat([part.sample(generator) for part in parts])
     x = noisy if noise else means
@@ -134,7 +135,8 @@ def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Pa
     Returns:
         reconstructions.npz with ``data``, ``mean``, ``std`` and ``error`` in raw units and the
         ``name`` of each example, reconstructions.csv with a row for each, and
-        reconstructions.png.
+        reconstructions.png. Of a category, ``mean`` is the number of the most probable level, and
+        ``std`` and ``error`` are NaN.
     """
     raw, names = examples[:], examples.names()
     scaling, given = model.scaling, as_tensor(examples)
@@ -148,7 +150,7 @@ def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Pa
         rows = slice(start, start + DECODED_AT_ONCE)
         x = scaling(given[rows])
         reconstruction = model.reconstruct(x)
-        restored["mean"][rows] = scaling.restore(reconstruction.mean).numpy()
+        restored["mean"][rows] = scaling.restore(mode_of(reconstruction)).numpy()
         restored["std"][rows] = scaling.restore_std(reconstruction.std, reconstruction.mean).numpy()
         restored["error"][rows] = scaling.restore_std(
             x - reconstruction.mean, reconstruction.mean
@@ -167,7 +169,9 @@ def write_reconstructions(model: VAE, examples: Subset, folder: Path) -> list[Pa
         if len(model.shape) == 4:
             figure.suptitle("middle slices of the volumes")
     else:
-        figure = plots.table_reconstructions(raw[shown], mean, std, _column_names(model))
+        figure = plots.table_reconstructions(
+            raw[shown], mean, np.nan_to_num(std), _column_names(model)
+        )
 
     paths = [folder / f"reconstructions.{ending}" for ending in ("npz", "csv", "png")]
     with exclusive_outputs(folder, "reconstruction"):
@@ -189,13 +193,22 @@ def _write_table(
     """Write what is said of whole examples: name, root mean squared error and std, raw units."""
     axes = tuple(range(1, error.ndim))
     rms_error, rms_std = (
-        np.sqrt(np.square(values, dtype=np.float64).mean(axes)) for values in (error, std)
+        np.sqrt(_mean(np.square(values, dtype=np.float64), axes)) for values in (error, std)
     )
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         table = csv.writer(file)
         table.writerow(["row", "name", "rms_error", "rms_std"])
         for row, name in enumerate(names):
             table.writerow([row, name, f"{rms_error[row]:.6g}", f"{rms_std[row]:.6g}"])
+
+
+def _mean(values: NDArray[np.float64], axes: tuple[int, ...]) -> NDArray[np.float64]:
+    """Mean over what is observed, NaN of nothing."""
+    is_there = ~np.isnan(values)
+    total: NDArray[np.float64] = np.where(is_there, values, 0.0).sum(axes)
+    with np.errstate(invalid="ignore"):
+        mean: NDArray[np.float64] = total / is_there.sum(axes)
+    return mean
 
 
 @torch.no_grad()
@@ -209,7 +222,8 @@ def write_sampled_table(
         codes: The codes, (n, d).
         path: The file, whose ending names the format.
         generator: The source of the noise.
-        noise: Whether to add the model's noise. Otherwise the means are written.
+        noise: Whether to add the model's noise, and to draw categories by their probabilities.
+            Otherwise means and most probable levels are written.
 
     Returns:
         The file. If the codes carry labels, its last column is "label".
@@ -218,7 +232,7 @@ def write_sampled_table(
     parts = []
     for chunk in torch.split(codes.to(model.scaling.scale.dtype), DECODED_AT_ONCE):
         likelihood = model.decode(chunk)
-        parts.append(likelihood.sample(generator) if noise else likelihood.mean)
+        parts.append(likelihood.sample(generator) if noise else mode_of(likelihood))
     values = model.scaling.restore(torch.cat(parts)).numpy()
     return [_write_columns(path, model, values, labels)]
 
@@ -242,10 +256,17 @@ def write_reconstructed_table(model: VAE, examples: Subset, path: Path) -> list[
         warnings.warn(text, stacklevel=2)
 
     parts = [model.reconstruct(model.scaling(rows)) for rows in torch.split(x, DECODED_AT_ONCE)]
-    means = torch.cat([part.mean for part in parts])
-    mean = model.scaling.restore(means).numpy()
-    std = model.scaling.restore_std(torch.cat([part.std for part in parts]), means).numpy()
-    return [_write_columns(path, model, mean), _write_columns(beside(path, "std"), model, std)]
+    likelihood = joined(parts)
+    mode = model.scaling.restore(mode_of(likelihood)).numpy()
+    std = model.scaling.restore_std(likelihood.std, likelihood.mean)
+    probability = None
+    if isinstance(likelihood, MixedLikelihood):
+        _, log_probability = likelihood.categories.most_probable(likelihood.log_probs)
+        probability = log_probability.exp()
+    return [
+        _write_columns(path, model, mode),
+        _write_uncertainty(beside(path, "std"), model, std, probability),
+    ]
 
 
 def write_imputed(
@@ -265,16 +286,19 @@ def write_imputed(
     """
     missing = raw.isnan().numpy()
     contents = {path: found.mean.numpy(), beside(path, "std"): found.std.numpy()}
+    uncertainty = beside(path, "std")
     for number, draw in enumerate(found.draws.numpy(), 1):
         contents[beside(path, str(number))] = draw
 
     for file, values in contents.items():
-        if not is_table(file):
+        if file == uncertainty and is_table(file):
+            _write_uncertainty(file, model, found.std, found.probability)
+        elif not is_table(file):
             write_array(file, values)
-        elif file == beside(path, "std") or not is_table(source):
+        elif not is_table(source):
             _write_columns(file, model, values)
         else:
-            write_filled(file, source, _column_names(model), values, missing)
+            write_filled(file, source, _column_names(model), values, missing, model.scaling.levels)
     return list(contents)
 
 
@@ -299,10 +323,24 @@ def beside(path: Path, what: str) -> Path:
 def _write_columns(
     path: Path, model: VAE, values: NDArray[Any], labels: NDArray[Any] | None = None
 ) -> Path:
-    """Write a table with the names of the model's columns, and labels in a last one."""
-    columns = dict(zip(_column_names(model), values.T, strict=True))
+    """Write a table with the names of the model's columns and levels, and labels in a last one."""
+    columns: dict[str, Any] = dict(zip(_column_names(model), values.T, strict=True))
+    for number, levels in model.scaling.levels.items():
+        name = model.scaling.short_name_of(number)
+        columns[name] = level_values(columns[name].tolist(), levels)
     if labels is not None:
         columns["label"] = labels
+    return write_table(path, columns)
+
+
+def _write_uncertainty(path: Path, model: VAE, std: Tensor, probability: Tensor | None) -> Path:
+    """Write the std of numbers, and under names that say so, the probabilities of levels."""
+    columns: dict[str, Any] = {}
+    for number, name in enumerate(_column_names(model)):
+        if probability is not None and number in model.scaling.levels:
+            columns[f"probability of {name}"] = probability[:, number].numpy()
+        else:
+            columns[name] = std[:, number].numpy()
     return write_table(path, columns)
 
 

@@ -84,6 +84,7 @@ class LoadArguments(TypedDict):
     columns: NotRequired[list[Name]]
     drop: NotRequired[list[Name]]
     label: NotRequired[Name]
+    categorical: NotRequired[bool | list[Name]]
     max_pixels: NotRequired[Limit]
     max_bytes: NotRequired[Limit]
 
@@ -327,6 +328,7 @@ class ModelDescription(TypedDict):
     noise: NoiseRecord
     reads_gaps: NotRequired[bool]
     columns: NotRequired[list[Name]]
+    levels: NotRequired[dict[str, Annotated[list[str | bool | int | float], Meta(min_length=1)]]]
     power_transform: NotRequired[bool]
     label_names: NotRequired[Annotated[list[Name], Meta(max_length=256)]]
     origin: NotRequired[Digest]
@@ -375,6 +377,7 @@ class EstimatorDescription(TypedDict):
     prior: NotRequired[Literal["prior", "mixture"]]
     example_shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
     feature_names: list[str]
+    frames: NotRequired[Literal["pandas", "polars"]]
 
 
 def check_record(value: Any, record: type[T], what: str) -> T:  # noqa: ANN401 (any JSON value)

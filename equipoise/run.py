@@ -180,6 +180,8 @@ class Run:
         if loading.pop("stream", False):
             data = load_stream(**loading)
         else:
+            # Runs of earlier releases have no categories, and take flags for numbers.
+            loading.setdefault("categorical", False)
             if data_dir is not None:
                 loading["data_dir"] = data_dir
             data = load(**loading, progress=progress, say=say)

@@ -22,11 +22,12 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.categories import Level
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.files import StoreError, check_text, owner_of, whole_file
 from equipoise.flow_fit import CodeFlow
 from equipoise.label_mixture import LabelMixture
-from equipoise.model import VAE, PowerScaling, Scaling, encoder_shape
+from equipoise.model import VAE, PowerScaling, Scaling, decoder_shape, encoder_shape
 from equipoise.networks import build_decoder, build_encoder
 from equipoise.noise import GlobalNoise, build_noise
 from equipoise.records import (
@@ -441,11 +442,12 @@ def _build_model(
     encoder, decoder = _build_networks(description, encoder, decoder, what)
     offset, scale = torch.zeros(description["offset_shape"]), torch.ones(description["scale_shape"])
     columns = tuple(description.get("columns", ()))
-    scaling = Scaling(offset, scale, description["quantum"], columns)
+    levels = _levels(description)
+    scaling = Scaling(offset, scale, description["quantum"], columns, levels)
     if description.get("power_transform", False):
         # Tensors of their own, which are filled one by one.
         powers, centre, spread = (torch.ones_like(scale) for _ in range(3))
-        scaling = PowerScaling(offset, scale, powers, centre, spread, columns)
+        scaling = PowerScaling(offset, scale, powers, centre, spread, columns, levels)
     if scaling.columns and [len(scaling.columns)] != description["shape"]:
         raise ValueError("its columns have other names than there are columns")
 
@@ -474,6 +476,11 @@ def _build_model(
     if isinstance(model.noise, CorrelatedNoise) and model.noise.correlation.shape != model.shape:
         raise ValueError("its correlation is of another shape than its examples")
     return model
+
+
+def _levels(description: ModelDescription) -> dict[int, tuple[Level, ...]]:
+    """Levels of categories by the number of the column, which is text in JSON."""
+    return {int(i): tuple(names) for i, names in description.get("levels", {}).items()}
 
 
 def _build_networks(
@@ -508,11 +515,12 @@ def _build_networks(
 
     shape = tuple(description["shape"])
     latent_dim, width = description["latent_dim"], description["width"]
-    n_labels = len(description.get("label_names", ()))
+    n_labels, levels = len(description.get("label_names", ())), _levels(description)
     reads_gaps = description.get("reads_gaps", False)
-    read = encoder_shape(shape, reads_gaps, n_labels, architecture)
+    read = encoder_shape(shape, reads_gaps, levels, n_labels, architecture)
+    returned = decoder_shape(shape, levels)
     encoder = build_encoder(architecture, read, latent_dim, width)
-    decoder = build_decoder(architecture, shape, latent_dim + n_labels, width)
+    decoder = build_decoder(architecture, returned, latent_dim + n_labels, width)
     return encoder, decoder
 
 

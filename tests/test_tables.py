@@ -106,7 +106,7 @@ class TestReading:
     @pytest.mark.parametrize(
         ("column", "message"),
         [
-            (["Bern", "Rome"] * 30, "text in 'x' .*'Bern'.* --drop x"),
+            ([f"no. {i}" for i in range(60)], "text in 'x' .*like names.* --drop x"),
             (["2024-01-02"] * 60, "dates in 'x'.* days since"),
             (["31.12.2024"] * 60, "dates in 'x'"),
             (
@@ -401,11 +401,12 @@ class TestCommandLine:
             zip(NAMES, np.where(rng.random((200, 3)) < 0.2, np.nan, values).T, strict=True)
         )
         path, run = tmp_path / "rows.csv", tmp_path / "run"
-        write_table(path, {"who": ["x"] * 200, **columns})
+        write_table(path, {"who": [f"no. {i}" for i in range(200)], **columns})
 
         text = command("train", path, "--dry-run", fails=True)
         assert "text in 'who'" in text
         assert "--drop who" in text
+        assert "--categorical who" in text
         text = command("train", path, "--drop", "who", "--dry-run")
         assert "Nothing was trained" in text
         assert not run.exists()

@@ -46,8 +46,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--noise",
         action="store_true",
-        help="Add the model's noise. Without it, each sample is the mean of p(x|z), and rows of a "
-        "table spread less than those of the data.",
+        help="Add the model's noise. Without it, each sample is the mean of p(x|z), or the "
+        "most probable category, and rows of a table spread less than those of the data.",
     )
     add_data_dir(parser)
     parser.add_argument(

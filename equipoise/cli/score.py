@@ -9,6 +9,7 @@ from equipoise.cli.command import (
     add_limits,
     add_quiet,
     add_run,
+    add_strict,
     data_of,
     list_written,
     open_terminal,
@@ -44,13 +45,16 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     add_data_dir(parser)
     add_limits(parser)
+    add_strict(parser)
     add_quiet(parser)
     parser.epilog = paragraph(
         "Each row gets its score, a bound on the log-density of its observed values in nats; its "
         "p-value, the share of held-out rows of the run with a score as low, where they have the "
         "same gaps; a verdict, 'odd' if the p-value is at most the rate; and the columns that are "
-        "furthest from their reconstruction, in predicted std. The held-out rows are those of the "
-        "run's validation and test sets."
+        "furthest from their reconstruction, numbers in predicted std and categories by -log p in "
+        "nats. With categories, the score is the log-density of the numbers plus the "
+        "log-probability of the categories. The held-out rows are those of the run's validation "
+        "and test sets."
     )
 
 

@@ -63,7 +63,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--drop",
         nargs="+",
         metavar="NAME",
-        help="Columns of a table to leave out, such as those of text or dates.",
+        help="Columns of a table to leave out, such as those of names or dates.",
+    )
+    parser.add_argument(
+        "--categorical",
+        nargs="+",
+        metavar="NAME",
+        help="Columns of a table that are categories besides those of text and flags, such as "
+        "codes that are numbers.",
     )
     parser.add_argument(
         "--label",
@@ -222,7 +229,7 @@ def _refuse_with_resume(options: Namespace) -> None:
     names = [
         *("recipe", "set", "out", "force", "precision", "download", "stream", "strict"),
         *("max_pixels", "max_bytes", "fit", "pages", "no_split", "columns", "drop", "dry_run"),
-        "label",
+        *("categorical", "label"),
     ]
     superfluous = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
     if options.data:
@@ -281,9 +288,12 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
     if options.stream:
         if options.label:
             raise ConfigError(["--stream reads no labels: leave out --label, or --stream"])
-        if options.columns or options.drop:
+        if options.columns or options.drop or options.categorical:
             raise ConfigError(
-                ["--columns and --drop are for tables in files, which --stream does not read"]
+                [
+                    "--columns, --drop and --categorical are for tables in files, which --stream "
+                    "does not read"
+                ]
             )
         if options.max_bytes is not None:
             raise ConfigError(
@@ -319,6 +329,7 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
         columns=options.columns,
         drop=options.drop,
         label=options.label,
+        categorical=options.categorical or True,
     )
 
 
@@ -337,6 +348,7 @@ def _describe_table(source: str, options: Namespace, terminal: "Terminal") -> No
         raise ValueError(f"{path} cannot be read: {error}") from error
     if options.columns or options.drop:
         table = table.select(options.columns, options.drop)
+    table = table.with_categories(options.categorical or True)
     terminal.message(table.describe())
 
 

@@ -5,14 +5,15 @@ All sources end here. A folder or an idx file is only a way to get an array of s
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
+from equipoise.categories import Level
 from equipoise.data.dataset import Array, Data, Names, Split, Subset, split
 from equipoise.data.duplicates import describe_shared
 from equipoise.data.labels import choose_names, describe_labels, names_of, number
@@ -90,6 +91,7 @@ class Found:
         axis: Axis of the channels of images, if it is known, 1 or 3.
         columns: Names of the columns of a table, if they have names.
         label_names: Labels that there may be. Empty if they are those that the examples have.
+        levels: Levels of the columns that are categories, by their number.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Found:
     axis: int | None = None
     columns: tuple[str, ...] = ()
     label_names: tuple[str, ...] = ()
+    levels: Mapping[int, tuple[Level, ...]] = field(default_factory=dict)
 
 
 class Unit(NamedTuple):
@@ -193,7 +196,7 @@ def prepare(
         kind = "table"
         try:
             part = Subset(views[0], pieces.train, np.dtype(np.float32))
-            unit = table_unit(part, for_training, content.columns)
+            unit = table_unit(part, for_training, content.columns, tuple(content.levels))
         except ValueError as error:
             raise ValueError(f"{content.source}: {error}") from error
         if gaps:
@@ -229,6 +232,12 @@ def prepare(
     for numbers in labels if label_names else ():
         digests += hashlib.sha256(numbers.tobytes()).hexdigest()  # type: ignore[union-attr]
     digests += "".join(label_names)
+    if content.levels:
+        has_numbers = len(content.levels) < shape[0]
+        density = "the density of the numbers times " if has_numbers else ""
+        notes.append(f"log-likelihoods are of {density}the probability of the categories, in nats")
+        # The same numbers stand for other data if their levels have other names.
+        digests += repr(sorted(content.levels.items()))
     return Data(
         name=content.name,
         train=train,
@@ -246,6 +255,7 @@ def prepare(
         has_gaps=bool(gaps),
         columns=content.columns,
         label_names=label_names,
+        levels=content.levels,
     )
 
 
@@ -625,13 +635,19 @@ def _image_unit(
     )
 
 
-def table_unit(train: Subset, for_training: bool = True, names: tuple[str, ...] = ()) -> Unit:
+def table_unit(
+    train: Subset,
+    for_training: bool = True,
+    names: tuple[str, ...] = (),
+    categories: tuple[int, ...] = (),
+) -> Unit:
     """Standardise each column by the mean and standard deviation of the training part.
 
     Args:
         train: Training examples, (N, D), read as float32. Missing values, NaN, do not count.
         for_training: Whether to refuse a column that has no value at all.
         names: Names of the columns for messages. Without them, numbers are given.
+        categories: Numbers of the columns that are categories, whose values stay as they are.
 
     Returns:
         Mean and standard deviation of each column, (D,). Columns that are constant, or vary by
@@ -672,16 +688,19 @@ def table_unit(train: Subset, for_training: bool = True, names: tuple[str, ...] 
 
     scale = std.astype(np.float32)
     constant = hardly_vary(low, high) | (scale == 0)
-    varies = low < high
+    is_category = np.isin(np.arange(width), categories)
+    varies = (low < high) & ~is_category
     if train.base.dtype.itemsize > 4 and constant.any():
         original = train.base[:, constant][train.indices]
         # Before it is rounded to float32.
         varies[constant] = np.fmin.reduce(original, 0) < np.fmax.reduce(original, 0)
+        varies &= ~is_category
     coarse = varies & (constant | (std < 1e-5 * np.abs(mean)))
 
     notes, cautions = [], []
-    if (constant & ~coarse).any():
-        notes.append(f"constant columns: {_columns(constant & ~coarse, names)}")
+    is_constant = constant & ~coarse & ~is_category
+    if is_constant.any():
+        notes.append(f"constant columns: {_columns(is_constant, names)}")
     if coarse.any():
         cautions.append(
             f"columns {_columns(coarse, names)} vary by less than 1e-5 of their mean, near the "
@@ -701,6 +720,7 @@ def table_unit(train: Subset, for_training: bool = True, names: tuple[str, ...] 
 
     scale = np.where(constant, np.maximum(np.float32(1), (high - low).astype(np.float32)), scale)
     offset = mean.astype(np.float32)
+    scale[is_category], offset[is_category] = 1.0, 0.0
     return Unit(train.dtype, offset, scale, None, tuple(notes), tuple(cautions))
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 
+from equipoise.categories import Level
+
 Array: TypeAlias = NDArray[Any]
 Channels: TypeAlias = Literal["grey", "rgb"]
 Names: TypeAlias = Callable[[int], str]
@@ -191,6 +193,8 @@ class Data:
         columns: Names of the columns of a table. Empty if they have none.
         label_names: Names of the labels that the examples carry, by their numbers. Empty if they
             have none.
+        levels: Levels of the columns that are categories, by the number of the column. The values
+            are the numbers of levels there, and NaN where they are missing.
         loading: Arguments of :func:`load` that find these examples again. They are those of
             :func:`load_stream` if "stream" is true among them. Empty for examples that came as
             an object in memory.
@@ -212,6 +216,7 @@ class Data:
     has_gaps: bool = False
     columns: tuple[str, ...] = ()
     label_names: tuple[str, ...] = ()
+    levels: Mapping[int, tuple[Level, ...]] = field(default_factory=dict)
     loading: Mapping[str, Any] = field(default_factory=dict)
 
 

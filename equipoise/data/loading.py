@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
+from equipoise.categories import Levels
 from equipoise.data.arrays import (
     MIN_EXAMPLES,
     Found,
@@ -34,6 +35,7 @@ from equipoise.data.encoded import (
 from equipoise.data.folders import read_folder, sort_folders
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
+from equipoise.data.levels import Categorical, encode_frame
 from equipoise.data.named import NAMES, celeba, digits, idx_set
 from equipoise.data.shards import (
     READERS,
@@ -94,6 +96,8 @@ def load(
     names: Sequence[str] | None = None,
     label: str | None = None,
     labels: Sequence[Any] | Array | None = None,
+    categorical: Categorical = True,
+    levels: Levels | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Data:
     """Load examples, check them and split them into three parts.
@@ -143,6 +147,11 @@ def load(
             "fashion-mnist". None takes no labels.
         labels: Labels of the examples of an array, (N,): text, or whole numbers. None, NaN and
             numbers below 0 are unknown labels.
+        categorical: Names of columns of numbers in a file or a data frame that are categories
+            besides those of text and flags. True for none. False takes no column for one: then
+            flags are numbers, and text is refused.
+        levels: Levels of the columns of an array that are categories already, by their number. The
+            array holds the numbers of levels.
         say: Function that is called with the size and place of a cache before it is written.
 
     Returns:
@@ -176,7 +185,9 @@ def load(
 
     limits = _limits(max_pixels, max_bytes)
     reader = _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit, say)
-    content = _find(source, data_dir, reader, download, columns, drop, pool=pool, label=label)
+    content = _find(
+        source, data_dir, reader, download, columns, drop, categorical, pool=pool, label=label
+    )
     if labels is not None:
         if label is not None or content.name != "array":
             raise ValueError("labels are for an array in memory; give label for other data")
@@ -187,6 +198,8 @@ def load(
         )
     if names is not None:
         content = replace(content, columns=tuple(names))
+    if levels:
+        content = replace(content, levels=levels)
     data = prepare(content, test_fraction, validation_fraction)
 
     if not _has_format(data, image_size, channels):
@@ -214,6 +227,8 @@ def load(
             columns=list(columns) if columns else None,
             drop=list(drop) if drop else None,
             label=label,
+            # Left out where nothing depends on it, as before there were categories.
+            categorical=_as_recorded(categorical) if data.levels else None,
         ),
     )
 
@@ -463,6 +478,10 @@ def _record(source: object, **arguments: object) -> dict[str, Any]:
     return {"source": name, **set_arguments}
 
 
+def _as_recorded(categorical: Categorical) -> list[str] | bool:
+    return categorical if isinstance(categorical, bool) else list(categorical)
+
+
 def load_examples(
     source: object,
     shape: tuple[int, ...],
@@ -481,6 +500,7 @@ def load_examples(
     label: str | None = None,
     labels: Sequence[Any] | Array | None = None,
     label_names: Sequence[str] = (),
+    levels: Levels | None = None,
 ) -> Subset:
     """Load examples to which a trained model is applied, in the order of the source.
 
@@ -506,6 +526,9 @@ def load_examples(
             and a note says so.
         labels: Labels of the examples of an array, as in :func:`load`.
         label_names: Labels that the model knows.
+        levels: Levels of the model's categories by the number of the column. Values of a file or a
+            data frame that are none of them become missing, with a note, or are an error if
+            ``strict``.
 
     Returns:
         The test part if the source has its own, otherwise all examples. Their method ``names``
@@ -533,7 +556,17 @@ def load_examples(
         for_model=True,
     )
     content = _find(
-        source, data_dir, reader, False, columns, for_model=True, pool=pool, label=label
+        source,
+        data_dir,
+        reader,
+        False,
+        columns,
+        categorical=False,
+        for_model=True,
+        pool=pool,
+        label=label,
+        levels=levels or {},
+        strict=strict,
     )
     if labels is not None:
         content = replace(content, train=content.train._replace(labels=labels))
@@ -548,7 +581,7 @@ def load_examples(
     for note in content.train.notes:
         if on_note is not None:
             on_note(note)
-        elif note.startswith(("unreadable", UNREADABLE)):
+        elif note.startswith(("unreadable", UNREADABLE)) or note.endswith("treated as missing"):
             warnings.warn(note, stacklevel=2)
 
     if data.shape != shape:
@@ -643,10 +676,13 @@ def _find(
     download: bool,
     columns: Sequence[str] | None = None,
     drop: Sequence[str] | None = None,
+    categorical: Categorical = True,
     *,
     for_model: bool = False,
     pool: bool = False,
     label: str | None = None,
+    levels: Levels | None = None,
+    strict: bool = False,
 ) -> Found:
     if label is not None and for_model and not _may_have(source, label):
         found = _find(source, data_dir, reader, download, columns, drop, for_model=True, pool=pool)
@@ -654,7 +690,16 @@ def _find(
     if isinstance(source, str | Path) and source not in NAMES and is_table(source):
         path = expanded(source)
         if path.is_file():
-            return _load_table(path, reader.limits, columns, drop, label, for_model=for_model)
+            return _load_table(
+                path,
+                reader.limits,
+                columns,
+                drop,
+                categorical,
+                label,
+                levels=levels if for_model else None,
+                strict=strict,
+            )
     if (columns or drop) and not for_model:
         raise ValueError(
             "columns and drop are for tables in files with names: "
@@ -665,7 +710,14 @@ def _find(
         kind = f"an object of type {type(source).__name__}"
         if label is not None and not for_model:
             raise ValueError(f"{kind} has no label {label!r}; give the labels as labels=")
-        return Found("array", kind, Part(_as_array(source)), columns=_names_of(source))
+        names = _names_of(source)
+        if not names:
+            return Found("array", kind, Part(_as_array(source)))
+        encoded = encode_frame(source, categorical, levels, strict=strict)
+        values = Part(_as_array(encoded.frame), notes=encoded.notes)
+        return Found("array", kind, values, columns=names, levels=encoded.levels)
+    if not isinstance(categorical, bool):
+        raise ValueError("categorical is for columns of tables; leave it out")
 
     if source in NAMES:
         folder = None if data_dir is None else expanded(data_dir)
@@ -681,11 +733,14 @@ def _load_table(
     limits: Limits,
     columns: Sequence[str] | None,
     drop: Sequence[str] | None,
+    categorical: Categorical,
     label: str | None,
     *,
-    for_model: bool,
+    levels: Levels | None,
+    strict: bool,
 ) -> Found:
     """Read a table; that for a model by the names of its columns, where both have names."""
+    for_model = levels is not None
     try:
         table = read_table(path, limits)
         if for_model and not table.has_names:
@@ -704,6 +759,10 @@ def _load_table(
                 "rename one, or add an empty column if its values are missing"
             )
         table = table.select(columns or None, drop)
+        if levels is None:
+            table = table.with_categories(categorical)
+        else:
+            table = table.with_levels(levels, strict=strict)
         values = table.values(for_model=for_model)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
@@ -713,7 +772,7 @@ def _load_table(
     part = Part(values, notes=table.notes, labels=labels)
     if label is not None and labels is None:
         part = part._replace(notes=(*part.notes, _note_on_unknown(label)))
-    return Found(name, str(path), part, columns=names)
+    return Found(name, str(path), part, columns=names, levels=table.levels)
 
 
 def _note_on_unknown(label: str) -> str:

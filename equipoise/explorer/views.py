@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from equipoise.aggregate import GaussianMixture, single_gaussian
+from equipoise.categories import mode_of
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Batches, Data
 from equipoise.data.dataset import Channels
@@ -211,7 +212,7 @@ class View:
         """
         z = torch.from_numpy(codes).to(self.model.scaling.scale.dtype)
         likelihood = self.model.decode(z)
-        return self._beside(z, likelihood.mean, likelihood.std)
+        return self._beside(z, mode_of(likelihood), likelihood.std)
 
     @torch.no_grad()
     def draws(self, code: Float[np.ndarray, "1 latent"]) -> Float32[np.ndarray, "draws numbers"]:
@@ -230,7 +231,9 @@ class View:
     def _beside(self, z: Tensor, x: Tensor, std: Tensor) -> Float32[np.ndarray, "n numbers"]:
         """Codes, then values and std in raw units, flat, beside each other."""
         scaling = self.model.scaling
-        values = (scaling.restore(x).flatten(1), scaling.restore_std(std, x).flatten(1))
+        # Categories, which are shown by their numbers, have no std.
+        raw_std = scaling.restore_std(std, x).nan_to_num(0.0)
+        values = (scaling.restore(x).flatten(1), raw_std.flatten(1))
         return torch.cat((z, *values), 1).numpy()
 
     @torch.no_grad()

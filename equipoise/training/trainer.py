@@ -141,7 +141,7 @@ class Trainer:
         # Trained with, it would take from the networks what it explains.
         self.leaves_out = isinstance(model.noise, CorrelatedNoise)
         model.noise = marginal_of(model.noise)
-        model.counted = counted_columns(data.train)
+        model.counted = counted_columns(data.train, data.levels)
         model.to(self.fabric.device)
         n = len(data.train)
         batch_size = min(config.step_size(n, self.processes.size), n)
@@ -158,13 +158,14 @@ class Trainer:
         self.stage_two = choose_stage_two(model, config)
         self.schedule = StageSchedule(
             config.stage_1_epochs,
-            config.stage_2_epochs,
+            config.stage_2_epochs if model.has_numbers else 0,
             config.tolerance,
             config.patience,
             config.early_stopping,
         )
         self.position = Position()
         self.history: list[Row] = []
+        self.data_var = math.nan
         self.optimal_var: Tensor | None = None
         self.overfitting = 1.0
         self.ratio = torch.ones((), dtype=torch.float64, device=self.fabric.device)
@@ -229,6 +230,8 @@ class Trainer:
             Sentences that say what was done.
         """
         varying = varying_mask(self.data.train).to(self.fabric.device)
+        if self.model.categories is not None:
+            varying &= self.model.categories.is_numeric
         return recalibrate(
             self.model,
             self.validation,
@@ -287,8 +290,10 @@ class Trainer:
         sample = examples(self.data.train, RANGE_EXAMPLES, self.fabric.device)
         sample = self.model.scaling(sample)
         counted = self.model.pooled(sample)
-        self.data_var = float(column_vars(counted).nanmean())
-        self.counted_share = counted[0].numel() / sample[0].numel()
+        if self.model.has_numbers:
+            self.data_var = float(column_vars(counted).nanmean())
+        n_numeric = sample[0].numel() - len(self.data.levels)
+        self.counted_share = counted[0].numel() / n_numeric if n_numeric else 1.0
 
         observed = observed_values(sample)
         warning = range_warning(self.model.decoder, float(observed.min()), float(observed.max()))
@@ -528,6 +533,8 @@ class Trainer:
         Returns figures for the epoch's row, and a sentence.
         """
         model, n_training = self.model, len(self.data.train)
+        if not model.has_numbers:
+            return {}, "The table has categories alone, which have no noise variance."
         generator = self._stream("optimal variance")
         var = exact_optimal_var(model, self.training, generator, self.all_reduce)
         figures = {"training_noise_var": float(var.mean())}
