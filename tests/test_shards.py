@@ -15,6 +15,8 @@ from equipoise.data import batches_of, load_stream
 from equipoise.data import shard_batches as shard_batches_module
 from equipoise.data import shards as shards_module
 from equipoise.data.shard_batches import ShardBatches, _ahead, segment
+from equipoise.data.shard_files import NpyShard
+from equipoise.data.shard_tables import ParquetShard
 from equipoise.data.shards import READERS, choose_readers, find_shards, read_rows
 
 SIZES = (70, 1, 230, 0, 64, 135)
@@ -176,11 +178,12 @@ def test_a_resumed_epoch_reads_what_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_readers_have_row_groups_enough(tmp_path):
-    shard = shards_module.Shard(tmp_path / "a.parquet", 1000, (10,) * 100, ("x",))
+    shard = ParquetShard(tmp_path / "a.parquet", 1000, (10,) * 100, ("x",))
     assert choose_readers([shard]) == 8
     assert choose_readers([shard] * 100) == READERS
-    assert choose_readers([shard._replace(groups=(1000,))]) == 1
-    assert choose_readers([shard._replace(groups=(), columns=())]) == READERS
+    assert choose_readers([replace(shard, rows_of_groups=(1000,))]) == 1
+    npy = NpyShard(tmp_path / "a.npy", 1000, 128, np.dtype(np.float32), (3,))
+    assert choose_readers([npy]) == READERS
 
 
 def test_few_row_groups_are_told(tmp_path):

@@ -35,17 +35,19 @@ from equipoise.data.folders import read_folder
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
 from equipoise.data.named import NAMES, celeba, digits, idx_set
+from equipoise.data.shard_files import Shard
 from equipoise.data.shards import (
-    READERS,
-    Shard,
+    ENDINGS,
     ShardedStream,
     choose_readers,
+    describe_shards,
     find_shards,
     read_rows,
 )
 from equipoise.data.stream import Stream, first_examples, reader
 from equipoise.data.tables import SUFFIXES, is_table, read_table
 from equipoise.files import check_text, expanded
+from equipoise.places import is_place, locate
 from equipoise.text import parse_size, visible
 
 NPZ_KEYS = (("train", "x_train"), ("validation", "x_validation", "x_val"), ("test", "x_test"))
@@ -300,7 +302,9 @@ def load_stream(
     label = f"a stream of type {type(source).__name__}"
     notes: list[str] = []
     shards: tuple[Shard, ...] = ()
-    if is_hub_table(source) or (isinstance(source, str) and source.startswith("hf:")):
+    if is_hub_table(source) or (
+        isinstance(source, str) and source.startswith("hf:") and not is_place(source)
+    ):
         passes = hub_passes(source, column, image_size, channels, limits)
         source = passes.train
         label = passes.source
@@ -316,12 +320,7 @@ def load_stream(
         if test is None and passes.test is not None:
             test = first_examples(reader(passes.test, label)(), MAX_TEST)
     elif _is_sharded(source):
-        if image_size or channels or max_pixels:
-            raise ValueError(
-                f"{source}: image_size, channels and max_pixels are for images that are decoded; "
-                "leave them out for .npy and .parquet files"
-            )
-        shards = find_shards(source, column)  # type: ignore[arg-type] # a path or a list of paths
+        shards = find_shards(source, column, image_size, channels, limits)  # type: ignore[arg-type] # a path or a list of paths
         total_found = sum(shard.n for shard in shards)
         if count not in (None, total_found):
             raise ValueError(f"{source}: {total_found} examples by their headers, not {count}")
@@ -329,8 +328,8 @@ def load_stream(
         is_folder = isinstance(source, str | Path)
         label = str(source) if is_folder else f"a list of {len(shards)} files"
         if name == "stream" and is_folder:
-            name = expanded(str(source)).resolve().name
-        notes.append(_describe_shards(shards))
+            name = _name_of(str(source))
+        notes += describe_shards(shards)
 
         def read_all() -> Iterator[Array]:
             return chain.from_iterable(read_rows(shard, 0, shard.n) for shard in shards)
@@ -341,7 +340,7 @@ def load_stream(
         raise ValueError(
             f"{subject} needs no stream: load_data reads files as they are needed, and arrays are "
             "in memory already. Expected an iterable of batches, a function that makes one, "
-            "hf:owner/name, or a folder of .npy or .parquet files"
+            f"hf:owner/name, or a folder of files ({', '.join(ENDINGS)})"
         )
     elif column or image_size or channels or max_pixels:
         raise ValueError(
@@ -406,25 +405,21 @@ def load_stream(
 
 
 def _is_sharded(source: object) -> bool:
-    """Tell whether a source is a folder, or a list of files."""
+    """Tell whether a source is a folder, a table, a tar file, a place, or a list of files."""
     if isinstance(source, str | Path):
-        return expanded(source).is_dir()
+        if is_place(source):
+            return True
+        path = expanded(source)
+        return path.is_dir() or (path.is_file() and path.suffix.lower() in (*ENDINGS[1:],))
     is_list = isinstance(source, list | tuple) and len(source) > 0
     parts = cast(Sequence[object], source)
     return is_list and all(isinstance(part, str | Path) for part in parts)
 
 
-def _describe_shards(shards: tuple[Shard, ...]) -> str:
-    """Say how many files there are, and how many processes can share them."""
-    readers = choose_readers(shards)
-    text = f"{len(shards):,} files, counted by their headers"
-    if readers < READERS:
-        n_groups = sum(len(shard.groups) for shard in shards)
-        text += (
-            f"; with {n_groups:,} row groups, up to {readers} processes read only their own part "
-            "(write smaller row groups for more)"
-        )
-    return text
+def _name_of(source: str) -> str:
+    """Name a stream after its folder or file."""
+    place = locate(source)
+    return place.resolve().name if isinstance(place, Path) else place.name
 
 
 def _record(source: object, **arguments: object) -> dict[str, Any]:
@@ -438,6 +433,11 @@ def _record(source: object, **arguments: object) -> dict[str, Any]:
         return {}
 
     name = str(source)
+    if is_place(name):
+        check_text(name)
+        given = {k: v for k, v in arguments.items() if v is not None and v is not False}
+        return {"source": str(locate(name)), **given}
+
     # A path is never the name of a set, as when the examples were found.
     if source not in NAMES and expanded(name).exists():
         name = str(expanded(name).resolve())
