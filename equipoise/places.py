@@ -1,7 +1,7 @@
 """Places besides the folders of this machine: object stores and others, through fsspec.
 
-``s3://``, ``gs://``, ``hf://``, ``memory://`` and whatever else fsspec has a library for. How to log
-in is the business of that library, by the environment or by files of its own. Addresses with a
+``s3://``, ``gs://``, ``hf://``, ``memory://`` and whatever else fsspec has a library for. How to
+log in is the business of that library, by the environment or by files of its own. Addresses with a
 password or a signature are refused, because addresses are recorded and shown, and messages of the
 libraries are passed on without the values of secrets.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from equipoise.files import StoreError, expanded
 
@@ -96,7 +96,7 @@ class Place:
             files.invalidate_cache()
             return bool(files.isfile(path))
 
-    def open(self, read_ahead: int = 0) -> BinaryIO:
+    def open(self, read_ahead: int = 0) -> Any:  # noqa: ANN401 (a binary file)
         """Open the file for reading, so that a read fetches what it asks for and no more.
 
         Args:
@@ -109,7 +109,7 @@ class Place:
             files, path = self._found()
             files.invalidate_cache()
             file = _RemoteFile(self, int(files.size(path)))
-        return cast(BinaryIO, io.BufferedReader(file, read_ahead) if read_ahead else file)
+        return io.BufferedReader(file, read_ahead) if read_ahead else file
 
     def read(self, start: int | None = None, stop: int | None = None) -> bytes:
         """Read the file, or some of its bytes.

@@ -90,7 +90,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="RUN",
-        help="Folder to write the run to. The default is runs/NAME, after the name of the data.",
+        help="Folder to write the run to. The default is runs/NAME, after the name of the data. An "
+        "address such as s3://bucket/run gets a copy after each checkpoint.",
     )
     parser.add_argument(
         "--force",
@@ -348,6 +349,8 @@ def _finish(run: "Run", data: "Data", terminal: "Terminal", *, is_evaluation_kep
     if "likelihood" not in evaluation:
         evaluation = evaluate(run, data, sections=["likelihood"], brief=True)
 
+    if run.mirror is not None:
+        run.mirror.upload()
     terminal.close()
     terminal.message(format_section("likelihood", evaluation["likelihood"]))
     terminal.message(

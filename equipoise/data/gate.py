@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -208,7 +208,7 @@ class NpyHeader(NamedTuple):
     offset: int
 
 
-def read_npy_header(file: BinaryIO) -> NpyHeader:
+def read_npy_header(file: Any) -> NpyHeader:  # noqa: ANN401 (a binary file)
     """Read the header of an ``.npy`` file, and nothing of the array.
 
     Args:
@@ -234,7 +234,9 @@ def read_npy_header(file: BinaryIO) -> NpyHeader:
     except Exception as error:  # a header that cannot be parsed may cause any exception
         raise ValueError(f"no .npy file that can be read ({_reason(error)})") from error
     if dtype.hasobject:
-        raise ValueError("it holds Python objects, which are never loaded; save an array of numbers")
+        raise ValueError(
+            "it holds Python objects, which are never loaded; save an array of numbers"
+        )
     if min(shape, default=0) < 0:
         raise ValueError(f"its header announces an array of shape {shape}")
     return NpyHeader(shape, is_fortran, dtype, header.tell())

@@ -12,6 +12,7 @@ import numpy as np
 
 from equipoise.data.dataset import Array
 from equipoise.data.shard_files import Shard, opened, rows_at_once
+from equipoise.files import check_regular
 from equipoise.places import SourceFile
 
 Table = Any  # pyarrow has no types
@@ -208,7 +209,7 @@ def _arrow_file(path: SourceFile) -> Iterator[Table]:
     """Open an Arrow file; one of this machine as a map, of which only headers are read to count."""
     pyarrow = _import("pyarrow", path)
     if isinstance(path, Path):
-        opened(path).close()  # type: ignore[attr-defined] # refuses what is no file
+        check_regular(path)
         source: Any = pyarrow.memory_map(str(path))
     else:
         source = pyarrow.PythonFile(path.open(), mode="r")

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -141,11 +141,15 @@ class TarShard(Shard):
                 # The images of a piece are decoded at the same time.
                 yield np.stack(list(_threads().map(self._decode, members, contents)))
 
-    def _contents(self, file: BinaryIO, members: Sequence[Member]) -> list[bytes]:
+    def _contents(
+        self,
+        file: Any,  # noqa: ANN401 (a binary file)
+        members: Sequence[Member],
+    ) -> list[bytes]:
         """Read members that lie close to each other in one piece."""
         first = members[0].offset
         file.seek(first)
-        content = file.read(members[-1].offset + members[-1].size - first)
+        content: bytes = file.read(members[-1].offset + members[-1].size - first)
         return [content[m.offset - first :][: m.size] for m in members]
 
     def _decode(self, member: Member, content: bytes) -> Array:
@@ -165,8 +169,8 @@ class TarShard(Shard):
         """Name a member that cannot be read."""
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         return ValueError(
-            f"{self.path}: {member.name} cannot be read: {reason}. Streams leave nothing out: write "
-            "the file without it ('equipoise pack' leaves out what it cannot read)"
+            f"{self.path}: {member.name} cannot be read: {reason}. Streams leave nothing out: "
+            "write the file without it"
         )
 
 
@@ -221,16 +225,16 @@ def _choose_ending(members: Sequence[Member], column: str | None) -> str:
 
 def _read_headers(path: SourceFile) -> list[Member]:
     """Read the headers of all members; their content is passed over."""
-    members = []
     source = opened(path) if isinstance(path, Path) else path.open(HEADER_BYTES)
     try:
         with source as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                if info.isreg() and not info.issparse():
-                    members.append(Member(info.name, info.offset_data, info.size))
+            return [
+                Member(info.name, info.offset_data, info.size)
+                for info in tar
+                if info.isreg() and not info.issparse()
+            ]
     except tarfile.TarError as error:
         raise ValueError(f"it is damaged, or no tar file without compression ({error})") from error
-    return members
 
 
 def _index_of(path: SourceFile) -> SourceFile | None:
