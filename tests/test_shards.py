@@ -238,6 +238,15 @@ def test_files_that_change_are_noticed(tmp_path):
         list(whole_batches(stream, 1))
 
 
+def test_rows_with_gaps_are_a_stream(tmp_path):
+    rows = values_of(100)
+    rows[::7, 1] = np.nan
+    np.save(tmp_path / "a.npy", rows)
+    data = load_stream(tmp_path, test=10, validation=10)
+    assert data.has_gaps
+    assert np.array_equal(np.concatenate(list(data.train.batches())), rows[20:], equal_nan=True)
+
+
 def test_the_order_of_the_files_belongs_to_the_data(tmp_path):
     parts = write_npy(tmp_path / "parts")
     first = load_stream(parts, test=20, validation=30)

@@ -35,6 +35,7 @@ from equipoise.data.folders import read_folder
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
 from equipoise.data.named import NAMES, celeba, digits, idx_set
+from equipoise.data.packed import is_packed, load_packed
 from equipoise.data.shard_files import Shard
 from equipoise.data.shards import (
     ENDINGS,
@@ -299,6 +300,17 @@ def load_stream(
             max_pixels=max_pixels,
         )
 
+    if _is_packed(source):
+        decided = [count, validation, test, column, image_size, channels, max_pixels]
+        if any(value is not None for value in decided):
+            raise ValueError(
+                f"{source}: what packed examples are was decided when they were packed: leave out "
+                "count, validation, test, column, image_size, channels and max_pixels"
+            )
+        name_of_stream = None if name == "stream" else name
+        data = load_packed(locate(cast(str, source)), name_of_stream, buffer_size, AT_HAND)
+        return replace(data, loading=loading)
+
     label = f"a stream of type {type(source).__name__}"
     notes: list[str] = []
     shards: tuple[Shard, ...] = ()
@@ -414,6 +426,15 @@ def _is_sharded(source: object) -> bool:
     is_list = isinstance(source, list | tuple) and len(source) > 0
     parts = cast(Sequence[object], source)
     return is_list and all(isinstance(part, str | Path) for part in parts)
+
+
+def _is_packed(source: object) -> bool:
+    """Tell whether a source is a folder of packed examples."""
+    if not isinstance(source, str | Path) or (
+        str(source).startswith("hf:") and not is_place(source)
+    ):
+        return False
+    return is_packed(locate(source))
 
 
 def _name_of(source: str) -> str:

@@ -68,12 +68,15 @@ class ParquetShard(TableShard):
     """A Parquet file, whose parts are its row groups."""
 
     @classmethod
-    def inspect(cls, path: SourceFile, column: str | Sequence[str] | None) -> "ParquetShard":
+    def inspect(
+        cls, path: SourceFile, column: str | Sequence[str] | None, drop: Sequence[str] = ()
+    ) -> "ParquetShard":
         """Read the footer of a file, and choose the columns.
 
         Args:
             path: The file.
             column: Column of lists, or columns of numbers. None chooses.
+            drop: Columns to leave out.
 
         Returns:
             The shard.
@@ -81,7 +84,7 @@ class ParquetShard(TableShard):
         with _parquet_file(path) as table:
             schema, footer = table.schema_arrow, table.metadata
             groups = tuple(footer.row_group(g).num_rows for g in range(footer.num_row_groups))
-        columns = choose_columns(schema, column) if footer.num_rows else ()
+        columns = choose_columns(schema, column, drop) if footer.num_rows else ()
         return cls(path, footer.num_rows, groups, columns)
 
     def _batches(self, groups: list[int]) -> Iterator[Table]:
@@ -103,12 +106,15 @@ class ArrowShard(TableShard):
     """An Arrow or Feather file, whose parts are its record batches."""
 
     @classmethod
-    def inspect(cls, path: SourceFile, column: str | Sequence[str] | None) -> "ArrowShard":
+    def inspect(
+        cls, path: SourceFile, column: str | Sequence[str] | None, drop: Sequence[str] = ()
+    ) -> "ArrowShard":
         """Read the schema of a file and the lengths of its record batches, and choose the columns.
 
         Args:
             path: The file.
             column: Column of lists, or columns of numbers. None chooses.
+            drop: Columns to leave out.
 
         Returns:
             The shard.
@@ -118,7 +124,7 @@ class ArrowShard(TableShard):
                 table.get_batch(number).num_rows for number in range(table.num_record_batches)
             )
             schema = table.schema
-        columns = choose_columns(schema, column) if sum(groups) else ()
+        columns = choose_columns(schema, column, drop) if sum(groups) else ()
         return cls(path, sum(groups), groups, columns)
 
     def _batches(self, groups: list[int]) -> Iterator[Table]:
@@ -134,13 +140,16 @@ class ArrowShard(TableShard):
                     yield batch.slice(first, at_once)
 
 
-def choose_columns(schema: Table, column: str | Sequence[str] | None) -> tuple[str, ...]:
+def choose_columns(
+    schema: Table, column: str | Sequence[str] | None, drop: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Choose the columns that make up an example.
 
     Args:
         schema: Schema of a table, of pyarrow.
         column: Column of lists, or columns of numbers. None takes all columns if they are numbers,
             or the only column of lists.
+        drop: Columns to leave out.
 
     Returns:
         Their names.
@@ -149,6 +158,10 @@ def choose_columns(schema: Table, column: str | Sequence[str] | None) -> tuple[s
         ValueError: If there is no such column, or the choice is not clear.
     """
     types = {field.name: str(field.type) for field in schema}
+    unknown = [name for name in drop if name not in types]
+    if unknown:
+        raise ValueError(f"no column {unknown[0]!r}; there are {', '.join(types)}")
+    types = {name: kind for name, kind in types.items() if name not in drop}
     lists = [name for name, kind in types.items() if "list<" in kind]
     if column is not None:
         columns = (column,) if isinstance(column, str) else tuple(column)
@@ -160,7 +173,7 @@ def choose_columns(schema: Table, column: str | Sequence[str] | None) -> tuple[s
         types = {name: types[name] for name in columns}
 
     others = [name for name, kind in types.items() if not kind.startswith(NUMBERS)]
-    if not others:
+    if not others and types:
         return tuple(types)
     if column is None and len(lists) == 1:
         return (lists[0],)

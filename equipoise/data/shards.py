@@ -16,7 +16,7 @@ from equipoise.data.dataset import Array, Channels
 from equipoise.data.gate import DEFAULT_LIMITS, Limits
 from equipoise.data.images import Header, make_plan
 from equipoise.data.shard_files import NpyShard, Shard
-from equipoise.data.shard_tables import ArrowShard, ParquetShard
+from equipoise.data.shard_tables import ArrowShard, ParquetShard, TableShard
 from equipoise.data.shard_tars import TarShard
 from equipoise.data.stream import Stream
 from equipoise.places import SourceFile, locate
@@ -53,10 +53,12 @@ class ShardedStream(Stream):
         shards: The files, in the order of the examples.
         readers: Number of places from which examples are read at the same time, over all
             processes. It is a power of two, and does not depend on the number of processes.
+        axis: Axis of the channels of images, if it is known.
     """
 
     shards: tuple[Shard, ...]
     readers: int
+    axis: int | None = None
 
     def rows(self, shard: Shard, start: int, stop: int) -> Iterator[Array]:
         r"""Read some training examples of a file.
@@ -74,7 +76,7 @@ class ShardedStream(Stream):
         """
         label = str(shard.path)
         for values in read_rows(shard, start, stop):
-            batch = examples(values, label)
+            batch = examples(values, label, self.axis)
             if batch.shape[1:] != self.shape[1:]:
                 raise ValueError(
                     f"{label}: examples of shape {batch.shape[1:]}; the first are of shape "
@@ -89,6 +91,7 @@ def find_shards(
     image_size: int | str | None = None,
     channels: Channels | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    drop: Sequence[str] = (),
 ) -> tuple[Shard, ...]:
     """Find the files of a source, and read how many examples each has.
 
@@ -101,6 +104,7 @@ def find_shards(
         image_size: Side in pixels that the images of tar files get. None keeps their size.
         channels: "grey" or "rgb", for the images of tar files.
         limits: The most that an image may claim.
+        drop: Columns of tables to leave out.
 
     Returns:
         The files with examples.
@@ -130,7 +134,10 @@ def find_shards(
             "leave them out"
         )
 
-    shards = tuple(shard for shard in (_inspect(kind, file, column) for file in files) if shard.n)
+    if drop and not issubclass(kind, TableShard):
+        raise ValueError(f"{label}: drop is for the columns of tables; leave it out")
+    inspected = [_inspect(kind, file, column, drop) for file in files]
+    shards = tuple(shard for shard in inspected if shard.n)
     if not shards:
         raise ValueError(f"{label}: no examples in the {len(files)} files")
     if kind is TarShard:
@@ -215,7 +222,12 @@ def _files_of(place: SourceFile) -> list[SourceFile]:
     return sorted((file for file in visible if file.suffix.lower() in KINDS), key=lambda f: f.name)
 
 
-def _inspect(kind: type[Shard], file: SourceFile, column: str | Sequence[str] | None) -> Shard:
+def _inspect(
+    kind: type[Shard],
+    file: SourceFile,
+    column: str | Sequence[str] | None,
+    drop: Sequence[str],
+) -> Shard:
     """Read the header or footer of a file."""
     try:
         if kind is NpyShard:
@@ -226,7 +238,7 @@ def _inspect(kind: type[Shard], file: SourceFile, column: str | Sequence[str] | 
             if not isinstance(column, str | None):
                 raise ValueError("give the ending of its members with column=, and not several")
             return TarShard.inspect(file, column)
-        return cast("type[ParquetShard | ArrowShard]", kind).inspect(file, column)
+        return cast("type[ParquetShard | ArrowShard]", kind).inspect(file, column, drop)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
