@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from functools import partial
 
 import fsspec
@@ -242,54 +244,63 @@ def test_what_the_place_has_is_what_counts(place, data, tmp_path):
 
 @pytest.fixture(scope="module")
 def server():
-    """An object store on the loopback interface, with a bucket."""
+    """An object store of this machine, with a bucket."""
     pytest.importorskip("s3fs")
     moto_server = pytest.importorskip("moto.server")
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server = moto_server.ThreadedMotoServer(ip_address="0.0.0.0", port=0)
     server.start()
-    host, port = server.get_host_and_port()
+    _, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "loopback-key-id")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "loopback-secret")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         fsspec.filesystem("s3").mkdir("bucket")
         yield "s3://bucket"
     server.stop()
 
 
+def start(folder, address, *more, inside=(), **variables):
+    """Train from the object store into it, on a machine that has only this folder."""
+    folder.mkdir(exist_ok=True)
+    options = [f"{name}={value}" for name, value in OPTIONS.items()]
+    line = [sys.executable, "-m", "equipoise", "train", "s3://bucket/parts", "--stream", "--quiet"]
+    line += [*more, "--resume", "auto", "--out", address, "--set", *options, "stage_1_epochs=8"]
+    return subprocess.Popen(
+        [*inside, *line],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_checkpoint(address, processes):
+    index = Place(f"{address}/{INDEX}")
+    while not (index.is_file() and b"checkpoints" in index.read()):
+        assert all(process.poll() is None for process in processes), processes[0].communicate()
+        time.sleep(0.05)
+
+
+def ended(*processes):
+    told = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), told
+    return told[0]
+
+
+@pytest.mark.slow
 def test_a_killed_process_goes_on_from_an_object_store(server, tmp_path):
     """SIGKILL at any moment, and another machine without the folder of the first."""
     copy(table(tmp_path / "parts"), Place(f"{server}/parts"))
-    options = [f"{name}={value}" for name, value in OPTIONS.items()]
-    line = [sys.executable, "-m", "equipoise", "train", f"{server}/parts", "--stream", "--quiet"]
-    line += ["--resume", "auto", "--set", *options, "stage_1_epochs=30", "--out"]
-
-    def run_in(name, address):
-        (tmp_path / name).mkdir()
-        return subprocess.Popen(
-            [*line, address],
-            cwd=tmp_path / name,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    index = Place(f"{server}/run/{INDEX}")
-    with run_in("one", f"{server}/run") as killed:
-        while not (index.is_file() and b"checkpoints" in index.read()):
-            assert killed.poll() is None, killed.communicate()
-            time.sleep(0.05)
+    with start(tmp_path / "one", f"{server}/run") as killed:
+        wait_for_checkpoint(f"{server}/run", [killed])
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
     assert killed.returncode == -signal.SIGKILL
 
-    told = ""
-    for name, address in (("two", f"{server}/run"), ("whole", f"{server}/whole")):
-        with run_in(name, address) as process:
-            told += process.communicate(timeout=300)[0]
-        assert process.returncode == 0, told
+    told = ended(start(tmp_path / "two", f"{server}/run"))
+    told += ended(start(tmp_path / "whole", f"{server}/whole"))
     assert "Resumed step-" in told
     assert "loopback-secret" not in told
     runs = [Run(tmp_path / "two/runs/s3/bucket/run"), Run(tmp_path / "whole/runs/s3/bucket/whole")]
@@ -297,3 +308,78 @@ def test_a_killed_process_goes_on_from_an_object_store(server, tmp_path):
     assert b"loopback" not in b"".join(
         file.read_bytes() for file in runs[0].folder.rglob("*.json*") if file.is_file()
     )
+
+
+@pytest.fixture
+def hosts(server):
+    """Two network namespaces and a bridge to this machine stand for two hosts and a store."""
+    if os.name != "posix" or not shutil.which("ip") or os.geteuid() != 0:
+        pytest.skip("makes network namespaces")
+
+    def ip(*words):
+        return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+    mark = uuid.uuid4().hex[:6]
+    bridge, names = f"br{mark}", [f"eq{mark}{number}" for number in range(2)]
+    try:
+        if (made := ip("link", "add", bridge, "type", "bridge")).returncode:
+            pytest.skip(f"bridges are not allowed here: {made.stderr}")
+        ip("addr", "add", "10.78.0.254/24", "dev", bridge)
+        ip("link", "set", bridge, "up")
+        found = []
+        for number, name in enumerate(names):
+            if (made := ip("netns", "add", name)).returncode:
+                pytest.skip(f"network namespaces are not allowed here: {made.stderr}")
+            ip("link", "add", f"o{name}", "type", "veth", "peer", "name", f"i{name}")
+            ip("link", "set", f"o{name}", "master", bridge, "up")
+            ip("link", "set", f"i{name}", "netns", name)
+            inside = ["ip", "netns", "exec", name]
+            ip("-n", name, "addr", "add", f"10.78.0.{number + 1}/24", "dev", f"i{name}")
+            for device in (f"i{name}", "lo"):
+                ip("-n", name, "link", "set", device, "up")
+            variables = {
+                "MASTER_ADDR": "10.78.0.1",
+                "MASTER_PORT": "29500",
+                "NODE_RANK": str(number),
+                "GLOO_SOCKET_IFNAME": f"i{name}",
+                "AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"].replace(
+                    "127.0.0.1", "10.78.0.254"
+                ),
+            }
+            found.append((inside, variables))
+        yield found
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+        ip("link", "del", bridge)
+
+
+@pytest.mark.slow
+def test_two_hosts_train_from_one_object_store(hosts, server, tmp_path):
+    """The second is killed, the first ends with a line; both start again, the first anew."""
+    copy(table(tmp_path / "parts"), Place(f"{server}/parts"))
+    address = f"{server}/by-two"
+
+    def start_both(*folders):
+        return [
+            start(tmp_path / folder, address, "--num-nodes", "2", inside=inside, **variables)
+            for folder, (inside, variables) in zip(folders, hosts, strict=True)
+        ]
+
+    first, second = start_both("host-0", "host-1")
+    wait_for_checkpoint(address, [first, second])
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    told = first.communicate(timeout=300)[0]
+    assert first.returncode == 1, told
+    assert "has lost another one" in told
+
+    told = ended(*start_both("host-0-again", "host-1"))
+    assert "Resumed step-" in told
+    ended(start(tmp_path / "one", f"{server}/by-one"))
+    one = Run(tmp_path / "one/runs/s3/bucket/by-one")
+    two = Run(tmp_path / "host-0-again/runs/s3/bucket/by-two")
+    for row, other in zip(without_times(two.history()), without_times(one.history()), strict=True):
+        assert row.pop("decision") == other.pop("decision")
+        assert row == pytest.approx(other, rel=1e-4)
+    assert not (tmp_path / "host-1" / "runs").exists(), "only the first process writes"

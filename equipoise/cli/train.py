@@ -121,9 +121,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="Read the data anew in every epoch, without keeping the examples: a folder of .npy or "
-        ".parquet files, of which each process reads its own part, or data from the Hugging Face "
-        "hub or a local copy (hf:PATH). All but .npy needs the extra 'hub'.",
+        help="Read the data anew in every epoch, without keeping the examples: what 'equipoise "
+        "pack' has written, or a folder of .npy, .parquet, .feather or .tar files, also at a place "
+        "such as s3://bucket/folder, of which each process reads its own part; or data from the "
+        "Hugging Face hub or a local copy (hf:PATH). Tables and hf: need the extra 'hub'.",
     )
     parser.add_argument(
         "--no-split",

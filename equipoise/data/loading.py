@@ -240,9 +240,11 @@ def load_stream(
         source: An iterable of batches that can be read repeatedly, such as a ``DataLoader``, or a
             function that returns one. A batch is an array or tensor, (B, D), (B, H, W),
             (B, C, H, W) or (B, H, W, C), or a tuple that starts with one. The source may also be
-            a data set of the Hugging Face library, as an object or as "hf:owner/name", or a folder
-            or list of ``.npy`` or ``.parquet`` files, of which each process reads its own part, see
-            :class:`equipoise.data.shard_batches.ShardBatches`.
+            a data set of the Hugging Face library, as an object or as "hf:owner/name"; or a folder
+            or list of files (``.npy``, ``.parquet``, ``.feather``, ``.arrow``, ``.tar``), also at a
+            place such as "s3://bucket/folder", of which each process reads its own part, see
+            :class:`equipoise.data.shard_batches.ShardBatches`; or what :func:`equipoise.pack` has
+            written.
         count: Number of examples in a pass. None counts them in an additional pass.
         validation: The validation examples, as an array or tensor such as
             ``load_data("photos").validation``, or the number of examples that are held out at the
@@ -254,13 +256,13 @@ def load_stream(
         buffer_size: Number of examples in the shuffle buffer, which is kept in memory.
         name: Name of the data set in reports.
         column: Column of a Hugging Face data set. None means its images, or its only column of
-            arrays. Of Parquet files, a column of lists; None means all columns if they are numbers,
-            or the only column of lists.
-        image_size: Side in pixels of the square that each image of a Hugging Face data set
-            becomes, as in :func:`load`.
-        channels: Channels of the images of a Hugging Face data set, as in :func:`load`.
-        max_pixels: Most pixels of an image of a Hugging Face data set; 50 million if None. A larger
-            one is refused, because a stream leaves nothing out.
+            arrays. Of tables, a column of lists; None means all columns if they are numbers, or the
+            only column of lists. Of tar files, the ending of the members that are the examples.
+        image_size: Side in pixels of the square that each image of a Hugging Face data set or a tar
+            file becomes, as in :func:`load`.
+        channels: Channels of such images, as in :func:`load`.
+        max_pixels: Most pixels of such an image; 50 million if None. A larger one is refused,
+            because a stream leaves nothing out.
 
     Returns:
         The data, in which ``train`` is a :class:`Stream`. Its ``fingerprint`` covers the examples
