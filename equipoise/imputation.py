@@ -130,6 +130,7 @@ def impute(
         if probability is not None:
             levels, best = _most_probable(codes, len(x))
             found = torch.where(levels.isnan(), found, levels)
+            deviation = deviation.masked_fill(is_category, torch.nan)
             probability[rows] = torch.where(missing, best, probability[rows])
         mean[rows] = torch.where(missing, found, raw[rows])
         std[rows] = deviation

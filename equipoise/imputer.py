@@ -21,14 +21,11 @@ class Imputed(NamedTuple):
     Args:
         mean: The table, with the expectation of each missing value, (n, features).
         std: Std of each missing value; 0 where a value is observed, (n, features). NaN for
-            categories.
-        probability: Probability of the level of each category, 1 where it is observed, (n,
-            features); NaN for numbers. None if there are no categories.
+            categories, see :meth:`VAEImputer.level_probability`.
     """
 
     mean: Any
     std: Float64[np.ndarray, "n features"]
-    probability: Float64[np.ndarray, "n features"] | None = None
 
 
 def _has_names(x: object) -> bool:
@@ -123,12 +120,22 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
         filled = self._rows(np.where(np.isnan(table), found.mean.double().numpy(), table))
         if not return_std:
             return filled
-        probability = found.probability
-        return Imputed(
-            filled,
-            found.std.double().numpy(),
-            None if probability is None else probability.double().numpy(),
-        )
+        return Imputed(filled, found.std.double().numpy())
+
+    def level_probability(self, x: object) -> Float64[np.ndarray, "n features"]:
+        """Say how sure the level of each category is that :meth:`transform` fills in.
+
+        Args:
+            x: Rows, as for :meth:`transform`.
+
+        Returns:
+            Its probability, 1 where the level is observed, (n, features). NaN for numbers.
+        """
+        table = self._table(x, reset=False)
+        probability = self._impute(table, 0).probability
+        if probability is None:
+            return np.full(table.shape, np.nan)
+        return probability.double().numpy()
 
     def sample(self, x: object, n_draws: int = 5) -> Any:  # noqa: ANN401 (an array, or frames)
         """Draw multiple imputations, which differ as much as the missing values are unknown.

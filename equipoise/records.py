@@ -105,6 +105,47 @@ class StreamArguments(TypedDict):
     max_pixels: NotRequired[Limit]
 
 
+class PackedShard(TypedDict):
+    """A file of packed examples."""
+
+    name: Name
+    part: Literal["train", "validation", "test"]
+    n: Count
+    offset: Count
+    sha256: Digest
+    skipped: list[str]
+
+
+class Unfinished(TypedDict):
+    """The files that a packing has written so far, and what it packs."""
+
+    plan: Digest
+    shards: list[PackedShard]
+
+
+class PackIndex(TypedDict):
+    """``index.json`` of packed examples: what training needs to know before it reads them."""
+
+    format: Name
+    name: Name
+    plan: Digest
+    kind: Literal["image", "table"]
+    shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
+    stored: Name
+    dtype: Name
+    offset: list[float]
+    scale: list[float]
+    quantum: float | None
+    low: float
+    high: float
+    digest: Digest
+    columns: list[Name]
+    has_gaps: bool
+    notes: list[str]
+    cautions: list[str]
+    shards: list[PackedShard]
+
+
 class DataRecord(TypedDict):
     """The data that a run was trained on, and how they are loaded again."""
 

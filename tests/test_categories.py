@@ -515,7 +515,7 @@ class TestFrames:
         found = imputer.transform(frame, return_std=True)
         assert list(found.mean["kind"])[1:9] == columns["kind"][1:9]
         assert next(iter(found.mean["kind"])) in {"red", "green", "blue"}
-        assert found.probability[1, 0] == 1
+        assert imputer.level_probability(frame)[1, 0] == 1
         assert np.isnan(found.std[:, 0]).all()
         assert type(imputer.sample(frame, 2)[1]) is type(frame)
 

@@ -105,7 +105,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="RUN",
-        help="Folder to write the run to. The default is runs/NAME, after the name of the data.",
+        help="Folder to write the run to. The default is runs/NAME, after the name of the data. An "
+        "address such as s3://bucket/run gets a copy after each checkpoint.",
     )
     parser.add_argument(
         "--force",
@@ -137,9 +138,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="Read the data anew in every epoch, without keeping the examples: a folder of .npy or "
-        ".parquet files, of which each process reads its own part, or data from the Hugging Face "
-        "hub or a local copy (hf:PATH). All but .npy needs the extra 'hub'.",
+        help="Read the data anew in every epoch, without keeping the examples: what 'equipoise "
+        "pack' has written, or a folder of .npy, .parquet, .feather or .tar files, also at a place "
+        "such as s3://bucket/folder, of which each process reads its own part; or data from the "
+        "Hugging Face hub or a local copy (hf:PATH). Tables and hf: need the extra 'hub'.",
     )
     parser.add_argument(
         "--no-split",
@@ -401,6 +403,8 @@ def _finish(run: "Run", data: "Data", terminal: "Terminal", *, is_evaluation_kep
     if "likelihood" not in evaluation:
         evaluation = evaluate(run, data, sections=["likelihood"], brief=True)
 
+    if run.mirror is not None:
+        run.mirror.upload()
     terminal.close()
     terminal.message(format_section("likelihood", evaluation["likelihood"]))
     terminal.message(

@@ -14,7 +14,7 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 
 from equipoise.categories import Level
-from equipoise.data.dataset import Array, Data, Names, Split, Subset, split
+from equipoise.data.dataset import Array, Data, Names, Rows, Split, Subset, split
 from equipoise.data.duplicates import describe_shared
 from equipoise.data.labels import choose_names, describe_labels, names_of, number
 
@@ -483,7 +483,7 @@ def channel_axis(shape: tuple[int, ...]) -> int | None:
     return None
 
 
-def summarise(values: Array, source: str) -> Summary:
+def summarise(values: Rows, source: str) -> Summary:
     r"""Read an array once, in chunks, for its checksum, its range and its constant dimensions.
 
     Args:
@@ -504,7 +504,7 @@ def summarise(values: Array, source: str) -> Summary:
 
     digest = hashlib.sha256(f"{dtype.str} {values.shape}".encode())
     with np.errstate(over="ignore"):
-        low = high = np.ravel(values[0]).astype(dtype)
+        low = high = np.ravel(values[:1]).astype(dtype)
     n_missing = np.zeros(low.shape, np.int64)
     n_bad = 0
     first_bad: tuple[int, ...] = ()
@@ -512,7 +512,7 @@ def summarise(values: Array, source: str) -> Summary:
     for start, chunk in _chunks(values, dtype):
         if dtype.kind == "f":
             finite = np.isfinite(chunk)
-            if values.ndim == 2 and not finite.all():
+            if len(values.shape) == 2 and not finite.all():
                 missing = np.isnan(chunk)
                 n_missing += missing.sum(0)
                 finite |= missing
@@ -531,11 +531,11 @@ def summarise(values: Array, source: str) -> Summary:
         high = np.fmax(high, np.fmax.reduce(chunk, 0))
 
     if n_bad:
-        what = "infinite or too large" if values.ndim == 2 else "NaN, infinite or too large"
+        what = "infinite or too large" if len(values.shape) == 2 else "NaN, infinite or too large"
         raise ValueError(
             f"{source}: {n_bad} values are {what} for float32, the first at "
             f"index {first_bad}; remove those examples or replace the values"
-            + (", or put NaN where they are missing" if values.ndim == 2 else "")
+            + (", or put NaN where they are missing" if len(values.shape) == 2 else "")
         )
 
     n_constant = int(np.count_nonzero(low == high))
@@ -636,7 +636,7 @@ def _image_unit(
 
 
 def table_unit(
-    train: Subset,
+    train: Rows,
     for_training: bool = True,
     names: tuple[str, ...] = (),
     categories: tuple[int, ...] = (),
@@ -690,7 +690,7 @@ def table_unit(
     constant = hardly_vary(low, high) | (scale == 0)
     is_category = np.isin(np.arange(width), categories)
     varies = (low < high) & ~is_category
-    if train.base.dtype.itemsize > 4 and constant.any():
+    if isinstance(train, Subset) and train.base.dtype.itemsize > 4 and constant.any():
         original = train.base[:, constant][train.indices]
         # Before it is rounded to float32.
         varies[constant] = np.fmin.reduce(original, 0) < np.fmax.reduce(original, 0)
@@ -749,7 +749,7 @@ def _columns(chosen: NDArray[np.bool_], names: tuple[str, ...] = ()) -> str:
     return listed
 
 
-def _chunks(values: Array | Subset, dtype: np.dtype[Any]) -> Iterator[tuple[int, Array]]:
+def _chunks(values: Rows, dtype: np.dtype[Any]) -> Iterator[tuple[int, Array]]:
     """Consecutive examples, (k, D), flattened and cast, with the index of the first one.
 
     A chunk takes about 16 MB.

@@ -43,6 +43,23 @@ class ExampleSet(Protocol):
     def __len__(self) -> int: ...
 
 
+@runtime_checkable
+class Rows(Protocol):
+    r"""Examples that are read a stretch at a time: an array, a subset, or files in a line."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        r"""Shape of all examples, (N, \*)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Data type of the examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Array: ...
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Subset:
     r"""Some examples of an array, by their index.

@@ -37,17 +37,20 @@ from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
 from equipoise.data.levels import Categorical, encode_frame
 from equipoise.data.named import NAMES, celeba, digits, idx_set
+from equipoise.data.packed import is_packed, load_packed
+from equipoise.data.shard_files import Shard
 from equipoise.data.shards import (
-    READERS,
-    Shard,
+    ENDINGS,
     ShardedStream,
     choose_readers,
+    describe_shards,
     find_shards,
     read_rows,
 )
 from equipoise.data.stream import Stream, first_examples, reader
 from equipoise.data.tables import SUFFIXES, is_table, read_table
 from equipoise.files import check_text, expanded
+from equipoise.places import is_place, locate
 from equipoise.text import parse_size, visible
 
 NPZ_KEYS = (("train", "x_train"), ("validation", "x_validation", "x_val"), ("test", "x_test"))
@@ -265,9 +268,11 @@ def load_stream(
         source: An iterable of batches that can be read repeatedly, such as a ``DataLoader``, or a
             function that returns one. A batch is an array or tensor, (B, D), (B, H, W),
             (B, C, H, W) or (B, H, W, C), or a tuple that starts with one. The source may also be
-            a data set of the Hugging Face library, as an object or as "hf:owner/name", or a folder
-            or list of ``.npy`` or ``.parquet`` files, of which each process reads its own part, see
-            :class:`equipoise.data.shard_batches.ShardBatches`.
+            a data set of the Hugging Face library, as an object or as "hf:owner/name"; or a folder
+            or list of files (``.npy``, ``.parquet``, ``.feather``, ``.arrow``, ``.tar``), also at a
+            place such as "s3://bucket/folder", of which each process reads its own part, see
+            :class:`equipoise.data.shard_batches.ShardBatches`; or what :func:`equipoise.pack` has
+            written.
         count: Number of examples in a pass. None counts them in an additional pass.
         validation: The validation examples, as an array or tensor such as
             ``load_data("photos").validation``, or the number of examples that are held out at the
@@ -279,13 +284,13 @@ def load_stream(
         buffer_size: Number of examples in the shuffle buffer, which is kept in memory.
         name: Name of the data set in reports.
         column: Column of a Hugging Face data set. None means its images, or its only column of
-            arrays. Of Parquet files, a column of lists; None means all columns if they are numbers,
-            or the only column of lists.
-        image_size: Side in pixels of the square that each image of a Hugging Face data set
-            becomes, as in :func:`load`.
-        channels: Channels of the images of a Hugging Face data set, as in :func:`load`.
-        max_pixels: Most pixels of an image of a Hugging Face data set; 50 million if None. A larger
-            one is refused, because a stream leaves nothing out.
+            arrays. Of tables, a column of lists; None means all columns if they are numbers, or the
+            only column of lists. Of tar files, the ending of the members that are the examples.
+        image_size: Side in pixels of the square that each image of a Hugging Face data set or a tar
+            file becomes, as in :func:`load`.
+        channels: Channels of such images, as in :func:`load`.
+        max_pixels: Most pixels of such an image; 50 million if None. A larger one is refused,
+            because a stream leaves nothing out.
 
     Returns:
         The data, in which ``train`` is a :class:`Stream`. Its ``fingerprint`` covers the examples
@@ -325,10 +330,23 @@ def load_stream(
             max_pixels=max_pixels,
         )
 
+    if _is_packed(source):
+        decided = [count, validation, test, column, image_size, channels, max_pixels]
+        if any(value is not None for value in decided):
+            raise ValueError(
+                f"{source}: what packed examples are was decided when they were packed: leave out "
+                "count, validation, test, column, image_size, channels and max_pixels"
+            )
+        name_of_stream = None if name == "stream" else name
+        data = load_packed(locate(cast(str, source)), name_of_stream, buffer_size, AT_HAND)
+        return replace(data, loading=loading)
+
     label = f"a stream of type {type(source).__name__}"
     notes: list[str] = []
     shards: tuple[Shard, ...] = ()
-    if is_hub_table(source) or (isinstance(source, str) and source.startswith("hf:")):
+    if is_hub_table(source) or (
+        isinstance(source, str) and source.startswith("hf:") and not is_place(source)
+    ):
         passes = hub_passes(source, column, image_size, channels, limits)
         source = passes.train
         label = passes.source
@@ -344,12 +362,7 @@ def load_stream(
         if test is None and passes.test is not None:
             test = first_examples(reader(passes.test, label)(), MAX_TEST)
     elif _is_sharded(source):
-        if image_size or channels or max_pixels:
-            raise ValueError(
-                f"{source}: image_size, channels and max_pixels are for images that are decoded; "
-                "leave them out for .npy and .parquet files"
-            )
-        shards = find_shards(source, column)  # type: ignore[arg-type] # a path or a list of paths
+        shards = find_shards(source, column, image_size, channels, limits)  # type: ignore[arg-type] # a path or a list of paths
         total_found = sum(shard.n for shard in shards)
         if count not in (None, total_found):
             raise ValueError(f"{source}: {total_found} examples by their headers, not {count}")
@@ -357,8 +370,8 @@ def load_stream(
         is_folder = isinstance(source, str | Path)
         label = str(source) if is_folder else f"a list of {len(shards)} files"
         if name == "stream" and is_folder:
-            name = expanded(str(source)).resolve().name
-        notes.append(_describe_shards(shards))
+            name = _name_of(str(source))
+        notes += describe_shards(shards)
 
         def read_all() -> Iterator[Array]:
             return chain.from_iterable(read_rows(shard, 0, shard.n) for shard in shards)
@@ -369,7 +382,7 @@ def load_stream(
         raise ValueError(
             f"{subject} needs no stream: load_data reads files as they are needed, and arrays are "
             "in memory already. Expected an iterable of batches, a function that makes one, "
-            "hf:owner/name, or a folder of .npy or .parquet files"
+            f"hf:owner/name, or a folder of files ({', '.join(ENDINGS)})"
         )
     elif column or image_size or channels or max_pixels:
         raise ValueError(
@@ -434,25 +447,30 @@ def load_stream(
 
 
 def _is_sharded(source: object) -> bool:
-    """Tell whether a source is a folder, or a list of files."""
+    """Tell whether a source is a folder, a table, a tar file, a place, or a list of files."""
     if isinstance(source, str | Path):
-        return expanded(source).is_dir()
+        if is_place(source):
+            return True
+        path = expanded(source)
+        return path.is_dir() or (path.is_file() and path.suffix.lower() in (*ENDINGS[1:],))
     is_list = isinstance(source, list | tuple) and len(source) > 0
     parts = cast(Sequence[object], source)
     return is_list and all(isinstance(part, str | Path) for part in parts)
 
 
-def _describe_shards(shards: tuple[Shard, ...]) -> str:
-    """Say how many files there are, and how many processes can share them."""
-    readers = choose_readers(shards)
-    text = f"{len(shards):,} files, counted by their headers"
-    if readers < READERS:
-        n_groups = sum(len(shard.groups) for shard in shards)
-        text += (
-            f"; with {n_groups:,} row groups, up to {readers} processes read only their own part "
-            "(write smaller row groups for more)"
-        )
-    return text
+def _is_packed(source: object) -> bool:
+    """Tell whether a source is a folder of packed examples."""
+    if not isinstance(source, str | Path) or (
+        str(source).startswith("hf:") and not is_place(source)
+    ):
+        return False
+    return is_packed(locate(source))
+
+
+def _name_of(source: str) -> str:
+    """Name a stream after its folder or file."""
+    place = locate(source)
+    return place.resolve().name if isinstance(place, Path) else place.name
 
 
 def _record(source: object, **arguments: object) -> dict[str, Any]:
@@ -466,6 +484,11 @@ def _record(source: object, **arguments: object) -> dict[str, Any]:
         return {}
 
     name = str(source)
+    if is_place(name):
+        check_text(name)
+        given = {k: v for k, v in arguments.items() if v is not None and v is not False}
+        return {"source": str(locate(name)), **given}
+
     # A path is never the name of a set, as when the examples were found.
     if source not in NAMES and expanded(name).exists():
         name = str(expanded(name).resolve())

@@ -41,6 +41,8 @@ MISSING = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None",
 SEPARATORS = (",", ";", "\t", "|")
 SAMPLE_BYTES, SAMPLE_LINES, MOST_SAMPLE_BYTES = 1 << 16, 100, 1 << 26
 INFERRED_ROWS = 10_000
+PACKED_ROWS = 10_000
+"""Rows of a group of a Parquet file that stands for a file of text."""
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARACTERS, LISTED, SHOWN_LEVELS = 5, 8, 12, 10, 5
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
@@ -323,6 +325,51 @@ def read_table(path: Path, limits: Limits = DEFAULT_LIMITS) -> Table:
     return Table(frame, columns, has_names, (*notes, *_index_notes(frame, columns)))
 
 
+def text_to_parquet(path: Path, target: Path) -> None:
+    """Convert a table of text to Parquet, without ever having all of it in memory.
+
+    Separator, decimal commas, names and gaps are recognised as by :func:`read_table`.
+
+    Args:
+        path: Path of a .csv or .tsv file in UTF-8.
+        target: Path of the new file.
+
+    Raises:
+        ValueError: If it is compressed, in another encoding, or cannot be read.
+    """
+    pl = _polars()
+    check_regular(path)
+    kind = _format(path)
+    if path.name.lower().endswith(".gz"):
+        raise ValueError("it is compressed: unpack it first (gunzip -k)")
+    with path.open("rb") as file:
+        start = _start(file)
+    if _encoding(start) != "utf-8":
+        raise ValueError(f"it is {_encoding(start)}: convert it to UTF-8 first (iconv)")
+
+    layout = _layout(start, kind)
+    options = {
+        "separator": layout.separator,
+        "has_header": layout.has_names,
+        "decimal_comma": layout.has_commas,
+        "null_values": list(MISSING),
+        "try_parse_dates": True,
+        "eol_char": "\n" if b"\n" in start else "\r",
+        "new_columns": layout.names,
+        "infer_schema_length": INFERRED_ROWS,
+    }
+    try:
+        found = pl.scan_csv(path, **options).collect_schema()
+        # A number with a point may follow rows of whole numbers.
+        real = {name: pl.Float64 for name, dtype in found.items() if dtype.is_integer()}
+        frame = pl.scan_csv(path, schema_overrides=real, **options)
+        with whole_file(target) as temporary:
+            frame.sink_parquet(temporary, row_group_size=PACKED_ROWS)
+    except pl.exceptions.PolarsError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"it cannot be read ({reason})") from error
+
+
 def write_table(path: Path, columns: Mapping[str, Any]) -> Path:
     """Write a table, of the format that its ending names.
 
@@ -456,26 +503,13 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
         start = _start(io.BytesIO(content))
         notes.append(f"the text is {encoding}")
 
-    text = start.decode(errors="ignore").removeprefix("\ufeff")
-    separator = _separator(text, TEXT_FORMATS[kind])
-    rows = _sample(text, separator)
-    has_names = not all(
-        NUMBER.fullmatch(c.strip().replace(",", ".", 1)) for c in rows[0] if c.strip()
-    )
-    has_commas = separator != "," and _has_decimal_commas(rows[has_names:])
+    separator, has_names, has_commas, names = _layout(start, kind)
     if separator != TEXT_FORMATS[kind]:
         notes.append(f"columns are separated by {separator!r}")
     if has_commas:
         notes.append("numbers have decimal commas")
     if not has_names:
         notes.append("the first line holds numbers, so that the columns have no names")
-    names = [
-        name.strip() if has_names and name.strip() else f"column {i}"
-        for i, name in enumerate(rows[0])
-    ]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"columns have the same name: {_listed(sorted(twice))}")
 
     options: dict[str, Any] = {
         "separator": separator,
@@ -505,6 +539,34 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
     note = _cut_off(source, separator, len(names))
     frame, note_of_end = _without_end(frame, source)
     return frame, has_names, [*notes, *note, *note_of_end]
+
+
+class _Layout(NamedTuple):
+    """How a file of text is laid out."""
+
+    separator: str
+    has_names: bool
+    has_commas: bool
+    names: list[str]
+
+
+def _layout(start: bytes, kind: str) -> _Layout:
+    """Recognise the layout of a file of text by its first lines."""
+    text = start.decode(errors="ignore").removeprefix("\ufeff")
+    separator = _separator(text, TEXT_FORMATS[kind])
+    rows = _sample(text, separator)
+    has_names = not all(
+        NUMBER.fullmatch(c.strip().replace(",", ".", 1)) for c in rows[0] if c.strip()
+    )
+    has_commas = separator != "," and _has_decimal_commas(rows[has_names:])
+    names = [
+        name.strip() if has_names and name.strip() else f"column {i}"
+        for i, name in enumerate(rows[0])
+    ]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"columns have the same name: {_listed(sorted(twice))}")
+    return _Layout(separator, has_names, has_commas, names)
 
 
 def _start(file: io.BufferedIOBase) -> bytes:

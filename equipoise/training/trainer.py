@@ -8,7 +8,7 @@ when an epoch ends.
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -115,6 +115,7 @@ class Trainer:
         folder: Where checkpoints go. None keeps none.
         sinks: What takes in the figures.
         fabric: The engine, launched. None makes it from the configuration.
+        on_save: Called by the first process after each checkpoint.
 
     Raises:
         ConfigError: if the objective or the batch cannot be divided among processes.
@@ -130,6 +131,7 @@ class Trainer:
         folder: Path | None = None,
         sinks: Sequence[Sink] = (),
         fabric: Fabric | None = None,
+        on_save: Callable[[], None] | None = None,
     ) -> None:
         self.model = model
         self.data = data
@@ -137,6 +139,7 @@ class Trainer:
         self.folder = folder
         self.sinks = sinks
         self.fabric = fabric or make_fabric(config)
+        self.on_save = on_save
         self.processes = processes_of(self.fabric)
         self.all_reduce = partial(all_reduce, self.fabric)
 
@@ -693,6 +696,8 @@ class Trainer:
             self.fabric,
             partial(save_checkpoint, self.folder, self.position.step, self._state()),
         )
+        if self.on_save is not None:
+            in_main_process(self.fabric, self.on_save)
 
         (is_stopped,) = self._agree(self.sigterm.received)
         if is_stopped:
