@@ -83,6 +83,8 @@ class LoadArguments(TypedDict):
     download: NotRequired[bool]
     columns: NotRequired[list[Name]]
     drop: NotRequired[list[Name]]
+    label: NotRequired[Name]
+    categorical: NotRequired[bool | list[Name]]
     max_pixels: NotRequired[Limit]
     max_bytes: NotRequired[Limit]
 
@@ -157,6 +159,15 @@ class DataRecord(TypedDict):
     shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
 
 
+class ContinuationRecord(TypedDict):
+    """How a finished run was continued: the options before, and where its results are kept."""
+
+    command: list[str]
+    created: Name
+    epochs_before: dict[str, Count]
+    earlier_results: Name
+
+
 class Settings(TypedDict):
     """``config.json``."""
 
@@ -168,6 +179,7 @@ class Settings(TypedDict):
     options: dict[str, Any]
     parameters: Count
     versions: dict[str, str]
+    continued: NotRequired[list[ContinuationRecord]]
 
 
 class EpochRow(TypedDict):
@@ -367,7 +379,9 @@ class ModelDescription(TypedDict):
     noise: NoiseRecord
     reads_gaps: NotRequired[bool]
     columns: NotRequired[list[Name]]
+    levels: NotRequired[dict[str, Annotated[list[str | bool | int | float], Meta(min_length=1)]]]
     power_transform: NotRequired[bool]
+    label_names: NotRequired[Annotated[list[Name], Meta(max_length=256)]]
     origin: NotRequired[Digest]
     codes_of: NotRequired[Digest]
     correlation_fit: NotRequired[CorrelationFitRecord]
@@ -414,6 +428,7 @@ class EstimatorDescription(TypedDict):
     prior: NotRequired[Literal["prior", "mixture"]]
     example_shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
     feature_names: list[str]
+    frames: NotRequired[Literal["pandas", "polars"]]
 
 
 def check_record(value: Any, record: type[T], what: str) -> T:  # noqa: ANN401 (any JSON value)

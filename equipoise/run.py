@@ -104,6 +104,10 @@ class Run:
             adopt(self.folder, (*RUN_FILES, *names))
         return exclusive(self.folder, job)
 
+    def is_trained(self) -> bool:
+        """Tell whether the run is trained to its end: it has a model, and a mixture."""
+        return self.model_file.is_file() and self.mixture_file.is_file()
+
     def settings(self) -> Settings:
         """Read ``config.json``: options, data, versions and command.
 
@@ -185,6 +189,8 @@ class Run:
         if loading.pop("stream", False):
             data = load_stream(**loading)
         else:
+            # Runs of earlier releases have no categories, and take flags for numbers.
+            loading.setdefault("categorical", False)
             if data_dir is not None:
                 loading["data_dir"] = data_dir
             data = load(**loading, progress=progress, say=say)

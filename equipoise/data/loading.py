@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
+from equipoise.categories import Levels
 from equipoise.data.arrays import (
     MIN_EXAMPLES,
     Found,
@@ -31,9 +32,10 @@ from equipoise.data.encoded import (
     list_images,
     one_image,
 )
-from equipoise.data.folders import read_folder
+from equipoise.data.folders import read_folder, sort_folders
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
+from equipoise.data.levels import Categorical, encode_frame
 from equipoise.data.named import NAMES, celeba, digits, idx_set
 from equipoise.data.packed import is_packed, load_packed
 from equipoise.data.shard_files import Shard
@@ -95,6 +97,10 @@ def load(
     columns: Sequence[str] | None = None,
     drop: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
+    label: str | None = None,
+    labels: Sequence[Any] | Array | None = None,
+    categorical: Categorical = True,
+    levels: Levels | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Data:
     """Load examples, check them and split them into three parts.
@@ -138,6 +144,17 @@ def load(
         columns: Names of the columns of a table to take. None takes all.
         drop: Names of columns to leave out.
         names: Names of the columns of an array. None takes those of a data frame.
+        label: Where the labels of a conditional model are: a column of a table or of a data set on
+            the hub, which then is no data; "folder" for the folders of classes of images; the name
+            of an array in an .npz file; "label" for those of "digits", "mnist" and
+            "fashion-mnist". None takes no labels.
+        labels: Labels of the examples of an array, (N,): text, or whole numbers. None, NaN and
+            numbers below 0 are unknown labels.
+        categorical: Names of columns of numbers in a file or a data frame that are categories
+            besides those of text and flags. True for none. False takes no column for one: then
+            flags are numbers, and text is refused.
+        levels: Levels of the columns of an array that are categories already, by their number. The
+            array holds the numbers of levels.
         say: Function that is called with the size and place of a cache before it is written.
 
     Returns:
@@ -171,13 +188,21 @@ def load(
 
     limits = _limits(max_pixels, max_bytes)
     reader = _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit, say)
-    content = _find(source, data_dir, reader, download, columns, drop, pool=pool)
+    content = _find(
+        source, data_dir, reader, download, columns, drop, categorical, pool=pool, label=label
+    )
+    if labels is not None:
+        if label is not None or content.name != "array":
+            raise ValueError("labels are for an array in memory; give label for other data")
+        content = replace(content, train=content.train._replace(labels=labels))
     if (pages is not None or fit != "crop") and content.train.names is None:
         raise ValueError(
             f"{content.source}: pages={pages} and fit={fit} are for image files; leave them out"
         )
     if names is not None:
         content = replace(content, columns=tuple(names))
+    if levels:
+        content = replace(content, levels=levels)
     data = prepare(content, test_fraction, validation_fraction)
 
     if not _has_format(data, image_size, channels):
@@ -204,6 +229,9 @@ def load(
             max_bytes=max_bytes,
             columns=list(columns) if columns else None,
             drop=list(drop) if drop else None,
+            label=label,
+            # Left out where nothing depends on it, as before there were categories.
+            categorical=_as_recorded(categorical) if data.levels else None,
         ),
     )
 
@@ -473,6 +501,10 @@ def _record(source: object, **arguments: object) -> dict[str, Any]:
     return {"source": name, **set_arguments}
 
 
+def _as_recorded(categorical: Categorical) -> list[str] | bool:
+    return categorical if isinstance(categorical, bool) else list(categorical)
+
+
 def load_examples(
     source: object,
     shape: tuple[int, ...],
@@ -488,6 +520,10 @@ def load_examples(
     pool: bool = False,
     on_note: Callable[[str], None] | None = None,
     columns: Sequence[str] = (),
+    label: str | None = None,
+    labels: Sequence[Any] | Array | None = None,
+    label_names: Sequence[str] = (),
+    levels: Levels | None = None,
 ) -> Subset:
     """Load examples to which a trained model is applied, in the order of the source.
 
@@ -509,6 +545,13 @@ def load_examples(
         on_note: Called with each sentence that a user should read. None makes warnings of those on
             files that cannot be read.
         columns: Names of the model's columns, which are taken by name from a table that has names.
+        label: Where labels are, as in :func:`load`. A source that lacks them has unknown labels,
+            and a note says so.
+        labels: Labels of the examples of an array, as in :func:`load`.
+        label_names: Labels that the model knows.
+        levels: Levels of the model's categories by the number of the column. Values of a file or a
+            data frame that are none of them become missing, with a note, or are an error if
+            ``strict``.
 
     Returns:
         The test part if the source has its own, otherwise all examples. Their method ``names``
@@ -535,7 +578,22 @@ def load_examples(
         _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit),
         for_model=True,
     )
-    content = _find(source, data_dir, reader, False, columns, for_model=True, pool=pool)
+    content = _find(
+        source,
+        data_dir,
+        reader,
+        False,
+        columns,
+        categorical=False,
+        for_model=True,
+        pool=pool,
+        label=label,
+        levels=levels or {},
+        strict=strict,
+    )
+    if labels is not None:
+        content = replace(content, train=content.train._replace(labels=labels))
+    content = replace(content, label_names=tuple(label_names))
     if content.pieces is not None and not len(content.pieces.test):
         content = replace(content, pieces=None)
     for axis in (1, 3):
@@ -546,7 +604,7 @@ def load_examples(
     for note in content.train.notes:
         if on_note is not None:
             on_note(note)
-        elif note.startswith(("unreadable", UNREADABLE)):
+        elif note.startswith(("unreadable", UNREADABLE)) or note.endswith("treated as missing"):
             warnings.warn(note, stacklevel=2)
 
     if data.shape != shape:
@@ -641,14 +699,30 @@ def _find(
     download: bool,
     columns: Sequence[str] | None = None,
     drop: Sequence[str] | None = None,
+    categorical: Categorical = True,
     *,
     for_model: bool = False,
     pool: bool = False,
+    label: str | None = None,
+    levels: Levels | None = None,
+    strict: bool = False,
 ) -> Found:
+    if label is not None and for_model and not _may_have(source, label):
+        found = _find(source, data_dir, reader, download, columns, drop, for_model=True, pool=pool)
+        return _with_unknown(found, label)
     if isinstance(source, str | Path) and source not in NAMES and is_table(source):
         path = expanded(source)
         if path.is_file():
-            return _load_table(path, reader.limits, columns, drop, for_model=for_model)
+            return _load_table(
+                path,
+                reader.limits,
+                columns,
+                drop,
+                categorical,
+                label,
+                levels=levels if for_model else None,
+                strict=strict,
+            )
     if (columns or drop) and not for_model:
         raise ValueError(
             "columns and drop are for tables in files with names: "
@@ -656,16 +730,25 @@ def _find(
         )
 
     if not isinstance(source, str | Path):
-        label = f"an object of type {type(source).__name__}"
-        return Found("array", label, Part(_as_array(source)), columns=_names_of(source))
+        kind = f"an object of type {type(source).__name__}"
+        if label is not None and not for_model:
+            raise ValueError(f"{kind} has no label {label!r}; give the labels as labels=")
+        names = _names_of(source)
+        if not names:
+            return Found("array", kind, Part(_as_array(source)))
+        encoded = encode_frame(source, categorical, levels, strict=strict)
+        values = Part(_as_array(encoded.frame), notes=encoded.notes)
+        return Found("array", kind, values, columns=names, levels=encoded.levels)
+    if not isinstance(categorical, bool):
+        raise ValueError("categorical is for columns of tables; leave it out")
 
     if source in NAMES:
         folder = None if data_dir is None else expanded(data_dir)
-        return _load_named(str(source), folder, reader, download)
+        return _load_named(str(source), folder, reader, download, label)
 
     if str(source).startswith("hf:"):
-        return hub_set(str(source).removeprefix("hf:"), reader)
-    return _load_path(expanded(source), reader, pool=pool)
+        return hub_set(str(source).removeprefix("hf:"), reader, label=label)
+    return _load_path(expanded(source), reader, pool=pool, label=label, for_model=for_model)
 
 
 def _load_table(
@@ -673,14 +756,23 @@ def _load_table(
     limits: Limits,
     columns: Sequence[str] | None,
     drop: Sequence[str] | None,
+    categorical: Categorical,
+    label: str | None,
     *,
-    for_model: bool,
+    levels: Levels | None,
+    strict: bool,
 ) -> Found:
     """Read a table; that for a model by the names of its columns, where both have names."""
+    for_model = levels is not None
     try:
         table = read_table(path, limits)
         if for_model and not table.has_names:
             columns = None
+        labels: list[Any] | None = None
+        if label is not None and not (for_model and label not in table.frame.columns):
+            # Read as it is in the file, also where it is text.
+            labels = table.select([label]).frame[label].to_list()
+            drop = [*(drop or ()), label]
         absent = set(columns or ()) - {column.name for column in table.columns}
         if for_model and absent and len(absent) < len(columns or ()):
             lacking = _listed([repr(name) for name in columns or () if name in absent])
@@ -690,13 +782,24 @@ def _load_table(
                 "rename one, or add an empty column if its values are missing"
             )
         table = table.select(columns or None, drop)
+        if levels is None:
+            table = table.with_categories(categorical)
+        else:
+            table = table.with_levels(levels, strict=strict)
         values = table.values(for_model=for_model)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
     names = tuple(column.name for column in table.columns) if table.has_names else ()
     name = path.name.partition(".")[0] or path.stem
-    return Found(name, str(path), Part(values, notes=table.notes), columns=names)
+    part = Part(values, notes=table.notes, labels=labels)
+    if label is not None and labels is None:
+        part = part._replace(notes=(*part.notes, _note_on_unknown(label)))
+    return Found(name, str(path), part, columns=names, levels=table.levels)
+
+
+def _note_on_unknown(label: str) -> str:
+    return f"there is no label {label!r}: the labels of all examples are unknown to the model"
 
 
 def _names_of(source: object) -> tuple[str, ...]:
@@ -705,26 +808,40 @@ def _names_of(source: object) -> tuple[str, ...]:
     return tuple(names) if all(isinstance(name, str) for name in names) else ()
 
 
-def _load_named(name: str, data_dir: Path | None, reader: ImageReader, download: bool) -> Found:
+def _load_named(
+    name: str,
+    data_dir: Path | None,
+    reader: ImageReader,
+    download: bool,
+    label: str | None = None,
+) -> Found:
+    if label not in (None, "label") or (label and name == "celeba"):
+        there = "no labels" if name == "celeba" else "the label 'label' alone"
+        raise ValueError(f"{name} has {there}, not {label!r}")
     if name == "digits":
-        return digits()
+        return digits(with_labels=label is not None)
 
     try:
         if name == "celeba":
             return celeba(data_dir, reader)
-        return idx_set(name, data_dir, reader.limits)
+        return idx_set(name, data_dir, reader.limits, with_labels=label is not None)
     except FileNotFoundError:
         if not download or name not in MIRRORS:
             raise
 
-    return hub_set(MIRRORS[name], reader, name)
+    return hub_set(MIRRORS[name], reader, name, label=label)
 
 
-def _load_path(path: Path, reader: ImageReader, *, pool: bool) -> Found:
+def _load_path(
+    path: Path, reader: ImageReader, *, pool: bool, label: str | None, for_model: bool
+) -> Found:
     source = str(path)
     if path.is_dir():
+        if label not in (None, "folder"):
+            raise ValueError(f"{source}: the label of images is 'folder', not {label!r}")
         name = os.path.basename(os.path.abspath(path))  # of "..", too
-        return read_folder(list_images(path), name, reader, pool=pool)
+        with_labels = label is not None
+        return read_folder(list_images(path), name, reader, pool=pool, with_labels=with_labels)
 
     if not path.exists():
         similar = _similar_names(path)
@@ -732,6 +849,8 @@ def _load_path(path: Path, reader: ImageReader, *, pool: bool) -> Found:
         raise ValueError(
             f"{source!r} is neither a known data set nor a path{hint} Expected {POSSIBLE}"
         )
+    if label is not None and path.suffix != ".npz":
+        raise ValueError(f"{source} has no label {label!r}; .npz files, tables and folders have")
     if path.suffix.lower() in EXTENSIONS:
         return Found(path.stem, source, reader.read(one_image(path).encoded()), axis=1)
     if path.suffix not in {".npy", ".npz"}:
@@ -741,15 +860,65 @@ def _load_path(path: Path, reader: ImageReader, *, pool: bool) -> Found:
         if path.suffix == ".npy":
             return Found(path.stem, source, Part(read_npy(path)))
         with open_npz(path, reader.limits) as archive:
-            arrays = {key: archive.read(key) for key in _npz_keys(archive.names)}
+            names = [name for name in archive.names if label not in _npz_words(name)]
+            keys = _npz_keys(names)
+            arrays = {key: archive.read(key) for key in keys}
+            labels = {
+                key: archive.read(name)
+                for key in keys
+                for name in (_npz_label(key, label, archive.names) if label else ())
+            }
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
 
-    train, validation, test = (_npz_part(arrays, keys) for keys in NPZ_KEYS)
+    if label and not labels and not for_model:
+        raise ValueError(
+            f"{source} holds no labels {label!r}; it holds {_listed(list(archive.names))}"
+        )
+    train, validation, test = (_npz_part(arrays, keys, labels) for keys in NPZ_KEYS)
     if train is None:
         # The only array, whatever its name: it must not be its own test part, too.
-        return Found(path.stem, source, Part(next(iter(arrays.values()))))
-    return Found(path.stem, source, train, validation, test)
+        key, values = next(iter(arrays.items()))
+        train, validation, test = Part(values, labels=labels.get(key)), None, None
+    found = Found(path.stem, source, train, validation, test)
+    return _with_unknown(found, label) if label and not labels else found
+
+
+def _may_have(source: object, label: str) -> bool:
+    """Tell whether a source is of a kind that has labels of this name."""
+    if not isinstance(source, str | Path):
+        return False
+    if source in NAMES:
+        return label == "label" and source != "celeba"
+    if str(source).startswith("hf:"):
+        return True
+    path = expanded(source)
+    if path.is_dir():
+        return label == "folder" and bool(sort_folders(list_images(path).names).classes)
+    return path.suffix == ".npz" or is_table(path)
+
+
+def _with_unknown(found: Found, label: str) -> Found:
+    """Note that examples for a conditional model have no labels."""
+    notes = (*found.train.notes, _note_on_unknown(label))
+    return replace(found, train=found.train._replace(notes=notes))
+
+
+def _npz_words(name: str) -> tuple[str, ...]:
+    """The name of an array in an .npz file, and its parts, as y and train of y_train."""
+    return (name, *name.split("_"))
+
+
+def _npz_label(key: str, label: str, names: list[str]) -> list[str]:
+    """Name of the array of labels that belongs to an array of examples, if there is one.
+
+    That of x_train or train is y_train, and that of the only array is y.
+    """
+    part = key.removeprefix("x_")
+    candidates = [f"{label}_{part}", f"{part}_{label}"]
+    if key in NPZ_SINGLE_KEYS or not any(key in keys for keys in NPZ_KEYS):
+        candidates.append(label)
+    return [name for name in candidates if name in names][:1]
 
 
 def _similar_names(path: Path) -> list[str]:
@@ -790,11 +959,13 @@ def _listed(names: list[str]) -> str:
     return ", ".join(shown).replace("\n", "\\n")
 
 
-def _npz_part(arrays: dict[str, Array], keys: tuple[str, ...]) -> Part | None:
-    """The first array that has one of the given names; None if there is none."""
+def _npz_part(
+    arrays: dict[str, Array], keys: tuple[str, ...], labels: dict[str, Array]
+) -> Part | None:
+    """The first array that has one of the given names, with its labels; None if there is none."""
     for key in keys:
         if key in arrays:
-            return Part(arrays[key])
+            return Part(arrays[key], labels=labels.get(key))
     return None
 
 
