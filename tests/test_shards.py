@@ -123,6 +123,20 @@ def test_a_resumed_epoch_goes_on(folder, world_size):
         assert all(torch.equal(a, b) for a, b in zip(whole[start:], rest, strict=True))
 
 
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 8]), st.integers(0, 4)), max_size=5))
+def test_any_sequence_of_processes_and_kills_has_the_batches_of_one(tmp_path_factory, attempts):
+    """Each attempt has a number of processes, and is killed after some batches."""
+    folder = tmp_path_factory.mktemp("parts") / "parts"
+    stream = load_stream(write_npy(folder), test=20, validation=30, buffer_size=150).train
+    whole, seen = list(whole_batches(stream, 1)), []
+    for world_size, n_batches in [*attempts, (2, len(whole))]:
+        rest = whole_batches(stream, world_size, start=len(seen))
+        seen += itertools.islice(rest, n_batches)
+    assert len(seen) == len(whole)
+    assert all(torch.equal(a, b) for a, b in zip(whole, seen, strict=True))
+
+
 @settings(max_examples=40)
 @given(st.integers(0, 3000), st.integers(0, 6), st.integers(0, 6))
 def test_segments_are_a_partition_and_those_of_a_process_are_neighbours(n, bits, process_bits):
