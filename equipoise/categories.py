@@ -289,6 +289,15 @@ class MixedLikelihood(NamedTuple):
         """Log-probability of the observed categories alone, (B,), nats."""
         return (self.categories.one_hot(x) * self.log_probs).sum(1)
 
+    def nats_below_best(self, x: Float[Tensor, "batch columns"]) -> Tensor:
+        """Log-probability of the best level less that of the own, (B, D); NaN where there is none."""
+        log_probs = self.log_probs
+        _, best = self.categories.most_probable(log_probs)
+        _, own = self.categories.most_probable(
+            log_probs.masked_fill(self.categories.one_hot(x) == 0, -torch.inf)
+        )
+        return (best - own).masked_fill(x.isnan(), torch.nan)
+
     def log_prob(self, x: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
         """Log-density of the observed numbers plus log-probability of the categories, nats."""
         return self.numeric.log_prob(self.categories.hide(x)) + self.log_probability(x)

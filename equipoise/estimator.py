@@ -6,6 +6,7 @@ Training, bounds and mixture are those of the other modules.
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,8 +14,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from numpy.typing import NDArray
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    OutlierMixin,
+    TransformerMixin,
+    clone,
+)
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import KFold
 from sklearn.utils import Tags, check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
@@ -22,8 +31,14 @@ from torch import Tensor, nn
 from equipoise.aggregate import GaussianMixture
 from equipoise.categories import Level, Likelihood, joined, level_values, mode_of
 from equipoise.config import EARLIER_VALUES, TrainConfig, make_config
+from equipoise.conformal import (
+    FALSE_ALARM_RATE,
+    conformal_p_values,
+    conformal_threshold,
+)
+from equipoise.contamination import near_rows
 from equipoise.correlated_noise import CorrelatedNoise
-from equipoise.data import load, load_examples
+from equipoise.data import Data, load, load_examples
 from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
 from equipoise.data.batches import as_tensor
 from equipoise.data.dataset import Array
@@ -34,9 +49,10 @@ from equipoise.files import StoreError
 from equipoise.gaps import column_means, column_vars
 from equipoise.gaussian import standard_normal_log_prob
 from equipoise.labels import label_number
-from equipoise.metrics.rows import log_densities
+from equipoise.metrics.explanation import Explanation, explain
+from equipoise.metrics.rows import MAX_REFERENCE, held_out_by_gaps, log_densities
 from equipoise.model import VAE, encode_all
-from equipoise.noise_fit import choose_form, fit_correlation
+from equipoise.noise_fit import choose_form, fit_correlation, without_each_fold
 from equipoise.objectives import LogPrior, importance_weighted_bounds
 from equipoise.randomness import stream, stream_seed
 from equipoise.records import EstimatorDescription
@@ -70,8 +86,16 @@ PRIOR_EXAMPLES, PRIOR_SAMPLES = 200, 20
 """Held-out examples that choose p(z), and codes drawn for each."""
 CHUNK_SHIFT = 5.0
 """Mean or std of a column of a chunk, in std of the first chunk, that is worth a word."""
+DECISIONS = ("false_alarm_rate", "contamination")
+"""Options of the threshold, which no other class has."""
+DECISION = "held_out."
+"""Prefix of the tensors in a file by which examples are judged."""
 MIN_VALIDATION = 2
 """Smallest number of examples in the validation set."""
+CONTAMINATION_FOLDS = 3
+"""Models that tell each other's outliers before the one that is kept is trained."""
+LEFT_OUT = 2.0
+"""Rows that they are not trained on because a Gaussian finds them odd, per supposed outlier."""
 
 
 class Reconstruction(NamedTuple):
@@ -88,7 +112,12 @@ class Reconstruction(NamedTuple):
 
 
 # scikit-learn has no types.
-class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class VAEEstimator(
+    ClassNamePrefixFeaturesOutMixin,  # type: ignore[misc]
+    TransformerMixin,  # type: ignore[misc]
+    OutlierMixin,  # type: ignore[misc]
+    BaseEstimator,  # type: ignore[misc]
+):
     r"""A variational autoencoder that finds its own balance, with scikit-learn's interface.
 
     ``fit`` trains by Algorithm 1 of Lin et al. (2019) and fits a mixture to the aggregate
@@ -145,6 +174,15 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             ignored.
         label_dropout: Share of the examples of a step whose label is withheld, so that the model
             also describes examples without one.
+        false_alarm_rate: Share of ordinary examples that :meth:`predict` may call odd. The
+            threshold is conformal: a score as low has a p-value of at most this share among
+            held-out examples. None takes 0.05, or the smallest p-value 1 / (m + 1) that m held-out
+            examples can give if that is larger.
+        contamination: Share of the table that is outliers, above 0 and at most 0.5. Each third of
+            the table is scored by a model of the other two, without the rows that are furthest from
+            a robust Gaussian, twice that share. The examples with the lowest scores are left out of
+            the training, and the threshold is the quantile of these scores. It takes about four
+            times as long. None trains on all.
         accelerator: Device to train on, "cpu", "cuda" or "auto". A fitted model is on the CPU.
         random_state: Seed or source of randomness. An int gives the same model from the same data.
             With a RandomState or None, each fit gives another model.
@@ -167,6 +205,14 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         noise_correlation_: Form of the correlation of the errors, "none", "full", "low-rank" or
             "bands": what was chosen if ``noise_correlation`` is "auto" or None.
         label_names_: Names of the labels of a conditional model, otherwise empty.
+        offset_: Score below which an example is odd, nats. ``decision_function`` is the score
+            minus this number.
+        false_alarm_rate_: The rate that ``offset_`` has, see ``false_alarm_rate``. NaN if
+            ``contamination`` set the threshold.
+        held_out_scores_: Scores of held-out examples, at most 1,000, in ascending order.
+        table_scores_: Score of each example of the table by a model that was trained on another
+            part of it, (n,), if ``contamination`` is given.
+        usual_: Which examples of the table were trained on, (n,), if ``contamination`` is given.
         history_: Figures of each epoch, as in ``metrics.jsonl`` of a run.
         n_features_in_: Number of features or of pixel values of an example.
         feature_names_in_: Names of the columns of a data frame, if they are strings.
@@ -204,6 +250,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         validation_fraction: float | Literal["auto"] = "auto",
         conditional: bool = False,
         label_dropout: float = 0.1,
+        false_alarm_rate: float | None = None,
+        contamination: float | None = None,
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
         random_state: int | np.integer[Any] | np.random.RandomState | None = None,
     ) -> None:
@@ -228,6 +276,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.validation_fraction = validation_fraction
         self.conditional = conditional
         self.label_dropout = label_dropout
+        self.false_alarm_rate = false_alarm_rate
+        self.contamination = contamination
         self.accelerator = accelerator
         self.random_state = random_state
 
@@ -246,11 +296,20 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         x = self._encoded_frame(x, reset=True)
         examples = self._array(x, reset=True)
-        config = self._config(len(examples))
         if self.conditional and y is None:
             raise ValueError("conditional=True needs a label for each example: give y")
+        self._check_decision()
+        usual = examples
+        if self.contamination is not None:
+            self._check_contamination()
+            self.table_scores_ = self._cross_fitted(examples, self.contamination)
+            offset = float(np.quantile(self.table_scores_, self.contamination))
+            self.usual_ = self.table_scores_ >= offset
+            usual = examples[self.usual_]
+
+        config = self._config(len(usual))
         self.history_: list[Row] = []
-        trainer = self._train(examples, config, None, y if self.conditional else None)
+        trainer = self._train(usual, config, None, y if self.conditional else None)
 
         figures = trainer.figures(trainer.validation)
         depends_on_code = trainer.model.noise.depends_on_code
@@ -260,7 +319,27 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         ):
             warnings.warn(text, ConvergenceWarning, stacklevel=2)
 
-        return self._finish(trainer)
+        self._finish(trainer)
+        if self.contamination is not None:
+            self._set_offset(offset, math.nan)
+        return self
+
+    def fit_predict(self, x: object, y: object = None) -> NDArray[np.int64]:
+        """Fit to a table, and call each of its rows odd or usual.
+
+        Args:
+            x: Examples as for :meth:`fit`.
+            y: Ignored.
+
+        Returns:
+            -1 for odd examples and 1 for usual ones, (n,). With ``contamination`` it is by the
+            scores of models that were trained on other parts of the table, and otherwise by
+            :meth:`predict`.
+        """
+        self.fit(x)
+        if self.contamination is None:
+            return self.predict(x)
+        return np.where(self.usual_, 1, -1)
 
     def partial_fit(self, x: object, y: object = None) -> "VAEEstimator":
         r"""Train on a chunk of a stream: one epoch of stage 1 that continues from the last chunk.
@@ -277,9 +356,16 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         Returns:
             The estimator.
+
+        Raises:
+            ValueError: If the examples or the options cannot be used, or ``contamination`` is
+                given.
         """
         if self.conditional:
             raise ValueError("a conditional model is trained on all examples at once: take fit")
+        if self.contamination is not None:
+            raise ValueError("contamination is for fit: partial_fit sees one chunk at a time")
+        self._check_decision()
         model: VAE | None = getattr(self, "model_", None)
         x = self._encoded_frame(x, reset=model is None)
         examples = self._array(x, reset=model is None)
@@ -423,8 +509,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         Returns:
             The bounds, (n,), nats.
         """
-        log_prior = self._log_priors()[self.prior_]
-        return log_densities(self.model_, self._raw(x, y), log_prior, importance_samples)
+        return self._scores(self._raw(x, y), importance_samples)
 
     def score(self, x: object, y: object = None) -> float:
         """Average :meth:`score_samples` over the examples. Grid searches maximise this score.
@@ -451,8 +536,96 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             )
         return float(scores.mean())
 
+    def decision_function(self, x: object) -> Float64[np.ndarray, " n"]:
+        """Subtract the threshold from :meth:`score_samples`. Odd examples are below zero.
+
+        A row with gaps has the density of what is observed, which is another number than that of a
+        complete row. Its threshold is therefore that of held-out rows with the same gaps.
+
+        Args:
+            x: Examples as for :meth:`fit`.
+
+        Returns:
+            Differences, (n,), nats; minus infinity for an example whose density is too small for a
+            number.
+
+        Raises:
+            ValueError: If rows have gaps, and the estimator was loaded from a file and fitted to a
+                table without.
+        """
+        raw = self._raw(x)
+        scores = self._scores(raw)
+        for rows, held_out in self._by_gaps(raw):
+            scores[rows] -= self._threshold_of(held_out)
+        return scores
+
+    def predict(self, x: object) -> NDArray[np.int64]:
+        """Call each example odd or usual by the threshold.
+
+        Args:
+            x: Examples as for :meth:`fit`.
+
+        Returns:
+            -1 for odd examples and 1 for usual ones, (n,).
+        """
+        return np.where(self.decision_function(x) < 0, -1, 1)
+
+    def p_values(self, x: object) -> Float64[np.ndarray, " n"]:
+        """Compare each example with held-out ones.
+
+        Args:
+            x: Examples as for :meth:`fit`.
+
+        Returns:
+            Conformal p-values, (n,), see :func:`equipoise.conformal.conformal_p_values`. Rows with gaps are compared with rows of the same gaps.
+        """
+        raw = self._raw(x)
+        scores = self._scores(raw)
+        p_values = np.empty(len(raw))
+        for rows, held_out in self._by_gaps(raw):
+            p_values[rows] = conformal_p_values(scores[rows], held_out)
+        return p_values
+
+    def calibrate(self, x: object) -> "VAEEstimator":
+        """Set the threshold by examples of your own that had no part in the training.
+
+        The held-out examples of :meth:`fit` also decide on the noise variance, the mixture and the
+        weights that are kept. Those given here decide on nothing else, so that the rate of false
+        alarms is at most ``false_alarm_rate_`` without approximation.
+
+        Args:
+            x: Ordinary examples as for :meth:`fit`, at least 1 / ``false_alarm_rate`` - 1.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError: If there are too few examples for the rate.
+        """
+        raw = self._raw(x)[:MAX_REFERENCE]
+        self._set_threshold(self._scores(raw), raw)
+        return self
+
+    def explain(self, x: object) -> Explanation:
+        r"""Say in which values an example is odd.
+
+        .. math:: \tfrac12 \frac{(x_i - m_i(\mu(x)))^2}{\sigma_i^2}
+
+        Args:
+            x: Examples as for :meth:`fit`.
+
+        Returns:
+            Nats that each value costs, in the shape of the examples, with the names of the columns.
+        """
+        raw = self._raw(x)
+        found = explain(self.model_, raw)
+        return found._replace(nats=self._in_original_shape(torch.from_numpy(found.nats)))
+
     def save(self, path: str | Path) -> None:
         """Save the fitted estimator in one safetensors file, which appears complete or not at all.
+
+        The threshold and the held-out scores are saved, too. If the table has gaps, so are the
+        held-out rows themselves, at most 1,000, with which rows of other gaps are compared.
 
         Args:
             path: Path of the file.
@@ -462,7 +635,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         random_state = None
         if isinstance(self.random_state, int | np.integer):
             random_state = int(self.random_state)
-        description = {
+        description: dict[str, Any] = {
             "model": self.model_.description(),
             "options": self._options(),
             "random_state": random_state,
@@ -475,7 +648,15 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             description["frames"] = self._frame_library
 
         parts = nn.ModuleDict({"model": self.model_, "mixture": self.mixture_})
-        write_tensors(Path(path), "estimator", parts.state_dict(), description)
+        tensors = parts.state_dict()
+        if hasattr(self, "offset_"):
+            description |= {"offset": self.offset_}
+            if not math.isnan(self.false_alarm_rate_):
+                description |= {"rate": self.false_alarm_rate_}
+            tensors[f"{DECISION}scores"] = torch.from_numpy(self.held_out_scores_)
+            if self._held_out is not None and bool(self._held_out.isnan().any()):
+                tensors[f"{DECISION}rows"] = self._held_out
+        write_tensors(Path(path), "estimator", tensors, description)
 
     @classmethod
     def load(cls, path: str | Path) -> "VAEEstimator":
@@ -503,6 +684,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         except ValueError as error:
             raise StoreError(f"{path}: options: {error}") from error
 
+        decision = {
+            name.removeprefix(DECISION): tensors.pop(name)
+            for name in sorted(tensors)
+            if name.startswith(DECISION)
+        }
         prefix = "mixture."
         mixture_tensors = {
             name.removeprefix(prefix): tensors.pop(name)
@@ -533,7 +719,11 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         estimator._frame_library = description.get("frames", "")
         # Estimators of earlier releases have no other.
-        return estimator._adopt(model, mixture, description.get("prior", "prior"))
+        estimator._adopt(model, mixture, description.get("prior", "prior"))
+        if "offset" in description:
+            estimator._set_offset(description["offset"], description.get("rate", math.nan))
+            estimator._take_held_out(decision, str(path))
+        return estimator
 
     @property
     def _n_features_out(self) -> int:
@@ -563,6 +753,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """Check the options, and replace "auto" by numbers of epochs."""
         options = self._options()
         del options["conditional"]  # a matter of the data, and not of the training
+        for name in DECISIONS:
+            del options[name]
         stages = ("stage_1_epochs", "stage_2_epochs")
         auto_stages = [name for name in stages if options[name] == "auto"]
         for name in auto_stages:
@@ -664,7 +856,106 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         held_out = as_tensor(trainer.data.validation.take(slice(PRIOR_EXAMPLES)))
         self.prior_ = self._choose_prior(model.scaling(held_out))
+        self._calibrate_by_folds(model, trainer.data, config.seed)
         return self
+
+    def _check_decision(self) -> None:
+        """Refuse options of the threshold that are out of their domain, or exclude each other."""
+        rate, contamination = self.false_alarm_rate, self.contamination
+        if rate is not None and contamination is not None:
+            raise ValueError("give one of false_alarm_rate and contamination, which sets it too")
+        if rate is not None and not 0 < rate < 1:
+            raise ValueError(f"false_alarm_rate must be above 0 and below 1, got {rate:g}")
+        if contamination is not None and not 0 < contamination <= 0.5:
+            raise ValueError(
+                f"contamination must be above 0 and at most 0.5, got {contamination:g}"
+            )
+
+    def _check_contamination(self) -> None:
+        """Refuse what the models of parts of a table do not know."""
+        if self.conditional or self._levels:
+            raise ValueError(
+                "contamination is for numbers without labels: leave out conditional and columns "
+                "of categories, or set the threshold by false_alarm_rate"
+            )
+
+    def _cross_fitted(self, examples: Array, contamination: float) -> Float64[np.ndarray, " n"]:
+        """Score a table by models of other parts of it, without what looks odd to a Gaussian."""
+        model = clone(self).set_params(contamination=None, random_state=self._seed())
+        folds = KFold(CONTAMINATION_FOLDS, shuffle=True, random_state=model.random_state)
+        near = near_rows(examples.reshape(len(examples), -1), LEFT_OUT * contamination)
+        scores = np.empty(len(examples))
+        for given, others in folds.split(examples):
+            with warnings.catch_warnings():
+                # What there is to say will be said of the model that is kept.
+                warnings.simplefilter("ignore")
+                model.fit(examples[given[near[given]]])
+                scores[others] = model.score_samples(examples[others])
+        return scores
+
+    def _calibrate_by_folds(self, model: VAE, data: Data, seed: int) -> None:
+        """Set the threshold by the held-out examples, each judged without its own correlation."""
+        raw = torch.from_numpy(data.validation[:MAX_REFERENCE])
+        log_prior = self._log_priors()[self.prior_]
+        scores = np.empty(len(raw))
+        for numbers, judge in without_each_fold(model, data, seed=seed):
+            rows = numbers[numbers < len(raw)]
+            scores[rows] = log_densities(judge, raw[rows], log_prior)
+        self._set_threshold(scores, raw)
+
+    def _set_threshold(self, scores: Float64[np.ndarray, " m"], raw: Tensor) -> None:
+        """Set the threshold by held-out scores, and keep the examples for rows with gaps."""
+        scores = np.sort(scores)
+        rate = self.false_alarm_rate
+        if rate is None:
+            rate = max(FALSE_ALARM_RATE, 1 / (1 + len(scores)))
+        self._set_offset(conformal_threshold(scores, rate), rate)
+        self.held_out_scores_ = scores
+        self._held_out = raw if raw.ndim == 2 else None
+
+    def _set_offset(self, offset: float, rate: float) -> None:
+        self.offset_ = offset
+        self.false_alarm_rate_ = rate
+
+    def _take_held_out(self, tensors: dict[str, Tensor], what: str) -> None:
+        """Take the held-out scores and rows of a file."""
+        scores, rows = tensors.pop("scores", None), tensors.pop("rows", None)
+        shape = self.model_.shape
+        if scores is None or scores.dtype != torch.float64 or scores.ndim != 1 or tensors:
+            raise StoreError(f"{what} has no held-out scores beside its threshold.")
+        if rows is not None and (rows.dtype != torch.float32 or rows.shape[1:] != shape):
+            raise StoreError(f"{what} has held-out rows of another shape than the model's.")
+        self.held_out_scores_ = np.sort(scores.numpy())
+        self._held_out = rows
+
+    def _by_gaps(self, raw: Tensor) -> Iterator[tuple[NDArray[np.bool_], Array]]:
+        """Find the held-out scores that each example is compared with."""
+        if not hasattr(self, "offset_"):
+            raise ValueError(
+                "this file is of an earlier release, and has no threshold; "
+                "set one by calibrate(x) with ordinary examples that were not trained on"
+            )
+        yield from held_out_by_gaps(
+            self.model_,
+            raw,
+            self._held_out,
+            self._log_priors()[self.prior_],
+            complete=self.held_out_scores_,
+        )
+
+    def _scores(self, raw: Tensor, importance_samples: int = 20) -> Float64[np.ndarray, " n"]:
+        log_prior = self._log_priors()[self.prior_]
+        return log_densities(self.model_, raw, log_prior, importance_samples)
+
+    def _threshold_of(self, held_out: Float64[np.ndarray, " m"]) -> float:
+        """Set a threshold on other scores as ``offset_`` is set on those of complete rows."""
+        if held_out is self.held_out_scores_:
+            return self.offset_
+        if math.isnan(self.false_alarm_rate_):
+            share = (self.held_out_scores_ < self.offset_).mean()
+            return float(np.quantile(held_out, share))
+        rate = max(self.false_alarm_rate_, 1 / (1 + len(held_out)))
+        return conformal_threshold(held_out, rate)
 
     def _log_priors(self) -> dict[str, LogPrior]:
         return {"prior": standard_normal_log_prob, "mixture": self.mixture_.log_prob}

@@ -429,6 +429,8 @@ class EstimatorDescription(TypedDict):
     example_shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
     feature_names: list[str]
     frames: NotRequired[Literal["pandas", "polars"]]
+    offset: NotRequired[float]
+    rate: NotRequired[Annotated[float, Meta(gt=0, lt=1)]]
 
 
 def check_record(value: Any, record: type[T], what: str) -> T:  # noqa: ANN401 (any JSON value)

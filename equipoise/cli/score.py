@@ -43,6 +43,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="RATE",
         help="Share of ordinary rows that may be called odd. The default is 0.05.",
     )
+    parser.add_argument(
+        "--fail-on-odd",
+        action="store_true",
+        help="End with the exit status 1 if any row is odd, for scripts.",
+    )
     add_data_dir(parser)
     add_limits(parser)
     add_strict(parser)
@@ -62,10 +67,11 @@ def _run(options: Namespace) -> None:
     """Score the rows of a table, and write what is found."""
     import numpy as np
 
+    from equipoise.conformal import check_rate, fewest_held_out
     from equipoise.data.batches import as_tensor
     from equipoise.data.tables import write_table
     from equipoise.labels import joined
-    from equipoise.metrics.rows import score_rows
+    from equipoise.metrics.rows import MIN_REFERENCE, score_rows
 
     rate = options.false_alarm_rate
     if not 0 < rate < 1:
@@ -83,14 +89,10 @@ def _run(options: Namespace) -> None:
             x = as_tensor(other_examples(options.table, run, model, options, terminal))
             reference = joined([validation, test])
 
-        fewest = int(np.ceil(1 / rate - 1 - 1e-9))
-        if len(reference) < fewest:
-            raise ConfigError(
-                [
-                    f"a false-alarm rate of {rate:g} takes at least {fewest} held-out rows, and "
-                    f"the run has {len(reference)}; give a higher rate"
-                ]
-            )
+        try:
+            check_rate(rate, len(reference))
+        except ValueError as error:
+            raise ConfigError([f"{run.folder}: {error}"]) from error
 
         model.scaling.check(x)
         warn_of_unit(model, x, terminal)
@@ -101,8 +103,10 @@ def _run(options: Namespace) -> None:
             reference,
             mixture.log_prob,
             lambda done, total: terminal.progress("scores", done, total, ""),
+            fewest=max(MIN_REFERENCE, fewest_held_out(rate)),
         )
-        is_odd = found.p_value <= rate
+        # What has no density left is odd, even if some of the held-out rows have none.
+        is_odd = (found.p_value <= rate) | np.isneginf(found.score)
         columns = {
             "row": np.arange(len(x)),
             "score": found.score,
@@ -116,6 +120,9 @@ def _run(options: Namespace) -> None:
         )
         lines = list_written(lambda: [write_table(path, columns)], path.parent)
         terminal.message("\n".join(lines))
+
+    if options.fail_on_odd and is_odd.any():
+        raise SystemExit(1)
 
 
 COMMAND = Command(

@@ -28,6 +28,8 @@ MAX_DIMENSIONS = 10_000_000
 """Most values of an example."""
 LONELY = 100
 """Distance of a smallest or largest value, in ranges of all others, that is pointed out."""
+FAR_STDS, LARGEST_STDS = 1e4, 1e15
+"""Distance of a held-out value from the training, in std, that is pointed out, and refused."""
 EXACT_LEVELS = 2**24
 """Number of levels that float32 tells apart."""
 CHUNK_BYTES = 1 << 24
@@ -227,6 +229,8 @@ def prepare(
         text, is_caution = describe_shared(part, train, name)
         if text is not None:
             (cautions if is_caution else notes).append(text)
+        if kind == "table":
+            cautions += _far_values(part, unit, name, content)
 
     digests = "".join(summary.digest for summary in summaries)
     for numbers in labels if label_names else ():
@@ -722,6 +726,31 @@ def table_unit(
     offset = mean.astype(np.float32)
     scale[is_category], offset[is_category] = 1.0, 0.0
     return Unit(train.dtype, offset, scale, None, tuple(notes), tuple(cautions))
+
+
+def _far_values(part: Subset, unit: Unit, name: str, content: Found) -> list[str]:
+    """Point out far values of held-out rows, and refuse those whose squares overflow float32."""
+    width = part.shape[1]
+    largest, values = np.zeros(width), np.zeros(width)
+    for _, chunk in _chunks(part, unit.dtype):
+        distance = np.nan_to_num(np.abs(chunk - unit.offset.astype(np.float64)) / unit.scale)
+        furthest = distance.argmax(0)
+        reached = distance[furthest, np.arange(width)]
+        values = np.where(reached > largest, chunk[furthest, np.arange(width)], values)
+        largest = np.maximum(largest, reached)
+
+    far = largest > FAR_STDS
+    if not far.any():
+        return []
+    listed = ", ".join(f"{values[i]:g}" for i in np.flatnonzero(far)[:20])
+    text = (
+        f"columns {_columns(far, content.columns)} have the value {listed} in the {name} rows, "
+        f"over {FAR_STDS:g} std from the training rows: if it stands for a missing value, leave "
+        "the cell empty or put NaN"
+    )
+    if largest.max() > LARGEST_STDS:
+        raise ValueError(f"{content.source}: {text}; its squared error is too large for float32")
+    return [text]
 
 
 def hardly_vary(low: Array, high: Array) -> NDArray[np.bool_]:

@@ -5,15 +5,17 @@ density of what is observed, which is another number than that of a complete row
 compared with held-out rows of the same gaps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from equipoise.categories import MixedLikelihood, numeric_part
+from equipoise.conformal import conformal_p_values
 from equipoise.data.dataset import Array
 from equipoise.gaps import missing_values
 from equipoise.gaussian import RowGenerators, sum_dimensions
@@ -28,6 +30,12 @@ WORST_COLUMNS = 3
 """Columns that are named for each row."""
 MAX_REFERENCE = 1000
 """Most held-out rows that others are compared with."""
+MIN_REFERENCE = 100
+"""Held-out rows that rows of rare gaps are compared with at least, where there are so many."""
+FEWEST_ALIKE = 20
+"""Held-out rows that have all values of a pattern, below which those with more gaps join in."""
+REFERENCE_SCORES = 100_000
+"""Held-out rows that are scored for all patterns of gaps together, if each gets its fewest."""
 
 
 @torch.no_grad()
@@ -79,7 +87,8 @@ class RowScores(NamedTuple):
 
     Args:
         score: Bound on the log-density of the observed values, raw units, nats, (n,).
-        p_value: Share of held-out rows that are as odd, (n,), see :func:`conformal_p_values`.
+        p_value: Share of held-out rows that are as odd, (n,), see
+            :func:`equipoise.conformal.conformal_p_values`.
         worst_columns: The columns that differ most from their reconstruction, in predicted std;
             of categories, in nats.
     """
@@ -95,6 +104,9 @@ def score_rows(
     reference: Tensor,
     log_prior: LogPrior,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    complete: Float64[np.ndarray, " m"] | None = None,
+    fewest: int = MIN_REFERENCE,
 ) -> RowScores:
     """Score rows of a table, and compare them with held-out rows that have the same gaps.
 
@@ -104,50 +116,84 @@ def score_rows(
         reference: Rows that the model was not trained on, raw units, of which 1000 are used.
         log_prior: Density of codes p(z).
         progress: Called with the number of patterns of gaps that are done, and of all.
+        complete: Scores of the reference as it is, if they are known.
+        fewest: See :func:`held_out_by_gaps`.
 
     Returns:
         Scores, p-values and worst columns.
     """
     score = log_densities(model, raw, log_prior)
-    reference = reference[:MAX_REFERENCE]
     p_value = np.empty(len(raw))
-
-    patterns, number = torch.unique(raw.isnan(), dim=0, return_inverse=True)
-    for k, gaps in enumerate(patterns):
-        rows = (number == k).numpy()
-        with_gaps = labelled(reference.masked_fill(gaps, torch.nan), labels_of(reference))
-        among = log_densities(model, with_gaps, log_prior)
-        # Rows without any value are all alike, and only rounding tells their scores apart.
-        p_value[rows] = 1.0 if gaps.all() else conformal_p_values(score[rows], among)
-        progress(k + 1, len(patterns))
+    parts = held_out_by_gaps(
+        model, raw, reference, log_prior, progress, complete=complete, fewest=fewest
+    )
+    for rows, held_out in parts:
+        p_value[rows] = conformal_p_values(score[rows], held_out)
     return RowScores(score, p_value, worst_columns(model, raw))
 
 
-def conformal_p_values(
-    scores: Float64[np.ndarray, " n"], held_out: Float64[np.ndarray, " m"]
-) -> Float64[np.ndarray, " n"]:
-    r"""Share of held-out scores that are as low, with the row itself counted among them.
+def held_out_by_gaps(
+    model: VAE,
+    raw: Tensor,
+    reference: Tensor | None,
+    log_prior: LogPrior,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    complete: Float64[np.ndarray, " m"] | None = None,
+    fewest: int = MIN_REFERENCE,
+) -> Iterator[tuple[NDArray[np.bool_], Float64[np.ndarray, " m"]]]:
+    r"""Score held-out examples with the gaps of each pattern that occurs.
 
-    .. math:: p = \frac{1 + \#\{j : s_j \le s\}}{1 + m}
-
-    Of rows like the held-out ones, at most a share a has a p-value of at most a, whatever the
-    distribution of the scores. Vovk, Gammerman and Shafer (2005), *Algorithmic learning in a random
-    world*; Bates et al. (2023), *Testing for outliers with conformal p-values*.
+    Each pattern takes scores of its own. The more patterns there are, the fewer held-out rows each
+    is compared with, so that 100,000 are scored in all, but at least ``fewest``.
 
     Args:
-        scores: Scores of rows, lower for odder ones.
-        held_out: Scores of rows that the model was not trained on.
+        model: The model, in evaluation mode.
+        raw: Examples to compare, (n, \*), raw units.
+        reference: Examples that the model was not trained on, (m, \*), raw units, of which 1000 are
+            used. None if nothing but ``complete`` is known of them.
+        log_prior: Density of codes p(z).
+        progress: Called with the number of patterns that are done, and of all.
+        complete: Scores of the reference as it is, if they are known.
+        fewest: Held-out rows that a pattern gets at least, where there are so many.
 
-    Returns:
-        The p-values, at least 1 / (1 + m).
+    Yields:
+        Which of the examples have the pattern, (n,), and the scores to compare them with.
 
-    Example:
-        >>> conformal_p_values(np.array([-9.0, 2.5]), np.array([1.0, 2.0, 3.0]))
-        array([0.25, 0.75])
+    Raises:
+        ValueError: If there are gaps, and no reference.
     """
-    n_as_odd = np.searchsorted(np.sort(held_out), scores, side="right")
-    p_values: Float64[np.ndarray, " n"] = (1 + n_as_odd) / (1 + len(held_out))
-    return p_values
+    missing = missing_values(raw)
+    if missing is None:
+        missing = torch.zeros(len(raw), 1, dtype=torch.bool)
+    patterns, number = torch.unique(missing, dim=0, return_inverse=True)
+    each = min(MAX_REFERENCE, max(fewest, REFERENCE_SCORES // max(1, len(patterns))))
+
+    for k, gaps in enumerate(patterns):
+        rows = (number == k).numpy()
+        if not gaps.any() and complete is not None:
+            yield rows, complete
+        elif reference is None:
+            raise ValueError(
+                f"{int(rows.sum())} rows have gaps, the first is row {int(rows.argmax())}: they "
+                "are compared with held-out rows of the same gaps, which are not in the file of "
+                "an estimator that was fitted to a table without gaps; fit it to rows with gaps, "
+                "or fill them"
+            )
+        elif gaps.all() and gaps.numel() == raw[0].numel():
+            # Rows without any value are all alike, and only rounding tells their scores apart.
+            yield rows, np.full(min(len(reference), MAX_REFERENCE), -np.inf)
+        else:
+            among = reference
+            if gaps.any():
+                # Rows that lack more would be compared by fewer columns.
+                is_enough = ~(reference.isnan() & ~gaps).any(1)
+                if int(is_enough.sum()) >= FEWEST_ALIKE:
+                    among = reference[is_enough]
+                among = among[:each]
+                among = labelled(among.masked_fill(gaps, torch.nan), labels_of(among))
+            yield rows, log_densities(model, among[:each], log_prior)
+        progress(k + 1, len(patterns))
 
 
 @torch.no_grad()

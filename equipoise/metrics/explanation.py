@@ -1,0 +1,73 @@
+"""In which values an example is odd: what each of them costs in nats."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from equipoise.categories import MixedLikelihood, numeric_part
+from equipoise.model import VAE
+
+ENCODED_AT_ONCE = 256
+"""Examples that are explained at once."""
+
+
+class Explanation(NamedTuple):
+    r"""What makes examples odd.
+
+    Args:
+        nats: What each value costs of the log-density of its example, (n, \*), at least 0. A
+            missing value costs nothing.
+        code: What the code costs, KL(q(z|x), N(0, I)), (n,): the part of an example that is
+            reconstructed, however unusual it is.
+        names: Names of the columns of a table, or their numbers; empty for images.
+    """
+
+    nats: Float32[np.ndarray, "n *event"]
+    code: Float32[np.ndarray, " n"]
+    names: tuple[str, ...]
+
+
+@torch.no_grad()
+def explain(model: VAE, raw: Tensor) -> Explanation:
+    r"""Divide the distance of examples from their reconstructions among their values.
+
+    .. math:: \tfrac12 \frac{(x_i - m_i)^2}{\sigma_i^2} = \max_{x'} \log N(x'; m_i, \sigma_i^2)
+        - \log N(x_i; m_i, \sigma_i^2)
+
+    A category costs :math:`\log p_\mathrm{max} - \log p`, the difference from its most probable
+    level. Mean, std and p are those of p(x|z) at the posterior mean. The std are of single
+    values, also if the errors of a row are correlated.
+
+    Args:
+        model: The model, in evaluation mode.
+        raw: Examples in raw units, (n, \*).
+
+    Returns:
+        Nats per value and per code.
+
+    Example:
+        >>> vae = VAE.build((3,), latent_dim=1).eval()
+        >>> found = explain(vae, torch.tensor([[0.0, 9.0, torch.nan]]))
+        >>> found.nats[0].argmax(), found.nats[0, 2], found.names
+        (np.int64(1), np.float32(0.0), ('0', '1', '2'))
+    """
+    nats, code = [], []
+    for x in torch.split(model.scaling(raw), ENCODED_AT_ONCE):
+        posterior = model.encode(x)
+        likelihood = model.decode(posterior.mean)
+        numeric, numbers = numeric_part(likelihood, x)
+        cost = ((numbers - numeric.mean) / numeric.std).square() / 2
+        if isinstance(likelihood, MixedLikelihood):
+            cost = torch.where(
+                likelihood.categories.is_category, likelihood.nats_below_best(x), cost
+            )
+        nats.append(torch.where(x.isnan(), 0.0, cost))
+        code.append(posterior.kl())
+
+    names: tuple[str, ...] = ()
+    if len(model.shape) == 1:
+        names = model.scaling.columns or tuple(map(str, range(model.shape[0])))
+    return Explanation(torch.cat(nats).numpy(), torch.cat(code).numpy(), names)
