@@ -290,7 +290,7 @@ class MixedLikelihood(NamedTuple):
         return (self.categories.one_hot(x) * self.log_probs).sum(1)
 
     def nats_below_best(self, x: Float[Tensor, "batch columns"]) -> Tensor:
-        """Log-probability of the best level less that of the own, (B, D); NaN where there is none."""
+        """Log-probability of the best level less that of the row's, (B, D); NaN if missing."""
         log_probs = self.log_probs
         _, best = self.categories.most_probable(log_probs)
         _, own = self.categories.most_probable(

@@ -577,7 +577,8 @@ class VAEEstimator(
             x: Examples as for :meth:`fit`.
 
         Returns:
-            Conformal p-values, (n,), see :func:`equipoise.conformal.conformal_p_values`. Rows with gaps are compared with rows of the same gaps.
+            Conformal p-values, (n,), see :func:`equipoise.conformal.conformal_p_values`. Rows with
+            gaps are compared with rows of the same gaps.
         """
         raw = self._raw(x)
         scores = self._scores(raw)

@@ -77,7 +77,8 @@ def test_folders_are_searched_in_sorted_order_without_hidden_files(tmp_path):
     data = load(tmp_path / "in", strict=True)
     assert np.array_equal(everything(data), COLOUR.transpose(0, 3, 1, 2))
     assert data.notes == (
-        "folders as of 2 classes (a, b): their names are not used (--label folder makes labels of them)",
+        "folders as of 2 classes (a, b): their names are not used (--label folder makes labels of "
+        "them)",
         "other files ignored: 1 (labels.csv)",
     )
 
