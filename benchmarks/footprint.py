@@ -72,7 +72,8 @@ def training_memory(data, changes, data_dir):
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen([*command, "--out", f"{folder}/run"])
         _, status, usage = os.wait4(process.pid, 0)
-        if status:
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
             raise SystemExit(f"{command} failed")
 
         lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()

@@ -2,13 +2,12 @@
 
     python benchmarks/peers.py --data-dir DATA --threads 1
 
-Networks, start, data, batch size and epochs are the same. The requirements of pythae contain a
-backport that Python no longer needs, so it has an environment of its own:
+Networks, start, data, batch size and epochs are the same. pythae comes with the extra `benchmarks`:
 
-    python -m venv peers && . peers/bin/activate
-    pip install -c constraints.txt -e .
-    pip install --no-deps pythae==0.1.2
-    pip install -c constraints.txt cloudpickle imageio "pydantic>=2" scipy tqdm
+    pip install -c constraints.txt -e ".[benchmarks]"
+
+That also installs the package dataclasses, a backport that pythae asks for. Python does not import
+it, since its own module of that name comes first.
 
 Every model starts from the networks of `make_model` with the recipe of the data. The models of
 pythae have its default weights of the loss, and its own trainer, which keeps the epoch with the

@@ -59,7 +59,10 @@ class Recorder(Silent):
         self.epochs = self.epochs + 1 if stage not in self.shares else 0
 
         if self.epochs == 1:
-            self.profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+            activities = [ProfilerActivity.CPU]
+            if self.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self.profiler = profile(activities=activities)
             self.profiler.start()
             self.started = time.perf_counter()
         elif self.epochs == 2:

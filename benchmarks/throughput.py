@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py --data-dir DATA
 
-It runs in the environment that peers.py describes. Every loop trains the networks of `make_model`
+It needs the extra `benchmarks`. Every loop trains the networks of `make_model`
 of the paper's sizes on MNIST with batches of 256, for a segment of --steps each, in turns. A ratio
 is the median over the rounds of the ratio within a round.
 

@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_quality.py --data-dir DATA
 
-It runs in the environment that peers.py describes. Among the models of pythae, WAE-MMD with its
+It needs the extra `benchmarks`. Among the models of pythae, WAE-MMD with its
 Gaussian mixture has the lowest Fréchet distance, see results/benchmark-peers-mnist.json. Here it is
 trained again, by the function of peers.py, with the latent units of the recipe and with twice that
 number. Ours is trained for budgets of a few epochs, each with its whole schedule, from the same

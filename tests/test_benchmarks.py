@@ -5,6 +5,8 @@ import importlib
 import json
 import logging
 import math
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -188,10 +190,8 @@ def test_a_run_is_trained_and_evaluated_at_the_smallest_size(run, tmp_path):
 
     found = run("evaluation", "evaluate", "mnist", "--run", folder)
     assert found["data"] == job["data"]
-    bounds = found["evaluation"]["likelihood"]
-    assert bounds["elbo"]["value"] == pytest.approx(
-        job["evaluation"]["likelihood"]["elbo"]["value"]
-    )
+    bound, of_job = (each["evaluation"]["likelihood"]["elbo"] for each in (found, job))
+    assert bound["value"] == pytest.approx(of_job["value"])
     assert positive([found["optimal_noise_var"], found["seconds"]["whole command"]])
 
 
@@ -294,10 +294,8 @@ def test_stage_two_at_its_smallest_size(run, speed):
 
 
 def test_calibration_at_its_smallest_size(run):
-    rows = run("calibration", "mnist", "--floors", "1.0", "--recalibrations", "none", "scale")[
-        "rows"
-    ]
-    as_trained, scaled = rows.values()
+    ways = ["--recalibrations", "none", "scale"]
+    as_trained, scaled = run("calibration", "mnist", "--floors", "1.0", *ways)["rows"].values()
     assert as_trained["scale"] == 1 != scaled["scale"] > 0
     assert as_trained["mse"] == scaled["mse"]
 
@@ -307,6 +305,84 @@ def test_correlated_noise_at_its_smallest_size(run):
     assert len(rows) == 10
     full, none = (rows[f"one variance, {form}"]["log_likelihood"] for form in ("full", "none"))
     assert full["value"] > none["value"]
+
+
+def test_every_benchmark_has_a_test_at_its_smallest_size():
+    tests = Path(__file__).read_text() + (ROOT / "tests" / "test_reliability.py").read_text()
+    for name in COMMANDS:
+        assert f'run("{name}"' in tests or f'run("benchmarks/{name}.py"' in tests, name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_benchmarks_show_their_help_without_pythae(benchmark, monkeypatch, capsys, name):
+    imported = [module for module in sys.modules if module.partition(".")[0] == "pythae"]
+    for module in ("pythae", *imported):
+        monkeypatch.setitem(sys.modules, module, None)
+
+    command = ["evaluate"] if name == "evaluation" else []
+    monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        benchmark(name).main()
+    assert ended.value.code == 0
+    assert "--tiny" in capsys.readouterr().out
+
+
+def test_figures_of_the_smallest_size_replace_no_others(benchmark):
+    command = benchmark("command").Command("What it is.", "results/x-{data}.json", "mnist")
+    assert command.parse_args([]).out == Path("results/x-mnist.json")
+    assert command.parse_args(["--tiny"]).out == Path("results-scratch/x-digits.json")
+    assert command.parse_args(["--tiny", "--out", "y.json"]).out == Path("y.json")
+
+
+def printed_commands():
+    """Find each command of a benchmark in the documents and the results, with its file."""
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "justfile"]):
+        text = path.read_text(encoding="utf-8")
+        spans = re.findall(r"`(python\s+benchmarks/[^`]+)`", text)
+        lines = re.findall(r"^\s*(?:\$ )?(python benchmarks/(?:.*\\\n)*.*)$", text, re.MULTILINE)
+        lines = [line.replace("\\\n", " ") for line in lines if "`" not in line]
+        for command in [*spans, *lines]:
+            yield path, command
+
+    for path in sorted(ROOT.glob("results/*.json")):
+        for command in json.loads(path.read_text(encoding="utf-8"))["command"].split("; "):
+            if command.startswith("python benchmarks/"):
+                yield path, command.partition(", one process")[0]
+
+
+PRINTED = sorted({(str(path.relative_to(ROOT)), text) for path, text in printed_commands()})
+
+
+class ParsedError(Exception):
+    """Is raised once the options are read, so that nothing runs."""
+
+
+@pytest.mark.parametrize(("path", "command"), PRINTED)
+def test_benchmarks_know_the_options_of_their_printed_commands(
+    benchmark, monkeypatch, path, command
+):
+    placeholders = {"MODEL": "equipoise"}
+    _, script, *options = (placeholders.get(word, word) for word in shlex.split(command))
+    assert (ROOT / script).is_file()
+    if Path(script).stem in PRINTERS:
+        assert not any(option.startswith("-") for option in options)
+        return
+
+    read = argparse.ArgumentParser.parse_args
+
+    def parse(self, args=None, namespace=None):
+        raise ParsedError(read(self, args, namespace))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    with pytest.raises(ParsedError):
+        benchmark(Path(script).stem).main()
+
+
+def test_the_results_of_a_benchmark_come_from_its_script():
+    for path in ROOT.glob("results/benchmark-*.json"):
+        script = re.search(r"benchmarks/(\w+)\.py", json.loads(path.read_text())["command"])[1]
+        assert path.stem.startswith(f"benchmark-{script.replace('_', '-')}")
 
 
 def test_a_finished_row_is_not_computed_again(benchmark, tmp_path, capsys):
