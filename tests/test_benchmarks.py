@@ -229,6 +229,21 @@ def test_streaming_memory_at_its_smallest_size(run):
         assert 0 < row["anonymous_before_mib"] <= row["anonymous_peak_mib"]
 
 
+def test_streaming_training_at_its_smallest_size(run):
+    content = run("streaming_training")
+    assert len(content["curve"]) == len(content["examples_per_second"]) == 3
+    assert content["largest_relative_difference_of_the_curves"] < 1e-6
+    assert positive(content["anonymous_mib_of_the_largest_process"])
+
+
+def test_batch_size_at_its_smallest_size(run):
+    content = run("batch_size")
+    auto, fixed = content["rows"]
+    assert auto["batch_size"] < fixed["batch_size"] == 256
+    assert auto["steps"] > fixed["steps"]
+    assert set(content["test_elbo"]) == {"auto", "256", "auto minus 256"}
+
+
 def test_training_loop_at_its_smallest_size(run):
     rows = run("training_loop")["rows"]
     assert set(rows["median of epoch / epoch by hand"]) == {"stage 1", "stage 2"}

@@ -88,6 +88,10 @@ def test_grey_stays_grey_only_if_all_are(tmp_path):
     assert load(tmp_path / "grey", channels="rgb").shape == (3, 12, 10)
     fill(tmp_path / "grey", COLOUR[:1])
     mixed = load(tmp_path / "grey")
+    n = len(COLOUR) - 1
+    assert f"{n} grey and 1 colour images: all become RGB" in mixed.notes[0]
+    notes = load(tmp_path / "grey", channels="grey").notes
+    assert f"{n} grey and 1 colour images: all become grey" in notes
     assert mixed.shape == (3, 12, 10)
     assert np.array_equal(everything(mixed)[5], np.stack([COLOUR[5, ..., 0]] * 3))
     assert load(tmp_path / "grey", channels="grey").shape == (1, 12, 10)

@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from equipoise.categories import MixedLikelihood, numeric_part
 from equipoise.data.dataset import Array
 from equipoise.gaps import missing_values
 from equipoise.gaussian import RowGenerators, sum_dimensions
+from equipoise.labels import labelled, labels_of
 from equipoise.model import VAE
 from equipoise.objectives import LogPrior, importance_weighted_bound
 
@@ -78,7 +80,8 @@ class RowScores(NamedTuple):
     Args:
         score: Bound on the log-density of the observed values, raw units, nats, (n,).
         p_value: Share of held-out rows that are as odd, (n,), see :func:`conformal_p_values`.
-        worst_columns: The columns that differ most from their reconstruction, in predicted std.
+        worst_columns: The columns that differ most from their reconstruction, in predicted std;
+            of categories, in nats.
     """
 
     score: Float64[np.ndarray, " n"]
@@ -112,7 +115,8 @@ def score_rows(
     patterns, number = torch.unique(raw.isnan(), dim=0, return_inverse=True)
     for k, gaps in enumerate(patterns):
         rows = (number == k).numpy()
-        among = log_densities(model, reference.masked_fill(gaps, torch.nan), log_prior)
+        with_gaps = labelled(reference.masked_fill(gaps, torch.nan), labels_of(reference))
+        among = log_densities(model, with_gaps, log_prior)
         # Rows without any value are all alike, and only rounding tells their scores apart.
         p_value[rows] = 1.0 if gaps.all() else conformal_p_values(score[rows], among)
         progress(k + 1, len(patterns))
@@ -148,7 +152,11 @@ def conformal_p_values(
 
 @torch.no_grad()
 def worst_columns(model: VAE, raw: Tensor, n: int = WORST_COLUMNS) -> list[str]:
-    """Name the columns of each row that are furthest from their reconstruction.
+    r"""Name the columns of each row that are furthest from their reconstruction.
+
+    A number is as far as its distance u in predicted std. A category of the probability p is as far
+    as the distance that has the same log-density below that of the best value: :math:`u^2/2 =
+    \log p_\mathrm{max} - \log p`.
 
     Args:
         model: The model, in evaluation mode.
@@ -156,24 +164,49 @@ def worst_columns(model: VAE, raw: Tensor, n: int = WORST_COLUMNS) -> list[str]:
         n: Number of columns to name.
 
     Returns:
-        For each row such as "income +8.1, age -3.2": the distances in predicted std, the largest
-        first. Missing values are not among them.
+        For each row such as "income +8.1, kind 3.2 nats": the distances in predicted std, and minus
+        log p of categories, the largest first. Missing values are not among them.
     """
     x = model.scaling(raw)
-    found = []
+    found, sizes = [], []
     for rows in torch.split(x, DECODED_AT_ONCE):
         reconstruction = model.reconstruct(rows)
-        found.append((rows - reconstruction.mean) / reconstruction.std)
+        numeric, numbers = numeric_part(reconstruction, rows)
+        distance = (numbers - numeric.mean) / numeric.std
+        size = distance.abs()
+        if isinstance(reconstruction, MixedLikelihood):
+            nats, size = _of_categories(reconstruction, rows, size)
+            distance = torch.where(nats.isnan(), distance, nats)
+        found.append(distance)
+        sizes.append(size)
     distance = torch.cat(found)
 
-    size = distance.abs().nan_to_num(-1.0, posinf=torch.inf)
+    size = torch.cat(sizes).nan_to_num(-1.0, posinf=torch.inf)
     largest = size.topk(min(n, x.shape[1]), dim=1).indices
     texts = []
-    for row, columns in zip(distance, largest.tolist(), strict=True):
+    for row, columns in zip(distance.tolist(), largest.tolist(), strict=True):
         parts = [
-            f"{model.scaling.short_name_of(i)} {float(row[i]):+.1f}"
+            f"{model.scaling.short_name_of(i)} {row[i]:.1f} nats"
+            if i in model.scaling.levels
+            else f"{model.scaling.short_name_of(i)} {row[i]:+.1f}"
             for i in columns
-            if not bool(row[i].isnan())
+            if row[i] == row[i]
         ]
         texts.append(", ".join(parts))
     return texts
+
+
+def _of_categories(
+    likelihood: MixedLikelihood, rows: Tensor, size: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Minus log p of each category, NaN elsewhere, and the sizes with those of categories, (B, D).
+
+    The best level is as near as a number at its mean.
+    """
+    categories, log_probs = likelihood.categories, likelihood.log_probs
+    _, best = categories.most_probable(log_probs)
+    _, own = categories.most_probable(
+        log_probs.masked_fill(categories.one_hot(rows) == 0, -torch.inf)
+    )
+    own = own.masked_fill(rows.isnan(), torch.nan)
+    return -own, torch.where(categories.is_category, (2 * (best - own)).clamp_min(0).sqrt(), size)
