@@ -11,7 +11,6 @@ epochs, so that each has a pass over the training examples and one over 2,000 he
 memory. Memory is the anonymous memory of the process that has the most, at the end of each epoch.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -22,8 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from command import Command
 from streaming_scale import BATCH, PARQUET, write
 
+from equipoise.files import write_json
 from equipoise.provenance import provenance
 from equipoise.run import Run
 
@@ -91,21 +92,15 @@ def train(parts, folder, options, killed_after=None):
 
 def main():
     """Run the benchmark, print the figures and write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("results/benchmark-streaming-training.json")
-    )
+    parser = Command(__doc__, "results/benchmark-streaming-training.json")
     parser.add_argument("--examples", type=int, default=3_000_000)
     parser.add_argument("--parts", type=int, default=64)
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0, help="between checkpoints")
-    parser.add_argument("--tiny", action="store_true", help="the smallest size, for tests")
     options = parser.parse_args()
     if options.tiny:
-        options.examples, options.parts, options.processes = 20_000, 4, 2
+        options.examples, options.parts, options.processes = 20_000, 4, 1
         options.epochs, options.seconds = 3, 1.0
 
     with tempfile.TemporaryDirectory() as place:
@@ -139,8 +134,7 @@ def main():
         "load": os.getloadavg(),
     }
     print(json.dumps({key: result[key] for key in result if key != "curve"}, indent=2))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":
