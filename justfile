@@ -58,7 +58,7 @@ bench data_dir:
     python benchmarks/held_out_variance.py --data-dir {{data_dir}}
     python benchmarks/correlated_noise.py --data-dir {{data_dir}}
 
-# The benchmarks against pythae, in the environment that benchmarks/peers.py describes
+# The benchmarks against pythae, which need the extra benchmarks
 bench-peers data_dir:
     python benchmarks/throughput.py --data-dir {{data_dir}}
     python benchmarks/time_to_quality.py --data-dir {{data_dir}} --epochs 4 8 12 --precision bf16

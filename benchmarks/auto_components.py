@@ -7,12 +7,11 @@ d dimensions at random. There are 100 codes per cluster, 20 per cluster and dime
 600 in all. A tenth of them is held out, as always.
 """
 
-import argparse
 import math
 import time
-from pathlib import Path
 
 import torch
+from command import Command
 from experiment import Rows, one_thread, over_seeds
 from rich.console import Console
 from rich.table import Table
@@ -52,13 +51,7 @@ def search(K, d, seed):
 
 def main():
     """Run the grids, keep the rows, and print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-auto-components.json"))
-    parser.add_argument(
-        "--tiny", action="store_true", help="the smallest size, to see that it runs"
-    )
+    parser = Command(__doc__, "results/benchmark-auto-components.json")
     options = parser.parse_args()
     one_thread()
     search(2, 2, 0)  # imports scikit-learn

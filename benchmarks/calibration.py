@@ -10,19 +10,19 @@ calibrated on the validation set for the same shares. Bits per dimension, IWAE-2
 levels and of the dequantised data.
 """
 
-import argparse
 import copy
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from command import TINY, Command
 
 from equipoise.config import make_config, read_papers_recipe
 from equipoise.data import Batches, load
 from equipoise.data.varying import varying_mask
 from equipoise.estimate import Estimate
+from equipoise.files import write_json
 from equipoise.metrics.calibration import noise_calibration
 from equipoise.metrics.likelihood import bits_per_dimension, iwae, likelihood
 from equipoise.paper.protocol import PAPERS_STAGE_2
@@ -37,7 +37,7 @@ SHARES = (1.0, 2.0, 3.0)
 
 def main():
     """Train and compare, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Command(__doc__, "results/calibration-{data}.json")
     parser.add_argument("data", choices=["mnist", "fashion-mnist", "celeba", "digits"])
     parser.add_argument("--data-dir")
     parser.add_argument("--stage-1-epochs", type=int)
@@ -54,11 +54,13 @@ def main():
         type=Path,
         help="folder to keep the models in; models in it are not trained again",
     )
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
     recipe = read_papers_recipe(options.data)
     recipe.pop("data")
+    if options.tiny:
+        recipe |= TINY
+        options.examples, options.iwae_examples = 100, 20
     changes = {
         "stage_1_epochs": options.stage_1_epochs,
         "stage_2_epochs": options.stage_2_epochs,
@@ -118,9 +120,7 @@ def main():
     about["train_examples"] = len(data.train)
     about["varying_share"] = float(varying.float().mean())
 
-    out = options.out or Path(f"results/calibration-{options.data}.json")
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+    write_json(options.out, about | {"rows": rows})
 
 
 def figures(model, data, varying, options):

@@ -8,19 +8,18 @@ test images: log p(x|z) and the bound with z ~ q(z|x), and bits per dimension of
 data, IWAE-20.
 """
 
-import argparse
 import copy
-import json
 import math
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+from command import Command
 
 from equipoise.config import make_config
 from equipoise.data import Batches, load
 from equipoise.estimate import Estimate
+from equipoise.files import write_json
 from equipoise.metrics.likelihood import bits_per_dimension, iwae, likelihood
 from equipoise.noise_fit import fit_correlation
 from equipoise.paper.protocol import PAPERS_STAGE_2
@@ -63,12 +62,10 @@ TINY = {
 
 def main():
     """Train, estimate and compare, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Command(__doc__, "results/benchmark-correlated-noise.json")
     parser.add_argument("--data-dir")
     parser.add_argument("--data", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tiny", action="store_true", help="start only, on digits, in seconds")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-correlated-noise.json"))
     options = parser.parse_args()
     settings = TINY if options.tiny else {name: SETTINGS[name] for name in options.data}
 
@@ -85,8 +82,7 @@ def main():
         about[name] = provenance(data=data, options=setting["options"]) | {
             "rows": compare(data, setting, options.seed)
         }
-        options.out.parent.mkdir(exist_ok=True)
-        options.out.write_text(json.dumps(about, indent=2) + "\n")
+        write_json(options.out, about)
 
 
 def compare(data, setting, seed):

@@ -7,8 +7,6 @@ squares, with its standard error. EM reads float32 codes from disk. The time of 
 that of an epoch of the command's own loop, divided by its steps. There is one thread.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -16,17 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from command import Command
 
 from equipoise.aggregate import GaussianMixture
 from equipoise.config import make_config
 from equipoise.data import load
+from equipoise.files import write_json
 from equipoise.mixture_fit import fit_mixture
 from equipoise.provenance import provenance
 from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 
 SEED = 0
-EM_CODES, EM_COMPONENTS, EM_DIMENSION = 200_000, 32, 16
+EM = {"N": 200_000, "K": 32, "d": 16}
 EM_SWEEPS = {
     "N": [50_000, 100_000, 200_000, 400_000, 800_000, 1_600_000, 3_200_000],
     "K": [8, 16, 32, 64, 128, 256],
@@ -41,6 +41,16 @@ TRAINING_SWEEPS = {
     "N": [2048, 4096, 8192, 16384],
 }
 SIDE_OF_DIGITS = 8
+TINY = {
+    "em": (
+        {"N": 400, "K": 2, "d": 2},
+        {"N": [200, 400, 800], "K": [2, 4, 8], "d": [1, 2, 4]},
+    ),
+    "training": (
+        {"N": BATCH, "side": 8, "d": 2},
+        {"side": [8, 12, 16], "d": [1, 2, 4], "N": [256, 512, 768]},
+    ),
+}
 
 
 def exponent(sizes, seconds):
@@ -65,12 +75,11 @@ def em_seconds(folder, N, K, d):
     """Time an iteration of EM over codes on disk, which starts at random means."""
     generator = torch.Generator().manual_seed(SEED)
 
-    path = Path(folder) / f"{d}.npy"
+    path = Path(folder) / f"{N}-{d}.npy"
     if not path.exists():
-        largest = max(EM_SWEEPS["N"]) if d == EM_DIMENSION else EM_CODES
-        np.save(path, np.random.default_rng(SEED).standard_normal((largest, d), np.float32))
+        np.save(path, np.random.default_rng(SEED).standard_normal((N, d), np.float32))
 
-    codes = np.load(path, mmap_mode="r")[:N]
+    codes = np.load(path, mmap_mode="r")
     start = GaussianMixture(
         torch.full((K,), 1 / K, dtype=torch.float64),
         torch.randn(K, d, generator=generator, dtype=torch.float64),
@@ -140,12 +149,12 @@ def epoch_seconds(N, side, d):
     return statistics.median(seconds.epochs[1:]), -(-len(data.train) // BATCH)
 
 
-def em_costs():
+def em_costs(usual, sweeps):
     """Change N, K and d of EM."""
     costs = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, sizes in EM_SWEEPS.items():
-            fixed = {"N": EM_CODES, "K": EM_COMPONENTS, "d": EM_DIMENSION}
+        for name, sizes in sweeps.items():
+            fixed = dict(usual)
             seconds = [em_seconds(folder, **fixed | {name: size}) for size in sizes]
 
             fixed.pop(name)
@@ -156,11 +165,11 @@ def em_costs():
     return costs
 
 
-def training_costs():
+def training_costs(usual, sweeps):
     """Change D and d of a training step, and N of an epoch."""
     costs = {}
-    for name, sizes in TRAINING_SWEEPS.items():
-        fixed = dict(TRAINING)
+    for name, sizes in sweeps.items():
+        fixed = dict(usual)
         if name == "N":
             fixed["side"] = SIDE_OF_DIGITS
 
@@ -193,22 +202,21 @@ def report(what, name, row):
 
 def main():
     """Run the benchmark and write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-cost-scaling.json"))
+    parser = Command(__doc__, "results/benchmark-cost-scaling.json")
     parser.add_argument(
         "--parts", nargs="+", choices=["em", "training"], default=["em", "training"]
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    sweeps = {"em": em_costs, "training": training_costs}
-    costs = {part: sweeps[part]() for part in options.parts}
+    parts = {"em": em_costs, "training": training_costs}
+    sizes = {"em": (EM, EM_SWEEPS), "training": (TRAINING, TRAINING_SWEEPS)}
+    if options.tiny:
+        sizes = TINY
+    costs = {part: parts[part](*sizes[part]) for part in options.parts}
 
     result = provenance() | {"seed": SEED, "threads": 1, **costs}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ StoreError. Of checkpoints it is counted, too, how often the older one then serv
 tries every fiftieth only.
 """
 
-import argparse
-import json
 import tempfile
 from pathlib import Path
 
 import torch
+from command import Command
 
-from equipoise.files import StoreError
+from equipoise.files import StoreError, write_json
 from equipoise.provenance import provenance
 from equipoise.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.test_damage import JSON_FILES, READERS, evaluated_run, header_size
@@ -95,10 +94,11 @@ def older_checkpoints(folder, every):
 
 def main():
     """Damage files of each kind, and write what was noticed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Command(__doc__, "results/reliability-damage.json")
     parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("results/reliability-damage.json"))
     options = parser.parse_args()
+    if options.tiny:
+        options.every = 400
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -106,7 +106,7 @@ def main():
         older = older_checkpoints(folder / "checkpoints", options.every)
 
     content = {**provenance(), "every": options.every, "files": files, "older_checkpoint": older}
-    options.out.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(options.out, content)
     for kind, row in files.items():
         print(kind, row)
     print("older checkpoint", older)

@@ -7,17 +7,18 @@ have a core each. One process has one core or both. The processes communicate by
 loopback device.
 """
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+
+from command import TINY, Command
 
 from equipoise.config import make_config, read_papers_recipe
 from equipoise.data import load
+from equipoise.files import write_json
 from equipoise.provenance import provenance
 from equipoise.run import Run
 
@@ -30,10 +31,10 @@ WAYS = {
 ONE, TWO = "one process, one thread", "two processes, one thread each"
 
 
-def train(folder, devices, threads, data_dir):
+def train(data, changes, folder, devices, threads, data_dir):
     """Run the command, and return the rows of its epochs."""
-    command = [sys.executable, "-m", "equipoise", "train", "mnist", "--quiet", "--out", folder]
-    command += ["--set", *(f"{name}={value}" for name, value in SHORT.items())]
+    command = [sys.executable, "-m", "equipoise", "train", data, "--quiet", "--out", folder]
+    command += ["--set", *(f"{name}={value}" for name, value in changes.items())]
     command += ["--devices", str(devices)]
     if data_dir:
         command += ["--data-dir", data_dir]
@@ -55,21 +56,24 @@ def largest_difference(rows, others):
 
 def main():
     """Train in turns and compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Command(__doc__, "results/benchmark-distributed.json", "mnist")
     parser.add_argument("--data-dir")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-distributed.json"))
     options = parser.parse_args()
 
-    data = load("mnist", data_dir=options.data_dir)
-    recipe = read_papers_recipe("mnist")
+    data = load(options.data, data_dir=options.data_dir)
+    recipe = read_papers_recipe(options.data)
     recipe.pop("data")
+    changes, rounds, ways = SHORT, options.rounds, dict(WAYS)
+    if options.tiny:
+        changes, rounds, ways = SHORT | TINY, 1, {way: WAYS[way] for way in (ONE, TWO)}
 
-    speeds, curves = {way: ([], []) for way in WAYS}, {}
+    speeds, curves = {way: ([], []) for way in ways}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(options.rounds):
-            for way, (devices, threads) in WAYS.items():
-                rows = train(f"{folder}/{number} {way}", devices, threads, options.data_dir)
+        for number in range(rounds):
+            for way, (devices, threads) in ways.items():
+                run = f"{folder}/{number} {way}"
+                rows = train(options.data, changes, run, devices, threads, options.data_dir)
                 curves.setdefault(way, rows)
 
                 for speed, row in zip(speeds[way], rows, strict=True):
@@ -91,10 +95,9 @@ def main():
         rows[way] = row
 
     print(json.dumps(rows, indent=2))
-    result = provenance(data=data, options=make_config(recipe | SHORT).as_dict())
-    result |= {"rounds": options.rounds, "rows": rows}
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    result = provenance(data=data, options=make_config(recipe | changes).as_dict())
+    result |= {"rounds": rounds, "rows": rows}
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

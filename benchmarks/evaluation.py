@@ -16,6 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+from command import TINY
+
+from equipoise.files import write_json
 from equipoise.glossary import CURVES, leaves, measure, term
 from equipoise.paper.markdown import NONE, estimate
 from equipoise.provenance import provenance
@@ -43,9 +46,12 @@ ROWS = {
 
 def evaluate(options):
     """Train the run if needed, evaluate it, and write the JSON."""
+    data = "digits" if options.tiny else options.data
     places = ["--data-dir", options.data_dir] if options.data_dir else []
     if not (options.run / "model.safetensors").is_file():
-        train = ["train", options.data, "--out", str(options.run), *places]
+        train = ["train", data, "--out", str(options.run), *places]
+        if options.tiny:
+            train += ["--set", *(f"{key}={value}" for key, value in TINY.items())]
         subprocess.run([sys.executable, "-m", "equipoise", *train], check=True)
 
     command = ["evaluate", str(options.run), *places]
@@ -53,6 +59,8 @@ def evaluate(options):
         command += ["--against", options.against]
     if options.seed is not None:
         command += ["--seed", str(options.seed)]
+    if options.tiny:
+        command += ["-n", "20", "--importance-samples", "2"]
 
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "equipoise", *command], check=True)
@@ -73,7 +81,7 @@ def evaluate(options):
         "optimal_noise_var": stage_1.get("optimal_noise_var"),
         "evaluation": _without_curves(evaluation),
     }
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
 
 
 def _without_curves(value):
@@ -166,6 +174,9 @@ def main():
     one.add_argument("--against")
     one.add_argument("--seed", type=int, help="seed of the evaluation")
     one.add_argument("--out", type=Path, required=True)
+    one.add_argument(
+        "--tiny", action="store_true", help="the smallest size, on digits, to see that it runs"
+    )
 
     for name in ("table", "spread"):
         commands.add_parser(name).add_argument("files", nargs="+")

@@ -9,11 +9,11 @@ import functools
 import json
 import math
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from command import Command
 from threadpoolctl import threadpool_limits
 
 from equipoise.config import make_config
@@ -38,7 +38,7 @@ def arguments(description, out, option, known):
     Returns:
         The parser.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = Command(description, out)
     parser.add_argument(
         option,
         nargs="+",
@@ -48,10 +48,6 @@ def arguments(description, out, option, known):
         help=f"variants to compare; those that need only a name are {', '.join(known)}",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "--tiny", action="store_true", help="the smallest size, to see that it runs"
-    )
-    parser.add_argument("--out", type=Path, default=Path(out))
     return parser
 
 
@@ -133,6 +129,32 @@ def trained(data: Data, options):
     torch.manual_seed(stream_seed(config.seed, "weights"))
     trainer = Trainer(make_model(data, config), data, config)
     return trainer, trainer.fit()
+
+
+def start(data, config):
+    """Make the untrained networks, which are the same every time."""
+    torch.manual_seed(config.seed)
+    np.random.seed(config.seed)  # noqa: NPY002 (scikit-learn's mixture in pythae draws from it)
+    return make_model(data, config)
+
+
+def scaled(model, part):
+    """Return images in model units."""
+    return model.scaling(torch.from_numpy(part[:]))
+
+
+class Clock:
+    """Measures the seconds between laps."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+        self.seconds = {}
+
+    def lap(self, name):
+        """End a lap, and start the next."""
+        now = time.perf_counter()
+        self.seconds[name] = round(now - self.last, 2)
+        self.last = now
 
 
 def over_seeds(values):

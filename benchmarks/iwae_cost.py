@@ -8,20 +8,21 @@ of two networks, mean and variance. The decoder is tried with several numbers of
 the fastest counts.
 """
 
-import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from command import Command
 
+from equipoise.files import write_json
 from equipoise.metrics.likelihood import iwae
 from equipoise.model import VAE
 from equipoise.provenance import provenance
 
 N, K, ROUNDS = 500, 20, 7
 AT_ONCE = (128, 256, 500, 1000)
+TINY_N, TINY_ROUNDS = 20, 1
 
 
 def timed(run, *arguments):
@@ -31,7 +32,7 @@ def timed(run, *arguments):
     return time.perf_counter() - started
 
 
-def compare(model, networks):
+def compare(model, networks, N, n_rounds):
     """Return the codes per second of both, and their ratio."""
     x = torch.rand(N, *model.shape)
     z = torch.randn(N * K, model.latent_dim)
@@ -45,7 +46,7 @@ def compare(model, networks):
     def one_round():
         return {"bound": timed(iwae, model, [x], K)} | {n: timed(decode, n) for n in AT_ONCE}
 
-    rounds = [one_round() for _ in range(ROUNDS + 1)][1:]  # the first one warms up
+    rounds = [one_round() for _ in range(n_rounds + 1)][1:]  # the first one warms up
     speeds = {}
     for name in rounds[0]:
         seconds = statistics.median(one[name] for one in rounds)
@@ -62,25 +63,26 @@ def compare(model, networks):
 
 def main():
     """Compare and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-iwae-cost.json"))
+    parser = Command(__doc__, "results/benchmark-iwae-cost.json")
     options = parser.parse_args()
+
+    size = (TINY_N, TINY_ROUNDS) if options.tiny else (N, ROUNDS)
 
     torch.manual_seed(0)
     model = VAE.build((1, 28, 28), latent_dim=16, mean_bounds=(0.0, 1.0)).eval()
 
-    rows = {"stage 1": compare(model, [model.decoder])}
+    rows = {"stage 1": compare(model, [model.decoder], *size)}
     model.predict_variance(torch.tensor(0.01), torch.tensor(0.01))
-    rows["stage 2"] = compare(model.eval(), [model.decoder, model.noise.network])
+    rows["stage 2"] = compare(model.eval(), [model.decoder, model.noise.network], *size)
     print(json.dumps(rows, indent=2))
 
     about = {
         "threads": torch.get_num_threads(),
-        "examples": N,
+        "examples": size[0],
         "importance_samples": K,
-        "rounds": ROUNDS,
+        "rounds": size[1],
     }
-    options.out.write_text(json.dumps(provenance() | about | {"rows": rows}, indent=2) + "\n")
+    write_json(options.out, provenance() | about | {"rows": rows})
 
 
 if __name__ == "__main__":

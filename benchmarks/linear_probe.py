@@ -3,7 +3,7 @@
     python benchmarks/linear_probe.py --data-dir DATA
 
 Codes of the training images, without their labels, come from a VAE of this library (posterior
-means), from the same networks trained by pythae (see benchmarks/peers.py for its environment), from
+means), from the same networks trained by pythae (of the extra `benchmarks`), from
 PCA of as many components, or are the pixels themselves. On the standardised codes of labelled
 training images a logistic regression is fitted, whose penalty is cross-validated, and judged by
 its accuracy on test images. Models differ in nothing but the loss and its optimiser: the networks,
@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from experiment import Rows, arguments, facts, one_thread, over_seeds, paired, trained
+from experiment import Rows, arguments, facts, one_thread, over_seeds, paired, scaled, trained
 from labelled import labels
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegressionCV
@@ -72,8 +72,7 @@ def codes(model, data):
 
 def pythae(kind, data, options):
     """Train a model of pythae with the optimiser and the schedule of equipoise."""
-    # Imported here, because pythae has an environment of its own.
-    from peers import fit_pythae, optimiser, scaled
+    from pythae_models import fit_pythae, optimiser
 
     config = make_config(options | {"accelerator": "cpu"})
     model, _ = fit_pythae(kind, data, config, optimiser(config, is_scheduled=True))

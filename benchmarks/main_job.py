@@ -5,32 +5,34 @@
 The options `--set latent_dim=2` give the plane of the paper's table 1.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from command import TINY, Command
+
+from equipoise.files import write_json
 from equipoise.provenance import provenance
 from equipoise.run import Run
 
 
 def main():
     """Run the command and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Command(__doc__)
     parser.add_argument("data")
     parser.add_argument("--data-dir")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--run", type=Path, required=True, help="run folder to write")
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
     command = [sys.executable, "-m", "equipoise", "train", options.data, "--out", str(options.run)]
     if options.data_dir:
         command += ["--data-dir", options.data_dir]
-    if options.set:
-        command += ["--set", *options.set]
+    changes = [f"{key}={value}" for key, value in TINY.items()] if options.tiny else []
+    if changes or options.set:
+        command += ["--set", *changes, *options.set]
 
     started = time.perf_counter()
     subprocess.run(command, check=True)
@@ -50,7 +52,7 @@ def main():
         "stages": stages,
         "evaluation": json.loads(run.evaluation_file.read_text()),
     }
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ fit, so that the preparation does not count. Each has one thread by default, sin
 shared machine would measure the other users.
 """
 
-import argparse
 import json
 import resource
 import statistics
@@ -16,14 +15,18 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 # torch, scikit-learn and equipoise are imported in the functions. A subprocess starts with the peak
 # memory of its parent, which therefore stays small until memory has been measured.
+from command import Command
+
+from equipoise.files import write_json
 from equipoise.provenance import provenance
 
 SIZES = ((60_000, 16, 256), (60_000, 16, 32), (20_000, 64, 200))
 SHORT, LONG, ROUNDS = 1, 4, 3
+MANY = 1_000_000
+TINY_SIZES, TINY_MANY = ((400, 2, 3), (200, 3, 2)), 1000
 SEED = 0
 
 
@@ -85,13 +88,13 @@ def run_scikit_learn(codes, start, max_iter):
     return time.perf_counter() - began, [float(bound) for bound in model.lower_bounds_]
 
 
-def compare(N, d, K):
+def compare(N, d, K, rounds):
     """Time both in turns, and compare the likelihoods of the last iteration."""
     codes, start = planted_codes(N, d, K)
     seconds = {run_equipoise: [], run_scikit_learn: []}
     last = {}
 
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for run, times in seconds.items():
             short, _ = run(codes, start, SHORT)
             long, log_likelihoods = run(codes, start, LONG)
@@ -119,8 +122,8 @@ def peak_mebibytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def fit_a_million():
-    """Fit 1,000,000 float32 codes of d = 16 with K = 32, and print the peak memory.
+def fit_many(N):
+    """Fit N float32 codes of d = 16 with K = 32, and print the peak memory.
 
     The fit includes its start. It runs in a process of its own.
     """
@@ -129,7 +132,7 @@ def fit_a_million():
     from equipoise.mixture_fit import fit_mixture
 
     torch.set_num_threads(1)
-    codes = torch.randn(1_000_000, 16, generator=torch.Generator().manual_seed(SEED))
+    codes = torch.randn(N, 16, generator=torch.Generator().manual_seed(SEED))
     before = peak_mebibytes()
 
     fit_mixture(codes, 32, max_iter=3, generator=torch.Generator().manual_seed(SEED))
@@ -138,21 +141,21 @@ def fit_a_million():
 
 def main():
     """Run the benchmark, print a table and write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-mixture-em.json"))
+    parser = Command(__doc__, "results/benchmark-mixture-em.json")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--memory-only", action="store_true", help="what the subprocess runs")
+    parser.add_argument("--memory-only", type=int, metavar="N", help="what the subprocess runs")
     options = parser.parse_args()
 
     if options.memory_only:
-        fit_a_million()
+        fit_many(options.memory_only)
         return
 
-    child = subprocess.run(
-        [sys.executable, __file__, "--memory-only"], check=True, capture_output=True, text=True
-    )
+    sizes, many, rounds = SIZES, MANY, ROUNDS
+    if options.tiny:
+        sizes, many, rounds = TINY_SIZES, TINY_MANY, 1
+
+    command = [sys.executable, __file__, "--memory-only", str(many)]
+    child = subprocess.run(command, check=True, capture_output=True, text=True)
     memory = json.loads(child.stdout)
 
     import torch
@@ -162,7 +165,7 @@ def main():
 
     torch.set_num_threads(options.threads)
     with threadpool_limits(options.threads):
-        rows = [compare(*size) for size in SIZES]
+        rows = [compare(*size, rounds) for size in sizes]
 
     table = Table(title=f"EM, seconds per iteration, {options.threads} thread(s)")
     headings = ("N", "d", "K", "equipoise", "scikit-learn", "ratio", "log-likelihood difference")
@@ -181,19 +184,18 @@ def main():
     console = Console()
     console.print(table)
     console.print(
-        f"1,000,000 codes of d = 16, K = 32: peak resident memory {memory['peak_mib']:.0f} MiB"
+        f"{many:,} codes of d = 16, K = 32: peak resident memory {memory['peak_mib']:.0f} MiB"
     )
 
     result = provenance() | {
         "seed": SEED,
         "threads": options.threads,
         "iterations_timed": LONG - SHORT,
-        "rounds": ROUNDS,
+        "rounds": rounds,
         "speed": rows,
         "memory_of_a_million_codes": memory,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

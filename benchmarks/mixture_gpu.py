@@ -7,16 +7,16 @@ iterations from the same start, in float64, with all its threads. A second is th
 between a short and a long fit, so that reading the codes once for the start does not count.
 """
 
-import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from command import Command
 from mixture_scale import DIMENSION, write_planted_codes
 
+from equipoise.files import write_json
 from equipoise.mixture_fit import fit_mixture
 from equipoise.provenance import provenance
 
@@ -48,12 +48,10 @@ def measure(codes, start, device):
 
 def main():
     """Measure and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Command(__doc__, "results/benchmark-mixture-gpu.json")
     parser.add_argument("--codes", type=int, default=10_000_000)
     parser.add_argument("--components", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--accelerator", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-mixture-gpu.json"))
-    parser.add_argument("--tiny", action="store_true", help="the smallest size, on the CPU")
     options = parser.parse_args()
     if options.tiny:
         options.codes, options.components, options.accelerator = 2000, [2], "cpu"
@@ -89,8 +87,7 @@ def main():
     result = provenance(data=None, options={"dimension": DIMENSION})
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     result |= {"threads": torch.get_num_threads(), "peak_gpu_gib": peak, "rows": rows}
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ EM is slow there. One and two processes are compared, in turns within each round
 one thread and its share of the codes, and sums go through gloo.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -20,10 +19,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+from command import Command
 
 DIMENSION, CLUSTERS, COMPONENTS = 16, 64, 32
 ITERATIONS, ROUNDS = 4, 2
 FEWER_CODES, SEEDS = 2_000_000, (0, 1, 2)
+TINY_CODES = 2000
 SEED = 0
 
 
@@ -180,11 +181,11 @@ def time_iterations(path, N, rounds):
     return {"processes": rows, "ratio": medians[1] / medians[2]}
 
 
-def compare_phases(path, N, seed):
-    """Fit until convergence with a first phase and without one, in two processes."""
+def compare_phases(path, N, seed, processes):
+    """Fit until convergence with a first phase and without one."""
     results = {}
     for name, subsample in {"with_first_phase": "auto", "without": None}.items():
-        result = run(2, path, N, max_iter=200, subsample=subsample, seed=seed)
+        result = run(processes, path, N, max_iter=200, subsample=subsample, seed=seed)
         results[name] = result
         print(
             f"{N:,} codes, seed {seed}, {name}: "
@@ -216,10 +217,7 @@ def compare_phases(path, N, seed):
 
 def main():
     """Run the benchmark, print a table and write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-mixture-scale.json"))
+    parser = Command(__doc__, "results/benchmark-mixture-scale.json")
     parser.add_argument("--codes", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument(
@@ -236,10 +234,13 @@ def main():
     if options.task:
         fit_part(options.task)
         return
+    if options.tiny:
+        options.codes, options.rounds, options.seeds = TINY_CODES, 1, (0,)
 
+    from equipoise.files import write_json
     from equipoise.provenance import provenance
 
-    N = options.codes
+    N, processes = options.codes, 1 if options.tiny else 2
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "codes.npy"
         write_planted_codes(path, N, DIMENSION, CLUSTERS)
@@ -247,7 +248,7 @@ def main():
         iteration = time_iterations(path, N, options.rounds)
         sizes = [(N, SEED)] if options.whole else []
         sizes += [(min(N, FEWER_CODES), seed) for seed in options.seeds]
-        first_phase = [compare_phases(path, n, seed) for n, seed in sizes]
+        first_phase = [compare_phases(path, n, seed, processes) for n, seed in sizes]
 
         result = provenance() | {
             "seed": SEED,
@@ -268,8 +269,7 @@ def main():
             f"without / with a first phase {row['ratio_of_seconds']:.1f}"
         )
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
     python benchmarks/peers.py --data-dir DATA --threads 1
 
-Networks, start, data, batch size and epochs are the same. The requirements of pythae contain a
-backport that Python no longer needs, so it has an environment of its own:
+Networks, start, data, batch size and epochs are the same. pythae comes with the extra `benchmarks`:
 
-    python -m venv peers && . peers/bin/activate
-    pip install -c constraints.txt -e .
-    pip install --no-deps pythae==0.1.2
-    pip install -c constraints.txt cloudpickle imageio "pydantic>=2" scipy tqdm
+    pip install -c constraints.txt -e ".[benchmarks]"
+
+That also installs the package dataclasses, a backport that pythae asks for. Python does not import
+it, since its own module of that name comes first.
 
 Every model starts from the networks of `make_model` with the recipe of the data. The models of
 pythae have its default weights of the loss, and its own trainer, which keeps the epoch with the
@@ -23,44 +22,30 @@ Samples and reconstructions (of the mean code) are the decoder's means, as 8-bit
 not trained again if it is already in the JSON with the same options, data, versions and start.
 """
 
-import argparse
-import copy
 import hashlib
 import json
 import logging
-import tempfile
-import time
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
-import numpy as np
 import torch
-from pythae.models import RAE_L2, VAE, WAE_MMD, RAE_L2_Config, VAEConfig, WAE_MMD_Config
-from pythae.models.base.base_utils import ModelOutput
-from pythae.models.nn import BaseDecoder, BaseEncoder
-from pythae.pipelines import TrainingPipeline
-from pythae.samplers import GaussianMixtureSampler, GaussianMixtureSamplerConfig, NormalSampler
-from pythae.trainers import BaseTrainerConfig, CoupledOptimizerTrainerConfig
+from command import TINY, Command
+from experiment import Clock, scaled, start
 
 from equipoise.aggregate import StandardNormal
 from equipoise.config import make_config, read_papers_recipe
 from equipoise.data import Batches, load
+from equipoise.files import write_json
 from equipoise.metrics.features import cached_features, features_of, load_features
 from equipoise.metrics.samples import sample_quality
 from equipoise.processes import choose_device
 from equipoise.provenance import provenance
 from equipoise.sources import fit_aggregate
-from equipoise.training.setup import make_model
 from equipoise.training.trainer import Trainer
 
 BATCH = 500
 N_SAMPLES = 10_000
-PYTHAE = {
-    "vae": (VAE, VAEConfig),
-    "wae-mmd": (WAE_MMD, WAE_MMD_Config),
-    "rae-l2": (RAE_L2, RAE_L2_Config),
-}
+PYTHAE = ("vae", "wae-mmd", "rae-l2")
 OURS = "equipoise"
 TWO_STAGES = "equipoise-two-stages"
 MODELS = [
@@ -71,46 +56,12 @@ MODELS = [
 ]
 
 
-class Encoder(BaseEncoder):
-    """The encoder of equipoise under pythae's names; an autoencoder takes the mean only."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = copy.deepcopy(model)
-        del self.model.decoder
-
-    def forward(self, x):
-        """Map images to codes."""
-        posterior = self.model.encode(x)
-        return ModelOutput(embedding=posterior.mean, log_covariance=posterior.log_var)
-
-
-class Decoder(BaseDecoder):
-    """The decoder of equipoise under pythae's names, with its bounds."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = copy.deepcopy(model)
-        del self.model.encoder
-
-    def forward(self, z):
-        """Map codes to images."""
-        return ModelOutput(reconstruction=self.model.decode_mean(z))
-
-
 class Images:
     """Images of a trained model in model units, and the seconds that its training took."""
 
     def __init__(self, reconstruction, prior, mixture, seconds):
         self.rows = {"reconstruction": reconstruction, "prior": prior, "mixture": mixture}
         self.seconds = seconds
-
-
-def start(data, config):
-    """Make the untrained networks, which are the same every time."""
-    torch.manual_seed(config.seed)
-    np.random.seed(config.seed)  # noqa: NPY002 (scikit-learn's mixture in pythae draws from it)
-    return make_model(data, config)
 
 
 def fit_equipoise(data, config):
@@ -124,6 +75,12 @@ def fit_equipoise(data, config):
     return model.eval(), clock
 
 
+def samples(model, n, source, generator):
+    """Decode codes of a source, a batch at a time."""
+    sizes = [min(BATCH, n - first) for first in range(0, n, BATCH)]
+    return torch.cat([model.generate(size, source, generator).mean.cpu() for size in sizes])
+
+
 def train_equipoise(data, config):
     """Train by Algorithm 1, fit a mixture to the aggregate posterior, and make images."""
     model, clock = fit_equipoise(data, config)
@@ -132,11 +89,10 @@ def train_equipoise(data, config):
     clock.lap("mixture")
 
     generator = torch.Generator(device).manual_seed(config.seed)
-    n_batches = min(N_SAMPLES, len(data.test)) // BATCH
+    n = min(N_SAMPLES, len(data.test))
 
     def sample(source):
-        batches = [model.generate(BATCH, source, generator) for _ in range(n_batches)]
-        return torch.cat([batch.mean.cpu() for batch in batches])
+        return samples(model, n, source, generator)
 
     with torch.no_grad():
         prior = sample(StandardNormal(model.latent_dim).to(device))
@@ -150,53 +106,11 @@ def train_equipoise(data, config):
     return Images(torch.cat(reconstructions), prior, from_mixture, clock.seconds)
 
 
-def fit_pythae(kind, data, config, settings):
-    """Train a model of pythae by its pipeline; return it and the clock of the training."""
-    model_class, config_class = PYTHAE[kind]
-    ours = start(data, config)
-    model_config = config_class(input_dim=data.shape, latent_dim=ours.latent_dim)
-    model = model_class(model_config, Encoder(ours), Decoder(ours))
-
-    sizes = {
-        "num_epochs": config.stage_1_epochs,
-        "per_device_train_batch_size": config.batch_size,
-        "per_device_eval_batch_size": BATCH,
-        "seed": config.seed,
-        "no_cuda": choose_device(config.accelerator).type != "cuda",
-    }
-
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        if kind == "rae-l2":  # it has one optimiser for the encoder and one for the decoder
-            coupled = {
-                f"{half}_{name}": value
-                for half in ("encoder", "decoder")
-                for name, value in settings.items()
-            }
-            trainer = CoupledOptimizerTrainerConfig(output_dir=folder, **sizes, **coupled)
-        else:
-            trainer = BaseTrainerConfig(output_dir=folder, **sizes, **settings)
-
-        pipeline = TrainingPipeline(model=model, training_config=trainer)
-        pipeline(scaled(ours, data.train), scaled(ours, data.validation))
-
-        weights = next(Path(folder).glob("*/final_model/model.pt"))
-        model.load_state_dict(torch.load(weights, weights_only=True)["model_state_dict"])
-
-    clock.lap("training")
-
-    return model.eval(), clock
-
-
-def fit_pythae_mixture(model, data, n_components):
-    """Fit the sampler of pythae that draws codes from a Gaussian mixture."""
-    mixture = GaussianMixtureSampler(model, GaussianMixtureSamplerConfig(n_components=n_components))
-    mixture.fit(scaled(model.decoder.model, data.train))
-    return mixture
-
-
 def train_pythae(kind, data, config, settings):
     """Train by the pipeline of pythae, fit its mixture, and make images."""
+    from pythae.samplers import NormalSampler
+    from pythae_models import fit_pythae, fit_pythae_mixture
+
     model, clock = fit_pythae(kind, data, config, settings)
     mixture = fit_pythae_mixture(model, data, config.n_components)
     clock.lap("mixture")
@@ -213,49 +127,6 @@ def train_pythae(kind, data, config, settings):
     return Images(torch.cat(reconstructions), prior, from_mixture, clock.seconds)
 
 
-class Clock:
-    """Measures the seconds between laps."""
-
-    def __init__(self):
-        self.last = time.perf_counter()
-        self.seconds = {}
-
-    def lap(self, name):
-        """End a lap, and start the next."""
-        now = time.perf_counter()
-        self.seconds[name] = round(now - self.last, 1)
-        self.last = now
-
-
-def scaled(model, part):
-    """Return images in model units."""
-    return model.scaling(torch.from_numpy(part[:]))
-
-
-def optimiser(config, is_scheduled):
-    """Return the settings of pythae's trainer."""
-    if not is_scheduled:
-        return {"optimizer_cls": "Adam", "learning_rate": 1e-3}
-
-    # The rate is half of the peak at step 0, the peak at step 1, and zero after the last epoch.
-    epochs = config.stage_1_epochs
-    schedule = {
-        "max_lr": config.learning_rate,
-        "total_steps": epochs + 1,
-        "pct_start": 2 / (epochs + 1),
-        "div_factor": 2.0,
-        "cycle_momentum": False,
-    }
-
-    return {
-        "optimizer_cls": "AdamW",
-        "optimizer_params": {"betas": (0.9, 0.99), "weight_decay": config.weight_decay},
-        "learning_rate": config.learning_rate,
-        "scheduler_cls": "OneCycleLR",
-        "scheduler_params": schedule,
-    }
-
-
 def train(name, data, config):
     """Train the model of a name, and make images."""
     if name == OURS:
@@ -265,6 +136,8 @@ def train(name, data, config):
         first = round(0.7 * config.stage_1_epochs)
         epochs = {"stage_1_epochs": first, "stage_2_epochs": config.stage_1_epochs - first}
         return train_equipoise(data, replace(config, **epochs))
+
+    from pythae_models import optimiser
 
     kind = name.removeprefix("pythae-").removesuffix("-scheduled")
     return train_pythae(kind, data, config, optimiser(config, name.endswith("-scheduled")))
@@ -337,7 +210,7 @@ def _ratio(row, rows, figure):
 
 def main():
     """Train the models that are not in the JSON yet, and compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Command(__doc__, "results/benchmark-peers-{data}.json", "mnist")
     parser.add_argument("--data-dir")
     parser.add_argument(
         "--models",
@@ -350,13 +223,15 @@ def main():
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-peers-mnist.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable(logging.INFO)
+    from pythae_models import optimiser
 
-    recipe = read_papers_recipe("mnist")
+    recipe = read_papers_recipe(options.data)
     data = load(recipe.pop("data"), data_dir=options.data_dir)
+    if options.tiny:
+        recipe, options.epochs = recipe | TINY, 1
     changes = {
         "stage_1_epochs": options.epochs,
         "stage_2_epochs": 0,
@@ -397,8 +272,7 @@ def main():
         rows[name] = judge(images, data, model.scaling, extractor, reference, config.seed)
         rows = {name: rows[name] for name in MODELS if name in rows}
 
-        options.out.parent.mkdir(exist_ok=True)
-        options.out.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        write_json(options.out, about | {"rows": rows})
         print(name, json.dumps(rows[name]), flush=True)
 
     print(table(rows))

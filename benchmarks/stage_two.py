@@ -12,19 +12,18 @@ gradients in stage 2. The kinds take turns, a few steps each, and the quickest t
 other work of the machine changes no ratio.
 """
 
-import argparse
 import copy
-import json
 import math
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+from command import TINY, Command
 
 from equipoise.config import TrainConfig, make_config, read_papers_recipe
 from equipoise.data import Batches, load
 from equipoise.estimate import Estimate
+from equipoise.files import write_json
 from equipoise.metrics.likelihood import iwae, likelihood
 from equipoise.paper.protocol import PAPERS_STAGE_2
 from equipoise.provenance import provenance
@@ -69,6 +68,7 @@ def figures(model, data, seed=0):
     }
 
 
+SPEED = "benchmark-stage-two-speed"
 SPEEDS = {
     "stage 1": {},
     **{
@@ -121,31 +121,38 @@ def speeds(data, config, rounds=20, steps=3):
 
 def main():
     """Train and compare, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Command(__doc__, "results/{result}-{data}.json")
     parser.add_argument("data", choices=["mnist", "fashion-mnist", "digits"])
     parser.add_argument("--data-dir")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--speed", action="store_true", help="measure steps, and train nothing")
+    parser.add_argument(
+        "--speed",
+        action="store_const",
+        dest="result",
+        const=SPEED,
+        default="stage-two",
+        help="measure steps, and train nothing",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of --speed")
     parser.add_argument("--architecture", default="auto", help="of --speed")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
     recipe = read_papers_recipe(options.data)
     recipe.pop("data")
+    if options.tiny:
+        recipe |= TINY
     config: TrainConfig = make_config(recipe | PAPERS_STAGE_2 | {"seed": options.seed})
     data = load(options.data, data_dir=options.data_dir)
 
-    if options.speed:
+    if options.result == SPEED:
         torch.set_num_threads(options.threads)
         config = replace(config, architecture=options.architecture, accelerator="cpu")
-        rows = speeds(data, config)
+        rows = speeds(data, config, *((1, 1) if options.tiny else ()))
         for name, row in rows.items():
             print(f"{name:18} {row['examples_per_second']:6}/s  {row['over_stage_1']:.2f}")
 
-        out = options.out or Path(f"results/benchmark-stage-two-speed-{options.data}.json")
         about = provenance(data=data, options=config.as_dict()) | {"threads": options.threads}
-        out.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        write_json(options.out, about | {"rows": rows})
         return
 
     torch.manual_seed(config.seed)
@@ -161,10 +168,8 @@ def main():
         rows[name] = figures(variant, data) | {"seconds": round(time.perf_counter() - started, 1)}
         print(f"{name:22}", describe(rows[name]), flush=True)
 
-    out = options.out or Path(f"results/stage-two-{options.data}.json")
-    out.parent.mkdir(exist_ok=True)
     result = provenance(data=data, options=config.as_dict()) | {"rows": rows}
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
 
 
 def describe(row):

@@ -8,19 +8,18 @@ rest of the epoch is that of Python and of the dispatch of operations. On a GPU 
 the kernels, and the rest is the time in which no kernel ran.
 """
 
-import argparse
-import json
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+from command import TINY, Command
 from tables import step_profile
 from throughput import PRECISIONS, Silent
 from torch.profiler import ProfilerActivity, profile
 
 from equipoise.config import make_config, read_papers_recipe
 from equipoise.data import load
+from equipoise.files import write_json
 from equipoise.processes import choose_device
 from equipoise.provenance import provenance
 from equipoise.training.setup import make_model
@@ -60,7 +59,10 @@ class Recorder(Silent):
         self.epochs = self.epochs + 1 if stage not in self.shares else 0
 
         if self.epochs == 1:
-            self.profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+            activities = [ProfilerActivity.CPU]
+            if self.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self.profiler = profile(activities=activities)
             self.profiler.start()
             self.started = time.perf_counter()
         elif self.epochs == 2:
@@ -89,15 +91,16 @@ def shares_of(profiler, seconds, device):
 
 def main():
     """Record and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Command(__doc__, "results/benchmark-step-profile.json", "mnist")
     parser.add_argument("--data-dir")
     parser.add_argument("--steps", type=int, default=60, help="steps of an epoch")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-step-profile.json"))
     options = parser.parse_args()
 
-    recipe = read_papers_recipe("mnist")
+    recipe = read_papers_recipe(options.data)
     data = load(recipe.pop("data"), data_dir=options.data_dir)
+    if options.tiny:
+        recipe, options.steps = recipe | TINY, 2
     epochs = {"stage_1_epochs": 3, "stage_2_epochs": 3, "tolerance": 0.0}
     config = make_config(recipe | epochs | {"accelerator": options.accelerator})
     small = replace(
@@ -117,8 +120,7 @@ def main():
 
     result = provenance(data=data, options=config.as_dict())
     result |= {"threads": torch.get_num_threads(), "steps": options.steps, "rows": rows}
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
     print(step_profile(result))
 
 

@@ -14,7 +14,6 @@ An .npy file of at most 2 GiB is copied to the device as a whole, for speed; her
 same memory. That limit is therefore also set to zero, which is how larger files are trained on.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -26,10 +25,13 @@ from pathlib import Path
 
 # torch and equipoise.data are imported in the functions, since a child reports the memory that it
 # needs beyond its imports.
+from command import Command
+
 from equipoise.provenance import provenance
 
 SIZES = (50_000, 200_000, 800_000)
 NAMES = (20_000, 200_000)
+TINY_SIZES, TINY_NAMES = (200, 400), (20, 40)
 PIXELS = 28 * 28
 BATCH = 1000
 MAPPED, RESIDENT, STREAM, LISTING = (
@@ -182,10 +184,7 @@ def slope(rows):
 
 def main():
     """Run the benchmark, print a table and write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-streaming-memory.json"))
+    parser = Command(__doc__, "results/benchmark-streaming-memory.json")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument(
         "--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to measure (all)"
@@ -200,9 +199,13 @@ def main():
         measure(kind, int(n), Path(folder))
         return
 
+    names, sizes = NAMES, options.sizes
+    if options.tiny:
+        names, sizes = TINY_NAMES, TINY_SIZES
+
     runs = {kind: [] for kind in options.kinds}
     with tempfile.TemporaryDirectory() as place:
-        for n in NAMES if LISTING in runs else ():
+        for n in names if LISTING in runs else ():
             folder = Path(place) / str(n)
             folder.mkdir()
             for number in range(n):
@@ -210,7 +213,7 @@ def main():
 
             runs[LISTING].append(child(LISTING, n, folder))
 
-        for n in options.sizes:
+        for n in sizes:
             file = Path(place) / f"{n}.npy"
             if {MAPPED, RESIDENT} & runs.keys():
                 write_npy(file, n)
@@ -223,6 +226,8 @@ def main():
 
     from rich.console import Console
     from rich.table import Table
+
+    from equipoise.files import write_json
 
     table = Table(title="Peak memory of a process, MiB")
     for heading in (
@@ -253,8 +258,7 @@ def main():
         "bytes_per_further_example": slopes,
         "runs": [row for rows in runs.values() for row in rows],
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

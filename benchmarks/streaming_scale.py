@@ -12,7 +12,6 @@ files is read: every process reads everything. "From the middle" begins at half 
 training that was stopped there.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,6 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from command import Command
+
+from equipoise.files import write_json
 from equipoise.provenance import provenance
 
 DIMENSIONS, BATCH = 16, 512
@@ -125,17 +127,13 @@ def together(kind, folder, world_size, from_the_middle):
 
 def main():
     """Run the benchmark, print a table and write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-streaming-scale.json"))
+    parser = Command(__doc__, "results/benchmark-streaming-scale.json")
     parser.add_argument("--examples", type=int, default=5_000_000)
     parser.add_argument("--parts", type=int, default=32)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument(
         "--kinds", nargs="+", choices=(NPY, PARQUET, STREAM), default=[NPY, PARQUET, STREAM]
     )
-    parser.add_argument("--tiny", action="store_true", help="the smallest size, for tests")
     parser.add_argument("--measure", nargs=5, help="what the subprocess runs")
     options = parser.parse_args()
 
@@ -186,8 +184,7 @@ def main():
         "load": os.getloadavg(),
         "rows": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ The rule of equipoise.training.threads lies between the rows: it takes all threa
 floating-point operations on.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -17,8 +16,10 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
+from command import Command
+
+from equipoise.files import write_json
 from equipoise.provenance import provenance
 
 NETWORKS = {
@@ -107,15 +108,11 @@ def child(name, policy, rounds):
 
 def main():
     """Measure, print and write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-threads.json"))
+    parser = Command(__doc__, "results/benchmark-threads.json")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--tiny", action="store_true", help="one network, for tests")
     parser.add_argument("--measure", metavar="NETWORK", help="what the subprocess runs")
     options = parser.parse_args()
 
@@ -151,8 +148,7 @@ def main():
         "nice": os.nice(0),
         "rows": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py --data-dir DATA
 
-It runs in the environment that peers.py describes. Every loop trains the networks of `make_model`
+It needs the extra `benchmarks`. Every loop trains the networks of `make_model`
 of the paper's sizes on MNIST with batches of 256, for a segment of --steps each, in turns. A ratio
 is the median over the rounds of the ratio within a round.
 
@@ -19,9 +19,7 @@ convolutions and matrix products of a step, counted by torch, at the rate of one
 product in the same precision, which is measured in each round.
 """
 
-import argparse
 import copy
-import json
 import logging
 import math
 import statistics
@@ -29,14 +27,16 @@ import tempfile
 import time
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
+from command import TINY, Command
+from experiment import scaled, start
 from torch.nn.functional import mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
 from equipoise.config import make_config, read_papers_recipe
 from equipoise.data import load
+from equipoise.files import write_json
 from equipoise.networks import GELU, ConvTranspose2d
 from equipoise.paper.protocol import PAPERS_STAGE_2
 from equipoise.processes import choose_device
@@ -157,9 +157,9 @@ class Pythae:
     """The VAE of pythae, trained by its BaseTrainer."""
 
     def __init__(self, data, config, folder):
-        from peers import VAE, BaseTrainerConfig, Decoder, Encoder, VAEConfig, scaled, start
         from pythae.data.datasets import BaseDataset
         from pythae.trainers import BaseTrainer
+        from pythae_models import VAE, BaseTrainerConfig, Decoder, Encoder, VAEConfig
 
         ours = start(data, config)
         self.device = choose_device(config.accelerator)
@@ -345,7 +345,7 @@ def summary(rounds, n):
 
 def main():
     """Compare and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Command(__doc__, "results/benchmark-throughput.json", "mnist")
     parser.add_argument("--data-dir")
     parser.add_argument("--steps", type=int, default=30, help="steps of a segment")
     parser.add_argument(
@@ -354,11 +354,12 @@ def main():
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--compile", action="store_true", help="compile the networks of ours")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-throughput.json"))
     options = parser.parse_args()
     logging.disable(logging.INFO)
 
-    recipe = read_papers_recipe("mnist") | PAPERS_STAGE_2
+    recipe = read_papers_recipe(options.data) | PAPERS_STAGE_2
+    if options.tiny:
+        recipe, options.steps, options.rounds = recipe | TINY, 2, (1, 1)
     data = load(recipe.pop("data"), data_dir=options.data_dir)
     machine = {"accelerator": options.accelerator, "compile": options.compile}
     config = make_config(recipe | machine)
@@ -381,8 +382,7 @@ def main():
         "rounds": list(options.rounds),
         "rows": rows,
     }
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
 
     for precision, stages in rows.items():
         for stage, loops in stages.items():

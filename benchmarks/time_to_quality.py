@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_quality.py --data-dir DATA
 
-It runs in the environment that peers.py describes. Among the models of pythae, WAE-MMD with its
+It needs the extra `benchmarks`. Among the models of pythae, WAE-MMD with its
 Gaussian mixture has the lowest Fréchet distance, see results/benchmark-peers-mnist.json. Here it is
 trained again, by the function of peers.py, with the latent units of the recipe and with twice that
 number. Ours is trained for budgets of a few epochs, each with its whole schedule, from the same
@@ -13,20 +13,21 @@ both, as in the recipe, or 64. A row is not made again if it is already in the J
 versions, options, data and threads.
 """
 
-import argparse
 import json
 import logging
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
-from peers import BATCH, N_SAMPLES, fit_equipoise, fit_pythae, fit_pythae_mixture, optimiser, start
+from command import TINY, Command
+from experiment import start
+from peers import BATCH, N_SAMPLES, fit_equipoise, samples
 from tables import time_to_quality
 from throughput import PRECISIONS
 
 from equipoise.config import make_config, read_recipe, shipped_recipes
 from equipoise.data import Batches, load
+from equipoise.files import write_json
 from equipoise.metrics.features import cached_features, features_of, load_features
 from equipoise.metrics.samples import sample_quality
 from equipoise.processes import choose_device
@@ -45,23 +46,25 @@ def name_of(method, epochs, latent_dim):
 
 def make_theirs(data, config):
     """Train the model of pythae; return its seconds, and samples and seconds of each mixture."""
+    from pythae_models import fit_pythae, fit_pythae_mixture, optimiser
+
     model, clock = fit_pythae("wae-mmd", data, config, optimiser(config, is_scheduled=False))
-    n, samples = min(N_SAMPLES, len(data.test)), {}
+    n, found = min(N_SAMPLES, len(data.test)), {}
 
     for K in COMPONENTS:
         clock.lap("")
         mixture = fit_pythae_mixture(model, data, K)
         clock.lap("mixture")
-        samples[K] = mixture.sample(n).cpu(), clock.seconds["mixture"]
+        found[K] = mixture.sample(n).cpu(), clock.seconds["mixture"]
 
-    return clock.seconds["training"], samples
+    return clock.seconds["training"], found
 
 
 def make_ours(data, config):
     """Train our model; return its seconds, and samples and seconds of each mixture."""
     model, clock = fit_equipoise(data, config)
     device = choose_device(config.accelerator)
-    n, samples = min(N_SAMPLES, len(data.test)), {}
+    n, found = min(N_SAMPLES, len(data.test)), {}
 
     for K in COMPONENTS:
         clock.lap("")
@@ -70,31 +73,28 @@ def make_ours(data, config):
 
         generator = torch.Generator(device).manual_seed(config.seed)
         with torch.no_grad():
-            means = [
-                model.generate(BATCH, mixture, generator).mean.cpu() for _ in range(n // BATCH)
-            ]
+            found[K] = samples(model, n, mixture, generator), clock.seconds["mixture"]
 
-        samples[K] = torch.cat(means), clock.seconds["mixture"]
-
-    return clock.seconds["training"], samples
+    return clock.seconds["training"], found
 
 
 def main():
     """Make the rows that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Command(__doc__, "results/benchmark-time-to-quality.json", "mnist")
     parser.add_argument("--data-dir")
     parser.add_argument("--epochs", nargs="+", type=int, default=[4, 8], help="epochs of ours")
     parser.add_argument("--latent-dims", nargs="+", type=int, default=[16, 32])
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="precision of ours")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-time-to-quality.json"))
     options = parser.parse_args()
     logging.disable(logging.INFO)
 
-    recipe = read_recipe(shipped_recipes()["mnist"])
+    recipe = read_recipe(shipped_recipes()[options.data])
     data = load(recipe.pop("data"), data_dir=options.data_dir)
+    if options.tiny:
+        recipe, options.epochs, options.latent_dims = recipe | TINY, [1], [2]
     changes = {
-        "stage_1_epochs": 10,
+        "stage_1_epochs": 1 if options.tiny else 10,
         "stage_2_epochs": 0,
         "tolerance": 0.0,
         "accelerator": options.accelerator,
@@ -134,9 +134,9 @@ def main():
         if name in rows:
             continue
 
-        training_seconds, samples = make(data, its_config)
+        training_seconds, found = make(data, its_config)
         mixtures = []
-        for K, (means, seconds) in samples.items():
+        for K, (means, seconds) in found.items():
             features = features_of(extractor, scaling.restore_levels(means).split(BATCH))
             frechet = sample_quality(features, reference, config.seed).frechet
             mixtures.append(
@@ -146,8 +146,7 @@ def main():
         rows[name] = {"training_seconds": training_seconds, "mixtures": mixtures}
         rows = {name: rows[name] for name in (*models, *rows) if name in rows}
 
-        options.out.parent.mkdir(exist_ok=True)
-        options.out.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        write_json(options.out, about | {"rows": rows})
         print(name, json.dumps(rows[name]), flush=True)
 
     print(time_to_quality(about | {"rows": rows}))

@@ -7,7 +7,6 @@ epoch, checkpoints, the exact pass of eq. (10), test figures when a stage ends, 
 mixture. The hand-written loop, that of throughput.py, only trains.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -16,10 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from command import TINY, Command
 from throughput import LEAN, OURS, HandWritten, Turns
 
 from equipoise.config import make_config, read_recipe, shipped_recipes
 from equipoise.data import load
+from equipoise.files import write_json
+from equipoise.paper.protocol import PAPERS_STAGE_2
 from equipoise.provenance import provenance
 from equipoise.run import Run
 from equipoise.training.job import train
@@ -27,15 +29,16 @@ from equipoise.training.job import train
 
 def main():
     """Train and compare, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Command(__doc__, "results/benchmark-training-loop-{data}.json")
     parser.add_argument("data", nargs="?", default="mnist")
     parser.add_argument("--data-dir")
     parser.add_argument("--epochs", type=int, nargs=2, metavar=("STAGE_1", "STAGE_2"))
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
-    recipe = read_recipe(shipped_recipes()[options.data])
+    recipe = read_recipe(shipped_recipes()[options.data]) | PAPERS_STAGE_2
     recipe.pop("data")
+    if options.tiny:
+        recipe |= TINY
     config = replace(make_config(recipe), tolerance=0.0)
     if options.epochs:
         config = replace(config, stage_1_epochs=options.epochs[0], stage_2_epochs=options.epochs[1])
@@ -74,9 +77,7 @@ def main():
 
     result = provenance(data=data, options=config.as_dict())
     result |= {"threads": torch.get_num_threads(), "rows": rows}
-    out = options.out or Path(f"results/benchmark-training-loop-{options.data}.json")
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

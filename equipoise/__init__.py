@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from equipoise.data import Data as Data
     from equipoise.data import load as load_data  # noqa: F401 (re-exported under a clearer name)
     from equipoise.data import load_stream as load_stream
+    from equipoise.data.packing import pack as pack
     from equipoise.digital import DigitalGaussian as DigitalGaussian
     from equipoise.digital import Levels as Levels
     from equipoise.estimator import VAEEstimator as VAEEstimator
@@ -57,6 +58,7 @@ _HOMES = {
     "equipoise.config": ("TrainConfig", "make_config"),
     "equipoise.correlated_noise": ("CorrelatedNoise",),
     "equipoise.data": ("Data", "load_data", "load_stream"),
+    "equipoise.data.packing": ("pack",),
     "equipoise.digital": ("DigitalGaussian", "Levels"),
     "equipoise.estimator": ("VAEEstimator",),
     "equipoise.evaluation": ("Examples", "evaluate"),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from equipoise.estimate import Estimate
 from equipoise.gaussian import LOG_2PI, Gaussian, standard_normal_log_prob
+from equipoise.labels import labelled, labels_of
 
 ACTIVE_UNIT_VAR = 0.01
 """A unit is active if the variance of its posterior mean over the data is above this value.
@@ -194,6 +195,7 @@ class AggregatePosterior(LatentDistribution):
             )
         _check_finite(means=means, log_vars=log_vars)
 
+        self.labels = labels_of(means)
         self.register_buffer("means", means.detach())
         self.register_buffer("log_vars", log_vars.detach())
 
@@ -250,7 +252,9 @@ class AggregatePosterior(LatentDistribution):
             The codes, (n, d).
         """
         rows = torch.randint(len(self.means), (n,), generator=generator, device=self.means.device)
-        return Gaussian(self.means[rows], self.log_vars[rows]).sample(generator)
+        labels = None if self.labels is None else self.labels.to(rows.device)[rows]
+        codes = Gaussian(self.means[rows], self.log_vars[rows]).sample(generator)
+        return labelled(codes, labels)
 
     def moments(self) -> Moments:
         r"""Mean and covariance of q(z), in closed form.
@@ -329,6 +333,17 @@ class GaussianMixture(LatentDistribution):
         """Dimension d of the codes."""
         return self.means.shape[1]
 
+    def with_covariances(self, covariances: Tensor) -> "GaussianMixture":
+        """Make the same mixture with other covariances.
+
+        Args:
+            covariances: The covariances, (K, d, d).
+
+        Returns:
+            The new mixture.
+        """
+        return GaussianMixture(self.weights, self.means, covariances)
+
     def moments(self) -> Moments:
         r"""Mean and covariance, in closed form.
 
@@ -402,6 +417,11 @@ class GaussianMixture(LatentDistribution):
                 f"expected a component from 0 to {self.n_components - 1}, got {component}"
             )
 
+        return self._sample_of(components, generator)
+
+    def _sample_of(self, components: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw a code of each of the given components, (n,)."""
+        n = len(components)
         z = self.means.new_empty(n, self.latent_dim).normal_(generator=generator)
         # One matrix product per component saves memory. A factor for each of the n codes would take
         # n d^2 numbers.
@@ -428,7 +448,11 @@ class GaussianMixture(LatentDistribution):
         squared_distance = whitened.reshape(-1, K, d).square().sum(2)
 
         log_det = self.whiteners.diagonal(dim1=1, dim2=2).log().sum(1)
-        return self.weights.log() + log_det - 0.5 * (d * LOG_2PI + squared_distance)
+        return self._weights_of(z).log() + log_det - 0.5 * (d * LOG_2PI + squared_distance)
+
+    def _weights_of(self, z: Tensor) -> Tensor:
+        """Return the weights of the components, (K,), or (B, K) where they depend on the code."""
+        return self.weights
 
 
 @torch.no_grad()
@@ -484,7 +508,7 @@ def tempered(mixture: GaussianMixture, temperature: float) -> GaussianMixture:
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"expected a finite temperature above 0, got {temperature}")
-    return GaussianMixture(mixture.weights, mixture.means, temperature * mixture.covariances)
+    return mixture.with_covariances(temperature * mixture.covariances)
 
 
 def _factorise(mixture: GaussianMixture, _incompatible_keys: Any = None) -> None:  # noqa: ANN401

@@ -24,6 +24,9 @@ from equipoise.text import parse_size
 PLACEMENT = ("devices", "num_nodes", "threads", "cuda_graphs")
 """Options that may change when a run is resumed: they say where it runs, not what it does."""
 
+CONTINUED = ("stage_1_epochs", "stage_2_epochs")
+"""Options that may change when a finished run is resumed: it goes on for more epochs."""
+
 MACHINE = (*PLACEMENT, "accelerator", "compile", "deterministic", "tracker", "checkpoint_seconds")
 """Options that say where and how a run is computed, and not what comes out."""
 
@@ -36,6 +39,7 @@ EARLIER_VALUES: dict[str, Any] = {
     "early_stopping": 0,
     "deterministic": False,
     "power_transform": False,
+    "label_dropout": 0.1,
 }
 """Values that options had in effect before there were such options, for runs of that time."""
 
@@ -59,7 +63,8 @@ class TrainConfig:
 
     latent_dim: int | Literal["auto"] = "auto"
     """Number of latent units d. 'auto' is 16, or half the data's dimensions if there are fewer than
-    32. Units that the data do not need switch themselves off."""
+    32, of which constant columns of a table do not count. Units that the data do not need switch
+    themselves off."""
     architecture: str = "auto"
     """Networks. 'auto' takes 'conv' for images and 'mlp' for tables."""
     width: int = 32
@@ -111,8 +116,8 @@ class TrainConfig:
     those of backgrounds. null takes 'monotone' for digital images, and otherwise 'none'."""
     power_transform: bool = False
     """Make skewed columns of a table symmetric by a power transform, where held-out values become
-    more likely by it. Densities of rows, and evaluations, contain its slope, so that they compare
-    with those of a model without. What is shown during training does not contain it."""
+    more likely by it. Densities of rows, and evaluations, contain its slope, and so do the
+    figures that are shown during training, so that they compare with those of a model without."""
     noise_correlation: Literal["none", "full", "low-rank", "bands", "auto"] | None = None
     """Correlation of the errors, estimated on the validation set when training has ended: any
     matrix ('full', up to 2048 dimensions), common factors ('low-rank'), or a variance per band of
@@ -120,6 +125,10 @@ class TrainConfig:
     likelihood, and none where it gains nothing beyond its error. null takes 'auto' for tables, and
     'none' for images, whose grey levels have an exact probability without. Training never uses
     it."""
+
+    label_dropout: float = 0.1
+    """For data with labels: share of the examples of a batch whose label is withheld, so that the
+    model also describes examples without one. 0 never withholds one."""
 
     stage_1_epochs: int = 10
     """Epoch limit of stage 1, which learns one variance. From Python, 0 adds stage 2 to a model
@@ -337,7 +346,7 @@ class TrainConfig:
             if isinstance(value, int | float) and not value > 0:
                 problems.append(f"{name} must be above 0, got {_shown(value)}")
 
-        for name in ("warm_up", "ema_decay"):
+        for name in ("warm_up", "ema_decay", "label_dropout"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 problems.append(f"{name} must be at least 0 and below 1, got {value}")

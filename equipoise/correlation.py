@@ -755,6 +755,32 @@ def build_correlation(description: dict[str, Any]) -> Correlation:
     return FORMS[form].from_description(description["arguments"])
 
 
+def embedded(correlation: Correlation, is_inside: Tensor) -> Correlation:
+    """Put columns of variance one, without a correlation to others, beside those of a matrix.
+
+    Args:
+        correlation: A correlation of rows of a table, of d columns.
+        is_inside: True for these among all D, (D,).
+
+    Returns:
+        The correlation of D columns.
+    """
+    inside, n = is_inside.nonzero().flatten(), len(is_inside)
+    if isinstance(correlation, FullCorrelation):
+        axes = torch.eye(n).to(correlation.axes)
+        axes[inside[:, None], inside] = correlation.axes
+        log_var = correlation.log_var.new_zeros(n)
+        log_var[inside] = correlation.log_var
+        return FullCorrelation((n,), axes, log_var)
+    if isinstance(correlation, LowRankCorrelation):
+        axes = correlation.axes.new_zeros(n, correlation.axes.shape[1])
+        axes[inside] = correlation.axes
+        log_uniqueness = correlation.log_uniqueness.new_zeros(n)
+        log_uniqueness[inside] = correlation.log_uniqueness
+        return LowRankCorrelation((n,), axes, correlation.log_var, log_uniqueness)
+    raise ValueError(f"the form {correlation.form} is not one of tables")
+
+
 def _per_dimension(floor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Spread a floor over the dimensions, (D,), float64."""
     return floor.double().expand(shape).flatten()

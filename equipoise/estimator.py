@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Shaped
+from jaxtyping import Float32, Float64
 from numpy.typing import NDArray
 from sklearn.base import (
     BaseEstimator,
@@ -29,6 +29,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.categories import Level, Likelihood, joined, level_values, mode_of
 from equipoise.config import EARLIER_VALUES, TrainConfig, make_config
 from equipoise.conformal import (
     FALSE_ALARM_RATE,
@@ -37,14 +38,17 @@ from equipoise.conformal import (
 )
 from equipoise.contamination import near_rows
 from equipoise.correlated_noise import CorrelatedNoise
-from equipoise.correlation import AnyGaussian
 from equipoise.data import Data, load, load_examples
 from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
+from equipoise.data.batches import as_tensor
 from equipoise.data.dataset import Array
+from equipoise.data.labels import name_of
+from equipoise.data.levels import encode_frame, new_frame
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.gaps import column_means, column_vars
 from equipoise.gaussian import standard_normal_log_prob
+from equipoise.labels import label_number
 from equipoise.metrics.explanation import Explanation, explain
 from equipoise.metrics.rows import MAX_REFERENCE, held_out_by_gaps, log_densities
 from equipoise.model import VAE, encode_all
@@ -53,7 +57,7 @@ from equipoise.objectives import LogPrior, importance_weighted_bounds
 from equipoise.randomness import stream, stream_seed
 from equipoise.records import EstimatorDescription
 from equipoise.run import Row
-from equipoise.sources import fit_aggregate, mixture_warnings, ready_source
+from equipoise.sources import fit_aggregate, mixture_warnings, ready_source, sample_source
 from equipoise.store import (
     read_tensors,
     restore_mixture,
@@ -62,7 +66,12 @@ from equipoise.store import (
 )
 from equipoise.training.diagnostics import warnings_for
 from equipoise.training.passes import EVALUATION_BATCH
-from equipoise.training.setup import check_fit, make_model, make_noise
+from equipoise.training.setup import (
+    check_fit,
+    latent_dim_of_varying,
+    make_model,
+    make_noise,
+)
 from equipoise.training.trainer import Trainer
 
 AUTO_STEPS = 1000
@@ -93,11 +102,12 @@ class Reconstruction(NamedTuple):
     r"""Reconstructed examples and their predicted errors, in the data's own unit.
 
     Args:
-        mean: Mean of p(x|z), (n, \*), in the shape of the examples.
+        mean: Mean of p(x|z), (n, \*), in the shape of the examples; a data frame with the most
+            probable level of each category if there are some.
         std: Standard deviation of p(x|z) per dimension, (n, \*), in the shape of the examples.
     """
 
-    mean: Float32[np.ndarray, "n *event"]
+    mean: Any
     std: Float32[np.ndarray, "n *event"]
 
 
@@ -115,7 +125,9 @@ class VAEEstimator(
     (n, H, W), (n, C, H, W) or (n, H, W, C), which are scaled to [0, 1]. They may come in an array,
     a tensor, a data frame or a list. All results have the shape and the unit of the examples. NaN
     in a table is a missing value, in training and afterwards: only what is observed counts, and
-    :class:`equipoise.VAEImputer` fills the gaps.
+    :class:`equipoise.VAEImputer` fills the gaps. Columns of text, flags and categories of a data
+    frame of pandas or polars are categories: they get probabilities, and rows come back as such
+    frames.
 
     An option that :class:`equipoise.TrainConfig` has too means the same in both classes. The
     documentation of :class:`equipoise.TrainConfig` is more detailed.
@@ -157,6 +169,11 @@ class VAEEstimator(
         validation_fraction: Share of the examples that are held out: for the noise variance and
             the correlation of the errors, to choose the mixture, and to recalibrate. "auto" is a
             tenth, or as much as makes 50 examples, but at most a quarter.
+        conditional: Whether the model is one of x given the labels y, which :meth:`fit` then needs:
+            text or whole numbers; None, NaN and numbers below 0 are unknown labels. Otherwise y is
+            ignored.
+        label_dropout: Share of the examples of a step whose label is withheld, so that the model
+            also describes examples without one.
         false_alarm_rate: Share of ordinary examples that :meth:`predict` may call odd. The
             threshold is conformal: a score as low has a p-value of at most this share among
             held-out examples. None takes 0.05, or the smallest p-value 1 / (m + 1) that m held-out
@@ -187,6 +204,7 @@ class VAEEstimator(
             if ``variance_from="training"``.
         noise_correlation_: Form of the correlation of the errors, "none", "full", "low-rank" or
             "bands": what was chosen if ``noise_correlation`` is "auto" or None.
+        label_names_: Names of the labels of a conditional model, otherwise empty.
         offset_: Score below which an example is odd, nats. ``decision_function`` is the score
             minus this number.
         false_alarm_rate_: The rate that ``offset_`` has, see ``false_alarm_rate``. NaN if
@@ -230,6 +248,8 @@ class VAEEstimator(
         early_stopping: int | None = None,
         n_components: int | Literal["auto"] = "auto",
         validation_fraction: float | Literal["auto"] = "auto",
+        conditional: bool = False,
+        label_dropout: float = 0.1,
         false_alarm_rate: float | None = None,
         contamination: float | None = None,
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
@@ -254,6 +274,8 @@ class VAEEstimator(
         self.early_stopping = early_stopping
         self.n_components = n_components
         self.validation_fraction = validation_fraction
+        self.conditional = conditional
+        self.label_dropout = label_dropout
         self.false_alarm_rate = false_alarm_rate
         self.contamination = contamination
         self.accelerator = accelerator
@@ -264,7 +286,7 @@ class VAEEstimator(
 
         Args:
             x: Examples, at least 10, rows of a table (n, features) or images.
-            y: Ignored.
+            y: Label of each example if ``conditional``. Ignored otherwise.
 
         Returns:
             The estimator.
@@ -272,10 +294,14 @@ class VAEEstimator(
         Raises:
             ValueError: If the examples or the options cannot be used. The message says why.
         """
+        x = self._encoded_frame(x, reset=True)
         examples = self._array(x, reset=True)
+        if self.conditional and y is None:
+            raise ValueError("conditional=True needs a label for each example: give y")
         self._check_decision()
         usual = examples
         if self.contamination is not None:
+            self._check_contamination()
             self.table_scores_ = self._cross_fitted(examples, self.contamination)
             offset = float(np.quantile(self.table_scores_, self.contamination))
             self.usual_ = self.table_scores_ >= offset
@@ -283,7 +309,7 @@ class VAEEstimator(
 
         config = self._config(len(usual))
         self.history_: list[Row] = []
-        trainer = self._train(usual, config, None)
+        trainer = self._train(usual, config, None, y if self.conditional else None)
 
         figures = trainer.figures(trainer.validation)
         depends_on_code = trainer.model.noise.depends_on_code
@@ -335,10 +361,13 @@ class VAEEstimator(
             ValueError: If the examples or the options cannot be used, or ``contamination`` is
                 given.
         """
+        if self.conditional:
+            raise ValueError("a conditional model is trained on all examples at once: take fit")
         if self.contamination is not None:
             raise ValueError("contamination is for fit: partial_fit sees one chunk at a time")
         self._check_decision()
         model: VAE | None = getattr(self, "model_", None)
+        x = self._encoded_frame(x, reset=model is None)
         examples = self._array(x, reset=model is None)
         if model is None:
             self.history_ = []
@@ -348,26 +377,27 @@ class VAEEstimator(
         trainer = self._train(examples, config, model)
         return self._finish(trainer)
 
-    def transform(self, x: object) -> Float32[np.ndarray, "n latent"]:
-        """Encode examples by the means of q(z|x).
+    def transform(self, x: object, y: object = None) -> Float32[np.ndarray, "n latent"]:
+        """Encode examples by the means of q(z|x), or of q(z|x, y).
 
         Args:
             x: Examples as for :meth:`fit`.
+            y: Labels of the examples if ``conditional``. None means that they are unknown.
 
         Returns:
             Codes, (n, d).
         """
-        codes: Float32[np.ndarray, "n latent"] = self._encode(x).numpy()
+        codes: Float32[np.ndarray, "n latent"] = self._encode(x, y).numpy()
         return codes
 
-    def inverse_transform(self, z: object) -> Float32[np.ndarray, "n *event"]:
+    def inverse_transform(self, z: object) -> Any:  # noqa: ANN401 (an array, or a frame)
         r"""Decode codes by the means of p(x|z).
 
         Args:
             z: Codes, (n, d).
 
         Returns:
-            Examples, (n, \*), in the data's own unit.
+            Examples, (n, \*), in the data's own unit; a data frame if there are categories.
 
         Raises:
             ValueError: If the codes have another dimension than d.
@@ -381,21 +411,27 @@ class VAEEstimator(
             )
 
         likelihood = self._decode(torch.tensor(codes))
-        return self._in_original_shape(self.model_.scaling.restore(likelihood.mean))
+        return self.as_given(
+            self._in_original_shape(self.model_.scaling.restore(mode_of(likelihood)))
+        )
 
-    def reconstruct(self, x: object) -> Reconstruction:
+    def reconstruct(self, x: object, y: object = None) -> Reconstruction:
         """Encode examples and decode the codes.
 
         Args:
             x: Examples as for :meth:`fit`.
+            y: Labels of the examples if ``conditional``. None means that they are unknown.
 
         Returns:
-            Mean and std of p(x|z), in the data's own unit.
+            Mean and std of p(x|z), in the data's own unit. Categories have the most probable
+            level in place of a mean, and NaN in place of a std.
         """
-        likelihood = self._decode(self._encode(x))
-        mean = self.model_.scaling.restore(likelihood.mean)
+        likelihood = self._decode(self._encode(x, y))
+        mean = self.model_.scaling.restore(mode_of(likelihood))
         std = self.model_.scaling.restore_std(likelihood.std, likelihood.mean)
-        return Reconstruction(self._in_original_shape(mean), self._in_original_shape(std))
+        return Reconstruction(
+            self.as_given(self._in_original_shape(mean)), self._in_original_shape(std)
+        )
 
     def predict_std(self, x: object) -> Float32[np.ndarray, "n *event"]:
         r"""Predict how far each value may lie from its reconstruction.
@@ -409,8 +445,13 @@ class VAEEstimator(
         return self.reconstruct(x).std
 
     def sample(
-        self, n: int = 1, source: str = "mixture", *, noise: bool = False
-    ) -> Shaped[np.ndarray, "{n} *event"]:
+        self,
+        n: int = 1,
+        source: str = "mixture",
+        *,
+        noise: bool = False,
+        label: object = None,
+    ) -> Any:  # noqa: ANN401 (an array, or a frame)
         r"""Draw new examples. If ``random_state`` is an int, each call draws the same ones.
 
         Args:
@@ -420,24 +461,31 @@ class VAEEstimator(
                 covariance, or "prior" for N(0, I).
             noise: Whether to add the noise of p(x|z). Without it the samples are means, which look
                 best as images, but vary less than the rows of a table do.
+            label: Label of all examples, of a conditional model. None draws labels by their share.
 
         Returns:
             Examples, (n, \*), in the data's own unit. Those of images are rounded to whole numbers.
+            Rows with categories come in a data frame.
 
         Raises:
-            ValueError: If there is no such source, or if ``n`` is less than 1.
+            ValueError: If there is no such source or label, or if ``n`` is less than 1.
         """
         check_is_fitted(self, "model_")
         if n < 1:
             raise ValueError(f"expected n >= 1 samples, got {n}")
         density = ready_source(source, self.mixture_)
+        number = None
+        if label is not None:
+            number = label_number(self.label_names_, name_of(label) or "")
 
         generator = stream(self._seed(), "samples")
-        likelihood = self._decode(density.sample(n, generator).float())
-        samples = likelihood.sample(generator) if noise else likelihood.mean
-        return self._in_original_shape(self.model_.scaling.restore_levels(samples))
+        likelihood = self._decode(sample_source(density, n, generator, number).float())
+        samples = likelihood.sample(generator) if noise else mode_of(likelihood)
+        return self.as_given(self._in_original_shape(self.model_.scaling.restore_levels(samples)))
 
-    def score_samples(self, x: object, importance_samples: int = 20) -> Float64[np.ndarray, " n"]:
+    def score_samples(
+        self, x: object, importance_samples: int = 20, *, y: object = None
+    ) -> Float64[np.ndarray, " n"]:
         r"""Bound the log-density of each example from below by importance weighting.
 
         .. math:: \log p(x) \ge \log \frac1K \sum_k \frac{p(x|z_k)\, p(z_k)}{q(z_k|x)}
@@ -455,11 +503,13 @@ class VAEEstimator(
             x: Examples as for :meth:`fit`.
             importance_samples: Number of samples K per example. The bound grows with K. K = 1
                 estimates the evidence lower bound, eq. (4); K = 20 is used in Table 3 of the paper.
+            y: Labels of the examples if ``conditional``: the density is then p(x|y). None, or an
+                unknown label, means p(x).
 
         Returns:
             The bounds, (n,), nats.
         """
-        return self._scores(self._raw(x), importance_samples)
+        return self._scores(self._raw(x, y), importance_samples)
 
     def score(self, x: object, y: object = None) -> float:
         """Average :meth:`score_samples` over the examples. Grid searches maximise this score.
@@ -469,13 +519,13 @@ class VAEEstimator(
 
         Args:
             x: Examples as for :meth:`fit`, preferably other examples than those of :meth:`fit`.
-            y: Ignored.
+            y: Labels of the examples if ``conditional``. Ignored otherwise.
 
         Returns:
             Nats per example. Minus infinity if an example is so odd that its density is too small
             for a number; a warning names it.
         """
-        scores = self.score_samples(x)
+        scores = self.score_samples(x, y=y if self.conditional else None)
         far = np.flatnonzero(np.isneginf(scores))
         if len(far) > 0:
             warnings.warn(
@@ -529,7 +579,8 @@ class VAEEstimator(
             x: Examples as for :meth:`fit`.
 
         Returns:
-            Conformal p-values, (n,). Rows with gaps are compared with rows of the same gaps.
+            Conformal p-values, (n,), see :func:`equipoise.conformal.conformal_p_values`. Rows with
+            gaps are compared with rows of the same gaps.
         """
         raw = self._raw(x)
         scores = self._scores(raw)
@@ -596,6 +647,8 @@ class VAEEstimator(
             "example_shape": list(self.example_shape_),
             "feature_names": list(getattr(self, "feature_names_in_", [])),
         }
+        if self._frame_library:
+            description["frames"] = self._frame_library
 
         parts = nn.ModuleDict({"model": self.model_, "mixture": self.mixture_})
         tensors = parts.state_dict()
@@ -667,6 +720,7 @@ class VAEEstimator(
         if description["feature_names"]:
             estimator.feature_names_in_ = np.array(description["feature_names"], object)
 
+        estimator._frame_library = description.get("frames", "")
         # Estimators of earlier releases have no other.
         estimator._adopt(model, mixture, description.get("prior", "prior"))
         if "offset" in description:
@@ -701,6 +755,7 @@ class VAEEstimator(
     def _config(self, n_examples: int) -> TrainConfig:
         """Check the options, and replace "auto" by numbers of epochs."""
         options = self._options()
+        del options["conditional"]  # a matter of the data, and not of the training
         for name in DECISIONS:
             del options[name]
         stages = ("stage_1_epochs", "stage_2_epochs")
@@ -725,7 +780,9 @@ class VAEEstimator(
     def _seed(self) -> int:
         return int(check_random_state(self.random_state).randint(2**31))
 
-    def _train(self, examples: Array, config: TrainConfig, model: VAE | None) -> Trainer:
+    def _train(
+        self, examples: Array, config: TrainConfig, model: VAE | None, y: object = None
+    ) -> Trainer:
         """Train a new model, or continue with the given one, and extend the history."""
         validation_fraction = max(config.validation_fraction, MIN_VALIDATION / len(examples))
         names = getattr(self, "feature_names_in_", None)
@@ -734,12 +791,17 @@ class VAEEstimator(
             test_fraction=0.0,
             validation_fraction=validation_fraction,
             names=None if names is None or examples.ndim > 2 else [str(name) for name in names],
+            labels=_as_labels(y),
+            levels=self._levels,
         )
         # The caller tests the estimator on data of their own. The trainer needs a test set, so it
         # gets the validation set once more.
         data = replace(data, test=data.validation)
         for text in data.cautions:
             warnings.warn(text[0].upper() + text[1:] + ".", stacklevel=3)
+        if config.latent_dim == "auto":
+            latent_dim = latent_dim_of_varying(data) if model is None else model.latent_dim
+            config = replace(config, latent_dim=latent_dim)
         check_fit(data, config, min_train=MIN_EXAMPLES - MIN_VALIDATION)
         if model is not None:
             self._check_chunk(model, torch.from_numpy(data.train.at_hand[:]))
@@ -795,7 +857,7 @@ class VAEEstimator(
             warnings.warn(text, ConvergenceWarning, stacklevel=3)
         self._adopt(model.cpu(), fit.mixture.cpu(), "prior")
 
-        held_out = torch.from_numpy(trainer.data.validation[:PRIOR_EXAMPLES])
+        held_out = as_tensor(trainer.data.validation.take(slice(PRIOR_EXAMPLES)))
         self.prior_ = self._choose_prior(model.scaling(held_out))
         self._calibrate_by_folds(model, trainer.data, config.seed)
         return self
@@ -810,6 +872,14 @@ class VAEEstimator(
         if contamination is not None and not 0 < contamination <= 0.5:
             raise ValueError(
                 f"contamination must be above 0 and at most 0.5, got {contamination:g}"
+            )
+
+    def _check_contamination(self) -> None:
+        """Refuse what the models of parts of a table do not know."""
+        if self.conditional or self._levels:
+            raise ValueError(
+                "contamination is for numbers without labels: leave out conditional and columns "
+                "of categories, or set the threshold by false_alarm_rate"
             )
 
     def _cross_fitted(self, examples: Array, contamination: float) -> Float64[np.ndarray, " n"]:
@@ -909,6 +979,7 @@ class VAEEstimator(
         self.model_ = model
         self.mixture_ = mixture
         self.prior_ = prior
+        self.label_names_ = model.label_names
 
         self.noise_correlation_ = "none"
         if isinstance(model.noise, CorrelatedNoise):
@@ -922,6 +993,30 @@ class VAEEstimator(
         # Estimators of earlier releases have no such figure.
         self.overfitting_ = float(self.history_[-1].get("overfitting", 1.0))
         return self
+
+    _frame_library: str = ""
+    """Library of the data frame that the model was fitted to, if that had categories."""
+    _levels: dict[int, tuple[Level, ...]] = {}  # noqa: RUF012 (replaced, never changed)
+
+    def _encoded_frame(self, x: object, *, reset: bool) -> object:
+        """Put codes in the place of the categories of a data frame."""
+        if not reset:
+            self._levels = self.model_.scaling.levels
+        else:
+            self._levels, self._frame_library = {}, ""
+        if not hasattr(x, "columns") or not all(isinstance(name, str) for name in x.columns):
+            return x
+        known = None if reset else self._levels
+        if known and len(x.columns) != self.n_features_in_:
+            return x  # of which scikit-learn says what is wrong
+        encoded = encode_frame(x, levels=known)
+        for note in encoded.notes:
+            if note.endswith("treated as missing"):
+                warnings.warn(note, stacklevel=4)
+        if reset and encoded.levels:
+            self._levels = encoded.levels
+            self._frame_library = "polars" if hasattr(x, "with_columns") else "pandas"
+        return encoded.frame
 
     def _array(self, x: object, *, reset: bool) -> Array:
         """Check examples by scikit-learn's rules for tables, and check their shape.
@@ -954,28 +1049,59 @@ class VAEEstimator(
             )
         return table.reshape(-1, *example_shape)
 
-    def _raw(self, x: object) -> Tensor:
-        """Check examples to which the fitted model is applied."""
+    def _raw(self, x: object, y: object = None) -> Tensor:
+        """Check examples to which the fitted model is applied, and their labels."""
         check_is_fitted(self, "model_")
-        array = self._array(x, reset=False)
-        raw = torch.from_numpy(load_examples(array, self.model_.shape)[:])
+        array = self._array(self._encoded_frame(x, reset=False), reset=False)
+        labels = _as_labels(y)
+        if labels is not None and not self.label_names_:
+            raise ValueError("the model reads no labels: leave out y, or fit with conditional=True")
+        names = self.label_names_
+        raw = as_tensor(load_examples(array, self.model_.shape, labels=labels, label_names=names))
         self.model_.scaling.check(raw)
         _warn_of_range(self.model_.scaling.range_warning(raw))
         return raw
 
-    def _encode(self, x: object) -> Tensor:
+    def _encode(self, x: object, y: object = None) -> Tensor:
         """Return the means of q(z|x), computed batch by batch."""
-        batches = torch.split(self._raw(x), EVALUATION_BATCH)
+        batches = torch.split(self._raw(x, y), EVALUATION_BATCH)
         return encode_all(self.model_, batches).mean
 
     @torch.no_grad()
-    def _decode(self, codes: Tensor) -> AnyGaussian:
+    def _decode(self, codes: Tensor) -> Likelihood:
         """Return p(x|z) in model units, computed batch by batch."""
-        parts = [self.model_.decode(batch) for batch in torch.split(codes, EVALUATION_BATCH)]
+        return joined([self.model_.decode(batch) for batch in torch.split(codes, EVALUATION_BATCH)])
 
-        mean = torch.cat([part.mean for part in parts])
-        log_var = torch.cat([part.log_var.expand_as(part.mean) for part in parts])
-        return parts[0]._replace(mean=mean, log_var=log_var)
+    def with_codes(self, x: object) -> object:
+        """Put the numbers of levels in the place of the categories of a data frame.
+
+        Args:
+            x: Rows as for :meth:`fit`, or an array, which stays as it is.
+
+        Returns:
+            A frame of numbers. Values that are no level of the model's are missing, with a warning.
+        """
+        check_is_fitted(self, "model_")
+        return self._encoded_frame(x, reset=False)
+
+    def as_given(self, array: Array) -> Any:  # noqa: ANN401 (an array, or a frame)
+        r"""Put levels in the place of their numbers, in a data frame.
+
+        Args:
+            array: Examples, (n, \*). It stays as it is if there are no categories.
+
+        Returns:
+            Rows in a frame of the library of those that the estimator was fitted to.
+        """
+        levels = self.model_.scaling.levels
+        if not levels:
+            return array
+
+        columns: dict[str, Any] = dict(zip(self.feature_names_in_, array.T, strict=True))
+        for number, names in levels.items():
+            name = self.feature_names_in_[number]
+            columns[name] = level_values(columns[name].tolist(), names)
+        return new_frame(self._frame_library, columns)
 
     def _in_original_shape(self, examples: Tensor) -> Array:
         """Convert examples of the model, (n, C, H, W) or (n, D), to the shape of the user's."""
@@ -985,6 +1111,15 @@ class VAEEstimator(
         if array.shape[1:] != self.example_shape_:
             array = np.moveaxis(array, 1, -1).reshape(-1, *self.example_shape_)
         return array
+
+
+def _as_labels(y: object) -> list[Any] | None:
+    """Return labels as a list of Python's values, whatever holds them."""
+    if y is None:
+        return None
+    if isinstance(y, str) or not hasattr(y, "__len__"):
+        raise ValueError("expected one label for each example, in a list, an array or a column")
+    return list(as_array(y).ravel().tolist() if isinstance(y, Tensor) else np.asarray(y).tolist())
 
 
 def _warn_of_range(text: str | None) -> None:

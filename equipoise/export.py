@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.categories import MixedLikelihood
 from equipoise.correlated_noise import marginal_of
 from equipoise.files import exclusive_outputs, whole_file
 from equipoise.model import VAE
@@ -69,7 +70,7 @@ def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[
         The files.
 
     Raises:
-        ValueError: If there is no such format.
+        ValueError: If there is no such format, or the model is conditional on labels.
         ImportError: If the libraries of the extra ``export`` are missing.
         ArithmeticError: If a file deviates from the model. That file is not kept.
 
@@ -84,6 +85,11 @@ def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[
     if to not in FORMATS:
         raise ValueError(
             f"there is no format {to!r} to export to; choose from {', '.join(FORMATS)}"
+        )
+    if model.label_names:
+        raise ValueError(
+            "a model with labels is not exported yet: its files would not know them. Load it with "
+            "equipoise where it is used, or train without --label"
         )
 
     form = FORMATS[to]()
@@ -128,9 +134,10 @@ def _parts(model: VAE, mixture: GaussianMixture) -> dict[str, _Part]:
     normal = torch.randn(n, model.latent_dim, generator=generator, dtype=dtype)
 
     noise = {"uniform": uniform, "normal": normal}
+    of_row = ("mean", "std") if model.categories is None else ("mean", "std", "probability")
     return {
         "encoder": _Part(_Encoder(model), {"raw": raw}, ("mean", "log_var")),
-        "decoder": _Part(_Decoder(model), {"code": code}, ("mean", "std")),
+        "decoder": _Part(_Decoder(model), {"code": code}, of_row),
         "sampler": _Part(_Sampler(mixture, dtype), noise, ("code",)),
     }
 
@@ -148,7 +155,11 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """From codes to the mean and standard deviation of p(x|z), in raw units and not rounded."""
+    """From codes to the mean and standard deviation of p(x|z), in raw units and not rounded.
+
+    If there are categories, mean and std are those of the numeric columns, and the probabilities of
+    all levels follow.
+    """
 
     def __init__(self, model: VAE) -> None:
         super().__init__()
@@ -158,9 +169,12 @@ class _Decoder(nn.Module):
 
     def forward(self, code: Tensor) -> tuple[Tensor, ...]:
         likelihood, scaling = self.model.decode(code), self.model.scaling
-        return scaling.restore(likelihood.mean), scaling.restore_std(
-            likelihood.std, likelihood.mean
-        )
+        mean = scaling.restore(likelihood.mean)
+        std = scaling.restore_std(likelihood.std, likelihood.mean)
+        if not isinstance(likelihood, MixedLikelihood):
+            return mean, std
+        is_numeric = likelihood.categories.is_numeric.nonzero().flatten()
+        return mean[:, is_numeric], std[:, is_numeric], likelihood.log_probs.exp()
 
 
 class _Sampler(nn.Module):

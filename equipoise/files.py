@@ -412,6 +412,20 @@ def remove(path: Path) -> None:
         _append(owner, {"removed": _name_in(owner, path)})
 
 
+def move(path: Path, target: Path) -> None:
+    """Move a file that equipoise has written out of its folder's manifest.
+
+    Args:
+        path: Path of the file.
+        target: Its new path, on the same disk. The folder is made if it does not exist.
+    """
+    owner = owner_of(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)
+    if owner is not None:
+        _append(owner, {"removed": _name_in(owner, path)})
+
+
 def set_aside(path: Path) -> Path:
     """Give a damaged file another name, so that it is kept but no longer read.
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.gaps import missing_values, observed_difference
+from equipoise.labels import labelled, labels_of
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -244,10 +245,11 @@ class Gaussian(NamedTuple):
             generator: Source of randomness, on the device of ``mean``.
 
         Returns:
-            The samples, (B, \*), differentiable with respect to ``mean`` and ``log_var``.
+            The samples, (B, \*), differentiable with respect to ``mean`` and ``log_var``. They
+            carry the labels that ``mean`` carries.
         """
         epsilon = standard_normal_like(self.mean, generator)
-        return self.mean + torch.exp(0.5 * self.log_var) * epsilon
+        return labelled(self.mean + torch.exp(0.5 * self.log_var) * epsilon, labels_of(self.mean))
 
     def kl(self) -> Float[Tensor, " batch"]:
         r"""Kullback-Leibler divergence to the standard normal prior, the last term of eq. (4).

@@ -255,8 +255,8 @@ TERMS: dict[str, Term] = {
 
 ESTIMATE = frozenset({"value", "standard_error", "error_over_seeds", "of_seeds", "n"})
 """Keys of a figure that are its value, its errors, and what these are computed from."""
-CURVES = frozenset({"reliability", "sparsification", "spectra", "pit_histogram"})
-"""Keys of curves, which are plotted and not printed."""
+CURVES = frozenset({"reliability", "sparsification", "spectra", "pit_histogram", "unit_is_active"})
+"""Keys of curves and of what bars are drawn from, which are plotted and not printed."""
 
 
 def term(key: str) -> Term:

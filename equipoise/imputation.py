@@ -10,6 +10,9 @@ well also where the encoder has not met its gaps, and a row without any value fr
 a code, the mean and variance of what is missing have a closed form, with and without correlated
 noise.
 
+The probabilities of a category are averaged over the codes in the same way, and the most probable
+level is taken.
+
 Mattei and Frellsen (2019), *MIWAE: Deep generative modelling and imputation of incomplete data
 sets*, for the weights; Cappé et al. (2004), *Population Monte Carlo*, for the rounds; Hesterberg
 (1995), *Weighted average importance sampling and defensive mixture distributions*.
@@ -24,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from equipoise.aggregate import GaussianMixture
-from equipoise.correlation import AnyGaussian
+from equipoise.categories import Likelihood, MixedLikelihood
 from equipoise.gaussian import Gaussian, RowGenerators
 from equipoise.model import VAE, PowerScaling, Scaling
 
@@ -44,21 +47,26 @@ class Imputation(NamedTuple):
     """What is missing, given what is observed.
 
     Args:
-        mean: The rows, with the expectation of each missing value, (N, D), raw units.
-        std: Std of each missing value, and 0 where it is observed, (N, D), raw units.
+        mean: The rows, with the expectation of each missing number, and the most probable level of
+            each missing category, (N, D), raw units.
+        std: Std of each missing number, and 0 where it is observed, (N, D), raw units; NaN for
+            categories.
         draws: The rows with missing values drawn at random, jointly within a row, (M, N, D).
+        probability: Probability of the level of each category, 1 where it is observed, (N, D); NaN
+            for numbers. None if the table has no categories.
     """
 
     mean: Tensor
     std: Tensor
     draws: Tensor
+    probability: Tensor | None = None
 
 
 class _Codes(NamedTuple):
     """Weighted codes of each row: codes (B, K, d), their likelihoods (B K, D), weights (B, K)."""
 
     z: Tensor
-    likelihood: AnyGaussian
+    likelihood: Likelihood
     weights: Tensor
 
 
@@ -98,8 +106,14 @@ def impute(
     if n_samples < 2:
         raise ValueError(f"n_samples must be at least 2, got {n_samples}")
 
+    raw = raw.as_subclass(Tensor)  # a row is completed as one whose label is unknown
     mean, std = raw.clone(), torch.zeros_like(raw)
     draws = raw.expand(n_draws, *raw.shape).clone()
+    probability: Tensor | None = None
+    if model.categories is not None:
+        is_category = model.categories.is_category
+        std[:, is_category] = torch.nan
+        probability = torch.where(is_category, 1.0, torch.nan).expand_as(raw).clone()
     generator = torch.Generator(raw.device).manual_seed(seed)
     dtype = model.scaling.scale.dtype
     pool = mixture.sample(n_samples // 2, generator).to(dtype)
@@ -113,13 +127,18 @@ def impute(
 
         codes = _posterior_codes(model, mixture, x, pool, n_samples - len(pool), generators)
         found, deviation = _moments(codes, x, model.scaling)
+        if probability is not None:
+            levels, best = _most_probable(codes, len(x))
+            found = torch.where(levels.isnan(), found, levels)
+            deviation = deviation.masked_fill(is_category, torch.nan)
+            probability[rows] = torch.where(missing, best, probability[rows])
         mean[rows] = torch.where(missing, found, raw[rows])
         std[rows] = deviation
 
         for draw in draws:
             values = model.scaling.restore(_draw(model, codes, x, generators))
             draw[rows] = torch.where(missing, values, raw[rows])
-    return Imputation(mean, std, draws)
+    return Imputation(mean, std, draws, probability)
 
 
 def _posterior_codes(
@@ -176,6 +195,15 @@ def _moments(codes: _Codes, x: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor
     if isinstance(scaling, PowerScaling):
         return mean, std
     return scaling.restore(mean), scaling.restore_std(std, mean)
+
+
+def _most_probable(codes: _Codes, n: int) -> tuple[Tensor, Tensor]:
+    """The most probable level of each category over the codes of a row, and its probability."""
+    likelihood = codes.likelihood
+    if not isinstance(likelihood, MixedLikelihood):
+        raise TypeError("the likelihood has no categories")
+    probs = likelihood.log_probs.exp().view(n, codes.z.shape[1], -1)
+    return likelihood.categories.most_probable((codes.weights[..., None] * probs).sum(1))
 
 
 def _raw_moments(means: Tensor, vars_: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """``VAEImputer``: missing values of tables, as a scikit-learn transformer."""
 
-import warnings
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -11,6 +10,7 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from equipoise.data.dataset import Array
+from equipoise.data.levels import encode_frame
 from equipoise.estimator import VAEEstimator
 from equipoise.imputation import Imputation, impute
 
@@ -20,11 +20,17 @@ class Imputed(NamedTuple):
 
     Args:
         mean: The table, with the expectation of each missing value, (n, features).
-        std: Std of each missing value; 0 where a value is observed, (n, features).
+        std: Std of each missing value; 0 where a value is observed, (n, features). NaN for
+            categories, see :meth:`VAEImputer.level_probability`.
     """
 
     mean: Any
     std: Float64[np.ndarray, "n features"]
+
+
+def _has_names(x: object) -> bool:
+    """Whether it is a data frame whose columns have names."""
+    return all(isinstance(name, str) for name in getattr(x, "columns", [None]))
 
 
 # scikit-learn has no types.
@@ -36,7 +42,8 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
 
     The model is trained on observed values alone: nothing is filled in before. Values that are
     observed stay as they are, to the bit. A row without any value gets the mean of the model's own
-    samples.
+    samples. Categories in a data frame of pandas or polars get the most probable level; the result
+    is then a data frame, too.
 
     Args:
         estimator: The unfitted :class:`equipoise.VAEEstimator` whose copy is fitted. None takes one
@@ -84,7 +91,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
         Raises:
             ValueError: If the table cannot be used, such as one with a column that has no value.
         """
-        self._table(x, reset=True)
+        self._table(encode_frame(x).frame if _has_names(x) else x, reset=True)
         estimator = self.estimator
         if estimator is None:
             estimator = VAEEstimator(noise="dimension", random_state=self.random_state)
@@ -110,12 +117,27 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
         """
         table = self._table(x, reset=False)
         found = self._impute(table, 0)
-        filled = np.where(np.isnan(table), found.mean.double().numpy(), table)
+        filled = self._rows(np.where(np.isnan(table), found.mean.double().numpy(), table))
         if not return_std:
             return filled
         return Imputed(filled, found.std.double().numpy())
 
-    def sample(self, x: object, n_draws: int = 5) -> Float64[np.ndarray, "draws n features"]:
+    def level_probability(self, x: object) -> Float64[np.ndarray, "n features"]:
+        """Say how sure the level of each category is that :meth:`transform` fills in.
+
+        Args:
+            x: Rows, as for :meth:`transform`.
+
+        Returns:
+            Its probability, 1 where the level is observed, (n, features). NaN for numbers.
+        """
+        table = self._table(x, reset=False)
+        probability = self._impute(table, 0).probability
+        if probability is None:
+            return np.full(table.shape, np.nan)
+        return probability.double().numpy()
+
+    def sample(self, x: object, n_draws: int = 5) -> Any:  # noqa: ANN401 (an array, or frames)
         """Draw multiple imputations, which differ as much as the missing values are unknown.
 
         What depends on the filled values is computed for each draw; its spread over the draws is
@@ -126,7 +148,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
             n_draws: Number of imputations M.
 
         Returns:
-            Tables without gaps, (M, n, features).
+            Tables without gaps, (M, n, features); a list of data frames if there are categories.
 
         Raises:
             ValueError: If there are fewer than one.
@@ -136,15 +158,19 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
         table = self._table(x, reset=False)
         draws = self._impute(table, n_draws).draws.double().numpy()
         result: Array = np.where(np.isnan(table), draws, table)
-        return result
+        if not self.estimator_.model_.scaling.levels:
+            return result
+        return [self._rows(rows) for rows in result]
+
+    def _rows(self, table: Array) -> Any:  # noqa: ANN401 (an array, or a frame)
+        """Return an array as it is, or rows with categories as a data frame."""
+        return self.estimator_.as_given(table)
 
     def _impute(self, table: Array, n_draws: int) -> Imputation:
         estimator = self.estimator_
         seed = 0 if self.random_state is None else int(self.random_state)
         raw = torch.from_numpy(table.astype(np.float32))
-        text = estimator.model_.scaling.range_warning(raw)
-        if text is not None:
-            warnings.warn(text, stacklevel=3)
+        estimator.model_.scaling.warn_of_range(raw, stacklevel=3)
         return impute(
             estimator.model_,
             estimator.mixture_,
@@ -158,6 +184,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
         """Check rows by scikit-learn's rules."""
         if not reset:
             check_is_fitted(self, "estimator_")
+            x = self.estimator_.with_codes(x)
         table: Array = validate_data(
             self, x, reset=reset, dtype=np.float64, ensure_all_finite="allow-nan"
         )

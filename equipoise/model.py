@@ -6,7 +6,8 @@ decoder. They need no base class of this library. :meth:`VAE.build` makes a pair
 """
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -15,10 +16,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.catalogue import ARCHITECTURES
+from equipoise.categories import Categories, Likelihood, MixedLikelihood
+from equipoise.categories import Levels as CategoryLevels
 from equipoise.correlation import AnyGaussian
 from equipoise.digital import Levels
 from equipoise.gaussian import Gaussian
 from equipoise.kernels import bounded
+from equipoise.labels import joined, labelled, labels_of, one_hot
 from equipoise.networks import (
     ConvDecoder,
     MLPDecoder,
@@ -84,6 +88,8 @@ class Scaling(nn.Module):
         quantum: Distance of two neighbouring values of digital data, in model units. None for
             continuous data.
         columns: Names of the columns of a table, if they have names.
+        levels: Levels of the columns of a table that are categories, by their number. Raw data and
+            model units have the number of a level there.
 
     Raises:
         ValueError: If the offset is not finite, or the scale is not positive and finite.
@@ -103,6 +109,7 @@ class Scaling(nn.Module):
         scale: Tensor,
         quantum: float | None = None,
         columns: tuple[str, ...] = (),
+        levels: CategoryLevels | None = None,
     ) -> None:
         super().__init__()
 
@@ -116,6 +123,7 @@ class Scaling(nn.Module):
         self.register_buffer("scale", scale.float())
         self.quantum = quantum
         self.columns = tuple(columns)
+        self.levels = dict(levels or {})
 
     def name_of(self, column: int) -> str:
         """Name a column of a table within a sentence.
@@ -146,12 +154,15 @@ class Scaling(nn.Module):
             raw: Raw data, (B, \*).
 
         Returns:
-            The data in model units, (B, \*), of the dtype of the scale, which is float32.
+            The data in model units, (B, \*), of the dtype of the scale, which is float32. They
+            carry the labels that the raw data carry.
         """
         if raw.dtype in (torch.int32, torch.int64):
             # Levels beyond 2^24 become float32 only when the offset is gone.
-            return (raw.double() - self.offset).to(self.scale.dtype) / self.scale
-        return (raw.to(self.scale.dtype) - self.offset) / self.scale
+            x = (raw.double() - self.offset).to(self.scale.dtype) / self.scale
+        else:
+            x = (raw.to(self.scale.dtype) - self.offset) / self.scale
+        return labelled(x, labels_of(raw))
 
     def restore(self, x: Tensor) -> Tensor:
         r"""Convert means or samples from model units to raw units.
@@ -238,6 +249,7 @@ class Scaling(nn.Module):
         if len(x) < MIN_ROWS:
             return None
         far = x.abs().nanmedian(0).values > FAR_STDS
+        far[list(self.levels)] = False
         if not far.any():
             return None
         columns = far.nonzero().flatten().tolist()
@@ -250,6 +262,18 @@ class Scaling(nn.Module):
             f"mean of the training. C{self.name_of(first)[1:]} was {was} there, and is {here} "
             "here. Are they in the same unit?"
         )
+
+    def warn_of_range(self, raw: Tensor, stacklevel: int = 1) -> None:
+        r"""Warn as :meth:`range_warning` says, where it says something.
+
+        Args:
+            raw: Raw data, (B, \*).
+            stacklevel: How far above the caller the line is that the warning names; 1 is the
+                caller's own.
+        """
+        text = self.range_warning(raw)
+        if text is not None:
+            warnings.warn(text, stacklevel=stacklevel + 1)
 
     def _range(self) -> str:
         """Name the range of the scale, in which the training lies; empty for tables."""
@@ -320,6 +344,7 @@ class PowerScaling(Scaling):
         centre: Mean of the transformed columns, (D,).
         spread: Std of the transformed columns, (D,).
         columns: Names of the columns, if they have names.
+        levels: Levels of the columns that are categories. Those are neither scaled nor transformed.
     """
 
     powers: Tensor
@@ -334,15 +359,17 @@ class PowerScaling(Scaling):
         centre: Tensor,
         spread: Tensor,
         columns: tuple[str, ...] = (),
+        levels: CategoryLevels | None = None,
     ) -> None:
-        super().__init__(offset, scale, None, columns)
+        super().__init__(offset, scale, None, columns, levels)
         self.register_buffer("powers", powers.float())
         self.register_buffer("centre", centre.float())
         self.register_buffer("spread", spread.float())
 
     def forward(self, raw: Tensor) -> Tensor:
         """Convert raw rows to model units."""
-        return (yeo_johnson(super().forward(raw), self.powers) - self.centre) / self.spread
+        x = (yeo_johnson(super().forward(raw), self.powers) - self.centre) / self.spread
+        return labelled(x, labels_of(raw))
 
     def restore(self, x: Tensor) -> Tensor:
         """Convert model units to raw rows."""
@@ -395,6 +422,8 @@ class VAE(nn.Module):
         reads_gaps: Whether the encoder also reads which values of a row are missing. Its input is
             then (B, 2 D): the row, with zeros in its gaps, and ones where the gaps are. Otherwise
             it gets the zeros alone.
+        label_names: Names of the labels of a conditional model, see ``labels.py``. Encoder, decoder
+            and noise then read the label that an example or a code carries.
 
     Raises:
         ValueError: If a network does not map its input to the expected shape.
@@ -421,6 +450,7 @@ class VAE(nn.Module):
         mean_bounds: tuple[float, float] | None = None,
         deterministic: bool = False,
         reads_gaps: bool = False,
+        label_names: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -438,6 +468,10 @@ class VAE(nn.Module):
         self.mean_bounds = mean_bounds
         self.deterministic = deterministic
         self.reads_gaps = reads_gaps
+        self.label_names = tuple(label_names)
+        self.categories: Categories | None = None
+        if scaling.levels:
+            self.categories = Categories(scaling.levels, self.shape[0])
         # Set in training, and not saved: the dimensions over which residuals are pooled.
         self.register_buffer("counted", None, persistent=False)
 
@@ -456,6 +490,7 @@ class VAE(nn.Module):
         mean_bounds: tuple[float, float] | None = None,
         deterministic: bool = False,
         reads_gaps: bool = False,
+        label_names: tuple[str, ...] = (),
     ) -> "VAE":
         """Make a model with networks that suit the data's shape.
 
@@ -470,6 +505,7 @@ class VAE(nn.Module):
             mean_bounds: Smallest and largest value that the data can have, see :class:`VAE`.
             deterministic: Whether q(z|x) is a point, see :class:`VAE`.
             reads_gaps: Whether the encoder reads which values are missing, see :class:`VAE`.
+            label_names: Names of the labels of a conditional model, see :class:`VAE`.
 
         Returns:
             The untrained model.
@@ -479,9 +515,13 @@ class VAE(nn.Module):
         if noise is None:
             noise = GlobalNoise()
 
+        n_labels = len(label_names)
+        levels = None if scaling is None else scaling.levels
+        read = encoder_shape(shape, reads_gaps, levels, n_labels, architecture)
+        returned = decoder_shape(shape, levels)
         return cls(
-            build_encoder(architecture, encoder_shape(shape, reads_gaps), latent_dim, width),
-            build_decoder(architecture, shape, latent_dim, width),
+            build_encoder(architecture, read, latent_dim, width),
+            build_decoder(architecture, returned, latent_dim + n_labels, width),
             noise,
             shape=shape,
             latent_dim=latent_dim,
@@ -491,6 +531,7 @@ class VAE(nn.Module):
             mean_bounds=mean_bounds,
             deterministic=deterministic,
             reads_gaps=reads_gaps,
+            label_names=label_names,
         )
 
     def pooled(self, values: Float[Tensor, "batch *event"]) -> Tensor:
@@ -503,6 +544,11 @@ class VAE(nn.Module):
             All of them, or without the constant columns of a table, (B, D').
         """
         return values if self.counted is None else values[:, self.counted]
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether any dimension is a number, so that there is a noise variance."""
+        return self.categories is None or bool(self.categories.is_numeric.any())
 
     @property
     def levels(self) -> Levels | None:
@@ -521,10 +567,11 @@ class VAE(nn.Module):
 
         Returns:
             Gaussian over codes, (B, d). In evaluation mode, that of the data within
-            :data:`MAX_INPUT`.
+            :data:`MAX_INPUT`. Its mean and its samples carry the labels of the data.
         """
+        labels = labels_of(x)
         if not self.training:
-            x = x.clamp(-MAX_INPUT, MAX_INPUT)
+            x = labelled(x.clamp(-MAX_INPUT, MAX_INPUT), labels)
         parameters = self.encoder(self._encoder_input(x))
         if isinstance(parameters, tuple):
             mean, log_var = parameters
@@ -535,15 +582,35 @@ class VAE(nn.Module):
         if self.deterministic:
             log_var = torch.full_like(log_var, LOG_VAR_RANGE[0])
 
-        return Gaussian(at_least_float32(mean), log_var)
+        return Gaussian(labelled(at_least_float32(mean), labels), log_var)
 
     def _encoder_input(self, x: Tensor) -> Tensor:
-        """Put zeros in the gaps of rows, and tell the encoder where they are if it reads that."""
-        if len(self.shape) != 1:
-            return x
-        missing = x.isnan()
-        filled = x.masked_fill(missing, 0.0)
-        return torch.cat([filled, missing.to(x.dtype)], 1) if self.reads_gaps else filled
+        """Put zeros in the gaps of rows, and add what else the encoder reads of an example.
+
+        These are gaps, categories as one-hot vectors, and labels as numbers or constant planes.
+        """
+        parts = [x]
+        if len(self.shape) == 1:
+            missing = x.isnan()
+            parts = [x.masked_fill(missing, 0.0)]
+            if self.reads_gaps:
+                parts.append(missing.to(x.dtype))
+            if self.categories is not None:
+                parts[0] = parts[0].masked_fill(self.categories.is_category, 0.0)
+                parts.append(self.categories.one_hot(x))
+        if self.label_names:
+            label = one_hot(x, len(self.label_names))
+            if _reads_planes(self.architecture):
+                planes = label.view(*label.shape, *(1 for _ in self.shape[1:]))
+                label = planes.expand(-1, -1, *self.shape[1:])
+            else:
+                parts[0] = parts[0].flatten(1)
+            parts.append(label)
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def _decoder_input(self, z: Tensor) -> Tensor:
+        """Add the labels that codes carry, (B, d + L)."""
+        return torch.cat([z, one_hot(z, len(self.label_names))], 1) if self.label_names else z
 
     def decode_mean(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch *event"]:
         r"""Compute the mean m(z) of p(x|z).
@@ -552,48 +619,68 @@ class VAE(nn.Module):
             z: Codes, (B, d).
 
         Returns:
-            The mean, (B, \*), model units, within ``mean_bounds``.
+            The mean, (B, \*), model units, within ``mean_bounds``; NaN for categories.
         """
-        return self._within_bounds(self.decoder(z))
+        output = self._within_bounds(self.decoder(self._decoder_input(z)))
+        if self.categories is None:
+            return output
+        return self.categories.hide(output[:, : self.shape[0]])
 
     def mean_and_context(
         self, z: Float[Tensor, "batch latent"]
-    ) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *context"]]:
+    ) -> tuple[Float[Tensor, "batch *output"], Float[Tensor, "batch *context"]]:
         r"""Compute the mean m(z), and what the noise model reads.
 
         Args:
             z: Codes, (B, d).
 
         Returns:
-            The mean, (B, \*), as :meth:`decode_mean` gives it; and the codes, or the features from
-            which the decoder computed the mean if the noise model reads those.
+            The mean, (B, \*), with the logits of categories behind it, for :meth:`around`; and the
+            codes with their labels, or the features from which the decoder computed the mean if the
+            noise model reads those.
         """
+        code = self._decoder_input(z)
         if not self.noise.reads_features:
-            return self.decode_mean(z), z
+            return self._within_bounds(self.decoder(code)), code
 
         decoder = cast(MLPDecoder | ConvDecoder, self.decoder)
-        features = decoder.hidden(z)
-        mean = decoder.output(features).view(-1, *self.shape)
+        features = decoder.hidden(code)
+        mean = decoder.output(features).view(-1, *decoder_shape(self.shape, self.scaling.levels))
         return self._within_bounds(mean), features
+
+    def around(self, output: Tensor, density: Callable[[Tensor], AnyGaussian]) -> Likelihood:
+        """Put a density around the mean, and read the logits of categories behind it.
+
+        Args:
+            output: What :meth:`mean_and_context` returned.
+            density: Makes the density of the numbers from their mean, (B, D).
+
+        Returns:
+            The density itself if there are no categories.
+        """
+        if self.categories is None:
+            return density(output)
+        mean, logits = output.tensor_split([self.shape[0]], 1)
+        return MixedLikelihood(density(mean), logits, self.categories)
 
     def _within_bounds(self, mean: Tensor) -> Tensor:
         """Return the decoder's result in full precision and within the bounds of the data."""
         mean = at_least_float32(mean)
         return mean if self.mean_bounds is None else bounded(mean, *self.mean_bounds)
 
-    def decode(self, z: Float[Tensor, "batch latent"]) -> AnyGaussian:
+    def decode(self, z: Float[Tensor, "batch latent"]) -> Likelihood:
         r"""Compute the likelihood p(x|z): the decoder's mean with the noise model's variance.
 
         Args:
             z: Codes, (B, d).
 
         Returns:
-            Gaussian over data, (B, \*), model units.
+            Gaussian over data, (B, \*), model units, and probabilities of categories.
         """
-        mean, context = self.mean_and_context(z)
-        return self.noise.likelihood(mean, context)
+        output, context = self.mean_and_context(z)
+        return self.around(output, lambda mean: self.noise.likelihood(mean, context))
 
-    def reconstruct(self, x: Float[Tensor, "batch *event"]) -> AnyGaussian:
+    def reconstruct(self, x: Float[Tensor, "batch *event"]) -> Likelihood:
         r"""Decode the mean of q(z|x).
 
         Args:
@@ -642,7 +729,7 @@ class VAE(nn.Module):
 
     def generate(
         self, n: int, source: CodeSource, generator: torch.Generator | None = None
-    ) -> AnyGaussian:
+    ) -> Likelihood:
         r"""Decode codes drawn from a source.
 
         Args:
@@ -685,7 +772,12 @@ class VAE(nn.Module):
 
         variance_network = self.blank_variance_network(reads_features=reads_features)
         if self.architecture is not None and not reads_features:
-            variance_network.load_state_dict(self.decoder.state_dict())
+            weights = self.decoder.state_dict()
+            if self.categories is not None:
+                # The last layer has logits, too, and becomes zero anyway.
+                last = variance_network.state_dict()
+                weights |= {name: last[name] for name in last if name.startswith("output.")}
+            variance_network.load_state_dict(weights)
         # The last layer may also be a convolution, whose parameters have the same names.
         output = cast(nn.Linear, variance_network.output)
         nn.init.zeros_(output.weight)
@@ -723,9 +815,10 @@ class VAE(nn.Module):
 
         if architecture is None:
             architecture = default_architecture(self.shape)
-        return build_decoder(architecture, self.shape, self.latent_dim, self.width)
+        n_read = self.latent_dim + len(self.label_names)
+        return build_decoder(architecture, self.shape, n_read, self.width)
 
-    def start_at_data(self, mean: Tensor, std: Tensor) -> None:
+    def start_at_data(self, mean: Tensor, std: Tensor, logits: Tensor | None = None) -> None:
         r"""Fit untrained networks to the scale of the data.
 
         Networks of the user's own stay as they are.
@@ -733,9 +826,11 @@ class VAE(nn.Module):
         Args:
             mean: Mean of the training data, of the shape of one example, model units.
             std: Standard deviation of the training data over all dimensions, (), model units.
+            logits: Log-frequencies of the levels of categories, see
+                :meth:`Categories.log_frequencies`.
         """
         if self.architecture is not None:
-            start_at_data(self.encoder, self.decoder, mean, std)
+            start_at_data(self.encoder, self.decoder, mean, std, logits)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -772,10 +867,14 @@ class VAE(nn.Module):
         further: dict[str, Any] = {}
         if self.reads_gaps:
             further["reads_gaps"] = True
+        if self.label_names:
+            further["label_names"] = list(self.label_names)
         if self.scaling.columns:
             further["columns"] = list(self.scaling.columns)
         if isinstance(self.scaling, PowerScaling):
             further["power_transform"] = True
+        if self.scaling.levels:
+            further["levels"] = {str(i): list(names) for i, names in self.scaling.levels.items()}
 
         return {
             "shape": list(self.shape),
@@ -823,10 +922,12 @@ class VAE(nn.Module):
                 )
 
             z = torch.zeros(2, self.latent_dim, dtype=x.dtype, device=x.device)
+            z = self._decoder_input(z)
             mean = self.decoder(z)
-            if tuple(mean.shape) != tuple(x.shape):
+            expected_output = (2, *decoder_shape(self.shape, self.scaling.levels))
+            if tuple(mean.shape) != expected_output:
                 raise ValueError(
-                    f"The decoder must map {tuple(z.shape)} to {tuple(x.shape)}, "
+                    f"The decoder must map {tuple(z.shape)} to {expected_output}, "
                     f"got {tuple(mean.shape)}."
                 )
         finally:
@@ -855,29 +956,69 @@ def encode_all(model: VAE, batches: Iterable[Tensor]) -> Gaussian:
     if not posteriors:
         raise ValueError("expected at least one batch of examples to encode, got none")
 
-    means = torch.cat([posterior.mean for posterior in posteriors])
+    means = joined([posterior.mean for posterior in posteriors])
     log_vars = torch.cat([posterior.log_var for posterior in posteriors])
     return Gaussian(means, log_vars)
 
 
-def encoder_shape(shape: tuple[int, ...], reads_gaps: bool) -> tuple[int, ...]:
+def encoder_shape(
+    shape: tuple[int, ...],
+    reads_gaps: bool,
+    levels: CategoryLevels | None = None,
+    n_labels: int = 0,
+    architecture: str | None = None,
+) -> tuple[int, ...]:
     """Shape of what an encoder reads of one example.
 
     Args:
         shape: Shape of the example.
         reads_gaps: Whether it also reads which values are missing, see :class:`VAE`.
+        levels: Levels of the columns that are categories.
+        n_labels: Number of labels L of a conditional model.
+        architecture: Name of the networks, of which some read labels as planes of an image.
 
     Returns:
-        The shape; that of a row twice if the gaps are read.
+        The shape; that of a row twice if the gaps are read, one number more for each level, and L
+        numbers or planes more if there are labels.
 
     Raises:
         ValueError: If the gaps of anything but rows are to be read.
     """
-    if not reads_gaps:
+    if reads_gaps and len(shape) != 1:
+        raise ValueError(f"only rows of a table can have missing values, not examples {shape}")
+    if reads_gaps:
+        shape = (2 * shape[0],)
+    shape = decoder_shape(shape, levels)
+    if not n_labels:
+        return shape
+    if _reads_planes(architecture):
+        return (shape[0] + n_labels, *shape[1:])
+    return (math.prod(shape) + n_labels,)
+
+
+def _reads_planes(architecture: str | None) -> bool:
+    """Tell whether networks read a label as constant planes, and not as further numbers."""
+    return architecture is not None and ARCHITECTURES[architecture].needs_images
+
+
+def decoder_shape(shape: tuple[int, ...], levels: CategoryLevels | None) -> tuple[int, ...]:
+    """Shape of what a decoder returns for one example.
+
+    Args:
+        shape: Shape of the example.
+        levels: Levels of the columns that are categories.
+
+    Returns:
+        The shape, with one more value, a logit, for each level.
+
+    Raises:
+        ValueError: If anything but rows is to have categories.
+    """
+    if not levels:
         return shape
     if len(shape) != 1:
-        raise ValueError(f"only rows of a table can have missing values, not examples {shape}")
-    return (2 * shape[0],)
+        raise ValueError(f"only rows of a table can have categories, not examples {shape}")
+    return (shape[0] + sum(map(len, levels.values())),)
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -127,7 +127,13 @@ def default_architecture(shape: Shape) -> str:
 
 
 @torch.no_grad()
-def start_at_data(encoder: nn.Module, decoder: nn.Module, mean: Tensor, std: Tensor) -> None:
+def start_at_data(
+    encoder: nn.Module,
+    decoder: nn.Module,
+    mean: Tensor,
+    std: Tensor,
+    logits: Tensor | None = None,
+) -> None:
     """Fit an untrained pair of this module to the scale of the data.
 
     Args:
@@ -136,6 +142,8 @@ def start_at_data(encoder: nn.Module, decoder: nn.Module, mean: Tensor, std: Ten
             convolution takes one mean per channel.
         mean: Mean of the training data, of the shape of one example, model units.
         std: Standard deviation of the training data over all dimensions, (), model units.
+        logits: Log-frequencies of the levels of categories, which the decoder returns after the
+            mean. None if there are no categories.
 
     Raises:
         ValueError: If the networks are not of this module.
@@ -153,6 +161,8 @@ def start_at_data(encoder: nn.Module, decoder: nn.Module, mean: Tensor, std: Ten
 
     cast(Tensor, output.weight).mul_(0.1)
     bias = cast(Tensor, output.bias)
+    if logits is not None:
+        mean = torch.cat([mean, logits])
     has_one_per_value = len(bias) == mean.numel()
     if has_one_per_value:
         bias.copy_(mean.flatten())

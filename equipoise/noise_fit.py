@@ -29,6 +29,7 @@ from equipoise.correlation import (
     Correlation,
     FullCorrelation,
     LowRankCorrelation,
+    embedded,
 )
 from equipoise.data import Data, ExampleSet, batches_of
 from equipoise.estimate import Estimate
@@ -284,9 +285,13 @@ def fit_correlation(
         raise ConfigError([problem])
 
     model.noise = marginal_of(model.noise)
+    shape = _residual_shape(model)
     names = [form] if form in FORMS else []
     if form == "auto":
-        names = [name for name, each in FORMS.items() if each.is_tried(model.shape)]
+        names = [name for name, each in FORMS.items() if each.is_tried(shape)]
+    if model.categories is not None and shape[0] < 2:
+        # A single number has no other to be correlated with.
+        return CorrelationFit("none", None, None, {}, {}, len(data.validation), 0, False)
     if not names:
         is_too_wide = form == "auto"
         return CorrelationFit("none", None, None, {}, {}, len(data.validation), 0, is_too_wide)
@@ -294,9 +299,19 @@ def fit_correlation(
     estimation = _Estimation(model, data, names, seed, processes)
     fit = _choose(estimation, is_given=form != "auto")
     if fit.correlation is not None:
-        correlation = fit.correlation.to(model.scaling.scale.dtype).to(model.scaling.scale.device)
+        correlation = fit.correlation
+        if model.categories is not None:
+            correlation = embedded(correlation.cpu(), model.categories.is_numeric.cpu())
+        correlation = correlation.to(model.scaling.scale)
         model.noise = CorrelatedNoise(model.noise, correlation)
     return fit
+
+
+def _residual_shape(model: VAE) -> Shape:
+    """Shape of the residuals of an example: its own, without categories."""
+    if model.categories is None:
+        return model.shape
+    return (int(model.categories.is_numeric.sum()),)
 
 
 def without_each_fold(
@@ -393,6 +408,7 @@ class _Estimation:
         self, model: VAE, data: Data, forms: list[str], seed: int, processes: Processes
     ) -> None:
         self.model = model
+        self.shape = _residual_shape(model)
         self.data = data
         self.forms = forms
         self.seed = seed
@@ -401,7 +417,7 @@ class _Estimation:
         self.n_folds = min(FOLDS, len(data.validation))
 
         self.held_out = {form: self._blank(form, self.n_folds) for form in forms}
-        self.rounding = torch.zeros(model.shape, dtype=torch.float64, device=self.device)
+        self.rounding = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
         self._sum_held_out()
 
         self.training: dict[str, Statistic] = {}
@@ -410,7 +426,7 @@ class _Estimation:
 
     def _blank(self, form: str, n: int) -> list[Statistic]:
         make, has_gaps = FORMS[form].statistic, self.data.has_gaps
-        return [make(self.model.shape, has_gaps).to(self.device) for _ in range(n)]
+        return [make(self.shape, has_gaps).to(self.device) for _ in range(n)]
 
     def _sum_held_out(self) -> None:
         """Sum the held-out residuals of each fold, and the variance of rounding."""
@@ -427,7 +443,7 @@ class _Estimation:
 
     def _sum_training(self) -> None:
         """Sum training residuals for the forms that have too few held-out rows."""
-        sizes = {form: FORMS[form].dimensions(self.model.shape) for form in self.forms}
+        sizes = {form: FORMS[form].dimensions(self.shape) for form in self.forms}
         n_held_out = len(self.data.validation)
         short = [form for form in self.forms if n_held_out < ROWS_PER_DIMENSION * sizes[form]]
         if not short:
@@ -453,7 +469,7 @@ class _Estimation:
         training = self.training.get(form)
         if training is not None and training.var > 0:
             statistic.add(training, float(statistic.var / training.var))
-        return FORMS[form].candidates(self.model.shape, statistic.cpu(), floor)
+        return FORMS[form].candidates(self.shape, statistic.cpu(), floor)
 
     def _statistic(self, form: str, left_out: int | None) -> Any:  # noqa: ANN401 (a Statistic)
         (statistic,) = self._blank(form, 1)
@@ -473,7 +489,7 @@ class _Estimation:
         # has the variance that a single residual of the common size would give it.
         single = statistic.var / (statistic.n_rows + 1)
         missing = single - statistic.covariance.diagonal()
-        return (floor + missing.clamp_min(0)).view(self.model.shape)
+        return (floor + missing.clamp_min(0)).view(self.shape)
 
     def scores(self) -> dict[str, Tensor]:
         """Log-likelihoods of the held-out rows by candidate, (N,), each estimated without its fold.
@@ -544,10 +560,13 @@ class _Estimation:
         model, quantum = self.model, self.model.scaling.quantum
         x = model.scaling(raw)
         likelihood = model.decode(model.encode(x).sample(generator))
-        log_var = likelihood.log_var.expand_as(x).double()
+        mean, log_var = likelihood.mean, likelihood.log_var.expand_as(x).double()
+        if model.categories is not None:
+            is_numeric = model.categories.is_numeric
+            x, mean, log_var = (values[:, is_numeric] for values in (x, mean, log_var))
 
         precision = torch.exp(-0.5 * log_var)
-        u = (x - likelihood.mean) * precision
+        u = (x - mean) * precision
         judged, rounding = u, torch.zeros_like(self.rounding)
         if quantum is not None:
             # Uniform, from normal draws that do not depend on the number of processes.

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from equipoise.categories import Likelihood, MixedLikelihood
 from equipoise.correlation import AnyGaussian
 from equipoise.digital import DigitalGaussian, Levels
 from equipoise.gaps import missing_values, observed_difference
@@ -65,7 +66,10 @@ class LatentVariableModel(Protocol):
     def mean_and_context(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of p(x|z), and what the noise model reads: codes, or the decoder's features."""
 
-    def decode(self, z: Tensor) -> AnyGaussian:
+    def around(self, output: Tensor, density: Callable[[Tensor], AnyGaussian]) -> Likelihood:
+        """Likelihood with the given density of numbers around their mean."""
+
+    def decode(self, z: Tensor) -> Likelihood:
         """Likelihood p(x|z)."""
 
 
@@ -77,9 +81,11 @@ class Terms(NamedTuple):
         log_likelihood: log p(x|z) under the noise of the model, (B,), nats.
         kl: KL(q(z|x), p(z)), (B,), nats.
         residual: x - m(z), without gradient, (B, \*). Eq. (10) is accumulated from it. It is NaN
-            where x is missing.
+            where x is missing, and for categories.
         log_var: Log-variance of p(x|z), without gradient. It broadcasts to (B, \*).
         posterior: Posterior q(z|x), (B, d).
+        log_probability: The part of log_likelihood that is of categories, (B,), nats. 0 if there
+            are none.
     """
 
     loss: Tensor
@@ -88,6 +94,7 @@ class Terms(NamedTuple):
     residual: Tensor
     log_var: Tensor
     posterior: Gaussian
+    log_probability: Tensor | float = 0.0
 
     @property
     def elbo(self) -> Tensor:
@@ -145,7 +152,7 @@ class Objective(nn.Module, ABC):
         """Return the mean over the whole batch, given that over the n examples of this process."""
         return self.all_reduce(mean * (n / _whole_size(n, generator)))
 
-    def _terms(self, x: Tensor, posterior: Gaussian, likelihood: AnyGaussian) -> Terms:
+    def _terms(self, x: Tensor, posterior: Gaussian, likelihood: Likelihood) -> Terms:
         """Return the terms of eq. (4). The loss is the negative bound."""
         log_likelihood = likelihood.log_prob(x)
         kl = posterior.kl()
@@ -157,7 +164,15 @@ class Objective(nn.Module, ABC):
             residual=(x - likelihood.mean).detach(),
             log_var=likelihood.log_var.detach(),
             posterior=posterior,
+            log_probability=_log_probability(likelihood, x),
         )
+
+
+def _log_probability(likelihood: Likelihood, x: Tensor) -> Tensor | float:
+    """Log-probability of the categories alone, 0 if there are none."""
+    if not isinstance(likelihood, MixedLikelihood):
+        return 0.0
+    return likelihood.log_probability(x).detach()
 
 
 class Elbo(Objective):
@@ -241,24 +256,27 @@ class DetachedVarianceElbo(Objective):
         posterior = self.model.encode(x)
         z = posterior.sample(generator)
 
-        mean, context = self.model.mean_and_context(z)
+        output, context = self.model.mean_and_context(z)
         stage_1_log_var = cast(Tensor, noise.shared_log_var)
-        stage_1_log_likelihood = Gaussian(mean, stage_1_log_var).log_prob(x)
+        stage_1 = self.model.around(output, lambda mean: Gaussian(mean, stage_1_log_var))
+        stage_1_log_likelihood = stage_1.log_prob(x)
 
-        predicted = Gaussian(mean.detach(), noise(context.detach()))
+        log_var = noise(context.detach())
+        predicted = self.model.around(output.detach(), lambda mean: Gaussian(mean, log_var))
         log_likelihood = predicted.log_prob(x)
         of_variance = log_likelihood
         if self.levels is not None:
-            of_variance = DigitalGaussian.of(predicted, self.levels).log_prob(x)
+            of_variance = _digital(predicted, self.levels).log_prob(x)
         kl = posterior.kl()
 
         return Terms(
             loss=self.beta * kl - stage_1_log_likelihood - of_variance,
             log_likelihood=log_likelihood.detach(),
             kl=kl,
-            residual=(x - mean).detach(),
+            residual=(x - predicted.mean).detach(),
             log_var=predicted.log_var.detach(),
             posterior=posterior,
+            log_probability=_log_probability(predicted, x),
         )
 
 
@@ -300,9 +318,10 @@ class FrozenMeanElbo(Objective):
 
         with torch.no_grad():
             posterior = self.model.encode(x)
-            mean, context = self.model.mean_and_context(posterior.sample(generator))
+            output, context = self.model.mean_and_context(posterior.sample(generator))
 
-        likelihood = self.model.noise.likelihood(mean, context)
+        noise = self.model.noise
+        likelihood = self.model.around(output, lambda mean: noise.likelihood(mean, context))
         terms = self._terms(x, posterior, likelihood)
         if self.levels is None:
             return terms._replace(loss=-terms.log_likelihood)
@@ -642,7 +661,7 @@ def importance_weighted_bounds(
         likelihood = model.decode(z)
         log_ratios = torch.stack([log_prior(z) - repeated.log_prob(z) for log_prior in log_priors])
 
-        pairs: list[tuple[AnyGaussian | DigitalGaussian, Tensor]]
+        pairs: list[tuple[Likelihood | DigitalGaussian, Tensor]]
         pairs = [(likelihood, values) for values in observed]
         if levels is not None:
             pairs.append((_digital(likelihood, levels), x))
@@ -655,7 +674,7 @@ def importance_weighted_bounds(
     return log_sums - math.log(n_samples)
 
 
-def _digital(likelihood: AnyGaussian, levels: Levels) -> DigitalGaussian:
+def _digital(likelihood: Likelihood, levels: Levels) -> DigitalGaussian:
     """Round a likelihood to levels, or refuse one whose cells have no closed form."""
     if type(likelihood) is not Gaussian:
         raise ValueError(

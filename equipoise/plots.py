@@ -5,6 +5,7 @@ Every function returns a matplotlib figure, which :func:`save` writes to a file.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -333,7 +334,7 @@ def samples_compared(sets: dict[str, Images]) -> Figure:
 
 
 def training_curves(rows: list[dict[str, Any]]) -> Figure:
-    """ELBO, KL, squared error and learned variance over the epochs, with the start of stage two.
+    """ELBO, KL, squared error and learned variance over the epochs, with the starts of stages.
 
     Args:
         rows: rows of ``metrics.jsonl``, one for each epoch.
@@ -341,7 +342,11 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
     Returns:
         The figure.
     """
-    switch = next((row["epoch"] for row in rows if row["stage"] == 2), None)
+    switches = [
+        (after["epoch"], after["stage"])
+        for before, after in pairwise(rows)
+        if before["stage"] != after["stage"]
+    ]
     labels = {
         "elbo": "ELBO, nats",
         "kl": "KL, nats",
@@ -356,13 +361,16 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
         for axis, (name, label) in zip(panels.flat, labels.items(), strict=True):
             _training_curve(axis, rows, name)
             axis.set(xlabel="epoch", ylabel=label)
-            if switch:
-                axis.axvline(switch - 0.5, color=GREY, lw=0.8, ls=":")
+            for epoch, _ in switches:
+                axis.axvline(epoch - 0.5, color=GREY, lw=0.8, ls=":")
 
         panels[0, 0].legend(frameon=False)
-        if switch:
+        for epoch, stage in switches:
             panels[0, 1].annotate(
-                " stage 2", (switch - 0.5, 0.02), xycoords=("data", "axes fraction"), color=GREY
+                f" stage {stage}",
+                (epoch - 0.5, 0.02),
+                xycoords=("data", "axes fraction"),
+                color=GREY,
             )
 
     return figure

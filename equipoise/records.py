@@ -83,6 +83,8 @@ class LoadArguments(TypedDict):
     download: NotRequired[bool]
     columns: NotRequired[list[Name]]
     drop: NotRequired[list[Name]]
+    label: NotRequired[Name]
+    categorical: NotRequired[bool | list[Name]]
     max_pixels: NotRequired[Limit]
     max_bytes: NotRequired[Limit]
 
@@ -103,6 +105,47 @@ class StreamArguments(TypedDict):
     max_pixels: NotRequired[Limit]
 
 
+class PackedShard(TypedDict):
+    """A file of packed examples."""
+
+    name: Name
+    part: Literal["train", "validation", "test"]
+    n: Count
+    offset: Count
+    sha256: Digest
+    skipped: list[str]
+
+
+class Unfinished(TypedDict):
+    """The files that a packing has written so far, and what it packs."""
+
+    plan: Digest
+    shards: list[PackedShard]
+
+
+class PackIndex(TypedDict):
+    """``index.json`` of packed examples: what training needs to know before it reads them."""
+
+    format: Name
+    name: Name
+    plan: Digest
+    kind: Literal["image", "table"]
+    shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
+    stored: Name
+    dtype: Name
+    offset: list[float]
+    scale: list[float]
+    quantum: float | None
+    low: float
+    high: float
+    digest: Digest
+    columns: list[Name]
+    has_gaps: bool
+    notes: list[str]
+    cautions: list[str]
+    shards: list[PackedShard]
+
+
 class DataRecord(TypedDict):
     """The data that a run was trained on, and how they are loaded again."""
 
@@ -116,6 +159,15 @@ class DataRecord(TypedDict):
     shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
 
 
+class ContinuationRecord(TypedDict):
+    """How a finished run was continued: the options before, and where its results are kept."""
+
+    command: list[str]
+    created: Name
+    epochs_before: dict[str, Count]
+    earlier_results: Name
+
+
 class Settings(TypedDict):
     """``config.json``."""
 
@@ -127,6 +179,7 @@ class Settings(TypedDict):
     options: dict[str, Any]
     parameters: Count
     versions: dict[str, str]
+    continued: NotRequired[list[ContinuationRecord]]
 
 
 class EpochRow(TypedDict):
@@ -326,7 +379,9 @@ class ModelDescription(TypedDict):
     noise: NoiseRecord
     reads_gaps: NotRequired[bool]
     columns: NotRequired[list[Name]]
+    levels: NotRequired[dict[str, Annotated[list[str | bool | int | float], Meta(min_length=1)]]]
     power_transform: NotRequired[bool]
+    label_names: NotRequired[Annotated[list[Name], Meta(max_length=256)]]
     origin: NotRequired[Digest]
     codes_of: NotRequired[Digest]
     correlation_fit: NotRequired[CorrelationFitRecord]
@@ -373,6 +428,7 @@ class EstimatorDescription(TypedDict):
     prior: NotRequired[Literal["prior", "mixture"]]
     example_shape: Annotated[list[Size], Meta(min_length=1, max_length=4)]
     feature_names: list[str]
+    frames: NotRequired[Literal["pandas", "polars"]]
     offset: NotRequired[float]
     rate: NotRequired[Annotated[float, Meta(gt=0, lt=1)]]
 

@@ -17,12 +17,15 @@ from equipoise.glossary import CURVES, Keys, format_figure, leaves, measure, ter
 from equipoise.records import Settings
 from equipoise.run import Run
 from equipoise.text import visible
+from equipoise.verdict import Verdict, verdict
 
 LARGEST_PNG = 350_000
 """Largest size of a figure that is embedded as PNG, bytes.
 
 Larger figures are embedded as JPEG. Ten figures then stay below 5 MB.
 """
+LISTED_UNITS = 8
+"""Most latent units whose KL are also listed in the table; of more, there are the bars alone."""
 
 
 class Section(NamedTuple):
@@ -136,18 +139,26 @@ tbody th { font-weight: normal }
 .case th { padding-left: .8rem }
 td { font-variant-numeric: tabular-nums }
 .value { width: 14rem }
-.count { text-align: right; padding-right: 0; width: 4rem }
+.count { text-align: right; padding-right: 0; width: 4rem; overflow-wrap: normal }
 small, figcaption, td.count { color: var(--soft) }
 small { display: block; line-height: 1.35; margin-top: -.2rem }
 figure { margin: 1.5rem 0 }
-figure div { overflow-x: auto; background: #fff; border-radius: 4px }
 img {
   display: block; max-width: 100%; margin: 0 auto; padding: .5rem; box-sizing: border-box;
-  height: auto
+  height: auto; background: #fff; border-radius: 4px
 }
+#verdict ul { list-style: none; padding: 0 }
+#verdict li { margin: .4rem 0; overflow-wrap: anywhere }
+.bars { columns: 16rem; column-gap: 1.5rem; list-style: none; margin: 0; padding: 0 }
+.bars li { break-inside: avoid; font-size: .85rem; font-variant-numeric: tabular-nums }
+.bars span { display: block }
+.bars .on, .bars .off { height: .5rem; border-radius: 2px; background: #3b7dd8; min-width: 2px }
+.bars .off { background: var(--line) }
 aside { background: var(--mark); padding: .1rem 1rem; border-radius: 4px }
 pre { overflow-x: auto; border: 1px solid var(--line); border-radius: 4px; padding: .6rem }
-@media (max-width: 40rem) { .value { width: 8.6rem } }
+@media (max-width: 40rem) {
+  .value { width: 8rem } .count { width: 3.9rem } figure { margin: 1rem 0 }
+}
 """
 
 
@@ -198,6 +209,10 @@ def _content(
     yield _tag("h1", f"Variational autoencoder trained on {settings['data']['name']}")
     yield _tag("p", _summary(run, settings))
 
+    command = shlex.quote(str(run.folder))
+    yield _verdict(verdict(run.history(), evaluation, command))
+    yield from _continuations(settings)
+
     titles = {key: section.title for key, section in sections.items()}
     titles["configuration"] = "Configuration"
     links = [_tag("a", title, href=f"#{key}") for key, title in titles.items()]
@@ -219,7 +234,14 @@ def _content(
 
     for key, section in sections.items():
         section_figures = {path: figure for path, figure in figures.items() if path[0] == key}
-        yield _section(run, key, section, section_figures)
+        bars = _unit_bars(evaluation.get("latent", {})) if key == "latent" else None
+        rates = section_figures.get(("latent", "rate_per_unit"), [])
+        if bars is not None and len(rates) > LISTED_UNITS:
+            del section_figures["latent", "rate_per_unit"]
+        element = _section(run, key, section, section_figures)
+        if bars is not None:
+            element.insert(2, bars)  # below the heading and the table
+        yield element
 
     yield _tag("section", *_configuration(settings, about), id="configuration")
 
@@ -262,6 +284,55 @@ def _summary(run: Run, settings: Settings) -> str:
     )
 
 
+def _verdict(of_run: Verdict) -> Element:
+    """The judgement in plain words, with a mark before each finding."""
+    marks = {True: "Good", False: "Look", None: "Open"}
+    items = []
+    for finding in of_run.findings:
+        mark = _tag("strong", marks[finding.is_good])
+        items.append(_tag("li", mark, f" {finding.text}"))
+    headline = _tag("p", _tag("strong", of_run.headline))
+    parts = [headline, _tag("ul", *items)] if items else [headline]
+    return _tag("section", *parts, id="verdict", aria_label="Verdict")
+
+
+def _continuations(settings: Settings) -> Iterator[Element]:
+    """Say that the run was continued after it had been trained to its end, and from what."""
+    for record in settings.get("continued", []):
+        before = ", ".join(f"{name}={value}" for name, value in record["epochs_before"].items())
+        yield _tag(
+            "p",
+            f"The run was continued on {record['created'][:10]}. Its results before, with {before},"
+            f" are in its folder {record['earlier_results']}.",
+        )
+
+
+def _unit_bars(latent: dict[str, Any]) -> Element | None:
+    """Bars of the KL of each latent unit, the largest first; None if there are none."""
+    rates = [
+        rate["value"] if isinstance(rate, dict) else rate
+        for rate in latent.get("rate_per_unit") or []
+    ]
+    if not rates or not all(isinstance(rate, int | float) for rate in rates):
+        return None
+    flags = latent.get("unit_is_active") or []
+    largest = max([*rates, 1e-12])
+
+    items = []
+    for unit in sorted(range(len(rates)), key=lambda unit: -rates[unit]):
+        is_active = flags[unit] if len(flags) == len(rates) else None
+        state = {True: "", False: ", off", None: ""}[is_active]
+        width = f"width: {max(0.0, 100 * rates[unit] / largest):.1f}%"
+        bar = _tag("span", class_="off" if is_active is False else "on", style=width)
+        label = _tag("span", f"unit {unit + 1}: {rates[unit]:.2f} nats{state}")
+        items.append(_tag("li", label, bar))
+    caption = (
+        "KL of each latent unit, which add up to that of the ELBO, the largest first. A unit that "
+        "is off encodes every input in the same way."
+    )
+    return _tag("div", _tag("ol", *items, class_="bars"), _tag("p", _tag("small", caption)))
+
+
 def _section(run: Run, key: str, section: Section, figures: dict[Keys, Any]) -> Element:
     """A heading, the table of results if there is one, and the pictures that exist."""
     parts = [_tag("h2", section.title)]
@@ -283,10 +354,7 @@ def _section(run: Run, key: str, section: Section, figures: dict[Keys, Any]) -> 
 
 
 def _picture(path: Path, alt: str) -> Element:
-    """An embedded picture.
-
-    On a small screen it keeps a legible size and scrolls sideways, also by keyboard.
-    """
+    """An embedded picture, which shrinks to the width of the screen."""
     data = path.read_bytes()
     kind = "png"
     try:
@@ -303,10 +371,7 @@ def _picture(path: Path, alt: str) -> Element:
         ) from error
 
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    style = f"min-width: min(40rem, {0.6 * width:.0f}px)"
-    img = _tag("img", src=source, alt=alt, width=str(width), height=str(height), style=style)
-
-    return _tag("div", img, tabindex="0", role="group", aria_label=path.stem)
+    return _tag("img", src=source, alt=alt, width=str(width), height=str(height))
 
 
 def _figure_table(caption: str, figures: dict[Keys, Any]) -> Element:

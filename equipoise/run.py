@@ -20,7 +20,9 @@ from equipoise.config import (
 from equipoise.data import Data, load, load_stream
 from equipoise.files import MANIFEST, StoreError, adopt, exclusive
 from equipoise.hub import RUN_FILES, run_folder
+from equipoise.mirror import Mirror, fetch
 from equipoise.model import VAE
+from equipoise.places import is_place
 from equipoise.records import (
     EpochRow,
     Evaluation,
@@ -60,8 +62,9 @@ class Run:
     """A run folder, and what is in it.
 
     Args:
-        folder: Path of the folder, or "hf:owner/name" of a run on the Hugging Face hub, see
-            :func:`equipoise.hub.run_folder`.
+        folder: Path of the folder; or "hf:owner/name" of a run on the Hugging Face hub, see
+            :func:`equipoise.hub.run_folder`; or the address of a run at a place such as
+            s3://bucket/run, see :mod:`equipoise.mirror`. The run is then copied here.
 
     Example:
         >>> run = Run("runs/digits")
@@ -70,7 +73,9 @@ class Run:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = run_folder(folder)
+        self.folder = fetch(str(folder)) if is_place(folder) else run_folder(folder)
+        self.mirror: Mirror | None = None
+        """The place to which the training that made the run has uploaded it."""
         self.config_file = self.folder / "config.json"
         self.model_file = self.folder / "model.safetensors"
         self.mixture_file = self.folder / "aggregate.safetensors"
@@ -98,6 +103,10 @@ class Run:
             names = [file.relative_to(self.folder).as_posix() for file in files]
             adopt(self.folder, (*RUN_FILES, *names))
         return exclusive(self.folder, job)
+
+    def is_trained(self) -> bool:
+        """Tell whether the run is trained to its end: it has a model, and a mixture."""
+        return self.model_file.is_file() and self.mixture_file.is_file()
 
     def settings(self) -> Settings:
         """Read ``config.json``: options, data, versions and command.
@@ -180,6 +189,8 @@ class Run:
         if loading.pop("stream", False):
             data = load_stream(**loading)
         else:
+            # Runs of earlier releases have no categories, and take flags for numbers.
+            loading.setdefault("categorical", False)
             if data_dir is not None:
                 loading["data_dir"] = data_dir
             data = load(**loading, progress=progress, say=say)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,8 @@ from equipoise.data import Data, ExampleSet, Stream, batches_of
 from equipoise.files import StoreError, is_ours, set_aside
 from equipoise.flow_fit import CodeFlow, FlowEpoch, fit_flow
 from equipoise.gaussian import Gaussian, SharedGenerator
+from equipoise.label_mixture import AnyLabel, LabelMixture, fit_label_weights
+from equipoise.labels import label_number, labels_of
 from equipoise.mixture_fit import EMStep, MixtureFit, fit_mixture, fit_variational_mixture
 from equipoise.model import VAE, encode_all
 from equipoise.processes import ALONE, Processes, choose_device
@@ -109,11 +112,23 @@ def fit_aggregate(
         return posterior, posterior.sample(shared)
 
     posterior, codes = encode(data.train)
+
+    def by_label(fit: MixtureFit) -> MixtureFit:
+        """Give each label its own weights, if the model has labels."""
+        labels = labels_of(codes)
+        if labels is None:
+            return fit
+        mixture = fit_label_weights(
+            fit.mixture, processes.gather(codes), processes.gather(labels), len(model.label_names)
+        )
+        return fit._replace(mixture=mixture)
+
     if config.mixture_fit == "variational":
         n_components = min(VARIATIONAL_COMPONENTS, len(data.train))
         if config.n_components != "auto":
             n_components = config.n_components
-        return fit_variational_mixture(processes.gather(codes), n_components, generator=generator)
+        everything = processes.gather(codes)
+        return by_label(fit_variational_mixture(everything, n_components, generator=generator))
 
     held_out = None
     if config.n_components == "auto":
@@ -124,7 +139,7 @@ def fit_aggregate(
         generator = stream(config.seed, "mixture", processes.rank, device=device)
 
     is_exact = config.mixture_from == "moments"
-    return fit_mixture(
+    fit = fit_mixture(
         posterior.mean if is_exact else codes,
         config.n_components,
         log_vars=posterior.log_var if is_exact else None,
@@ -133,6 +148,7 @@ def fit_aggregate(
         on_iteration=on_iteration,
         processes=processes,
     )
+    return by_label(fit)
 
 
 def describe_mixture(fit: MixtureFit, config: TrainConfig) -> dict[str, Any]:
@@ -189,9 +205,26 @@ def mixture_warnings(fit: MixtureFit) -> list[str]:
     return warnings
 
 
+def any_label(density: LatentDistribution, mixture: GaussianMixture) -> LatentDistribution:
+    """Let the samples of a density carry labels, if the codes of a mixture do.
+
+    Args:
+        density: A density of codes.
+        mixture: The run's mixture, whose labels have their shares.
+
+    Returns:
+        The density, or one of codes with labels.
+    """
+    if isinstance(mixture, LabelMixture):
+        return AnyLabel(density, mixture.label_shares)
+    return density
+
+
 READY: dict[str, Callable[[GaussianMixture], LatentDistribution]] = {
-    "prior": lambda mixture: StandardNormal(mixture.latent_dim).to(mixture.means.device),
-    "gaussian": single_gaussian,
+    "prior": lambda mixture: any_label(
+        StandardNormal(mixture.latent_dim).to(mixture.means.device), mixture
+    ),
+    "gaussian": lambda mixture: any_label(single_gaussian(mixture), mixture),
     "mixture": lambda mixture: mixture,
 }
 """Sources that the run's own mixture is all that is needed for, by their rows in the catalogue."""
@@ -277,6 +310,8 @@ class FlowSource(FittedSource):
 
     def fit(self, task: FitTask) -> tuple[LatentDistribution, dict[str, Any]]:
         """Fit it by gradient, until held-out codes gain no more."""
+        if task.model.label_names:
+            raise ConfigError(["a flow knows no labels: take --from mixture, or mixture=500"])
         generator = stream(task.config.seed, "flow", device=task.device)
         training = encode_examples(task.model, task.data.train, task.device)
         validation = encode_examples(task.model, task.data.validation, task.device)
@@ -499,6 +534,8 @@ def exportable_mixture(
         )
 
     density = code_source(run, model, name, data, progress)
+    if isinstance(density, AnyLabel):
+        density = density.density
     if isinstance(density, StandardNormal):
         mean = density.mean[None]
         return GaussianMixture(mean.new_ones(1), mean, torch.eye(mean.shape[1]).to(mean)[None])
@@ -543,6 +580,7 @@ def draw_codes(
     generator: torch.Generator,
     data: Callable[[], Data],
     progress: Progress = _report_nothing,
+    label: str | None = None,
 ) -> Tensor:
     """Draw codes from a source.
 
@@ -556,19 +594,57 @@ def draw_codes(
         generator: Source of randomness, on the model's device.
         data: Returns the data that the run was trained on. It is called only where they are needed.
         progress: Called with each step of a fit.
+        label: Label of all codes. None draws labels by their share, if the model has some.
 
     Returns:
-        Codes, (n, d).
+        Codes, (n, d), with their labels if the model has some.
+
+    Raises:
+        ValueError: If the model has no such label.
     """
+    number = None if label is None else label_number(model.label_names, label)
     if name == "aggregate":
         training_data = data()
         run.check_data(training_data)
-        return sample_aggregate(model, training_data.train, n, generator)
-    return code_source(run, model, name, data, progress).sample(n, generator)
+        return sample_aggregate(model, training_data.train, n, generator, number)
+    source = code_source(run, model, name, data, progress)
+    return sample_source(source, n, generator, number)
+
+
+def sample_source(
+    source: LatentDistribution,
+    n: int,
+    generator: torch.Generator | None = None,
+    label: int | None = None,
+) -> Tensor:
+    """Draw codes of one label, or of any.
+
+    Args:
+        source: A density of codes.
+        n: Number of codes.
+        generator: Source of randomness.
+        label: Number of the label of all codes. None leaves it to the source.
+
+    Returns:
+        Codes, (n, d).
+
+    Raises:
+        ValueError: If a label is given, and the source knows none.
+    """
+    if label is None:
+        return source.sample(n, generator)
+    if not isinstance(source, LabelMixture | AnyLabel):
+        raise ValueError("this source of codes knows no labels: take the mixture")
+    labels = torch.full((n,), label, device=source.label_shares.device)
+    return source.sample_given(labels, generator)
 
 
 def sample_aggregate(
-    model: VAE, training: ExampleSet, n: int, generator: torch.Generator
+    model: VAE,
+    training: ExampleSet,
+    n: int,
+    generator: torch.Generator,
+    label: int | None = None,
 ) -> Tensor:
     """Draw from the exact aggregate posterior, eq. (12): a random example, then a code of it.
 
@@ -578,11 +654,20 @@ def sample_aggregate(
             encoded as a whole.
         n: Number of codes.
         generator: Source of randomness.
+        label: Number of the label of the examples that are drawn. None draws from all.
 
     Returns:
         Codes, (n, d).
+
+    Raises:
+        ValueError: If no example has the label.
     """
     device = generator.device
+    if label is not None:
+        has_label = np.flatnonzero(training.at_hand.label_numbers() == label)
+        if not len(has_label):
+            raise ValueError("no training example has this label: take --from mixture")
+        training = training.at_hand.take(has_label.astype(np.int64))
     rows = torch.randint(len(training), (n,), generator=generator, device=device).cpu()
 
     if isinstance(training, Stream):

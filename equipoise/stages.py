@@ -173,9 +173,20 @@ class StageSchedule:
 
         return Decision(self.stage, True, f"stage {last_stage:d} {reason}")
 
+    def restart(self, stage: Stage, epochs: dict[Stage, int]) -> None:
+        """Begin a stage once more after the schedule has finished.
+
+        Args:
+            stage: The stage.
+            epochs: Epoch limits of the stages from here on.
+        """
+        self.stage = stage
+        self.epochs = dict(epochs)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the schedule as JSON values."""
         return {
+            "epochs": list(self.epochs.values()),
             "stage": int(self.stage),
             "epochs_done": self.epochs_done,
             "settled": self.settled,
@@ -191,6 +202,9 @@ class StageSchedule:
             state: Result of :meth:`state_dict`.
         """
         self.stage = Stage(state["stage"])
+        # Those of a run that was continued differ from its options, which count all epochs.
+        limits = state.get("epochs", self.epochs.values())
+        self.epochs = dict(zip(self.epochs, limits, strict=True))
         self.epochs_done = state["epochs_done"]
         self.settled = state["settled"]
         self.previous = tuple(state["previous"]) if state["previous"] else None

@@ -22,10 +22,12 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.categories import Level
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.files import StoreError, check_text, owner_of, whole_file
 from equipoise.flow_fit import CodeFlow
-from equipoise.model import VAE, PowerScaling, Scaling, encoder_shape
+from equipoise.label_mixture import LabelMixture
+from equipoise.model import VAE, PowerScaling, Scaling, decoder_shape, encoder_shape
 from equipoise.networks import build_decoder, build_encoder
 from equipoise.noise import GlobalNoise, build_noise
 from equipoise.records import (
@@ -49,6 +51,8 @@ SMALL = 1_000_000
 LISTED = 10
 """Number of differences that an error lists."""
 MIXTURE_TENSORS = ("weights", "means", "covariances")
+LABEL_TENSORS = ("label_weights", "label_shares")
+"""Those of a mixture with weights for each label, besides."""
 
 T = TypeVar("T")
 
@@ -438,11 +442,12 @@ def _build_model(
     encoder, decoder = _build_networks(description, encoder, decoder, what)
     offset, scale = torch.zeros(description["offset_shape"]), torch.ones(description["scale_shape"])
     columns = tuple(description.get("columns", ()))
-    scaling = Scaling(offset, scale, description["quantum"], columns)
+    levels = _levels(description)
+    scaling = Scaling(offset, scale, description["quantum"], columns, levels)
     if description.get("power_transform", False):
         # Tensors of their own, which are filled one by one.
         powers, centre, spread = (torch.ones_like(scale) for _ in range(3))
-        scaling = PowerScaling(offset, scale, powers, centre, spread, columns)
+        scaling = PowerScaling(offset, scale, powers, centre, spread, columns, levels)
     if scaling.columns and [len(scaling.columns)] != description["shape"]:
         raise ValueError("its columns have other names than there are columns")
 
@@ -463,6 +468,7 @@ def _build_model(
         mean_bounds=bounds,
         deterministic=description["deterministic"],
         reads_gaps=description.get("reads_gaps", False),
+        label_names=tuple(description.get("label_names", ())),
     )
     noise = {"kind": description["noise"]["kind"], "arguments": description["noise"]["arguments"]}
     model.noise = build_noise(noise, model.blank_variance_network)
@@ -470,6 +476,11 @@ def _build_model(
     if isinstance(model.noise, CorrelatedNoise) and model.noise.correlation.shape != model.shape:
         raise ValueError("its correlation is of another shape than its examples")
     return model
+
+
+def _levels(description: ModelDescription) -> dict[int, tuple[Level, ...]]:
+    """Levels of categories by the number of the column, which is text in JSON."""
+    return {int(i): tuple(names) for i, names in description.get("levels", {}).items()}
 
 
 def _build_networks(
@@ -504,9 +515,12 @@ def _build_networks(
 
     shape = tuple(description["shape"])
     latent_dim, width = description["latent_dim"], description["width"]
-    read = encoder_shape(shape, description.get("reads_gaps", False))
+    n_labels, levels = len(description.get("label_names", ())), _levels(description)
+    reads_gaps = description.get("reads_gaps", False)
+    read = encoder_shape(shape, reads_gaps, levels, n_labels, architecture)
+    returned = decoder_shape(shape, levels)
     encoder = build_encoder(architecture, read, latent_dim, width)
-    decoder = build_decoder(architecture, shape, latent_dim, width)
+    decoder = build_decoder(architecture, returned, latent_dim + n_labels, width)
     return encoder, decoder
 
 
@@ -518,8 +532,7 @@ def save_mixture(path: Path, mixture: GaussianMixture, description: dict[str, An
         mixture: The mixture, eq. (13).
         description: JSON values that describe how it was fitted.
     """
-    tensors = {name: getattr(mixture, name) for name in MIXTURE_TENSORS}
-    write_tensors(path, "mixture", tensors, description)
+    write_tensors(path, "mixture", mixture.state_dict(), description)
 
 
 def load_mixture(path: Path) -> tuple[GaussianMixture, dict[str, Any]]:
@@ -542,7 +555,8 @@ def restore_mixture(tensors: dict[str, Tensor], what: str) -> GaussianMixture:
     """Make the mixture that tensors are of.
 
     Args:
-        tensors: "weights" (K,), "means" (K, d) and "covariances" (K, d, d).
+        tensors: "weights" (K,), "means" (K, d) and "covariances" (K, d, d); of a conditional model
+            also "label_weights" (L, K) and "label_shares" (L,).
         what: Name of their source, for error messages.
 
     Returns:
@@ -551,7 +565,8 @@ def restore_mixture(tensors: dict[str, Tensor], what: str) -> GaussianMixture:
     Raises:
         StoreError: If they are not those of a mixture.
     """
-    if set(tensors) != set(MIXTURE_TENSORS):
+    has_labels = LABEL_TENSORS[0] in tensors
+    if set(tensors) != {*MIXTURE_TENSORS, *(LABEL_TENSORS if has_labels else ())}:
         raise StoreError(
             f"{what} holds {', '.join(sorted(tensors))[:200] or 'nothing'} where a mixture has "
             f"{', '.join(MIXTURE_TENSORS)}."
@@ -562,7 +577,7 @@ def restore_mixture(tensors: dict[str, Tensor], what: str) -> GaussianMixture:
         raise StoreError(f"{what} does not hold a mixture: its tensors are not of one float type.")
 
     try:
-        return GaussianMixture(**tensors)
+        return LabelMixture(**tensors) if has_labels else GaussianMixture(**tensors)
     except (ValueError, RuntimeError) as error:
         raise StoreError(f"{what} does not hold a mixture: {error}") from error
 

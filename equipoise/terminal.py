@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from equipoise.glossary import format_figure, leaves, measure, term, title
+from equipoise.glossary import Keys, format_figure, leaves, measure, term, title
 from equipoise.run import Row
 from equipoise.text import visible
 
@@ -190,6 +190,8 @@ def format_section(name: str, section: dict[str, Any], width: int = 100) -> str:
 
     for keys, figure in leaves(section):
         n = figure.get("n") if isinstance(figure, dict) else None
+        if _repeats(keys, n, section):
+            continue
         count = f"{n:,}" if n else ""
         name = title(keys)
         first = re.search(r", first (\d+)", name)
@@ -203,3 +205,11 @@ def format_section(name: str, section: dict[str, Any], width: int = 100) -> str:
         console.print(table)
 
     return capture.get().rstrip()
+
+
+def _repeats(keys: Keys, n: int | None, section: dict[str, Any]) -> bool:
+    """Tell whether a bound over the first examples is one over all, which stands there, too."""
+    first = re.fullmatch(r"(iwae_\d+)_first_(\d+)(_mixture)?", keys[-1])
+    if first is None or n is None or n >= int(first[2]):
+        return False
+    return f"{first[1]}{first[3] or ''}" in section

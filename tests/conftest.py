@@ -1,5 +1,7 @@
 """Fixtures shared by the tests: determinism, and data small enough that training takes a second."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,9 @@ from hypothesis import settings
 from equipoise.data import load
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As under nohup or in the background of a script. Children that are interrupted inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # There are no deadlines, since shared machines are slow now and then. Random examples are the same
 # in every run, so that a failure comes from a change of the code and not from chance.
 settings.register_profile("tests", deadline=None, derandomize=True)

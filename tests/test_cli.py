@@ -292,8 +292,10 @@ def test_resume_goes_on_with_the_runs_own_data_and_options(trained, tmp_path, ca
     main(["train", "--resume", str(copy)])
     assert (copy / "model.safetensors").is_file()
     assert len(Run(copy).history()) == 3
-    printed = refused("train", "mnist", "--resume", copy, "--set", "width=3", capsys=capsys)
-    assert "leave out --set, mnist" in printed
+    printed = refused("train", "mnist", "--resume", copy, "--strict", capsys=capsys)
+    assert "leave out --strict, mnist" in printed
+    printed = refused("train", "--resume", copy, "--set", "width=3", capsys=capsys)
+    assert "width cannot change with --resume" in printed
     assert "leave out --strict" in refused("train", "--resume", copy, "--strict", capsys=capsys)
     assert "not a run" in refused("train", "--resume", tmp_path / "nowhere", capsys=capsys)
 
@@ -737,3 +739,25 @@ def test_an_interrupted_training_says_the_line_that_goes_on(line, monkeypatch, c
     with pytest.raises(SystemExit):
         main(["train", *line])
     assert "'equipoise train --resume runs/x'" in capsys.readouterr().err
+
+
+def test_quiet_is_taken_where_something_is_written(trained, tmp_path, capsys):
+    folder = str(trained[0].folder)
+    main(["sample", folder, "-n", "4", "--quiet", "--out", str(tmp_path)])
+    main(["reconstruct", folder, "-n", "4", "--quiet", "--out", str(tmp_path)])
+    main(["report", folder, "--quiet"])
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_a_bound_is_printed_once_where_the_first_examples_are_all():
+    from equipoise.terminal import format_section
+
+    def estimate(n):
+        return {"value": -1.0, "standard_error": 0.1, "n": n}
+
+    section = {"iwae_20_first_500": estimate(180), "iwae_20_first_500_mixture": estimate(180)}
+    assert format_section("likelihood", section).count("IWAE-20") == 2
+    section |= {"iwae_20": estimate(180), "iwae_20_mixture": estimate(180)}
+    assert format_section("likelihood", section).count("IWAE-20") == 2
+    section |= {"iwae_20_first_500": estimate(500), "iwae_20": estimate(900)}
+    assert "IWAE-20, first 500" in format_section("likelihood", section)

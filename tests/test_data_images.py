@@ -77,7 +77,8 @@ def test_folders_are_searched_in_sorted_order_without_hidden_files(tmp_path):
     data = load(tmp_path / "in", strict=True)
     assert np.array_equal(everything(data), COLOUR.transpose(0, 3, 1, 2))
     assert data.notes == (
-        "folders as of 2 classes (a, b): their names are not used",
+        "folders as of 2 classes (a, b): their names are not used (--label folder makes labels of "
+        "them)",
         "other files ignored: 1 (labels.csv)",
     )
 
@@ -88,6 +89,10 @@ def test_grey_stays_grey_only_if_all_are(tmp_path):
     assert load(tmp_path / "grey", channels="rgb").shape == (3, 12, 10)
     fill(tmp_path / "grey", COLOUR[:1])
     mixed = load(tmp_path / "grey")
+    n = len(COLOUR) - 1
+    assert f"{n} grey and 1 colour images: all become RGB" in mixed.notes[0]
+    notes = load(tmp_path / "grey", channels="grey").notes
+    assert f"{n} grey and 1 colour images: all become grey" in notes
     assert mixed.shape == (3, 12, 10)
     assert np.array_equal(everything(mixed)[5], np.stack([COLOUR[5, ..., 0]] * 3))
     assert load(tmp_path / "grey", channels="grey").shape == (1, 12, 10)

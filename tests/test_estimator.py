@@ -74,6 +74,7 @@ def test_options_have_the_names_of_train_config_and_its_defaults():
     }
     theirs = {field.name: field.default for field in fields(TrainConfig)}
     assert ours.pop("random_state") is None
+    assert ours.pop("conditional") is False  # a matter of the data
     assert ours.pop("stage_1_epochs") == ours.pop("stage_2_epochs") == "auto"
     assert ours.pop("validation_fraction") == "auto"
     # Where 'auto' sets the epochs by steps, few steps in an epoch do no harm.

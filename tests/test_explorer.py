@@ -31,8 +31,8 @@ from equipoise.residuals import ResidualCovariance
 QUICK = {"width": 4, "stage_1_epochs": 3, "stage_2_epochs": 1, "n_components": 3, "batch_size": 64}
 
 
-def trained(data, folder, latent_dim):
-    return train(data, TrainConfig(latent_dim=latent_dim, **QUICK), folder)
+def trained(data, folder, latent_dim, **options):
+    return train(data, TrainConfig(**(QUICK | {"latent_dim": latent_dim} | options)), folder)
 
 
 @pytest.fixture(scope="module")
@@ -488,3 +488,65 @@ def test_a_table_on_a_telephone(open_page, table_view):
     page.click("#row-form button")
     page.wait_for_selector("#verdict")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+# ---- signals, volumes and bands
+
+
+@pytest.fixture(scope="module")
+def other_views(tmp_path_factory):
+    """Views of signals, of volumes, and of images of five bands and many latent units."""
+    views = {}
+    for shape, latent_dim in (((2, 16), 2), ((1, 8, 8, 8), 2), ((5, 8, 8), 20)):
+        raw = np.random.default_rng(0).normal(size=(60, *shape)).astype(np.float32)
+        data, folder = load_data(raw), tmp_path_factory.mktemp("explored") / "run"
+        run = trained(data, folder, latent_dim=latent_dim, stage_2_epochs=0, n_components=1)
+        views[len(shape)] = View(run.model(), run.mixture(), data, "run", data.test[:1])
+    return views
+
+
+def test_a_page_begins_with_an_example(other_views, client):
+    for view in other_views.values():
+        start = view.about()["start"]
+        assert start == view.inspect(view.start)._asdict()
+        assert start["raw"] == pytest.approx(view.start.flatten().tolist())
+    assert client.get("/about").json()["start"] is None
+
+
+def test_a_signal_is_read_channel_after_channel(other_views):
+    view = other_views[2]
+    text = " ".join(map(str, view.start.flatten()))
+    np.testing.assert_allclose(view.read(text.encode()), view.start, rtol=1e-5)
+    with pytest.raises(ValueError, match="32 finite numbers"):
+        view.read(b"1, 2")
+
+
+def test_slices_and_bands_are_chosen(open_page, other_views):
+    for axes, name in ((4, "slice"), (3, "band")):
+        page = open_page(other_views[axes])
+        assert page.inner_text("#verdict")
+        before = pixels(page, "mean"), pixels(page, "input")
+        count = other_views[axes].model.shape[axes - 3]
+        page.locator(f"#{name}").fill(str(count))
+        assert page.locator(f"#{name}-at").inner_text() == f"{count} of {count}"
+        assert (pixels(page, "mean"), pixels(page, "input")) != before
+        hidden = {"slice": "band", "band": "slice"}[name]
+        assert not page.locator(f"#{hidden}-label").is_visible()
+
+
+def test_a_part_of_the_units_says_so_and_leads_to_the_others(open_page, other_views):
+    page = open_page(other_views[3], 390, 844)
+    panel = page.locator("#units-panel")
+    assert "Showing 16 of 20 units" in panel.inner_text()
+    assert panel.locator(".unit:visible").count() == 16
+    panel.locator("button").click()
+    assert panel.locator(".unit:visible").count() == 20
+    assert "Showing 20 of 20 units" in panel.inner_text()
+
+
+@pytest.mark.parametrize("axes", [2, 3, 4])
+def test_other_data_on_a_telephone(open_page, other_views, axes):
+    page = open_page(other_views[axes], 390, 844)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator("#std").is_visible() == (axes > 2)
+    assert len(set(pixels(page, "mean"))) > 2

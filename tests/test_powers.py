@@ -164,3 +164,25 @@ def test_the_command_takes_it_and_images_do_not(tmp_path):
     digits = equipoise.load_data("digits")
     model = equipoise.training.setup.make_model(digits, config)
     assert not isinstance(model.scaling, PowerScaling)
+
+
+def test_epochs_show_the_bound_of_the_raw_data_as_evaluations_do(tmp_path):
+    data = equipoise.load_data(skewed_table(400) * [1e3, 1, 1])
+    config = equipoise.TrainConfig(
+        power_transform=True,
+        latent_dim=2,
+        width=4,
+        stage_1_epochs=3,
+        stage_2_epochs=0,
+        noise_correlation="none",
+    )
+    run = equipoise.train(data, config, tmp_path / "run")
+    row = run.history()[-1]
+    slope = run.model().scaling.log_transform_slope(torch.from_numpy(data.test[:])).mean()
+    elbo = equipoise.evaluate(run, data, sections=["likelihood"])["likelihood"]["elbo"]
+
+    assert abs(slope) > 0.5
+    assert row["test_elbo"] == pytest.approx(elbo["value"], abs=3 * elbo["standard_error"])
+    for split in ("train", "validation", "test"):
+        difference = row[f"{split}_log_likelihood"] - row[f"{split}_kl"]
+        assert row[f"{split}_elbo"] == pytest.approx(difference, abs=1e-4)

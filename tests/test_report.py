@@ -18,6 +18,7 @@ from equipoise.glossary import TERMS, format_figure, leaves, measure, term
 from equipoise.model import VAE
 from equipoise.report import SECTIONS, write_report
 from equipoise.store import save_mixture, save_model
+from equipoise.verdict import verdict
 from tests.oracles import epoch_row, evaluation_about
 
 VOID = {"meta", "img"}
@@ -437,3 +438,67 @@ def test_figures_of_a_section_that_is_not_in_the_file_are_not_shown(folder):
     write_json(folder / "evaluation.json", change_json)
     page = page_of(folder).text
     assert "Where the codes are" not in page
+
+
+# ---- the verdict
+
+
+@pytest.mark.parametrize(
+    ("row", "evaluation", "headline", "text"),
+    [
+        (
+            {"decision": "stage 1 converged at epoch 9"},
+            {},
+            "as far as it is known",
+            "equipoise eval",
+        ),
+        ({}, {}, "Convergence needs attention", "--set stage_1_epochs=3"),
+        ({"overfitting": 3.0}, {}, "Convergence and overfitting need", "learned by heart"),
+        ({"active_units": 0}, {}, "latent units need", "ignores its codes"),
+        ({"decision": "stage 1: epoch 1 of at most 9"}, {}, "as far as", "has not ended"),
+        ({}, {"coverage_1": 0.70}, "Convergence needs", "within 5 points"),
+        ({}, {"coverage_1": 0.90}, "calibration need", "std are too large"),
+        ({}, {"coverage_1": 0.40}, "calibration need", "std are too small"),
+        ({}, {"coverage_1": 0.9, "interval_coverage_1": 0.69}, "Convergence needs", "use them"),
+    ],
+)
+def test_the_verdict_says_what_is_wrong_and_what_to_do(row, evaluation, headline, text):
+    limit = {"stage": 1, "decision": "stage 1 ended at its limit of 1 epochs", "overfitting": 1.1}
+    noise = {"varying": {name: estimate(value) for name, value in evaluation.items()}}
+    found = verdict([epoch_row(1, **(limit | row))], {"noise": noise} if evaluation else {})
+    assert headline in found.headline
+    assert any(text in finding.text for finding in found.findings)
+
+
+def test_a_good_run_needs_nothing(folder):
+    row = epoch_row(1, decision="stage 2 converged at epoch 4", overfitting=1.0, active_units=2)
+    evaluation = {"noise": {"all": {"coverage_1": estimate(0.68)}}}
+    found = verdict([row], evaluation)
+    assert all(finding.is_good for finding in found.findings)
+    assert "nothing that was measured needs attention" in found.headline
+    assert verdict([], {}).findings == []
+
+
+def test_bars_show_the_kl_of_each_unit_and_whether_it_is_active(folder):
+    def change(evaluation):
+        rates = [estimate(rate) for rate in (0.5, 2.0, *[0.0] * 10)]
+        evaluation["latent"] |= {
+            "rate_per_unit": rates,
+            "unit_is_active": [True] * 2 + [False] * 10,
+        }
+
+    edit(folder, "evaluation.json", change)
+    page = page_of(folder)
+    bars = [span["style"] for span in page.all("span") if "style" in span]
+    assert bars[:3] == ["width: 100.0%", "width: 25.0%", "width: 0.0%"]
+    assert page.text.index("unit 2: 2.00 nats") < page.text.index("unit 1: 0.50 nats")
+    assert page.text.count("nats, off") == 10
+    assert term("rate_per_unit").title not in page.text
+
+
+def test_a_continued_run_says_where_its_earlier_results_are(folder):
+    record = {"command": [], "created": "2026-02-03T00:00:00+00:00", "earlier_results": "earlier-1"}
+    record["epochs_before"] = {"stage_1_epochs": 10, "stage_2_epochs": 5}
+    edit(folder, "config.json", lambda settings: settings.update(continued=[record]))
+    text = page_of(folder).text
+    assert "with stage_1_epochs=10, stage_2_epochs=5, are in its folder earlier-1" in text

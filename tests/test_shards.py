@@ -15,6 +15,8 @@ from equipoise.data import batches_of, load_stream
 from equipoise.data import shard_batches as shard_batches_module
 from equipoise.data import shards as shards_module
 from equipoise.data.shard_batches import ShardBatches, _ahead, segment
+from equipoise.data.shard_files import NpyShard
+from equipoise.data.shard_tables import ParquetShard
 from equipoise.data.shards import READERS, choose_readers, find_shards, read_rows
 
 SIZES = (70, 1, 230, 0, 64, 135)
@@ -121,6 +123,20 @@ def test_a_resumed_epoch_goes_on(folder, world_size):
         assert all(torch.equal(a, b) for a, b in zip(whole[start:], rest, strict=True))
 
 
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 8]), st.integers(0, 4)), max_size=5))
+def test_any_sequence_of_processes_and_kills_has_the_batches_of_one(tmp_path_factory, attempts):
+    """Each attempt has a number of processes, and is killed after some batches."""
+    folder = tmp_path_factory.mktemp("parts") / "parts"
+    stream = load_stream(write_npy(folder), test=20, validation=30, buffer_size=150).train
+    whole, seen = list(whole_batches(stream, 1)), []
+    for world_size, n_batches in [*attempts, (2, len(whole))]:
+        rest = whole_batches(stream, world_size, start=len(seen))
+        seen += itertools.islice(rest, n_batches)
+    assert len(seen) == len(whole)
+    assert all(torch.equal(a, b) for a, b in zip(whole, seen, strict=True))
+
+
 @settings(max_examples=40)
 @given(st.integers(0, 3000), st.integers(0, 6), st.integers(0, 6))
 def test_segments_are_a_partition_and_those_of_a_process_are_neighbours(n, bits, process_bits):
@@ -176,11 +192,12 @@ def test_a_resumed_epoch_reads_what_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_readers_have_row_groups_enough(tmp_path):
-    shard = shards_module.Shard(tmp_path / "a.parquet", 1000, (10,) * 100, ("x",))
+    shard = ParquetShard(tmp_path / "a.parquet", 1000, (10,) * 100, ("x",))
     assert choose_readers([shard]) == 8
     assert choose_readers([shard] * 100) == READERS
-    assert choose_readers([shard._replace(groups=(1000,))]) == 1
-    assert choose_readers([shard._replace(groups=(), columns=())]) == READERS
+    assert choose_readers([replace(shard, rows_of_groups=(1000,))]) == 1
+    npy = NpyShard(tmp_path / "a.npy", 1000, 128, np.dtype(np.float32), (3,))
+    assert choose_readers([npy]) == READERS
 
 
 def test_few_row_groups_are_told(tmp_path):
@@ -233,6 +250,15 @@ def test_files_that_change_are_noticed(tmp_path):
     np.save(file, values)
     with pytest.raises(ValueError, match=r"part-002.npy: values that are infinite"):
         list(whole_batches(stream, 1))
+
+
+def test_rows_with_gaps_are_a_stream(tmp_path):
+    rows = values_of(100)
+    rows[::7, 1] = np.nan
+    np.save(tmp_path / "a.npy", rows)
+    data = load_stream(tmp_path, test=10, validation=10)
+    assert data.has_gaps
+    assert np.array_equal(np.concatenate(list(data.train.batches())), rows[20:], equal_nan=True)
 
 
 def test_the_order_of_the_files_belongs_to_the_data(tmp_path):

@@ -83,6 +83,16 @@ def add_no_split(parser: ArgumentParser) -> None:
     )
 
 
+def add_strict(parser: ArgumentParser) -> None:
+    """Describe ``--strict`` for tables to which a run is applied."""
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="Refuse a table with a category that the model was not trained on. By default it "
+        "counts as missing, and a note names the column, the value and the row.",
+    )
+
+
 def add_quiet(parser: ArgumentParser) -> None:
     """Describe ``--quiet``."""
     parser.add_argument(
@@ -148,6 +158,10 @@ def other_examples(
         source,
         model.shape,
         columns=model.scaling.columns,
+        label=run.settings()["data"]["load"].get("label") if model.label_names else None,
+        label_names=model.label_names,
+        levels=model.scaling.levels,
+        strict=getattr(options, "strict", False),
         pages=config.pages,
         fit=config.fit,
         pool=getattr(options, "no_split", False),

@@ -2,13 +2,29 @@
 
 from argparse import ArgumentParser, Namespace
 
-from equipoise.cli.command import Command, add_data_dir, add_run, data_of, open_terminal, paragraph
-from equipoise.config import ConfigError
+from equipoise.cli.command import (
+    Command,
+    add_data_dir,
+    add_limits,
+    add_quiet,
+    add_run,
+    data_of,
+    open_terminal,
+    other_examples,
+    paragraph,
+)
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
     """Describe the arguments of ``explore``."""
     add_run(parser)
+    parser.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="Image, or other data as for 'equipoise reconstruct', whose first example the page "
+        "begins with.",
+    )
     parser.add_argument(
         "--port",
         type=int,
@@ -20,6 +36,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Print the address of the page without opening it.",
     )
     add_data_dir(parser)
+    add_limits(parser)
+    add_quiet(parser)
 
     parser.epilog = paragraph(
         "The page is served to this machine only (127.0.0.1), until Ctrl-C. Needs the extra "
@@ -29,13 +47,17 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> None:
     """Serve the page of a run until an interruption."""
+    import torch
+
     from equipoise.explorer import explore
     from equipoise.run import Run
 
     run = Run(options.run)
-    if len(run.settings()["data"]["shape"]) in (2, 4):
-        raise ConfigError(["the page is for images and tables, not for signals and volumes"])
-    with open_terminal() as terminal:
+    model, start = run.model(), None
+    with open_terminal(options.quiet) as terminal:
+        if options.file is not None:
+            start = other_examples(options.file, run, model, options, terminal).take(slice(1))[:]
+            model.scaling.check(torch.from_numpy(start))
         data = None
         if run.settings()["data"]["load"]:
             data = data_of(run, terminal, options.data_dir)
@@ -49,6 +71,8 @@ def _run(options: Namespace) -> None:
         explore(
             run,
             data,
+            model=model,
+            start=start,
             port=options.port,
             open_browser=not options.no_browser,
             on_ready=lambda url: terminal.message(f"Page      {url}\nEnd       Ctrl-C"),

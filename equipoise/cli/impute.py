@@ -9,6 +9,7 @@ from equipoise.cli.command import (
     add_limits,
     add_quiet,
     add_run,
+    add_strict,
     list_written,
     open_terminal,
     other_examples,
@@ -31,8 +32,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--out",
         metavar="FILE",
         help="File to write to, of any of these formats. The default is the name of TABLE with "
-        "-imputed, in the folder RUN/imputed. The std of each filled value goes into a second file "
-        "with -std.",
+        "-imputed, in the folder RUN/imputed. The std of each filled value, and the probability of "
+        "each filled category, go into a second file with -std.",
     )
     parser.add_argument(
         "--draws",
@@ -54,6 +55,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     add_data_dir(parser)
     add_limits(parser)
+    add_strict(parser)
     add_quiet(parser)
 
 

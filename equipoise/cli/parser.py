@@ -10,6 +10,7 @@ from equipoise.cli import (
     export,
     fit_noise,
     impute,
+    pack,
     paper,
     push,
     reconstruct,
@@ -35,6 +36,7 @@ COMMANDS = {
     "paper": paper.COMMAND,
     "push": push.COMMAND,
     "cache": cache.COMMAND,
+    "pack": pack.COMMAND,
 }
 
 

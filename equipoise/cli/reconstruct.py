@@ -8,6 +8,7 @@ from equipoise.cli.command import (
     add_data_dir,
     add_limits,
     add_no_split,
+    add_quiet,
     add_run,
     data_of,
     list_written,
@@ -46,6 +47,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "x.parquet writes the means of a table, and their std to x-std.csv, with the names of its "
         "columns.",
     )
+    add_quiet(parser)
     parser.epilog = paragraph(
         "reconstructions.npz has the arrays data, mean, std and error in the unit of the data, and "
         "name: the file, or the row of the array, that each entry is. reconstructions.csv has the "
@@ -66,7 +68,7 @@ def _run(options: Namespace) -> None:
     table = table_to_write(options.out, model)
     folder = Path(options.out) if options.out else run.folder / "reconstructions"
 
-    with open_terminal() as terminal:
+    with open_terminal(options.quiet) as terminal:
         if options.data is None:
             examples = data_of(run, terminal, options.data_dir).test
         else:
@@ -75,7 +77,7 @@ def _run(options: Namespace) -> None:
 
         def write() -> list[Path]:
             if table is not None:
-                return write_reconstructed_table(model, examples[:], table)
+                return write_reconstructed_table(model, examples, table)
             return write_reconstructions(model, examples, folder)
 
         terminal.message("\n".join(list_written(write, table.parent if table else folder)))

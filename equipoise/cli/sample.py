@@ -7,6 +7,7 @@ from equipoise.catalogue import SOURCES
 from equipoise.cli.command import (
     Command,
     add_data_dir,
+    add_quiet,
     add_run,
     data_of,
     list_entries,
@@ -32,6 +33,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-n", type=int, default=64, help="Number of samples. The default is 64.")
 
     parser.add_argument(
+        "--label",
+        metavar="NAME",
+        help="Label of all samples, of a run that was trained with labels. By default, labels are "
+        "drawn by their share, and written beside the samples.",
+    )
+    parser.add_argument(
         "--seed",
         type=int,
         default=0,
@@ -40,8 +47,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--noise",
         action="store_true",
-        help="Add the model's noise. Without it, each sample is the mean of p(x|z), and rows of a "
-        "table spread less than those of the data.",
+        help="Add the model's noise. Without it, each sample is the mean of p(x|z), or the "
+        "most probable category, and rows of a table spread less than those of the data.",
     )
     add_data_dir(parser)
     parser.add_argument(
@@ -50,6 +57,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Folder to write to. The default is RUN/samples. A path such as x.csv or x.parquet "
         "writes rows of a table with the names of its columns.",
     )
+
+    add_quiet(parser)
 
     sources = {}
     for name, source in SOURCES.items():
@@ -63,6 +72,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> None:
     """Draw samples, and write them."""
+    from equipoise.labels import label_number
     from equipoise.outputs import write_sampled_table, write_samples
     from equipoise.randomness import stream
     from equipoise.run import Run
@@ -74,10 +84,12 @@ def _run(options: Namespace) -> None:
     run = Run(options.run)
     model = run.model()
     generator = stream(options.seed, "samples")
+    if options.label is not None:
+        label_number(model.label_names, options.label)  # before anything is fitted or loaded
     table = table_to_write(options.out, model)
     folder = Path(options.out) if options.out else run.folder / "samples"
 
-    with open_terminal() as terminal:
+    with open_terminal(options.quiet) as terminal:
         codes = draw_codes(
             run,
             model,
@@ -86,9 +98,12 @@ def _run(options: Namespace) -> None:
             generator,
             lambda: data_of(run, terminal, options.data_dir),
             terminal.progress,
+            options.label,
         )
 
         name = file_stem(options.source)
+        if options.label is not None:
+            name += f"-label-{label_number(model.label_names, options.label)}"
 
         def write() -> list[Path]:
             if table is not None:

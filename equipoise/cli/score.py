@@ -9,6 +9,7 @@ from equipoise.cli.command import (
     add_limits,
     add_quiet,
     add_run,
+    add_strict,
     data_of,
     list_written,
     open_terminal,
@@ -49,23 +50,27 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     add_data_dir(parser)
     add_limits(parser)
+    add_strict(parser)
     add_quiet(parser)
     parser.epilog = paragraph(
         "Each row gets its score, a bound on the log-density of its observed values in nats; its "
         "p-value, the share of held-out rows of the run with a score as low, where they have the "
         "same gaps; a verdict, 'odd' if the p-value is at most the rate; and the columns that are "
-        "furthest from their reconstruction, in predicted std. The held-out rows are those of the "
-        "run's validation and test sets."
+        "furthest from their reconstruction, numbers in predicted std and categories by -log p in "
+        "nats. With categories, the score is the log-density of the numbers plus the "
+        "log-probability of the categories. The held-out rows are those of the run's validation "
+        "and test sets."
     )
 
 
 def _run(options: Namespace) -> None:
     """Score the rows of a table, and write what is found."""
     import numpy as np
-    import torch
 
     from equipoise.conformal import check_rate, fewest_held_out
+    from equipoise.data.batches import as_tensor
     from equipoise.data.tables import write_table
+    from equipoise.labels import joined
     from equipoise.metrics.rows import MIN_REFERENCE, score_rows
 
     rate = options.false_alarm_rate
@@ -77,25 +82,25 @@ def _run(options: Namespace) -> None:
 
     with open_terminal(options.quiet) as terminal:
         data = data_of(run, terminal, options.data_dir)
-        reference = np.concatenate([data.validation[:], data.test[:]])
+        validation, test = as_tensor(data.validation), as_tensor(data.test)
         if options.table is None:
-            raw, reference = data.test[:], data.validation[:]
+            x, reference = test, validation
         else:
-            raw = other_examples(options.table, run, model, options, terminal)[:]
+            x = as_tensor(other_examples(options.table, run, model, options, terminal))
+            reference = joined([validation, test])
 
         try:
             check_rate(rate, len(reference))
         except ValueError as error:
             raise ConfigError([f"{run.folder}: {error}"]) from error
 
-        x = torch.from_numpy(raw)
         model.scaling.check(x)
         warn_of_unit(model, x, terminal)
 
         found = score_rows(
             model,
             x,
-            torch.from_numpy(reference),
+            reference,
             mixture.log_prob,
             lambda done, total: terminal.progress("scores", done, total, ""),
             fewest=max(MIN_REFERENCE, fewest_held_out(rate)),
@@ -103,14 +108,14 @@ def _run(options: Namespace) -> None:
         # What has no density left is odd, even if some of the held-out rows have none.
         is_odd = (found.p_value <= rate) | np.isneginf(found.score)
         columns = {
-            "row": np.arange(len(raw)),
+            "row": np.arange(len(x)),
             "score": found.score,
             "p_value": found.p_value,
             "verdict": np.where(is_odd, "odd", "usual"),
             "worst_columns": found.worst_columns,
         }
         terminal.message(
-            f"{int(is_odd.sum()):,} of {len(raw):,} rows are odd, at a false-alarm rate of "
+            f"{int(is_odd.sum()):,} of {len(x):,} rows are odd, at a false-alarm rate of "
             f"{rate:g} by {len(reference):,} held-out rows."
         )
         lines = list_written(lambda: [write_table(path, columns)], path.parent)

@@ -19,6 +19,7 @@ from equipoise.cli.command import (
     show_default,
 )
 from equipoise.config import (
+    CONTINUED,
     PLACEMENT,
     ConfigError,
     TrainConfig,
@@ -63,7 +64,21 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--drop",
         nargs="+",
         metavar="NAME",
-        help="Columns of a table to leave out, such as those of text or dates.",
+        help="Columns of a table to leave out, such as those of names or dates.",
+    )
+    parser.add_argument(
+        "--categorical",
+        nargs="+",
+        metavar="NAME",
+        help="Columns of a table that are categories besides those of text and flags, such as "
+        "codes that are numbers.",
+    )
+    parser.add_argument(
+        "--label",
+        metavar="NAME",
+        help="Train a conditional model: NAME is the column of a table or the array of an .npz "
+        "file that holds labels, 'folder' for images in folders of classes, and 'label' for "
+        "digits, mnist and fashion-mnist. Without it, labels are not used.",
     )
     parser.add_argument(
         "--dry-run",
@@ -90,7 +105,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="RUN",
-        help="Folder to write the run to. The default is runs/NAME, after the name of the data.",
+        help="Folder to write the run to. The default is runs/NAME, after the name of the data. An "
+        "address such as s3://bucket/run gets a copy after each checkpoint.",
     )
     parser.add_argument(
         "--force",
@@ -100,9 +116,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="Continue an interrupted run, with its own data and options. '--resume auto', with "
-        "--out, continues the run in that folder if there is one, and starts it if there is none, "
-        "so that one line starts and restarts it.",
+        help="Continue an interrupted run, with its own data and options. With --set "
+        "stage_1_epochs=N or stage_2_epochs=N, a finished run goes on for longer: N counts all "
+        "epochs of the stage, and the results so far are kept in RUN/earlier-1. '--resume auto', "
+        "with --out, continues the run in that folder if there is one, and starts it if there is "
+        "none, so that one line starts and restarts it.",
     )
 
     for name in SHORTHANDS:
@@ -120,9 +138,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="Read the data anew in every epoch, without keeping the examples: a folder of .npy or "
-        ".parquet files, of which each process reads its own part, or data from the Hugging Face "
-        "hub or a local copy (hf:PATH). All but .npy needs the extra 'hub'.",
+        help="Read the data anew in every epoch, without keeping the examples: what 'equipoise "
+        "pack' has written, or a folder of .npy, .parquet, .feather or .tar files, also at a place "
+        "such as s3://bucket/folder, of which each process reads its own part; or data from the "
+        "Hugging Face hub or a local copy (hf:PATH). Tables and hf: need the extra 'hub'.",
     )
     parser.add_argument(
         "--no-split",
@@ -172,8 +191,16 @@ def _run(options: Namespace) -> None:
     if is_resumed:
         _refuse_with_resume(options)
         run_to_resume = Run(options.resume)
-        placement = {name: getattr(options, name) for name in PLACEMENT if getattr(options, name)}
-        config = make_config(run_to_resume.config().as_dict(), placement)
+        over = {name: getattr(options, name) for name in PLACEMENT if getattr(options, name)}
+        over |= _options_of_continuation(options.set)
+        config = make_config(run_to_resume.config().as_dict(), over)
+        if options.set and run_to_resume.is_trained() and config == run_to_resume.config():
+            raise ConfigError(
+                [
+                    f"{options.resume} was trained with {', '.join(options.set)}: "
+                    "give more epochs to continue it"
+                ]
+            )
     else:
         config, source = _resolve(options)
 
@@ -213,8 +240,9 @@ def _run(options: Namespace) -> None:
 def _refuse_with_resume(options: Namespace) -> None:
     """Refuse data and options that a resumed run has already."""
     names = [
-        *("recipe", "set", "out", "force", "precision", "download", "stream", "strict"),
+        *("recipe", "out", "force", "precision", "download", "stream", "strict"),
         *("max_pixels", "max_bytes", "fit", "pages", "no_split", "columns", "drop", "dry_run"),
+        *("categorical", "label"),
     ]
     superfluous = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
     if options.data:
@@ -227,6 +255,32 @@ def _refuse_with_resume(options: Namespace) -> None:
                 f"leave out {', '.join(superfluous)}"
             ]
         )
+
+
+def _options_of_continuation(items: list[str]) -> dict[str, str]:
+    """Read the values of --set that a run may be continued with, and refuse the others."""
+    over, problems = _read_items(items)
+    problems += [
+        f"{name} cannot change with --resume: the weights, the data or the stages that the run "
+        f"has belong to its value; only {' and '.join(CONTINUED)} can, or train another run"
+        for name in over
+        if name not in CONTINUED
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return over
+
+
+def _read_items(items: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Split the values of --set into names and values; return the problems beside them."""
+    values, problems = {}, []
+    for item in items:
+        key, separator, value = item.partition("=")
+        if separator:
+            values[key.strip()] = value
+        else:
+            problems.append(f"--set needs KEY=VALUE, got {item!r}; the data go before --set")
+    return values, problems
 
 
 def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
@@ -245,14 +299,7 @@ def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
     data_of_recipe = values.pop("data", None)
     source = options.data or data_of_recipe or "digits"
 
-    problems = []
-    over = {}
-    for item in options.set:
-        key, separator, value = item.partition("=")
-        if separator:
-            over[key.strip()] = value
-        else:
-            problems.append(f"--set needs KEY=VALUE, got {item!r}; the data go before --set")
+    over, problems = _read_items(options.set)
     for shorthand in SHORTHANDS:
         if getattr(options, shorthand):
             over[shorthand] = getattr(options, shorthand)
@@ -271,9 +318,14 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
     from equipoise.data import load, load_stream
 
     if options.stream:
-        if options.columns or options.drop:
+        if options.label:
+            raise ConfigError(["--stream reads no labels: leave out --label, or --stream"])
+        if options.columns or options.drop or options.categorical:
             raise ConfigError(
-                ["--columns and --drop are for tables in files, which --stream does not read"]
+                [
+                    "--columns, --drop and --categorical are for tables in files, which --stream "
+                    "does not read"
+                ]
             )
         if options.max_bytes is not None:
             raise ConfigError(
@@ -308,6 +360,8 @@ def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Termi
         max_bytes=options.max_bytes,
         columns=options.columns,
         drop=options.drop,
+        label=options.label,
+        categorical=options.categorical or True,
     )
 
 
@@ -326,6 +380,7 @@ def _describe_table(source: str, options: Namespace, terminal: "Terminal") -> No
         raise ValueError(f"{path} cannot be read: {error}") from error
     if options.columns or options.drop:
         table = table.select(options.columns, options.drop)
+    table = table.with_categories(options.categorical or True)
     terminal.message(table.describe())
 
 
@@ -348,6 +403,8 @@ def _finish(run: "Run", data: "Data", terminal: "Terminal", *, is_evaluation_kep
     if "likelihood" not in evaluation:
         evaluation = evaluate(run, data, sections=["likelihood"], brief=True)
 
+    if run.mirror is not None:
+        run.mirror.upload()
     terminal.close()
     terminal.message(format_section("likelihood", evaluation["likelihood"]))
     terminal.message(

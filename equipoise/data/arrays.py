@@ -5,16 +5,18 @@ All sources end here. A folder or an idx file is only a way to get an array of s
 
 import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from equipoise.data.dataset import Array, Data, Names, Split, Subset, split
+from equipoise.categories import Level
+from equipoise.data.dataset import Array, Data, Names, Rows, Split, Subset, split
 from equipoise.data.duplicates import describe_shared
+from equipoise.data.labels import choose_names, describe_labels, names_of, number
 
 MIN_EXAMPLES = 10
 """Smallest number of training examples."""
@@ -62,6 +64,7 @@ class Part(NamedTuple):
         unreadable: Files that are left out, with the reason.
         rows: Number of the file and of the page of each example, where not each file is one.
         names: Names of the examples; None if they are numbered.
+        labels: Label of each example, (N,), a name or a whole number; None if they have none.
     """
 
     values: Array
@@ -70,6 +73,7 @@ class Part(NamedTuple):
     unreadable: tuple[str, ...] = ()
     rows: list[tuple[int, int]] | None = None
     names: Names | None = None
+    labels: Array | Sequence[Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +92,8 @@ class Found:
             that the set does not have is empty.
         axis: Axis of the channels of images, if it is known, 1 or 3.
         columns: Names of the columns of a table, if they have names.
+        label_names: Labels that there may be. Empty if they are those that the examples have.
+        levels: Levels of the columns that are categories, by their number.
     """
 
     name: str
@@ -99,6 +105,8 @@ class Found:
     pieces: Split | None = None
     axis: int | None = None
     columns: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
+    levels: Mapping[int, tuple[Level, ...]] = field(default_factory=dict)
 
 
 class Unit(NamedTuple):
@@ -190,7 +198,7 @@ def prepare(
         kind = "table"
         try:
             part = Subset(views[0], pieces.train, np.dtype(np.float32))
-            unit = table_unit(part, for_training, content.columns)
+            unit = table_unit(part, for_training, content.columns, tuple(content.levels))
         except ValueError as error:
             raise ValueError(f"{content.source}: {error}") from error
         if gaps:
@@ -201,15 +209,20 @@ def prepare(
                 f"{len(n_missing)} columns: nothing is filled in, only observed values count"
             )
 
+    label_names, labels = _labels_of(content, parts)
+
     def subset(part: Part | None, indices: NDArray[np.int64]) -> Subset:
         if part is None:
-            return Subset(views[0], indices, unit.dtype, content.train.names)
+            return Subset(views[0], indices, unit.dtype, content.train.names, labels[0])
         whole = Subset.whole(examples(part.values, content.source, content.axis), part.names)
-        return replace(whole, dtype=unit.dtype)
+        own = [numbers for other, numbers in zip(parts, labels, strict=True) if other is part]
+        return replace(whole, dtype=unit.dtype, labels=own[0])
 
     train = subset(None, pieces.train)
     validation = subset(content.validation, pieces.validation)
     test = subset(content.test, pieces.test)
+    if label_names and for_training:
+        notes.append(describe_labels(label_names, train.label_numbers()))
     cautions = list(unit.cautions)
     held_out = {"validation": validation, "test": test} if for_training else {}
     for name, part in held_out.items():
@@ -220,6 +233,15 @@ def prepare(
             cautions += _far_values(part, unit, name, content)
 
     digests = "".join(summary.digest for summary in summaries)
+    for numbers in labels if label_names else ():
+        digests += hashlib.sha256(numbers.tobytes()).hexdigest()  # type: ignore[union-attr]
+    digests += "".join(label_names)
+    if content.levels:
+        has_numbers = len(content.levels) < shape[0]
+        density = "the density of the numbers times " if has_numbers else ""
+        notes.append(f"log-likelihoods are of {density}the probability of the categories, in nats")
+        # The same numbers stand for other data if their levels have other names.
+        digests += repr(sorted(content.levels.items()))
     return Data(
         name=content.name,
         train=train,
@@ -236,7 +258,29 @@ def prepare(
         cautions=tuple(cautions),
         has_gaps=bool(gaps),
         columns=content.columns,
+        label_names=label_names,
+        levels=content.levels,
     )
+
+
+def _labels_of(
+    content: Found, parts: Sequence[Part]
+) -> tuple[tuple[str, ...], list[NDArray[np.int64] | None]]:
+    """Name the labels of a source, and number those of each part; none if it has no labels."""
+    if content.train.labels is None:
+        return (), [None for _ in parts]
+
+    names = []
+    for part in parts:
+        values = [None] * len(part.values) if part.labels is None else part.labels
+        if len(values) != len(part.values):
+            raise ValueError(
+                f"{content.source}: {len(values)} labels for {len(part.values)} examples; give "
+                "one for each, None where it is unknown"
+            )
+        names.append(names_of(values, content.source))
+    labels = content.label_names or choose_names(names, content.source)
+    return labels, [number(part, labels, content.source) for part in names]
 
 
 def _files_of(content: Found) -> NDArray[np.int64] | None:
@@ -443,7 +487,7 @@ def channel_axis(shape: tuple[int, ...]) -> int | None:
     return None
 
 
-def summarise(values: Array, source: str) -> Summary:
+def summarise(values: Rows, source: str) -> Summary:
     r"""Read an array once, in chunks, for its checksum, its range and its constant dimensions.
 
     Args:
@@ -464,7 +508,7 @@ def summarise(values: Array, source: str) -> Summary:
 
     digest = hashlib.sha256(f"{dtype.str} {values.shape}".encode())
     with np.errstate(over="ignore"):
-        low = high = np.ravel(values[0]).astype(dtype)
+        low = high = np.ravel(values[:1]).astype(dtype)
     n_missing = np.zeros(low.shape, np.int64)
     n_bad = 0
     first_bad: tuple[int, ...] = ()
@@ -472,7 +516,7 @@ def summarise(values: Array, source: str) -> Summary:
     for start, chunk in _chunks(values, dtype):
         if dtype.kind == "f":
             finite = np.isfinite(chunk)
-            if values.ndim == 2 and not finite.all():
+            if len(values.shape) == 2 and not finite.all():
                 missing = np.isnan(chunk)
                 n_missing += missing.sum(0)
                 finite |= missing
@@ -491,11 +535,11 @@ def summarise(values: Array, source: str) -> Summary:
         high = np.fmax(high, np.fmax.reduce(chunk, 0))
 
     if n_bad:
-        what = "infinite or too large" if values.ndim == 2 else "NaN, infinite or too large"
+        what = "infinite or too large" if len(values.shape) == 2 else "NaN, infinite or too large"
         raise ValueError(
             f"{source}: {n_bad} values are {what} for float32, the first at "
             f"index {first_bad}; remove those examples or replace the values"
-            + (", or put NaN where they are missing" if values.ndim == 2 else "")
+            + (", or put NaN where they are missing" if len(values.shape) == 2 else "")
         )
 
     n_constant = int(np.count_nonzero(low == high))
@@ -595,13 +639,19 @@ def _image_unit(
     )
 
 
-def table_unit(train: Subset, for_training: bool = True, names: tuple[str, ...] = ()) -> Unit:
+def table_unit(
+    train: Rows,
+    for_training: bool = True,
+    names: tuple[str, ...] = (),
+    categories: tuple[int, ...] = (),
+) -> Unit:
     """Standardise each column by the mean and standard deviation of the training part.
 
     Args:
         train: Training examples, (N, D), read as float32. Missing values, NaN, do not count.
         for_training: Whether to refuse a column that has no value at all.
         names: Names of the columns for messages. Without them, numbers are given.
+        categories: Numbers of the columns that are categories, whose values stay as they are.
 
     Returns:
         Mean and standard deviation of each column, (D,). Columns that are constant, or vary by
@@ -642,16 +692,19 @@ def table_unit(train: Subset, for_training: bool = True, names: tuple[str, ...] 
 
     scale = std.astype(np.float32)
     constant = hardly_vary(low, high) | (scale == 0)
-    varies = low < high
-    if train.base.dtype.itemsize > 4 and constant.any():
+    is_category = np.isin(np.arange(width), categories)
+    varies = (low < high) & ~is_category
+    if isinstance(train, Subset) and train.base.dtype.itemsize > 4 and constant.any():
         original = train.base[:, constant][train.indices]
         # Before it is rounded to float32.
         varies[constant] = np.fmin.reduce(original, 0) < np.fmax.reduce(original, 0)
+        varies &= ~is_category
     coarse = varies & (constant | (std < 1e-5 * np.abs(mean)))
 
     notes, cautions = [], []
-    if (constant & ~coarse).any():
-        notes.append(f"constant columns: {_columns(constant & ~coarse, names)}")
+    is_constant = constant & ~coarse & ~is_category
+    if is_constant.any():
+        notes.append(f"constant columns: {_columns(is_constant, names)}")
     if coarse.any():
         cautions.append(
             f"columns {_columns(coarse, names)} vary by less than 1e-5 of their mean, near the "
@@ -671,6 +724,7 @@ def table_unit(train: Subset, for_training: bool = True, names: tuple[str, ...] 
 
     scale = np.where(constant, np.maximum(np.float32(1), (high - low).astype(np.float32)), scale)
     offset = mean.astype(np.float32)
+    scale[is_category], offset[is_category] = 1.0, 0.0
     return Unit(train.dtype, offset, scale, None, tuple(notes), tuple(cautions))
 
 
@@ -724,7 +778,7 @@ def _columns(chosen: NDArray[np.bool_], names: tuple[str, ...] = ()) -> str:
     return listed
 
 
-def _chunks(values: Array | Subset, dtype: np.dtype[Any]) -> Iterator[tuple[int, Array]]:
+def _chunks(values: Rows, dtype: np.dtype[Any]) -> Iterator[tuple[int, Array]]:
     """Consecutive examples, (k, D), flattened and cast, with the index of the first one.
 
     A chunk takes about 16 MB.

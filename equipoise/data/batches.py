@@ -13,6 +13,7 @@ from torch import Tensor
 from equipoise.data.dataset import Array, ExampleSet, Subset
 from equipoise.data.shards import ShardedStream
 from equipoise.data.stream import Stream
+from equipoise.labels import labelled
 from equipoise.randomness import stream
 
 
@@ -94,6 +95,20 @@ def examples(part: ExampleSet, n: int, device: torch.device | str = "cpu") -> Te
     array = part.at_hand
     index = np.linspace(0, len(array) - 1, min(n, len(array))).astype(np.int64)
     return torch.from_numpy(array[index]).to(device)
+
+
+def as_tensor(part: Subset, rows: slice = slice(None)) -> Tensor:
+    r"""Read examples, with the labels that they carry.
+
+    Args:
+        part: The examples.
+        rows: Those to read, by their position.
+
+    Returns:
+        Raw data, (n, \*), on the CPU.
+    """
+    labels = None if part.labels is None else torch.from_numpy(part.label_numbers()[rows])
+    return labelled(torch.from_numpy(part[rows]), labels)
 
 
 class EpochBatches(ABC):
@@ -254,14 +269,22 @@ class Batches(EpochBatches):
         self.resident: Tensor | None = None
         if examples.nbytes <= resident_bytes:
             self.resident = torch.from_numpy(examples[:]).to(self.device)
+        self.labels: Tensor | None = None
+        if examples.labels is not None:
+            self.labels = torch.from_numpy(examples.label_numbers()).to(self.device)
 
     def _epoch(self, epoch: int, start: int) -> Iterator[Tensor]:
         rows = self._rows(epoch)[start:]
 
-        resident = self.resident
+        resident, labels = self.resident, self.labels
         if resident is None:
-            return self._gather_ahead(rows)
-        return (resident.index_select(0, row) for row in rows)
+            batches = self._gather_ahead(rows)
+        else:
+            batches = (resident.index_select(0, row) for row in rows)
+        if labels is None:
+            return batches
+        pairs = zip(batches, rows, strict=True)
+        return (labelled(batch, labels[row.to(labels.device)]) for batch, row in pairs)
 
     def _rows(self, epoch: int) -> list[Tensor]:
         """Return the numbers of the examples in each batch of this process."""

@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
+
+from equipoise.categories import Level
 
 Array: TypeAlias = NDArray[Any]
 Channels: TypeAlias = Literal["grey", "rgb"]
@@ -41,6 +43,23 @@ class ExampleSet(Protocol):
     def __len__(self) -> int: ...
 
 
+@runtime_checkable
+class Rows(Protocol):
+    r"""Examples that are read a stretch at a time: an array, a subset, or files in a line."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        r"""Shape of all examples, (N, \*)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Data type of the examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Array: ...
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Subset:
     r"""Some examples of an array, by their index.
@@ -52,6 +71,8 @@ class Subset:
         indices: Indices into ``base``, (N,), in the order of the examples.
         dtype: Data type to which the values are cast when they are read.
         name: Names of the examples in ``base``. None if they have numbers only.
+        labels: Number of the label of each example in ``base``, (M,), -1 where it is unknown. None
+            if they have no labels.
 
     Example:
         >>> evens = Subset(np.arange(10.0)[:, None], np.arange(0, 10, 2), np.dtype("float32"))
@@ -65,6 +86,7 @@ class Subset:
     indices: Int64[np.ndarray, " n"]
     dtype: np.dtype[Any]
     name: Names | None = None
+    labels: Int64[np.ndarray, " m"] | None = None
 
     @classmethod
     def whole(cls, base: Array, name: Names | None = None) -> "Subset":
@@ -88,7 +110,7 @@ class Subset:
         Returns:
             The smaller subset.
         """
-        return Subset(self.base, self.indices[rows], self.dtype, self.name)
+        return Subset(self.base, self.indices[rows], self.dtype, self.name, self.labels)
 
     def names(self) -> list[str]:
         """Name the examples.
@@ -98,6 +120,25 @@ class Subset:
         """
         name = self.name or str
         return [name(int(index)) for index in self.indices]
+
+    def label_numbers(self) -> Int64[np.ndarray, " n"]:
+        """Number the labels of the examples.
+
+        Returns:
+            Their numbers, (N,), -1 where a label is unknown or the examples have none.
+        """
+        if self.labels is None:
+            return np.full(len(self), -1, np.int64)
+        numbers: Int64[np.ndarray, " n"] = self.labels[self.indices]
+        return numbers
+
+    def without_labels(self) -> "Subset":
+        """Forget the labels of the examples, for what is computed without.
+
+        Returns:
+            The same examples.
+        """
+        return replace(self, labels=None)
 
     def sha256(self) -> str:
         """Compute a checksum of the examples, which depends on their order.
@@ -167,6 +208,10 @@ class Data:
         cautions: Those of them that say why results may be doubtful.
         has_gaps: Whether values of a table are missing, NaN.
         columns: Names of the columns of a table. Empty if they have none.
+        label_names: Names of the labels that the examples carry, by their numbers. Empty if they
+            have none.
+        levels: Levels of the columns that are categories, by the number of the column. The values
+            are the numbers of levels there, and NaN where they are missing.
         loading: Arguments of :func:`load` that find these examples again. They are those of
             :func:`load_stream` if "stream" is true among them. Empty for examples that came as
             an object in memory.
@@ -187,6 +232,8 @@ class Data:
     cautions: tuple[str, ...] = ()
     has_gaps: bool = False
     columns: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
+    levels: Mapping[int, tuple[Level, ...]] = field(default_factory=dict)
     loading: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import gzip
+import math
 import os
 import stat
 import threading
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -189,6 +190,79 @@ def read_npy(path: Path) -> Array:
         content.close()
         raise ValueError("it is an .npz archive; give it the ending .npz")
     return content
+
+
+class NpyHeader(NamedTuple):
+    """What the start of an ``.npy`` file says of the array after it.
+
+    Args:
+        shape: Its shape.
+        is_fortran: Whether the first axis is the one whose values lie next to each other.
+        dtype: Type of its values.
+        offset: Where they begin, in bytes.
+    """
+
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype[Any]
+    offset: int
+
+
+def read_npy_header(file: Any) -> NpyHeader:  # noqa: ANN401 (a binary file)
+    """Read the header of an ``.npy`` file, and nothing of the array.
+
+    Args:
+        file: The file, open for reading, at its start.
+
+    Returns:
+        The header.
+
+    Raises:
+        ValueError: If it is no such file, or holds Python objects.
+    """
+    start = file.read(N_START)
+    _check_header_length(start)
+    header = BytesIO(start + file.read(MAX_HEADER_BYTES))
+    try:
+        version = np.lib.format.read_magic(header)
+        if version == (1, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(header)
+        elif version == (2, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(header)
+        else:
+            raise ValueError(f"its format has the version {version}")
+    except Exception as error:  # a header that cannot be parsed may cause any exception
+        raise ValueError(f"no .npy file that can be read ({_reason(error)})") from error
+    if dtype.hasobject:
+        raise ValueError(
+            "it holds Python objects, which are never loaded; save an array of numbers"
+        )
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its header announces an array of shape {shape}")
+    return NpyHeader(shape, is_fortran, dtype, header.tell())
+
+
+def read_npy_bytes(content: bytes) -> Array:
+    """Decode the content of an ``.npy`` file.
+
+    Args:
+        content: All of its bytes.
+
+    Returns:
+        The array. It cannot be written to.
+
+    Raises:
+        ValueError: If it is no such file, holds Python objects, or is not as long as it claims.
+    """
+    header = read_npy_header(BytesIO(content))
+    n_bytes = math.prod(header.shape) * header.dtype.itemsize
+    if len(content) - header.offset != n_bytes:
+        raise ValueError(
+            f"its header announces {n_bytes:,} bytes, where {len(content) - header.offset:,} are "
+            "there"
+        )
+    values = np.frombuffer(content, header.dtype, offset=header.offset)
+    return values.reshape(header.shape, order="F" if header.is_fortran else "C")
 
 
 def _check_header_length(start: bytes) -> None:

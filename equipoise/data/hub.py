@@ -30,13 +30,16 @@ PLANNED_FROM = 1000
 """Number of images at the beginning of a stream whose headers decide the format of all images."""
 
 
-def hub_set(address: str, reader: ImageReader, name: str | None = None) -> Found:
+def hub_set(
+    address: str, reader: ImageReader, name: str | None = None, *, label: str | None = None
+) -> Found:
     """Load the images of a data set on the hub, in a local folder or in a parquet file.
 
     Args:
         address: "owner/name", or a path.
         reader: Reader that decodes the images.
         name: Name of the data set. None means its address.
+        label: Column of labels. None takes none.
 
     Returns:
         The images, with the validation part and the test part of the data set if it has them.
@@ -45,16 +48,20 @@ def hub_set(address: str, reader: ImageReader, name: str | None = None) -> Found
         ImportError: If ``datasets`` is not installed.
         ValueError: If the data set cannot be loaded or has no images.
     """
-    label = f"hf:{address}"
-    datasets = _library(label)
+    source = f"hf:{address}"
+    datasets = _library(source)
     splits = _splits(datasets, address)
     train = _train_of(splits, address)
 
     if not _image_columns(datasets, train.features):
         raise ValueError(
-            f"{label} has no column of images; its columns are {_described(train.features)}"
+            f"{source} has no column of images; its columns are {_described(train.features)}"
         )
-    column, notes = _choose_column(datasets, train.features, None, label)
+    if label is not None and label not in train.features:
+        raise ValueError(
+            f"{source} has no column {label!r}; its columns are {_described(train.features)}"
+        )
+    column, notes = _choose_column(datasets, train.features, None, source)
 
     def read(split: str, table: Any) -> Part:  # noqa: ANN401
         table = table.cast_column(column, datasets.Image(decode=False))
@@ -64,9 +71,20 @@ def hub_set(address: str, reader: ImageReader, name: str | None = None) -> Found
             open=lambda row: _content(table[row][column]),
             name=partial("{} row {}".format, split),
             stamp=f"{address} {split} {len(table)} {table._fingerprint}",
-            source=label,
+            source=source,
         )
-        return reader.read(images)
+        part = reader.read(images)
+        if label is None or label not in table.features:
+            return part
+
+        # Names of classes, where the data set has some; several rows may come from one image.
+        names = getattr(table.features[label], "names", None)
+        values = [
+            value if names is None or value is None or value < 0 else names[value]
+            for value in table[label]
+        ]
+        rows = range(len(table)) if part.rows is None else [row for row, _ in part.rows]
+        return part._replace(labels=[values[row] for row in rows])
 
     train_part = read("train", train)
     train_part = train_part._replace(notes=(*train_part.notes, *notes))
@@ -78,7 +96,7 @@ def hub_set(address: str, reader: ImageReader, name: str | None = None) -> Found
     if "test" in splits and splits["test"] is not train:
         test_part = read("test", splits["test"])
 
-    return Found(name or address, label, train_part, validation_part, test_part, axis=1)
+    return Found(name or address, source, train_part, validation_part, test_part, axis=1)
 
 
 class HubPasses(NamedTuple):

@@ -14,6 +14,47 @@ N_HEADER = 16
 """Bytes of the header: what the file holds, and the length of its three axes."""
 
 
+def read_idx_labels(path: Path, limits: Limits = DEFAULT_LIMITS) -> UInt8[np.ndarray, " n"]:
+    """Read an idx file of labels.
+
+    Args:
+        path: Path of the file, also with ``.gz``.
+        limits: The most that it may unpack to.
+
+    Returns:
+        The labels, (N,).
+
+    Raises:
+        ValueError: If the file is damaged, incomplete, too large or holds something else.
+    """
+    check_regular(path)
+    if path.suffix == ".gz":
+        try:
+            content = read_gzip(path, 8, lambda header: 8 + _count_of_labels(header), limits)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}; fetch it again") from error
+    else:
+        content = path.read_bytes()
+
+    try:
+        n = _count_of_labels(content[:8])
+    except ValueError as error:
+        raise ValueError(f"{path} {error}; fetch it again") from error
+    if len(content) != 8 + n:
+        raise ValueError(f"{path} holds {len(content) - 8} labels of {n}; fetch it again")
+    return np.frombuffer(content, np.uint8, offset=8)
+
+
+def _count_of_labels(header: bytes) -> int:
+    """Number of labels, as the header of their file says."""
+    if len(header) < 8:
+        raise ValueError(f"is {len(header)} bytes long, shorter than an idx header")
+    magic, n = struct.unpack(">2I", header)
+    if magic != 0x0801:  # two zero bytes, type 8 (unsigned byte) and 1 axis
+        raise ValueError(f"starts with {magic:#010x}; an idx file of labels starts with 0x00000801")
+    return int(n)
+
+
 def read_idx_images(
     path: Path, limits: Limits = DEFAULT_LIMITS
 ) -> UInt8[np.ndarray, "n height width"]:

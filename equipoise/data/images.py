@@ -192,9 +192,12 @@ def plan_notes(headers: Counter[Header], plan: Plan, *, for_model: bool = False)
     _, height, width = plan.shape
     size = f"{width}" if width == height else f"{width}x{height}"
     n_transparent = n_reduced = n_small = n_widened = n_paged = n_pages = n_padded = n_other = 0
+    n_of_bands: Counter[int] = Counter()
     for header, count in headers.items():
         n_transparent += count * header.transparent
         n_reduced += count * header.reduced
+        if np.dtype(header.dtype).kind == np.dtype(plan.dtype).kind:
+            n_of_bands[header.bands] += count
         n_widened += count * (header.dtype == "uint8" and plan.dtype == "uint16")
         if header.pages > 1:
             n_paged += count
@@ -220,6 +223,11 @@ def plan_notes(headers: Counter[Header], plan: Plan, *, for_model: bool = False)
         "images of other proportions, with black bars": n_padded,
     }
     notes = [f"{effect}: {count}" for effect, count in counts.items() if count]
+    if min(n_of_bands[1], n_of_bands[3]) and not for_model:
+        chosen_bands = "grey" if plan.bands == 1 else "RGB (channels=grey makes all grey)"
+        notes.insert(
+            0, f"{n_of_bands[1]} grey and {n_of_bands[3]} colour images: all become {chosen_bands}"
+        )
     if n_paged:
         files = "1 file has" if n_paged == 1 else f"{n_paged} files have"
         notes.append(f"{files} {n_pages} pages; {chosen[plan.pages]}")

@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
+from equipoise.categories import Levels
 from equipoise.data.arrays import (
     MIN_EXAMPLES,
     Found,
@@ -31,21 +32,25 @@ from equipoise.data.encoded import (
     list_images,
     one_image,
 )
-from equipoise.data.folders import read_folder
+from equipoise.data.folders import read_folder, sort_folders
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
+from equipoise.data.levels import Categorical, encode_frame
 from equipoise.data.named import NAMES, celeba, digits, idx_set
+from equipoise.data.packed import is_packed, load_packed
+from equipoise.data.shard_files import Shard
 from equipoise.data.shards import (
-    READERS,
-    Shard,
+    ENDINGS,
     ShardedStream,
     choose_readers,
+    describe_shards,
     find_shards,
     read_rows,
 )
 from equipoise.data.stream import Stream, first_examples, reader
 from equipoise.data.tables import SUFFIXES, is_table, read_table
 from equipoise.files import check_text, expanded
+from equipoise.places import is_place, locate
 from equipoise.text import parse_size, visible
 
 NPZ_KEYS = (("train", "x_train"), ("validation", "x_validation", "x_val"), ("test", "x_test"))
@@ -92,6 +97,10 @@ def load(
     columns: Sequence[str] | None = None,
     drop: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
+    label: str | None = None,
+    labels: Sequence[Any] | Array | None = None,
+    categorical: Categorical = True,
+    levels: Levels | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Data:
     """Load examples, check them and split them into three parts.
@@ -135,6 +144,17 @@ def load(
         columns: Names of the columns of a table to take. None takes all.
         drop: Names of columns to leave out.
         names: Names of the columns of an array. None takes those of a data frame.
+        label: Where the labels of a conditional model are: a column of a table or of a data set on
+            the hub, which then is no data; "folder" for the folders of classes of images; the name
+            of an array in an .npz file; "label" for those of "digits", "mnist" and
+            "fashion-mnist". None takes no labels.
+        labels: Labels of the examples of an array, (N,): text, or whole numbers. None, NaN and
+            numbers below 0 are unknown labels.
+        categorical: Names of columns of numbers in a file or a data frame that are categories
+            besides those of text and flags. True for none. False takes no column for one: then
+            flags are numbers, and text is refused.
+        levels: Levels of the columns of an array that are categories already, by their number. The
+            array holds the numbers of levels.
         say: Function that is called with the size and place of a cache before it is written.
 
     Returns:
@@ -168,13 +188,21 @@ def load(
 
     limits = _limits(max_pixels, max_bytes)
     reader = _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit, say)
-    content = _find(source, data_dir, reader, download, columns, drop, pool=pool)
+    content = _find(
+        source, data_dir, reader, download, columns, drop, categorical, pool=pool, label=label
+    )
+    if labels is not None:
+        if label is not None or content.name != "array":
+            raise ValueError("labels are for an array in memory; give label for other data")
+        content = replace(content, train=content.train._replace(labels=labels))
     if (pages is not None or fit != "crop") and content.train.names is None:
         raise ValueError(
             f"{content.source}: pages={pages} and fit={fit} are for image files; leave them out"
         )
     if names is not None:
         content = replace(content, columns=tuple(names))
+    if levels:
+        content = replace(content, levels=levels)
     data = prepare(content, test_fraction, validation_fraction)
 
     if not _has_format(data, image_size, channels):
@@ -201,6 +229,9 @@ def load(
             max_bytes=max_bytes,
             columns=list(columns) if columns else None,
             drop=list(drop) if drop else None,
+            label=label,
+            # Left out where nothing depends on it, as before there were categories.
+            categorical=_as_recorded(categorical) if data.levels else None,
         ),
     )
 
@@ -237,9 +268,11 @@ def load_stream(
         source: An iterable of batches that can be read repeatedly, such as a ``DataLoader``, or a
             function that returns one. A batch is an array or tensor, (B, D), (B, H, W),
             (B, C, H, W) or (B, H, W, C), or a tuple that starts with one. The source may also be
-            a data set of the Hugging Face library, as an object or as "hf:owner/name", or a folder
-            or list of ``.npy`` or ``.parquet`` files, of which each process reads its own part, see
-            :class:`equipoise.data.shard_batches.ShardBatches`.
+            a data set of the Hugging Face library, as an object or as "hf:owner/name"; or a folder
+            or list of files (``.npy``, ``.parquet``, ``.feather``, ``.arrow``, ``.tar``), also at a
+            place such as "s3://bucket/folder", of which each process reads its own part, see
+            :class:`equipoise.data.shard_batches.ShardBatches`; or what :func:`equipoise.pack` has
+            written.
         count: Number of examples in a pass. None counts them in an additional pass.
         validation: The validation examples, as an array or tensor such as
             ``load_data("photos").validation``, or the number of examples that are held out at the
@@ -251,13 +284,13 @@ def load_stream(
         buffer_size: Number of examples in the shuffle buffer, which is kept in memory.
         name: Name of the data set in reports.
         column: Column of a Hugging Face data set. None means its images, or its only column of
-            arrays. Of Parquet files, a column of lists; None means all columns if they are numbers,
-            or the only column of lists.
-        image_size: Side in pixels of the square that each image of a Hugging Face data set
-            becomes, as in :func:`load`.
-        channels: Channels of the images of a Hugging Face data set, as in :func:`load`.
-        max_pixels: Most pixels of an image of a Hugging Face data set; 50 million if None. A larger
-            one is refused, because a stream leaves nothing out.
+            arrays. Of tables, a column of lists; None means all columns if they are numbers, or the
+            only column of lists. Of tar files, the ending of the members that are the examples.
+        image_size: Side in pixels of the square that each image of a Hugging Face data set or a tar
+            file becomes, as in :func:`load`.
+        channels: Channels of such images, as in :func:`load`.
+        max_pixels: Most pixels of such an image; 50 million if None. A larger one is refused,
+            because a stream leaves nothing out.
 
     Returns:
         The data, in which ``train`` is a :class:`Stream`. Its ``fingerprint`` covers the examples
@@ -297,10 +330,23 @@ def load_stream(
             max_pixels=max_pixels,
         )
 
+    if _is_packed(source):
+        decided = [count, validation, test, column, image_size, channels, max_pixels]
+        if any(value is not None for value in decided):
+            raise ValueError(
+                f"{source}: what packed examples are was decided when they were packed: leave out "
+                "count, validation, test, column, image_size, channels and max_pixels"
+            )
+        name_of_stream = None if name == "stream" else name
+        data = load_packed(locate(cast(str, source)), name_of_stream, buffer_size, AT_HAND)
+        return replace(data, loading=loading)
+
     label = f"a stream of type {type(source).__name__}"
     notes: list[str] = []
     shards: tuple[Shard, ...] = ()
-    if is_hub_table(source) or (isinstance(source, str) and source.startswith("hf:")):
+    if is_hub_table(source) or (
+        isinstance(source, str) and source.startswith("hf:") and not is_place(source)
+    ):
         passes = hub_passes(source, column, image_size, channels, limits)
         source = passes.train
         label = passes.source
@@ -316,12 +362,7 @@ def load_stream(
         if test is None and passes.test is not None:
             test = first_examples(reader(passes.test, label)(), MAX_TEST)
     elif _is_sharded(source):
-        if image_size or channels or max_pixels:
-            raise ValueError(
-                f"{source}: image_size, channels and max_pixels are for images that are decoded; "
-                "leave them out for .npy and .parquet files"
-            )
-        shards = find_shards(source, column)  # type: ignore[arg-type] # a path or a list of paths
+        shards = find_shards(source, column, image_size, channels, limits)  # type: ignore[arg-type] # a path or a list of paths
         total_found = sum(shard.n for shard in shards)
         if count not in (None, total_found):
             raise ValueError(f"{source}: {total_found} examples by their headers, not {count}")
@@ -329,8 +370,8 @@ def load_stream(
         is_folder = isinstance(source, str | Path)
         label = str(source) if is_folder else f"a list of {len(shards)} files"
         if name == "stream" and is_folder:
-            name = expanded(str(source)).resolve().name
-        notes.append(_describe_shards(shards))
+            name = _name_of(str(source))
+        notes += describe_shards(shards)
 
         def read_all() -> Iterator[Array]:
             return chain.from_iterable(read_rows(shard, 0, shard.n) for shard in shards)
@@ -341,7 +382,7 @@ def load_stream(
         raise ValueError(
             f"{subject} needs no stream: load_data reads files as they are needed, and arrays are "
             "in memory already. Expected an iterable of batches, a function that makes one, "
-            "hf:owner/name, or a folder of .npy or .parquet files"
+            f"hf:owner/name, or a folder of files ({', '.join(ENDINGS)})"
         )
     elif column or image_size or channels or max_pixels:
         raise ValueError(
@@ -406,25 +447,30 @@ def load_stream(
 
 
 def _is_sharded(source: object) -> bool:
-    """Tell whether a source is a folder, or a list of files."""
+    """Tell whether a source is a folder, a table, a tar file, a place, or a list of files."""
     if isinstance(source, str | Path):
-        return expanded(source).is_dir()
+        if is_place(source):
+            return True
+        path = expanded(source)
+        return path.is_dir() or (path.is_file() and path.suffix.lower() in (*ENDINGS[1:],))
     is_list = isinstance(source, list | tuple) and len(source) > 0
     parts = cast(Sequence[object], source)
     return is_list and all(isinstance(part, str | Path) for part in parts)
 
 
-def _describe_shards(shards: tuple[Shard, ...]) -> str:
-    """Say how many files there are, and how many processes can share them."""
-    readers = choose_readers(shards)
-    text = f"{len(shards):,} files, counted by their headers"
-    if readers < READERS:
-        n_groups = sum(len(shard.groups) for shard in shards)
-        text += (
-            f"; with {n_groups:,} row groups, up to {readers} processes read only their own part "
-            "(write smaller row groups for more)"
-        )
-    return text
+def _is_packed(source: object) -> bool:
+    """Tell whether a source is a folder of packed examples."""
+    if not isinstance(source, str | Path) or (
+        str(source).startswith("hf:") and not is_place(source)
+    ):
+        return False
+    return is_packed(locate(source))
+
+
+def _name_of(source: str) -> str:
+    """Name a stream after its folder or file."""
+    place = locate(source)
+    return place.resolve().name if isinstance(place, Path) else place.name
 
 
 def _record(source: object, **arguments: object) -> dict[str, Any]:
@@ -438,6 +484,11 @@ def _record(source: object, **arguments: object) -> dict[str, Any]:
         return {}
 
     name = str(source)
+    if is_place(name):
+        check_text(name)
+        given = {k: v for k, v in arguments.items() if v is not None and v is not False}
+        return {"source": str(locate(name)), **given}
+
     # A path is never the name of a set, as when the examples were found.
     if source not in NAMES and expanded(name).exists():
         name = str(expanded(name).resolve())
@@ -448,6 +499,10 @@ def _record(source: object, **arguments: object) -> dict[str, Any]:
         key: value for key, value in arguments.items() if value is not None and value is not False
     }
     return {"source": name, **set_arguments}
+
+
+def _as_recorded(categorical: Categorical) -> list[str] | bool:
+    return categorical if isinstance(categorical, bool) else list(categorical)
 
 
 def load_examples(
@@ -465,6 +520,10 @@ def load_examples(
     pool: bool = False,
     on_note: Callable[[str], None] | None = None,
     columns: Sequence[str] = (),
+    label: str | None = None,
+    labels: Sequence[Any] | Array | None = None,
+    label_names: Sequence[str] = (),
+    levels: Levels | None = None,
 ) -> Subset:
     """Load examples to which a trained model is applied, in the order of the source.
 
@@ -486,6 +545,13 @@ def load_examples(
         on_note: Called with each sentence that a user should read. None makes warnings of those on
             files that cannot be read.
         columns: Names of the model's columns, which are taken by name from a table that has names.
+        label: Where labels are, as in :func:`load`. A source that lacks them has unknown labels,
+            and a note says so.
+        labels: Labels of the examples of an array, as in :func:`load`.
+        label_names: Labels that the model knows.
+        levels: Levels of the model's categories by the number of the column. Values of a file or a
+            data frame that are none of them become missing, with a note, or are an error if
+            ``strict``.
 
     Returns:
         The test part if the source has its own, otherwise all examples. Their method ``names``
@@ -512,7 +578,22 @@ def load_examples(
         _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit),
         for_model=True,
     )
-    content = _find(source, data_dir, reader, False, columns, for_model=True, pool=pool)
+    content = _find(
+        source,
+        data_dir,
+        reader,
+        False,
+        columns,
+        categorical=False,
+        for_model=True,
+        pool=pool,
+        label=label,
+        levels=levels or {},
+        strict=strict,
+    )
+    if labels is not None:
+        content = replace(content, train=content.train._replace(labels=labels))
+    content = replace(content, label_names=tuple(label_names))
     if content.pieces is not None and not len(content.pieces.test):
         content = replace(content, pieces=None)
     for axis in (1, 3):
@@ -523,7 +604,7 @@ def load_examples(
     for note in content.train.notes:
         if on_note is not None:
             on_note(note)
-        elif note.startswith(("unreadable", UNREADABLE)):
+        elif note.startswith(("unreadable", UNREADABLE)) or note.endswith("treated as missing"):
             warnings.warn(note, stacklevel=2)
 
     if data.shape != shape:
@@ -618,14 +699,30 @@ def _find(
     download: bool,
     columns: Sequence[str] | None = None,
     drop: Sequence[str] | None = None,
+    categorical: Categorical = True,
     *,
     for_model: bool = False,
     pool: bool = False,
+    label: str | None = None,
+    levels: Levels | None = None,
+    strict: bool = False,
 ) -> Found:
+    if label is not None and for_model and not _may_have(source, label):
+        found = _find(source, data_dir, reader, download, columns, drop, for_model=True, pool=pool)
+        return _with_unknown(found, label)
     if isinstance(source, str | Path) and source not in NAMES and is_table(source):
         path = expanded(source)
         if path.is_file():
-            return _load_table(path, reader.limits, columns, drop, for_model=for_model)
+            return _load_table(
+                path,
+                reader.limits,
+                columns,
+                drop,
+                categorical,
+                label,
+                levels=levels if for_model else None,
+                strict=strict,
+            )
     if (columns or drop) and not for_model:
         raise ValueError(
             "columns and drop are for tables in files with names: "
@@ -633,16 +730,25 @@ def _find(
         )
 
     if not isinstance(source, str | Path):
-        label = f"an object of type {type(source).__name__}"
-        return Found("array", label, Part(_as_array(source)), columns=_names_of(source))
+        kind = f"an object of type {type(source).__name__}"
+        if label is not None and not for_model:
+            raise ValueError(f"{kind} has no label {label!r}; give the labels as labels=")
+        names = _names_of(source)
+        if not names:
+            return Found("array", kind, Part(_as_array(source)))
+        encoded = encode_frame(source, categorical, levels, strict=strict)
+        values = Part(_as_array(encoded.frame), notes=encoded.notes)
+        return Found("array", kind, values, columns=names, levels=encoded.levels)
+    if not isinstance(categorical, bool):
+        raise ValueError("categorical is for columns of tables; leave it out")
 
     if source in NAMES:
         folder = None if data_dir is None else expanded(data_dir)
-        return _load_named(str(source), folder, reader, download)
+        return _load_named(str(source), folder, reader, download, label)
 
     if str(source).startswith("hf:"):
-        return hub_set(str(source).removeprefix("hf:"), reader)
-    return _load_path(expanded(source), reader, pool=pool)
+        return hub_set(str(source).removeprefix("hf:"), reader, label=label)
+    return _load_path(expanded(source), reader, pool=pool, label=label, for_model=for_model)
 
 
 def _load_table(
@@ -650,14 +756,23 @@ def _load_table(
     limits: Limits,
     columns: Sequence[str] | None,
     drop: Sequence[str] | None,
+    categorical: Categorical,
+    label: str | None,
     *,
-    for_model: bool,
+    levels: Levels | None,
+    strict: bool,
 ) -> Found:
     """Read a table; that for a model by the names of its columns, where both have names."""
+    for_model = levels is not None
     try:
         table = read_table(path, limits)
         if for_model and not table.has_names:
             columns = None
+        labels: list[Any] | None = None
+        if label is not None and not (for_model and label not in table.frame.columns):
+            # Read as it is in the file, also where it is text.
+            labels = table.select([label]).frame[label].to_list()
+            drop = [*(drop or ()), label]
         absent = set(columns or ()) - {column.name for column in table.columns}
         if for_model and absent and len(absent) < len(columns or ()):
             lacking = _listed([repr(name) for name in columns or () if name in absent])
@@ -667,13 +782,24 @@ def _load_table(
                 "rename one, or add an empty column if its values are missing"
             )
         table = table.select(columns or None, drop)
+        if levels is None:
+            table = table.with_categories(categorical)
+        else:
+            table = table.with_levels(levels, strict=strict)
         values = table.values(for_model=for_model)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
     names = tuple(column.name for column in table.columns) if table.has_names else ()
     name = path.name.partition(".")[0] or path.stem
-    return Found(name, str(path), Part(values, notes=table.notes), columns=names)
+    part = Part(values, notes=table.notes, labels=labels)
+    if label is not None and labels is None:
+        part = part._replace(notes=(*part.notes, _note_on_unknown(label)))
+    return Found(name, str(path), part, columns=names, levels=table.levels)
+
+
+def _note_on_unknown(label: str) -> str:
+    return f"there is no label {label!r}: the labels of all examples are unknown to the model"
 
 
 def _names_of(source: object) -> tuple[str, ...]:
@@ -682,26 +808,40 @@ def _names_of(source: object) -> tuple[str, ...]:
     return tuple(names) if all(isinstance(name, str) for name in names) else ()
 
 
-def _load_named(name: str, data_dir: Path | None, reader: ImageReader, download: bool) -> Found:
+def _load_named(
+    name: str,
+    data_dir: Path | None,
+    reader: ImageReader,
+    download: bool,
+    label: str | None = None,
+) -> Found:
+    if label not in (None, "label") or (label and name == "celeba"):
+        there = "no labels" if name == "celeba" else "the label 'label' alone"
+        raise ValueError(f"{name} has {there}, not {label!r}")
     if name == "digits":
-        return digits()
+        return digits(with_labels=label is not None)
 
     try:
         if name == "celeba":
             return celeba(data_dir, reader)
-        return idx_set(name, data_dir, reader.limits)
+        return idx_set(name, data_dir, reader.limits, with_labels=label is not None)
     except FileNotFoundError:
         if not download or name not in MIRRORS:
             raise
 
-    return hub_set(MIRRORS[name], reader, name)
+    return hub_set(MIRRORS[name], reader, name, label=label)
 
 
-def _load_path(path: Path, reader: ImageReader, *, pool: bool) -> Found:
+def _load_path(
+    path: Path, reader: ImageReader, *, pool: bool, label: str | None, for_model: bool
+) -> Found:
     source = str(path)
     if path.is_dir():
+        if label not in (None, "folder"):
+            raise ValueError(f"{source}: the label of images is 'folder', not {label!r}")
         name = os.path.basename(os.path.abspath(path))  # of "..", too
-        return read_folder(list_images(path), name, reader, pool=pool)
+        with_labels = label is not None
+        return read_folder(list_images(path), name, reader, pool=pool, with_labels=with_labels)
 
     if not path.exists():
         similar = _similar_names(path)
@@ -709,6 +849,8 @@ def _load_path(path: Path, reader: ImageReader, *, pool: bool) -> Found:
         raise ValueError(
             f"{source!r} is neither a known data set nor a path{hint} Expected {POSSIBLE}"
         )
+    if label is not None and path.suffix != ".npz":
+        raise ValueError(f"{source} has no label {label!r}; .npz files, tables and folders have")
     if path.suffix.lower() in EXTENSIONS:
         return Found(path.stem, source, reader.read(one_image(path).encoded()), axis=1)
     if path.suffix not in {".npy", ".npz"}:
@@ -718,15 +860,65 @@ def _load_path(path: Path, reader: ImageReader, *, pool: bool) -> Found:
         if path.suffix == ".npy":
             return Found(path.stem, source, Part(read_npy(path)))
         with open_npz(path, reader.limits) as archive:
-            arrays = {key: archive.read(key) for key in _npz_keys(archive.names)}
+            names = [name for name in archive.names if label not in _npz_words(name)]
+            keys = _npz_keys(names)
+            arrays = {key: archive.read(key) for key in keys}
+            labels = {
+                key: archive.read(name)
+                for key in keys
+                for name in (_npz_label(key, label, archive.names) if label else ())
+            }
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
 
-    train, validation, test = (_npz_part(arrays, keys) for keys in NPZ_KEYS)
+    if label and not labels and not for_model:
+        raise ValueError(
+            f"{source} holds no labels {label!r}; it holds {_listed(list(archive.names))}"
+        )
+    train, validation, test = (_npz_part(arrays, keys, labels) for keys in NPZ_KEYS)
     if train is None:
         # The only array, whatever its name: it must not be its own test part, too.
-        return Found(path.stem, source, Part(next(iter(arrays.values()))))
-    return Found(path.stem, source, train, validation, test)
+        key, values = next(iter(arrays.items()))
+        train, validation, test = Part(values, labels=labels.get(key)), None, None
+    found = Found(path.stem, source, train, validation, test)
+    return _with_unknown(found, label) if label and not labels else found
+
+
+def _may_have(source: object, label: str) -> bool:
+    """Tell whether a source is of a kind that has labels of this name."""
+    if not isinstance(source, str | Path):
+        return False
+    if source in NAMES:
+        return label == "label" and source != "celeba"
+    if str(source).startswith("hf:"):
+        return True
+    path = expanded(source)
+    if path.is_dir():
+        return label == "folder" and bool(sort_folders(list_images(path).names).classes)
+    return path.suffix == ".npz" or is_table(path)
+
+
+def _with_unknown(found: Found, label: str) -> Found:
+    """Note that examples for a conditional model have no labels."""
+    notes = (*found.train.notes, _note_on_unknown(label))
+    return replace(found, train=found.train._replace(notes=notes))
+
+
+def _npz_words(name: str) -> tuple[str, ...]:
+    """The name of an array in an .npz file, and its parts, as y and train of y_train."""
+    return (name, *name.split("_"))
+
+
+def _npz_label(key: str, label: str, names: list[str]) -> list[str]:
+    """Name of the array of labels that belongs to an array of examples, if there is one.
+
+    That of x_train or train is y_train, and that of the only array is y.
+    """
+    part = key.removeprefix("x_")
+    candidates = [f"{label}_{part}", f"{part}_{label}"]
+    if key in NPZ_SINGLE_KEYS or not any(key in keys for keys in NPZ_KEYS):
+        candidates.append(label)
+    return [name for name in candidates if name in names][:1]
 
 
 def _similar_names(path: Path) -> list[str]:
@@ -767,11 +959,13 @@ def _listed(names: list[str]) -> str:
     return ", ".join(shown).replace("\n", "\\n")
 
 
-def _npz_part(arrays: dict[str, Array], keys: tuple[str, ...]) -> Part | None:
-    """The first array that has one of the given names; None if there is none."""
+def _npz_part(
+    arrays: dict[str, Array], keys: tuple[str, ...], labels: dict[str, Array]
+) -> Part | None:
+    """The first array that has one of the given names, with its labels; None if there is none."""
     for key in keys:
         if key in arrays:
-            return Part(arrays[key])
+            return Part(arrays[key], labels=labels.get(key))
     return None
 
 

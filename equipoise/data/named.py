@@ -11,13 +11,14 @@ import numpy as np
 from equipoise.data.arrays import Found, Part
 from equipoise.data.encoded import ImageReader, Listing, list_images
 from equipoise.data.gate import DEFAULT_LIMITS, Limits
-from equipoise.data.idx import read_idx_images
+from equipoise.data.idx import read_idx_images, read_idx_labels
 from equipoise.files import StoreError, expanded
 from equipoise.records import read_bytes
 
 NAMES = ("digits", "mnist", "fashion-mnist", "celeba")
 
 IDX_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
+IDX_LABELS = ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte")
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 """Folder in which torchvision puts each data set."""
 
@@ -28,25 +29,38 @@ MAX_PARTITION_BYTES = 100_000_000
 """Longest list of CelebA's parts that is read. The usual one has 5 MB."""
 
 
-def digits() -> Found:
+def digits(*, with_labels: bool = False) -> Found:
     """Load the 1,797 digits of 8 x 8 pixels and 17 grey levels that come with scikit-learn.
+
+    Args:
+        with_labels: Whether to load the labels, too.
 
     Returns:
         The images, (1797, 8, 8).
     """
     from sklearn.datasets import load_digits
 
-    images = load_digits().images.astype(np.uint8)
-    return Found("digits", "sklearn.datasets.load_digits", Part(images), white=16)
+    content = load_digits()
+    images = Part(content.images.astype(np.uint8))
+    if with_labels:
+        images = images._replace(labels=content.target)
+    return Found("digits", "sklearn.datasets.load_digits", images, white=16)
 
 
-def idx_set(name: str, data_dir: Path | None, limits: Limits = DEFAULT_LIMITS) -> Found:
+def idx_set(
+    name: str,
+    data_dir: Path | None,
+    limits: Limits = DEFAULT_LIMITS,
+    *,
+    with_labels: bool = False,
+) -> Found:
     """Load MNIST or Fashion-MNIST from plain or gzipped idx files, with their own test part.
 
     Args:
         name: "mnist" or "fashion-mnist".
         data_dir: The first folder in which the files are looked for.
         limits: The most that a compressed file may unpack to.
+        with_labels: Whether to load the labels, too.
 
     Returns:
         The images, (60000, 28, 28) and (10000, 28, 28).
@@ -66,12 +80,17 @@ def idx_set(name: str, data_dir: Path | None, limits: Limits = DEFAULT_LIMITS) -
             raise FileNotFoundError(
                 f"{folder} holds only one of {' and '.join(IDX_FILES)}; add the other"
             )
-        return Found(
-            name,
-            str(folder),
-            train=Part(read_idx_images(train, limits)),
-            test=Part(read_idx_images(test, limits)),
-        )
+        parts = [Part(read_idx_images(path, limits)) for path in (train, test)]
+        if with_labels:
+            paths = [_plain_or_gzipped(folder / stem) for stem in IDX_LABELS]
+            parts = [
+                part._replace(labels=read_idx_labels(path, limits))
+                for part, path in zip(parts, paths, strict=True)
+                if path is not None
+            ]
+            if len(parts) < len(paths):
+                raise FileNotFoundError(f"{folder} lacks {' or '.join(IDX_LABELS)}; add both")
+        return Found(name, str(folder), train=parts[0], test=parts[1])
 
     advice = f"put {' and '.join(IDX_FILES)} (plain or .gz) in one of these"
     if name == "fashion-mnist":

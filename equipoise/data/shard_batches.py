@@ -12,7 +12,8 @@ from torch import Tensor
 
 from equipoise.data.batches import EpochBatches, pinned, recut
 from equipoise.data.dataset import Array
-from equipoise.data.shards import Shard, ShardedStream
+from equipoise.data.shard_files import Shard
+from equipoise.data.shards import ShardedStream
 from equipoise.randomness import stream as random_stream
 
 T = TypeVar("T")

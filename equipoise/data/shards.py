@@ -5,22 +5,33 @@ them. The library ``datasets`` can divide shards among processes, too. It is not
 because its order of the examples depends on the number of processes.
 """
 
-import importlib
-import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import cast
 
 from equipoise.data.arrays import examples
-from equipoise.data.dataset import Array
-from equipoise.data.gate import read_npy
+from equipoise.data.dataset import Array, Channels
+from equipoise.data.gate import DEFAULT_LIMITS, Limits
+from equipoise.data.images import Header, make_plan
+from equipoise.data.shard_files import NpyShard, Shard
+from equipoise.data.shard_tables import ArrowShard, ParquetShard, TableShard
+from equipoise.data.shard_tars import TarShard
 from equipoise.data.stream import Stream
-from equipoise.files import expanded
+from equipoise.places import SourceFile, locate
 
-ENDINGS = (".npy", ".parquet")
+KINDS: dict[str, type[Shard]] = {
+    ".npy": NpyShard,
+    ".parquet": ParquetShard,
+    ".feather": ArrowShard,
+    ".arrow": ArrowShard,
+    ".tar": TarShard,
+}
+"""What reads the files of each ending."""
+ENDINGS = tuple(KINDS)
+PLANNED_FROM = 1000
+"""Number of images in tar files whose headers decide the format of all images."""
 READERS = 64
 """Most places of the data from which examples are read at the same time: a power of two."""
 GROUPS_PER_READER = 10
@@ -29,31 +40,6 @@ GROUPS_PER_READER = 10
 A reader begins and ends within a row group, of which more is read than is used: of each, half on
 average and at most one row group in all. With 10 of them, this is at most a tenth of the data.
 """
-BYTES_AT_ONCE = 1 << 20
-"""About how many bytes a reader decodes at the same time."""
-
-
-class Shard(NamedTuple):
-    """A file of examples.
-
-    Args:
-        path: The file.
-        n: Number of its examples.
-        groups: Numbers of examples in the parts of the file that have to be read from their start:
-            the row groups of a Parquet file. Empty if every example can be read by itself.
-        columns: Columns of a Parquet file that make up an example.
-        offset: Where the examples of an ``.npy`` file begin, in bytes.
-        dtype: Their type.
-        shape: Shape of one of them.
-    """
-
-    path: Path
-    n: int
-    groups: tuple[int, ...] = ()
-    columns: tuple[str, ...] = ()
-    offset: int = 0
-    dtype: np.dtype[Any] = np.dtype(np.float32)
-    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,10 +53,12 @@ class ShardedStream(Stream):
         shards: The files, in the order of the examples.
         readers: Number of places from which examples are read at the same time, over all
             processes. It is a power of two, and does not depend on the number of processes.
+        axis: Axis of the channels of images, if it is known.
     """
 
     shards: tuple[Shard, ...]
     readers: int
+    axis: int | None = None
 
     def rows(self, shard: Shard, start: int, stop: int) -> Iterator[Array]:
         r"""Read some training examples of a file.
@@ -88,7 +76,7 @@ class ShardedStream(Stream):
         """
         label = str(shard.path)
         for values in read_rows(shard, start, stop):
-            batch = examples(values, label)
+            batch = examples(values, label, self.axis)
             if batch.shape[1:] != self.shape[1:]:
                 raise ValueError(
                     f"{label}: examples of shape {batch.shape[1:]}; the first are of shape "
@@ -97,46 +85,64 @@ class ShardedStream(Stream):
             yield self._cast(batch, label)
 
 
-def find_shards(source: str | Path | Sequence[str | Path], column: str | None) -> tuple[Shard, ...]:
+def find_shards(
+    source: str | Path | Sequence[str | Path],
+    column: str | Sequence[str] | None,
+    image_size: int | str | None = None,
+    channels: Channels | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    drop: Sequence[str] = (),
+) -> tuple[Shard, ...]:
     """Find the files of a source, and read how many examples each has.
 
     Args:
-        source: A folder with ``.npy`` or ``.parquet`` files, which are taken in the order of their
-            names, or a list of such files.
-        column: Column of Parquet files that holds the examples as lists. None takes all columns if
-            they are numbers, or the only column of lists.
+        source: A folder of files of one kind, which are taken in the order of their names, such a
+            file, or a list of them. Folders and files may be at a place such as s3://bucket/folder.
+        column: Column of tables that holds the examples as lists, or columns of numbers. None
+            takes all columns if they are numbers, or the only column of lists. Of tar files, the
+            ending of the members that are the examples.
+        image_size: Side in pixels that the images of tar files get. None keeps their size.
+        channels: "grey" or "rgb", for the images of tar files.
+        limits: The most that an image may claim.
+        drop: Columns of tables to leave out.
 
     Returns:
         The files with examples.
 
     Raises:
         ValueError: If there are none, or they are of different kinds.
-        ImportError: If Parquet files need pyarrow, and it is not installed.
+        ImportError: If tables need pyarrow, or a place needs a library, and it is not installed.
     """
     if isinstance(source, str | Path):
-        folder = expanded(source)
-        visible = [file for file in folder.iterdir() if not file.name.startswith((".", "_"))]
-        files = sorted(file for file in visible if file.suffix.lower() in ENDINGS)
-        label = str(folder)
+        label = str(source)
+        files = _files_of(locate(source))
     else:
-        files = [expanded(file) for file in source]
-        label = f"a list of {len(files)} files"
+        label = f"a list of {len(source)} files"
+        files = [locate(file) for file in source]
 
-    kinds = {file.suffix.lower() for file in files}
-    if len(kinds) != 1 or not kinds <= set(ENDINGS):
-        found = ", ".join(sorted(kinds)) or "none of them"
+    kinds = {KINDS.get(file.suffix.lower()) for file in files}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind is None:
+        found = ", ".join(sorted({file.suffix.lower() for file in files})) or "none of them"
         raise ValueError(
-            f"{label}: a stream of files needs .npy files alone, or .parquet files alone; "
+            f"{label}: a stream of files needs files of one kind, of {', '.join(ENDINGS)}; "
             f"found {found}"
         )
-    if column is not None and kinds == {".npy"}:
-        raise ValueError(f"{label}: column is for .parquet files; leave it out")
+    if kind is not TarShard and (image_size or channels):
+        raise ValueError(
+            f"{label}: image_size and channels are for images that are decoded, of .tar files; "
+            "leave them out"
+        )
 
-    shards = [_inspect(file, column) for file in files]
-    found_shards = tuple(shard for shard in shards if shard.n)
-    if not found_shards:
+    if drop and not issubclass(kind, TableShard):
+        raise ValueError(f"{label}: drop is for the columns of tables; leave it out")
+    inspected = [_inspect(kind, file, column, drop) for file in files]
+    shards = tuple(shard for shard in inspected if shard.n)
+    if not shards:
         raise ValueError(f"{label}: no examples in the {len(files)} files")
-    return found_shards
+    if kind is TarShard:
+        return _planned(cast("tuple[TarShard, ...]", shards), image_size, channels, limits, label)
+    return shards
 
 
 def choose_readers(shards: Sequence[Shard]) -> int:
@@ -155,6 +161,37 @@ def choose_readers(shards: Sequence[Shard]) -> int:
     return min(READERS, 1 << (most.bit_length() - 1))
 
 
+def describe_shards(shards: Sequence[Shard]) -> list[str]:
+    """Say how many files there are, how they were counted, and how many processes can share them.
+
+    Args:
+        shards: The files.
+
+    Returns:
+        Sentences.
+    """
+    readers = choose_readers(shards)
+    text = f"{len(shards):,} files, counted by their headers"
+    if readers < READERS:
+        n_groups = sum(len(shard.groups) for shard in shards)
+        text += (
+            f"; with {n_groups:,} row groups, up to {readers} processes read only their own part "
+            "(write smaller row groups for more)"
+        )
+
+    tars = [shard for shard in shards if isinstance(shard, TarShard)]
+    if not tars:
+        return [text]
+    notes = [f"{len(tars):,} tar files of .{tars[0].ending} members"]
+    n_read = sum(not shard.has_index for shard in tars)
+    if n_read:
+        notes[0] += (
+            f"; {n_read:,} have no index (.idx), so that the headers of all their members were "
+            "read to count them"
+        )
+    return notes
+
+
 def read_rows(shard: Shard, start: int, stop: int) -> Iterator[Array]:
     r"""Read some examples of a file, a few at a time.
 
@@ -169,150 +206,64 @@ def read_rows(shard: Shard, start: int, stop: int) -> Iterator[Array]:
     Raises:
         ValueError: If the file has changed since it was found.
     """
-    pieces = _read_parquet(shard, start, stop) if shard.columns else _read_npy(shard, start, stop)
     n = 0
-    for piece in pieces:
+    for piece in shard.read(start, stop):
         n += len(piece)
         yield piece
     if n != stop - start:
-        raise _changed(shard)
+        raise shard.changed()
 
 
-def _inspect(file: Path, column: str | None) -> Shard:
-    """Read header or footer of a file."""
+def _files_of(place: SourceFile) -> list[SourceFile]:
+    """The files of a folder that may be shards, or a single file."""
+    if not place.is_dir():
+        return [place]
+    visible = [file for file in place.iterdir() if not file.name.startswith((".", "_"))]
+    return sorted((file for file in visible if file.suffix.lower() in KINDS), key=lambda f: f.name)
+
+
+def _inspect(
+    kind: type[Shard],
+    file: SourceFile,
+    column: str | Sequence[str] | None,
+    drop: Sequence[str],
+) -> Shard:
+    """Read the header or footer of a file."""
     try:
-        if file.suffix.lower() == ".parquet":
-            return _inspect_parquet(file, column)
-        values = read_npy(file)
-        if not values.ndim or not isinstance(values, np.memmap):
-            raise ValueError("a single number; expected an array of examples")
-        if not values.flags.c_contiguous:
-            raise ValueError(
-                "its examples are not stored one after another; save numpy.ascontiguousarray of it"
-            )
+        if kind is NpyShard:
+            if column is not None:
+                raise ValueError("column is for tables and .tar files; leave it out")
+            return NpyShard.inspect(file)
+        if kind is TarShard:
+            if not isinstance(column, str | None):
+                raise ValueError("give the ending of its members with column=, and not several")
+            return TarShard.inspect(file, column)
+        return cast("type[ParquetShard | ArrowShard]", kind).inspect(file, column, drop)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    shape = values.shape[1:]
-    return Shard(file, len(values), offset=values.offset, dtype=values.dtype, shape=shape)
 
 
-def _read_npy(shard: Shard, start: int, stop: int) -> Iterator[Array]:
-    """Read examples by their offset, and not through a map, whose pages would count as memory."""
-    size = int(np.prod(shard.shape))
-    bytes_of_row = size * shard.dtype.itemsize
-    at_once = _rows_at_once(bytes_of_row)
+def _planned(
+    shards: tuple[TarShard, ...],
+    image_size: int | str | None,
+    channels: Channels | None,
+    limits: Limits,
+    label: str,
+) -> tuple[Shard, ...]:
+    """Choose the common format of the images of tar files, by the headers of the first."""
+    shards = tuple(replace(shard, limits=limits) for shard in shards)
+    if len({shard.ending for shard in shards}) > 1:
+        listed = ", ".join(sorted({f".{shard.ending}" for shard in shards}))
+        raise ValueError(f"{label}: members of {listed}; name the ending with column=")
+    if not shards[0].is_image:
+        if image_size or channels:
+            raise ValueError(f"{label}: image_size and channels are for images; leave them out")
+        return shards
 
-    with shard.path.open("rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size != shard.offset + shard.n * bytes_of_row:
-            raise _changed(shard)
-        file.seek(shard.offset + start * bytes_of_row)
-        for first in range(start, stop, at_once):
-            n = min(at_once, stop - first)
-            values = np.fromfile(file, shard.dtype, n * size)
-            if len(values) != n * size:
-                raise _changed(shard)
-            yield values.reshape(n, *shard.shape)
-
-
-def _rows_at_once(bytes_of_row: int) -> int:
-    """Count the examples that are decoded at the same time."""
-    return max(1, BYTES_AT_ONCE // max(1, bytes_of_row))
-
-
-def _parquet() -> Any:  # noqa: ANN401 (a module)
-    """Import pyarrow.parquet."""
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ImportError(
-            ".parquet files need pyarrow: install it or the extra 'hub', or save the parts as .npy"
-        ) from error
-
-
-def _open_parquet(file: Path) -> Any:  # noqa: ANN401 (a class of pyarrow)
-    """Open a Parquet file so that it is read as it is needed."""
-    return _parquet().ParquetFile(file, pre_buffer=False, buffer_size=1 << 16)
-
-
-def _inspect_parquet(file: Path, column: str | None) -> Shard:
-    """Read the footer of a Parquet file, and choose the columns."""
-    with _open_parquet(file) as table:
-        schema, footer = table.schema_arrow, table.metadata
-        groups = tuple(footer.row_group(g).num_rows for g in range(footer.num_row_groups))
-
-    if not footer.num_rows:
-        return Shard(file, 0)
-
-    types = {field.name: str(field.type) for field in schema}
-    lists = [name for name, kind in types.items() if "list<" in kind]
-    others = [
-        name
-        for name, kind in types.items()
-        if not kind.startswith(("int", "uint", "float", "double"))
-    ]
-    if column is not None and column not in types:
-        raise ValueError(f"no column {column!r}; there are {', '.join(types)}")
-    if column is not None:
-        columns: tuple[str, ...] = (column,)
-    elif not others:
-        columns = tuple(types)
-    elif len(lists) == 1:
-        columns = (lists[0],)
-    else:
-        raise ValueError(
-            f"the columns {', '.join(others)} are no numbers; name the column of lists with "
-            "column=, or leave these out of the files"
-        )
-    return Shard(file, footer.num_rows, groups, columns)
-
-
-def _read_parquet(shard: Shard, start: int, stop: int) -> Iterator[Array]:
-    """Read examples from the row groups that have them."""
-    with _open_parquet(shard.path) as table:
-        if table.metadata.num_rows != shard.n:
-            raise _changed(shard)
-
-        chosen, before, skipped = [], 0, 0
-        for group, n in enumerate(shard.groups):
-            if before + n <= start:
-                skipped = before + n
-            elif before < stop:
-                chosen.append(group)
-            before += n
-
-        position = skipped
-        if not chosen:
-            return
-        first_group = table.metadata.row_group(chosen[0])
-        at_once = _rows_at_once(first_group.total_byte_size // first_group.num_rows)
-        for batch in table.iter_batches(
-            at_once, row_groups=chosen, columns=list(shard.columns), use_threads=False
-        ):
-            first, last = max(start - position, 0), min(stop - position, len(batch))
-            position += len(batch)
-            if first < last:
-                yield _as_array(batch, shard)[first:last]
-            if position >= stop:
-                return
-
-
-def _as_array(batch: Any, shard: Shard) -> Array:  # noqa: ANN401 (a class of pyarrow)
-    """Convert a batch of rows to examples."""
-    # By name, because the columns come in the order of the file.
-    columns = [batch.column(name) for name in shard.columns]
-    if hasattr(columns[0], "flatten") and "list<" in str(columns[0].type):
-        values = columns[0].flatten().to_numpy(zero_copy_only=False)
-        lengths = {len(row) for row in columns[0]} if len(batch) else {0}
-        if len(lengths) != 1 or columns[0].null_count:
-            raise ValueError(f"{shard.path}: lists of different lengths, or none, in a column")
-        return np.reshape(values, (len(batch), -1))
-
-    arrays = [column.to_numpy(zero_copy_only=False) for column in columns]
-    return np.stack(arrays, axis=1)
-
-
-def _changed(shard: Shard) -> ValueError:
-    """Say that a file is not what it was."""
-    return ValueError(
-        f"{shard.path} has changed since the source was loaded, when it had {shard.n} examples"
-    )
+    headers: Counter[Header] = Counter()
+    for shard in shards:
+        headers += shard.headers(min(shard.n, PLANNED_FROM - headers.total()))
+        if headers.total() >= PLANNED_FROM:
+            break
+    plan = make_plan(headers, image_size, channels, None, label, pages="first")
+    return tuple(replace(shard, plan=plan) for shard in shards)

@@ -61,7 +61,7 @@ class Stream:
         before = 0
         for index, batch in self.read():
             expected = self.first[before : before + len(batch)]
-            if not np.array_equal(expected, batch[: len(expected)]):
+            if not np.array_equal(expected, batch[: len(expected)], equal_nan=True):
                 raise ValueError(
                     f"{self.source}, batch {index}: not the examples that were there when the "
                     "stream was loaded, so that examples held out would be trained on. Every pass "

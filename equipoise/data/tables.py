@@ -1,9 +1,10 @@
 """Tables in files: CSV, TSV, Parquet and Feather, by polars, with the names of their columns.
 
-Columns of numbers are read, and empty cells become NaN. Nothing else is guessed: columns of text
-and of dates are refused by name, with what to do.
+Columns of numbers are read, and empty cells become NaN. Columns of text and flags are categories,
+see ``levels.py``. Nothing else is guessed: names and dates are refused, with what to do.
 """
 
+import contextlib
 import csv
 import difflib
 import gzip
@@ -17,8 +18,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from equipoise.categories import Level, Levels, level_values, sorted_levels
 from equipoise.data.dataset import Array
 from equipoise.data.gate import DEFAULT_LIMITS, Limits
+from equipoise.data.levels import Categorical, describe_levels, encode, problem_of_levels
 from equipoise.files import check_regular, whole_file
 from equipoise.text import visible
 
@@ -38,7 +41,9 @@ MISSING = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None",
 SEPARATORS = (",", ";", "\t", "|")
 SAMPLE_BYTES, SAMPLE_LINES, MOST_SAMPLE_BYTES = 1 << 16, 100, 1 << 26
 INFERRED_ROWS = 10_000
-SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARACTERS, LISTED = 5, 8, 12, 10
+PACKED_ROWS = 10_000
+"""Rows of a group of a Parquet file that stands for a file of text."""
+SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARACTERS, LISTED, SHOWN_LEVELS = 5, 8, 12, 10, 5
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
 DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?")
@@ -49,12 +54,13 @@ class Column(NamedTuple):
 
     Args:
         name: Name, or "column N" where the file has none.
-        kind: "numbers", "whole numbers", "true or false", "dates", "text", "empty", or the type
-            that polars gives it.
+        kind: "numbers", "whole numbers", "true or false", "dates", "text", "numbers and text",
+            "names", "categories", "empty", or the type that polars gives it.
         n_missing: Number of cells without a value.
         low: Smallest number, None where there are none.
         high: Largest number.
         note: What is odd, such as the first cell that is no number.
+        levels: The levels of a column of categories.
     """
 
     name: str
@@ -63,6 +69,7 @@ class Column(NamedTuple):
     low: float | None = None
     high: float | None = None
     note: str = ""
+    levels: tuple[Level, ...] = ()
 
     @property
     def is_numeric(self) -> bool:
@@ -120,8 +127,75 @@ class Table:
             self.notes,
         )
 
+    def with_categories(self, categorical: Categorical = True) -> "Table":
+        """Take columns of text and flags as categories.
+
+        Args:
+            categorical: Names of further columns; True for none. False leaves the table as it is:
+                flags are numbers then.
+
+        Returns:
+            The table, with a note that names its categories.
+
+        Raises:
+            ValueError: If there is no such column.
+        """
+        if categorical is False:
+            return self
+        asked = () if categorical is True else tuple(categorical)
+        self.select(asked or None)
+
+        columns = []
+        for column in self.columns:
+            is_asked = column.name in asked
+            if is_asked or column.kind in ("text", "true or false"):
+                values = _cells(self.frame[column.name])
+                levels = sorted_levels(values)
+                n_values = sum(value is not None for value in values)
+                problem = problem_of_levels(len(levels), n_values)
+                if problem and column.kind == "text" and not is_asked:
+                    column = column._replace(kind="names", note=problem)
+                elif levels:
+                    note = "levels: " + ", ".join(repr(level) for level in levels[:SHOWN_LEVELS])
+                    note += f", ... ({len(levels):,})" if len(levels) > SHOWN_LEVELS else ""
+                    n_missing = len(values) - n_values
+                    column = Column(column.name, "categories", n_missing, None, None, note, levels)
+            columns.append(column)
+
+        found = {column.name: column.levels for column in columns if column.levels}
+        notes = (*self.notes, describe_levels(found)) if found else self.notes
+        return Table(self.frame, tuple(columns), self.has_names, notes)
+
+    def with_levels(self, levels: Levels, *, strict: bool = False) -> "Table":
+        """Take the columns for categories that are so for a trained model.
+
+        Args:
+            levels: The model's levels, by the number of the column.
+            strict: Whether a value that is not among them is an error.
+
+        Returns:
+            The table, with a note on each column that has such values. They count as missing.
+
+        Raises:
+            ValueError: If there is one, and ``strict``.
+        """
+        columns, notes = list(self.columns), list(self.notes)
+        for number, names in levels.items():
+            if number < len(columns):
+                column = columns[number]
+                cells = _cells(self.frame[column.name])
+                encoded = encode(column.name, cells, names, strict=strict)
+                columns[number] = column._replace(kind="categories", levels=encoded.levels)
+                notes += [encoded.note] if encoded.note else []
+        return Table(self.frame, tuple(columns), self.has_names, tuple(notes))
+
+    @property
+    def levels(self) -> dict[int, tuple[Level, ...]]:
+        """Levels of the columns that are categories, by their number."""
+        return {i: column.levels for i, column in enumerate(self.columns) if column.levels}
+
     def values(self, *, for_model: bool = False) -> Array:
-        """Return the numbers, NaN where there are none.
+        """Return the numbers, and those of the levels of categories; NaN where there are none.
 
         Args:
             for_model: Whether a trained model reads them. Then a column may be without any value,
@@ -133,19 +207,23 @@ class Table:
         Raises:
             ValueError: If a column holds text or dates. It names all of them, and what to do.
         """
-        allowed = ("empty",) if for_model else ()
+        allowed = ("empty", "categories") if for_model else ("categories",)
         bad = [c for c in self.columns if not c.is_numeric and c.kind not in allowed]
         if bad:
             raise ValueError(_problem_of(bad, for_model=for_model))
 
         import polars as pl
 
-        numbers = [
-            pl.lit(None, pl.Float64).alias(column.name)
-            if column.kind == "empty"
-            else pl.col(column.name).cast(pl.Float64)
-            for column in self.columns
-        ]
+        numbers: list[Any] = []
+        for column in self.columns:
+            name = column.name
+            if column.levels:
+                codes = encode(name, _cells(self.frame[name]), column.levels).codes
+                numbers.append(pl.Series(name, codes))
+            elif column.kind == "empty":
+                numbers.append(pl.lit(None, pl.Float64).alias(name))
+            else:
+                numbers.append(pl.col(name).cast(pl.Float64))
         values: Array = self.frame.with_columns(numbers).to_numpy()
         return np.ascontiguousarray(values)
 
@@ -247,6 +325,51 @@ def read_table(path: Path, limits: Limits = DEFAULT_LIMITS) -> Table:
     return Table(frame, columns, has_names, (*notes, *_index_notes(frame, columns)))
 
 
+def text_to_parquet(path: Path, target: Path) -> None:
+    """Convert a table of text to Parquet, without ever having all of it in memory.
+
+    Separator, decimal commas, names and gaps are recognised as by :func:`read_table`.
+
+    Args:
+        path: Path of a .csv or .tsv file in UTF-8.
+        target: Path of the new file.
+
+    Raises:
+        ValueError: If it is compressed, in another encoding, or cannot be read.
+    """
+    pl = _polars()
+    check_regular(path)
+    kind = _format(path)
+    if path.name.lower().endswith(".gz"):
+        raise ValueError("it is compressed: unpack it first (gunzip -k)")
+    with path.open("rb") as file:
+        start = _start(file)
+    if _encoding(start) != "utf-8":
+        raise ValueError(f"it is {_encoding(start)}: convert it to UTF-8 first (iconv)")
+
+    layout = _layout(start, kind)
+    options = {
+        "separator": layout.separator,
+        "has_header": layout.has_names,
+        "decimal_comma": layout.has_commas,
+        "null_values": list(MISSING),
+        "try_parse_dates": True,
+        "eol_char": "\n" if b"\n" in start else "\r",
+        "new_columns": layout.names,
+        "infer_schema_length": INFERRED_ROWS,
+    }
+    try:
+        found = pl.scan_csv(path, **options).collect_schema()
+        # A number with a point may follow rows of whole numbers.
+        real = {name: pl.Float64 for name, dtype in found.items() if dtype.is_integer()}
+        frame = pl.scan_csv(path, schema_overrides=real, **options)
+        with whole_file(target) as temporary:
+            frame.sink_parquet(temporary, row_group_size=PACKED_ROWS)
+    except pl.exceptions.PolarsError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"it cannot be read ({reason})") from error
+
+
 def write_table(path: Path, columns: Mapping[str, Any]) -> Path:
     """Write a table, of the format that its ending names.
 
@@ -265,7 +388,12 @@ def write_table(path: Path, columns: Mapping[str, Any]) -> Path:
 
 
 def write_filled(
-    path: Path, source: Path, names: Sequence[str], values: Array, filled: Array
+    path: Path,
+    source: Path,
+    names: Sequence[str],
+    values: Array,
+    filled: Array,
+    levels: Levels | None = None,
 ) -> Path:
     """Write a table again, with other values in some cells.
 
@@ -275,6 +403,7 @@ def write_filled(
         names: Names of the columns that the values are of, or their order if the file has no names.
         values: Values, (N, D).
         filled: True for the cells that get a value, (N, D). The others stay as they are.
+        levels: Levels of the columns that are categories, by their number.
 
     Returns:
         The path of the new file.
@@ -285,8 +414,19 @@ def write_filled(
     if not table.has_names or not set(names) <= set(frame.columns):
         names = [column.name for column in table.columns]
 
-    for name, column, gaps in zip(names, values.T, filled.T, strict=True):
-        if gaps.any():
+    triples = zip(names, values.T, filled.T, strict=True)
+    for number, (name, column, gaps) in enumerate(triples):
+        if gaps.any() and number in (levels or {}):
+            cells = _cells(frame[name])
+            found = level_values(column.tolist(), (levels or {})[number])
+            cells = [new if gap else old for old, new, gap in zip(cells, found, gaps, strict=True)]
+            series = pl.Series(name, cells, strict=False)
+            if frame[name].dtype not in (pl.Null, pl.Categorical, pl.Enum):
+                # A level of text does not fit into numbers, and a column without values is of none.
+                with contextlib.suppress(pl.exceptions.PolarsError):
+                    series = series.cast(frame[name].dtype)
+            frame = frame.with_columns(series)
+        elif gaps.any():
             # Whole numbers and flags become real numbers where a gap is filled.
             old = frame[name].cast(pl.Float64)
             # The shortest decimals of a float32, and not all of those of its float64.
@@ -363,26 +503,13 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
         start = _start(io.BytesIO(content))
         notes.append(f"the text is {encoding}")
 
-    text = start.decode(errors="ignore").removeprefix("\ufeff")
-    separator = _separator(text, TEXT_FORMATS[kind])
-    rows = _sample(text, separator)
-    has_names = not all(
-        NUMBER.fullmatch(c.strip().replace(",", ".", 1)) for c in rows[0] if c.strip()
-    )
-    has_commas = separator != "," and _has_decimal_commas(rows[has_names:])
+    separator, has_names, has_commas, names = _layout(start, kind)
     if separator != TEXT_FORMATS[kind]:
         notes.append(f"columns are separated by {separator!r}")
     if has_commas:
         notes.append("numbers have decimal commas")
     if not has_names:
         notes.append("the first line holds numbers, so that the columns have no names")
-    names = [
-        name.strip() if has_names and name.strip() else f"column {i}"
-        for i, name in enumerate(rows[0])
-    ]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"columns have the same name: {_listed(sorted(twice))}")
 
     options: dict[str, Any] = {
         "separator": separator,
@@ -409,8 +536,37 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
         raise ValueError(f"it has {frame.width} columns, and its first line {len(names)} names")
     # Those of polars keep doubled quotes.
     frame.columns = names
-    frame, note = _without_end(frame, source)
-    return frame, has_names, [*notes, *note]
+    note = _cut_off(source, separator, len(names))
+    frame, note_of_end = _without_end(frame, source)
+    return frame, has_names, [*notes, *note, *note_of_end]
+
+
+class _Layout(NamedTuple):
+    """How a file of text is laid out."""
+
+    separator: str
+    has_names: bool
+    has_commas: bool
+    names: list[str]
+
+
+def _layout(start: bytes, kind: str) -> _Layout:
+    """Recognise the layout of a file of text by its first lines."""
+    text = start.decode(errors="ignore").removeprefix("\ufeff")
+    separator = _separator(text, TEXT_FORMATS[kind])
+    rows = _sample(text, separator)
+    has_names = not all(
+        NUMBER.fullmatch(c.strip().replace(",", ".", 1)) for c in rows[0] if c.strip()
+    )
+    has_commas = separator != "," and _has_decimal_commas(rows[has_names:])
+    names = [
+        name.strip() if has_names and name.strip() else f"column {i}"
+        for i, name in enumerate(rows[0])
+    ]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"columns have the same name: {_listed(sorted(twice))}")
+    return _Layout(separator, has_names, has_commas, names)
 
 
 def _start(file: io.BufferedIOBase) -> bytes:
@@ -422,6 +578,23 @@ def _start(file: io.BufferedIOBase) -> bytes:
         if not more:
             break
     return start
+
+
+def _cut_off(source: Path | bytes, separator: str, width: int) -> list[str]:
+    """Say it if the last line seems to have been cut off: no line break, and too few cells."""
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - SAMPLE_BYTES))
+        end = file.read()
+
+    last = re.split(rb"[\r\n]", end)[-1].decode(errors="replace")
+    n_cells = len(next(csv.reader([last], delimiter=separator), []))
+    if not last.strip() or n_cells >= width or '"' in last:
+        return []
+    return [
+        f"the last line has {n_cells} of {width} cells and no line break: it seems to be cut off, "
+        f"and its other cells count as missing; it starts with {visible(repr(last), 50)}"
+    ]
 
 
 def _without_end(frame: Frame, source: Path | bytes) -> tuple[Frame, list[str]]:
@@ -545,8 +718,7 @@ def _columns_of(frame: Frame) -> tuple[Frame, tuple[Column, ...]]:
 def _of_text(series: Any) -> tuple[Any, str, str]:  # noqa: ANN401 (polars)
     """Take a column of text for numbers if all of its cells are numbers; say what it is."""
     pl = _polars()
-    stripped = series.str.strip_chars()
-    stripped = stripped.set(stripped.is_in(list(MISSING)), None)
+    stripped = _stripped(series)
     present = stripped.drop_nulls()
     if not len(present):
         return stripped, "empty", ""
@@ -564,8 +736,27 @@ def _of_text(series: Any) -> tuple[Any, str, str]:  # noqa: ANN401 (polars)
             f"{len(bad):,} of {len(present):,} cells are no numbers, the first is "
             f"{stripped[first][:30]!r} in row {first}"
         )
-        return series, "text", note
+        return series, "numbers and text", note
     return series, "text", f"such as {present[0][:30]!r}"
+
+
+def _stripped(series: Any) -> Any:  # noqa: ANN401 (polars)
+    """Leave out spaces around text, and cells that stand for missing values."""
+    stripped = series.str.strip_chars()
+    return stripped.set(stripped.is_in(list(MISSING)), None)
+
+
+def _cells(series: Any) -> list[Any]:  # noqa: ANN401 (polars)
+    """Values of a column, None where they are missing."""
+    pl = _polars()
+    if series.dtype in (pl.Categorical, pl.Enum):
+        series = series.cast(pl.String)
+    if series.dtype == pl.String:
+        series = _stripped(series)
+    if series.dtype.is_float():
+        series = series.fill_nan(None)
+    cells: list[Any] = series.to_list()
+    return cells
 
 
 def _described(name: str, series: Any, kind: str, note: str) -> Column:  # noqa: ANN401 (polars)
@@ -598,7 +789,9 @@ def _index_notes(frame: Frame, columns: tuple[Column, ...]) -> list[str]:
 
 ADVICE = {
     "dates": "dates in {}: give numbers in their place, such as days since the first",
-    "text": "text in {}: categories are not learned yet, give numbers in their place",
+    "text": "text in {}, where the model has numbers",
+    "numbers and text": "text in {}, among numbers",
+    "names": "text in {}",
     "empty": "no value at all in {}",
 }
 """What is said of the columns that hold no numbers, by what they hold."""
@@ -619,7 +812,10 @@ def _problem_of(columns: list[Column], *, for_model: bool) -> str:
     if for_model:
         return f"{'; '.join(problems)}. The model was trained on these columns.{few}"
     names = " ".join(_quoted(column.name) for column in columns[:LISTED])
-    return f"{'; '.join(problems)}. To leave them out: --drop {names}.{few}"
+    text = [c for c in columns if c.kind in ("text", "numbers and text", "names")]
+    as_levels = " ".join(_quoted(column.name) for column in text[:LISTED])
+    learn = f" To learn them as categories: --categorical {as_levels}." if text else ""
+    return f"{'; '.join(problems)}. To leave them out: --drop {names}.{learn}{few}"
 
 
 def _listed(names: Sequence[str] | Mapping[str, object]) -> str:

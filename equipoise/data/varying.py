@@ -1,5 +1,7 @@
 """Which dimensions of the data vary: those that a reconstruction can get wrong."""
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Shaped
@@ -71,7 +73,9 @@ def varying_dimensions(x: Shaped[Tensor, "batch *event"]) -> Bool[Tensor, "*even
     return (torch.cat(spreads) > smallest_spread).view(x.shape[1:])
 
 
-def counted_columns(training: ExampleSet) -> Bool[Tensor, "*event"] | None:
+def counted_columns(
+    training: ExampleSet, categories: Collection[int] = ()
+) -> Bool[Tensor, "*event"] | None:
     """Find the columns of a table over which a variance is pooled: those that are not constant.
 
     A constant column has no residual. With 16 of them beside 4 others, the mean squared residual of
@@ -80,9 +84,10 @@ def counted_columns(training: ExampleSet) -> Bool[Tensor, "*event"] | None:
 
     Args:
         training: The training examples, of which a stream's first ones are looked at.
+        categories: Numbers of the columns that are categories, which have no residual either.
 
     Returns:
-        True for the columns that vary, (D,), on the CPU. None if all count.
+        True for the numeric columns that vary, (D,), on the CPU. None if all count.
     """
     rows = training.at_hand
     if len(rows.shape) != 2:
@@ -95,7 +100,10 @@ def counted_columns(training: ExampleSet) -> Bool[Tensor, "*event"] | None:
         low = np.fmin(low, np.fmin.reduce(block, 0))
         high = np.fmax(high, np.fmax.reduce(block, 0))
 
-    varying = ~hardly_vary(low, high)
-    if varying.all() or not varying.any():
+    is_numeric = ~np.isin(np.arange(len(low)), list(categories))
+    varying = ~hardly_vary(low, high) & is_numeric
+    if not varying.any():
+        varying = is_numeric
+    if varying.all():
         return None
     return torch.from_numpy(varying)

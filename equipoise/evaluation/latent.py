@@ -8,6 +8,7 @@ from torch import Tensor
 
 from equipoise import plots
 from equipoise.aggregate import ACTIVE_UNIT_VAR, LatentDistribution
+from equipoise.categories import vectors_of
 from equipoise.data import Stream
 from equipoise.estimate import Estimate
 from equipoise.evaluation.subject import BATCH, Subject
@@ -44,6 +45,7 @@ def latent_section(subject: Subject) -> dict[str, Any]:
             "n": len(subject.test.raw),
         },
         "rate_per_unit": [unit.rate for unit in units],
+        "unit_is_active": [unit.is_active for unit in units],
         **_code_log_likelihood(subject, codes),
         "memorisation": _memorisation(subject),
     }
@@ -84,17 +86,23 @@ def _memorisation(subject: Subject) -> dict[str, Any]:
     )
     # Drawn, and not their means, because codes of the mixture also have the posteriors' noise.
     test_codes = encode_all(model, subject.batches("Encoding test data", test)).sample(generator)
+
+    def decoded(z: Tensor) -> Tensor:
+        return vectors_of(model.decode(z))
+
+    def as_vector(raw: Tensor) -> Tensor:
+        x: Tensor = model.scaling(raw)
+        return x if model.categories is None else model.categories(x)
+
     judge = partial(
         memorisation,
-        training=as_vectors(map(model.decode_mean, training_codes)),
-        test_reconstructions=as_vectors(map(model.decode_mean, torch.split(test_codes, BATCH))),
-        test=as_vectors(
-            model.scaling(x) for x in subject.completed(subject.batches("Test data", test))
-        ),
+        training=as_vectors(map(decoded, training_codes)),
+        test_reconstructions=as_vectors(map(decoded, torch.split(test_codes, BATCH))),
+        test=as_vectors(map(as_vector, subject.completed(subject.batches("Test data", test)))),
     )
 
     def samples(source: LatentDistribution, generator: torch.Generator) -> Tensor:
-        return as_vectors([model.generate(COPIES_SOUGHT, source, generator).mean])
+        return as_vectors([vectors_of(model.generate(COPIES_SOUGHT, source, generator))])
 
     section: dict[str, Any] = judge(samples(subject.mixture, generator))._asdict()
     if isinstance(training_set, Stream):

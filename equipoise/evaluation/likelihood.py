@@ -46,7 +46,24 @@ def likelihood_section(subject: Subject) -> dict[str, Any]:
     _draw_variance_sweep(subject, elbo)
     if subject.importance_samples:
         section |= _bounds_of_all(subject)
+    if test.labels is not None:
+        section["by_label"] = _by_label(subject)
     return section
+
+
+def _by_label(subject: Subject) -> dict[str, Any]:
+    """ELBO and squared error of the test examples of each label, given the label."""
+    test, names = subject.test.raw, subject.model.label_names
+    numbers = test.label_numbers()
+    found: dict[str, Any] = {}
+    for number, name in enumerate(names):
+        examples = test.take(np.flatnonzero(numbers == number).astype(np.int64))
+        if not len(examples):
+            continue
+        batches = subject.batches(f"ELBO of {name}", examples)
+        elbo = likelihood(subject.model, batches, subject.generator(f"elbo {name}"))
+        found[name] = {"elbo": elbo.elbo, "mse": elbo.mse}
+    return found
 
 
 def _bounds_of_all(subject: Subject) -> dict[str, Any]:

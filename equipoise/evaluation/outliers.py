@@ -30,7 +30,8 @@ def outliers_section(subject: Subject) -> dict[str, Any]:
     }
     scores = {}
     for name, raw in parts.items():
-        batches = subject.batches(f"{name} scores", raw)
+        # Examples of another kind have none of the labels, and are compared on equal terms.
+        batches = subject.batches(f"{name} scores", raw.without_labels())
         scores[name] = model_scores(
             subject.model, subject.mixture, batches, subject.generator("scores")
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from equipoise import plots
 from equipoise.aggregate import LatentDistribution
 from equipoise.catalogue import SOURCES
-from equipoise.correlation import AnyGaussian
+from equipoise.categories import Likelihood
 from equipoise.data import Batches, Subset
 from equipoise.evaluation.subject import BATCH, Subject
 from equipoise.glossary import term
@@ -116,7 +116,7 @@ def _generated(subject: Subject, name: str, n: int) -> Iterator[Tensor]:
         yield _observed(subject, likelihood, generator)
 
 
-def _observed(subject: Subject, likelihood: AnyGaussian, generator: torch.Generator) -> Tensor:
+def _observed(subject: Subject, likelihood: Likelihood, generator: torch.Generator) -> Tensor:
     """Turn decoded codes into what the data would be.
 
     Images are shown by their means. Rows of a table get their noise, because means spread less.

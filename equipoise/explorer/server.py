@@ -80,8 +80,9 @@ def explore(
     port: int | None = None,
     open_browser: bool = True,
     on_ready: Callable[[str], None] = lambda url: None,
+    start: NDArray[Any] | None = None,
 ) -> None:
-    """Open a page on which to explore a trained model, and serve it until the user interrupts.
+    r"""Open a page on which to explore a trained model, and serve it until the user interrupts.
 
     The page is served on 127.0.0.1 alone. Requests from pages of other sites are refused.
 
@@ -94,6 +95,7 @@ def explore(
             taken.
         open_browser: Whether to show the page in the user's browser.
         on_ready: Called with the address of the page.
+        start: The example that the page begins with, (1, \*), raw units.
 
     Raises:
         ValueError: If the port is taken, or if the data are not those of the run.
@@ -103,7 +105,7 @@ def explore(
 
     with _listen(port) as listener:
         name = visible(run.folder.resolve().name)
-        view = View((model or run.model()).eval(), run.mixture(), data, name)
+        view = View((model or run.model()).eval(), run.mixture(), data, name, start)
         server = make_server(view)
 
         url = f"http://{ADDRESS}:{listener.getsockname()[1]}/"

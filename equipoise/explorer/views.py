@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from equipoise.aggregate import GaussianMixture, single_gaussian
+from equipoise.categories import mode_of
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Batches, Data
 from equipoise.data.dataset import Channels
@@ -99,6 +100,8 @@ class View:
             the validation scores that an input is compared with. If None, the map is drawn from
             the mixture, and inputs are not ranked.
         name: The name of the run.
+        start: The example that the page begins with, (1, \*), raw units. If None, it begins with
+            the heaviest component of the mixture.
 
     Example:
         >>> model = VAE.build((1, 8, 8), latent_dim=2).eval()
@@ -109,14 +112,22 @@ class View:
     """
 
     def __init__(
-        self, model: VAE, mixture: GaussianMixture, data: Data | None = None, name: str = "model"
+        self,
+        model: VAE,
+        mixture: GaussianMixture,
+        data: Data | None = None,
+        name: str = "model",
+        start: Num[np.ndarray, "1 *shape"] | None = None,
     ) -> None:
         self.model, self.mixture, self.data, self.name = model, mixture, data, name
+        self.start = start
 
         self.reference = None
         if data is not None and len(data.validation) >= MIN_REFERENCE:
-            held_out = Batches(data.validation.take(slice(REFERENCE)), BATCH).epoch()
-            self.reference = model_scores(model, mixture, held_out, _generator(0))
+            # The page shows examples and codes whose label is unknown.
+            held_out = data.validation.take(slice(REFERENCE)).without_labels()
+            batches = Batches(held_out, BATCH).epoch()
+            self.reference = model_scores(model, mixture, batches, _generator(0))
 
         self.map = self._map() if model.latent_dim > 1 else None
 
@@ -129,7 +140,8 @@ class View:
         else:
             train = self.data.train.at_hand
             rows = np.random.default_rng(0).permutation(len(train))[:PLANE_CODES]
-            posterior = encode_all(self.model, Batches(train.take(np.sort(rows)), BATCH).epoch())
+            shown = train.take(np.sort(rows)).without_labels()
+            posterior = encode_all(self.model, Batches(shown, BATCH).epoch())
 
         plane = latent_plane(posterior, self.mixture, _generator(0), PLANE_POINTS)
 
@@ -171,6 +183,7 @@ class View:
             "n_draws": DRAWS if self._has_draws else 0,
             "n_examples": len(self.data.validation) if self.data else 0,
             "plane": self.map and self._describe_map(self.map),
+            "start": None if self.start is None else self.inspect(self.start)._asdict(),
         }
 
     @property
@@ -208,7 +221,7 @@ class View:
         """
         z = torch.from_numpy(codes).to(self.model.scaling.scale.dtype)
         likelihood = self.model.decode(z)
-        return self._beside(z, likelihood.mean, likelihood.std)
+        return self._beside(z, mode_of(likelihood), likelihood.std)
 
     @torch.no_grad()
     def draws(self, code: Float[np.ndarray, "1 latent"]) -> Float32[np.ndarray, "draws numbers"]:
@@ -227,7 +240,9 @@ class View:
     def _beside(self, z: Tensor, x: Tensor, std: Tensor) -> Float32[np.ndarray, "n numbers"]:
         """Codes, then values and std in raw units, flat, beside each other."""
         scaling = self.model.scaling
-        values = (scaling.restore(x).flatten(1), scaling.restore_std(std, x).flatten(1))
+        # Categories, which are shown by their numbers, have no std.
+        raw_std = scaling.restore_std(std, x).nan_to_num(0.0)
+        values = (scaling.restore(x).flatten(1), raw_std.flatten(1))
         return torch.cat((z, *values), 1).numpy()
 
     @torch.no_grad()
@@ -292,11 +307,12 @@ class View:
         )
 
     def read(self, upload: bytes) -> Num[np.ndarray, "1 *shape"]:
-        r"""Make an example from an upload: an image file, or the numbers of a row.
+        r"""Make an example from an upload: an image file, or the numbers of a row or signal.
 
         Args:
             upload: The content of an image file, whose centred square is taken and resized. For
-                models of tables it is text: the values of one row, separated by commas or blanks.
+                models of tables and signals it is text: the values of one example, separated by
+                commas or blanks, channel after channel.
 
         Returns:
             The example, (1, \*), raw units.
@@ -338,7 +354,7 @@ class View:
         return levels
 
     def _read_row(self, upload: bytes) -> Array:
-        n_columns = self.model.shape[0]
+        n_columns = math.prod(self.model.shape)
         words = re.split(r"[\s,;]+", upload.decode(errors="replace").strip())
         try:
             row = np.array([float(word) for word in words])
@@ -347,12 +363,12 @@ class View:
                 f"expected {n_columns} numbers separated by commas: {error}"
             ) from error
 
-        if row.shape != self.model.shape or not np.isfinite(row).all():
+        if len(row) != n_columns or not np.isfinite(row).all():
             raise ValueError(
                 f"expected {n_columns} finite numbers separated by commas, got {len(words)}"
             )
 
-        return row[None]
+        return row.reshape(1, *self.model.shape)
 
     def example(self, index: int) -> Num[np.ndarray, "1 *shape"]:
         r"""An example of the validation set.

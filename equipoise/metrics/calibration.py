@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from equipoise.categories import numeric_part
 from equipoise.data.varying import varying_dimensions as varying_dimensions
 from equipoise.digital import DigitalGaussian
 from equipoise.estimate import Estimate, jackknife
@@ -285,7 +286,7 @@ def noise_calibration(
     has_bounds = levels is not None and levels.number is not None
     for raw in batches:
         x = model.scaling(raw)
-        reconstruction = model.reconstruct(x)
+        reconstruction, x = numeric_part(model.reconstruct(x), x)
 
         for data, mean, std in _blocks(x, reconstruction.mean, reconstruction.std):
             judged = ~data.isnan()

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from equipoise.categories import MixedLikelihood, numeric_part
 from equipoise.model import VAE
 
 ENCODED_AT_ONCE = 256
@@ -36,8 +37,9 @@ def explain(model: VAE, raw: Tensor) -> Explanation:
     .. math:: \tfrac12 \frac{(x_i - m_i)^2}{\sigma_i^2} = \max_{x'} \log N(x'; m_i, \sigma_i^2)
         - \log N(x_i; m_i, \sigma_i^2)
 
-    Mean and std are those of p(x|z) at the posterior mean. They are the std of single values, also
-    if the errors of a row are correlated.
+    A category costs :math:`\log p_\mathrm{max} - \log p`, the difference from its most probable
+    level. Mean, std and p are those of p(x|z) at the posterior mean. The std are of single
+    values, also if the errors of a row are correlated.
 
     Args:
         model: The model, in evaluation mode.
@@ -56,8 +58,13 @@ def explain(model: VAE, raw: Tensor) -> Explanation:
     for x in torch.split(model.scaling(raw), ENCODED_AT_ONCE):
         posterior = model.encode(x)
         likelihood = model.decode(posterior.mean)
-        distance = ((x - likelihood.mean) / likelihood.std).square() / 2
-        nats.append(torch.where(x.isnan(), 0.0, distance))
+        numeric, numbers = numeric_part(likelihood, x)
+        cost = ((numbers - numeric.mean) / numeric.std).square() / 2
+        if isinstance(likelihood, MixedLikelihood):
+            cost = torch.where(
+                likelihood.categories.is_category, likelihood.nats_below_best(x), cost
+            )
+        nats.append(torch.where(x.isnan(), 0.0, cost))
         code.append(posterior.kl())
 
     names: tuple[str, ...] = ()

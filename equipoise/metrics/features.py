@@ -20,6 +20,7 @@ from jaxtyping import Float, Shaped, UInt8
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
+from equipoise.categories import Categories
 from equipoise.data import Data, Subset
 from equipoise.data.cache import default_cache_dir
 from equipoise.files import StoreError
@@ -82,7 +83,8 @@ def load_features(
               Architecture for Computer Vision*);
             - ``"pooled"`` for signals and volumes: averages over 256 parts of a signal, and over
               8 x 8 x 8 parts of a volume, for each channel;
-            - ``"columns"`` for tables: the standardised columns;
+            - ``"columns"`` for tables: the standardised columns, with a column for each level of a
+              category;
             - a module, or ``"package.module:name"`` of a module or of a function that returns one.
               It maps uint8 images (B, C, H, W) with levels 0..255, or standardised columns (B, D),
               to features (B, d). Its name is that of its class and a checksum of its parameters and
@@ -144,7 +146,7 @@ def _load_network(features: str | nn.Module, data: Data, download: bool) -> tupl
                 "the features 'columns' are of tables; "
                 "for images give 'efficientnet-lite0' or 'inception'"
             )
-        return kind, nn.Identity()
+        return kind, Categories(data.levels, data.shape[0]) if data.levels else nn.Identity()
 
     network = _resolve(features)
     return _own_name(network), network

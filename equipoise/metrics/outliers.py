@@ -19,6 +19,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from equipoise.aggregate import GaussianMixture
+from equipoise.categories import numeric_part
 from equipoise.data.dataset import Array
 from equipoise.estimate import Estimate, jackknife
 from equipoise.gaps import n_observed
@@ -122,10 +123,10 @@ def model_scores(
         terms = objective(x, generator)
 
         code = terms.posterior.mean
-        likelihood = model.decode(code)
-        standardised = likelihood.squared_distance(x) / n_observed(x)
+        likelihood, numbers = numeric_part(model.decode(code), x)
+        n = n_observed(numbers)
         # A row without any value is neither near nor far.
-        standardised = torch.where(n_observed(x) > 0, standardised, 1.0)
+        standardised = torch.where(n > 0, likelihood.squared_distance(numbers) / n, 1.0)
         density = mixture.log_prob(code).to(x.dtype)
 
         rows.append(torch.stack([-terms.elbo, standardised, terms.kl, -density]))

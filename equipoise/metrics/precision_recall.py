@@ -58,18 +58,19 @@ def precision_recall(
     metric for assessing generative models*. Their k is 3, too.
 
     The balls shrink when there are more vectors, so only figures of the same numbers should be
-    compared. The standard error is that of the delete-a-group jackknife with 10 groups, each with a
-    tenth of either set. It accounts for the spread of both sets, and is too large rather than too
-    small: by a factor of 1.2 to 2 for Gaussian vectors, since balls are no smooth function of them.
+    compared. The standard error is that of the delete-a-group jackknife. Each of its 10 groups, or
+    as many as there are vectors if they are fewer, has its share of both sets, so that the error
+    accounts for the spread of either. For Gaussian vectors it is too large, by a factor of 1.2 to
+    2, since balls are no smooth function of the vectors.
 
     Args:
-        features: features of the examples to judge, (N, d), at least k + 1.
-        reference: features of real data, (M, d), at least k + 1.
+        features: features x of the samples to judge, (N, d), where N is at least k + 1.
+        reference: features y of real examples, (M, d), where M is at least k + 1.
         k: number of neighbours within the ball around an example.
 
     Returns:
-        Precision and recall. The standard error is None if there are too few vectors without a
-        group.
+        Precision, over the N samples, and recall, over the M real examples, each between 0 and 1.
+        The standard error is None where at most k vectors of either set are left without a group.
 
     Raises:
         ValueError: if there are too few vectors, or the dimensions differ.

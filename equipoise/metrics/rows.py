@@ -14,10 +14,12 @@ from jaxtyping import Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from equipoise.categories import MixedLikelihood, numeric_part
 from equipoise.conformal import conformal_p_values
 from equipoise.data.dataset import Array
 from equipoise.gaps import missing_values
 from equipoise.gaussian import RowGenerators, sum_dimensions
+from equipoise.labels import labelled, labels_of
 from equipoise.model import VAE
 from equipoise.objectives import LogPrior, importance_weighted_bound
 
@@ -87,7 +89,8 @@ class RowScores(NamedTuple):
         score: Bound on the log-density of the observed values, raw units, nats, (n,).
         p_value: Share of held-out rows that are as odd, (n,), see
             :func:`equipoise.conformal.conformal_p_values`.
-        worst_columns: The columns that differ most from their reconstruction, in predicted std.
+        worst_columns: The columns that differ most from their reconstruction, in predicted std;
+            of categories, in nats.
     """
 
     score: Float64[np.ndarray, " n"]
@@ -187,14 +190,19 @@ def held_out_by_gaps(
                 is_enough = ~(reference.isnan() & ~gaps).any(1)
                 if int(is_enough.sum()) >= FEWEST_ALIKE:
                     among = reference[is_enough]
-                among = among[:each].masked_fill(gaps, torch.nan)
+                among = among[:each]
+                among = labelled(among.masked_fill(gaps, torch.nan), labels_of(among))
             yield rows, log_densities(model, among[:each], log_prior)
         progress(k + 1, len(patterns))
 
 
 @torch.no_grad()
 def worst_columns(model: VAE, raw: Tensor, n: int = WORST_COLUMNS) -> list[str]:
-    """Name the columns of each row that are furthest from their reconstruction.
+    r"""Name the columns of each row that are furthest from their reconstruction.
+
+    A number is as far as its distance u in predicted std. A category of the probability p is as far
+    as the distance that has the same log-density below that of the best value: :math:`u^2/2 =
+    \log p_\mathrm{max} - \log p`.
 
     Args:
         model: The model, in evaluation mode.
@@ -202,24 +210,49 @@ def worst_columns(model: VAE, raw: Tensor, n: int = WORST_COLUMNS) -> list[str]:
         n: Number of columns to name.
 
     Returns:
-        For each row such as "income +8.1, age -3.2": the distances in predicted std, the largest
-        first. Missing values are not among them.
+        For each row such as "income +8.1, kind 3.2 nats": the distances in predicted std, and minus
+        log p of categories, the largest first. Missing values are not among them.
     """
     x = model.scaling(raw)
-    found = []
+    found, sizes = [], []
     for rows in torch.split(x, DECODED_AT_ONCE):
         reconstruction = model.reconstruct(rows)
-        found.append((rows - reconstruction.mean) / reconstruction.std)
+        numeric, numbers = numeric_part(reconstruction, rows)
+        distance = (numbers - numeric.mean) / numeric.std
+        size = distance.abs()
+        if isinstance(reconstruction, MixedLikelihood):
+            nats, size = _of_categories(reconstruction, rows, size)
+            distance = torch.where(nats.isnan(), distance, nats)
+        found.append(distance)
+        sizes.append(size)
     distance = torch.cat(found)
 
-    size = distance.abs().nan_to_num(-1.0, posinf=torch.inf)
+    size = torch.cat(sizes).nan_to_num(-1.0, posinf=torch.inf)
     largest = size.topk(min(n, x.shape[1]), dim=1).indices
     texts = []
-    for row, columns in zip(distance, largest.tolist(), strict=True):
+    for row, columns in zip(distance.tolist(), largest.tolist(), strict=True):
         parts = [
-            f"{model.scaling.short_name_of(i)} {float(row[i]):+.1f}"
+            f"{model.scaling.short_name_of(i)} {row[i]:.1f} nats"
+            if i in model.scaling.levels
+            else f"{model.scaling.short_name_of(i)} {row[i]:+.1f}"
             for i in columns
-            if not bool(row[i].isnan())
+            if row[i] == row[i]
         ]
         texts.append(", ".join(parts))
     return texts
+
+
+def _of_categories(
+    likelihood: MixedLikelihood, rows: Tensor, size: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Minus log p of each category, NaN elsewhere, and the sizes with those of categories, (B, D).
+
+    The best level is as near as a number at its mean.
+    """
+    categories, log_probs = likelihood.categories, likelihood.log_probs
+    _, best = categories.most_probable(log_probs)
+    _, own = categories.most_probable(
+        log_probs.masked_fill(categories.one_hot(rows) == 0, -torch.inf)
+    )
+    own = own.masked_fill(rows.isnan(), torch.nan)
+    return -own, torch.where(categories.is_category, (2 * (best - own)).clamp_min(0).sqrt(), size)

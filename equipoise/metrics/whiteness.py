@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from equipoise.categories import numeric_part
 from equipoise.correlation import BandCovariance, CorrelatedGaussian
 from equipoise.estimate import Estimate
 from equipoise.gaussian import Gaussian
@@ -54,7 +55,8 @@ def whiteness(
     gains = []
     for raw in batches:
         x = model.scaling(raw)
-        likelihood = model.decode(model.encode(x).sample(generator))
+        decoded = model.decode(model.encode(x).sample(generator))
+        likelihood, x = numeric_part(decoded, x)
         residuals = [(x - likelihood.mean) / likelihood.std]
 
         if isinstance(likelihood, CorrelatedGaussian):

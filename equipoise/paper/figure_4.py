@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from equipoise import plots
-from equipoise.correlation import AnyGaussian
+from equipoise.categories import Likelihood
 from equipoise.paper.markdown import table
 from equipoise.paper.protocol import SET_TITLES, Lab, Spec
 from equipoise.randomness import stream
@@ -56,7 +56,7 @@ def draw(lab: Lab, content: dict[str, Any]) -> None:
         plots.save(figure, lab.images / f"figure-4-{spec.data}.png")
 
 
-def _samples(lab: Lab, spec: Spec) -> AnyGaussian:
+def _samples(lab: Lab, spec: Spec) -> Likelihood:
     """Draw samples of the mixture."""
     mixture = lab.run(spec).mixture().to(lab.device)
     generator = stream(lab.seed, "figure_4", device=lab.device)

@@ -196,16 +196,36 @@ class SplitFigures(NamedTuple):
         """Number of latent units that the model uses."""
         return int((self.unit_var > ACTIVE_UNIT_VAR).sum())
 
-    def row(self, split: str) -> dict[str, float]:
+    def row(self, split: str, log_slope: float = 0.0) -> dict[str, float]:
         """Name the averages for a row of ``metrics.jsonl``.
 
         Args:
             split: Name of the split, which each name begins with.
+            log_slope: Mean log-slope of the power transform, see :func:`of_raw_data`.
 
         Returns:
             Averages by name.
         """
-        return {f"{split}_{name}": getattr(self, name) for name in LOGGED}
+        averages = {name: getattr(self, name) for name in LOGGED}
+        return {
+            f"{split}_{name}": value for name, value in of_raw_data(averages, log_slope).items()
+        }
+
+
+def of_raw_data(figures: dict[str, float], log_slope: float) -> dict[str, float]:
+    """Turn bounds of transformed data into those of the raw data, as evaluations have them.
+
+    Args:
+        figures: Averages by name, of which elbo and log_likelihood change.
+        log_slope: Mean log-slope of the power transform, in nats per example.
+
+    Returns:
+        The averages, the same ones where there is no transform.
+    """
+    if not log_slope:
+        return figures
+    changed = {name: figures[name] + log_slope for name in ("elbo", "log_likelihood")}
+    return figures | changed
 
 
 @torch.no_grad()

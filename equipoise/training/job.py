@@ -13,7 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from equipoise.config import EARLIER_VALUES, MACHINE, ConfigError, TrainConfig
+from equipoise.config import (
+    CONTINUED,
+    EARLIER_VALUES,
+    MACHINE,
+    PLACEMENT,
+    ConfigError,
+    TrainConfig,
+)
 from equipoise.data import Data
 from equipoise.files import (
     StoreError,
@@ -23,17 +30,25 @@ from equipoise.files import (
     remove,
     write_json,
 )
+from equipoise.mirror import Mirror
 from equipoise.mixture_fit import EMStep, MixtureFit
 from equipoise.model import VAE
 from equipoise.noise import NoiseModel, describe_noise
 from equipoise.noise_fit import CorrelationFit, choose_form, fit_correlation
+from equipoise.places import is_place
 from equipoise.provenance import data_record, versions
 from equipoise.randomness import stream_seed
-from equipoise.records import FORMAT
+from equipoise.records import FORMAT, ContinuationRecord
 from equipoise.run import Run, origin_of
 from equipoise.sources import describe_mixture, fit_aggregate, mixture_warnings
+from equipoise.stages import Stage
 from equipoise.store import read_correlation_form, read_digest, save_mixture, save_model
 from equipoise.training.checkpoint import has_checkpoint
+from equipoise.training.continuation import (
+    changed_epochs,
+    keep_earlier_results,
+    plan_continuation,
+)
 from equipoise.training.engine import (
     broadcast,
     in_main_process,
@@ -43,7 +58,7 @@ from equipoise.training.engine import (
 )
 from equipoise.training.group import noticing_losses
 from equipoise.training.logging import JsonlSink, Sink
-from equipoise.training.setup import check_fit, check_units, make_model
+from equipoise.training.setup import check_fit, check_units, latent_dim_of_varying, make_model
 from equipoise.training.threads import computing_with
 from equipoise.training.trackers import TRACKERS
 from equipoise.training.trainer import Trainer
@@ -75,10 +90,14 @@ def train(
     Args:
         data: What :func:`equipoise.load_data` or :func:`equipoise.load_stream` returned.
         config: Options; the defaults if None.
-        out: The run folder. None takes ``runs/NAME``, or the next free name after it.
-        resume: Go on with the run in ``out``. "auto" does so if there is one, starts it if there is
-            none, and returns it as it is if it is trained, so that a program which is started again
-            and again needs no other argument. It needs ``out``.
+        out: The run folder. None takes ``runs/NAME``, or the next free name after it. With an
+            address such as s3://bucket/run, the run is uploaded there after each checkpoint, see
+            :mod:`equipoise.mirror`.
+        resume: Go on with the run in ``out``. A run that is trained to its end goes on for longer
+            if ``config`` has more ``stage_1_epochs`` or ``stage_2_epochs``, and nothing else
+            changed; its results are kept in ``RUN/earlier-1``. "auto" goes on if there is a run,
+            starts it if there is none, and returns it as it is if it is trained, so that a program
+            which is started again and again needs no other argument. It needs ``out``.
         sinks: What takes in the figures, besides ``metrics.jsonl``.
         encoder: Your own module from (B, \*) to (B, 2 d); give a decoder with it.
         decoder: Your own module from (B, d) to (B, \*); give an encoder with it.
@@ -115,12 +134,21 @@ def train(
             sink.message(text)
 
     launch(fabric, say)
+    mirror = None
+    if is_place(out):
+        mirror = Mirror(str(out))
+        in_main_process(fabric, partial(_download, mirror, say, is_new=not resume))
+        out = mirror.folder
     if config.batch_size == "auto":
         # Recorded as a number, so that the run goes on with it whatever the number of processes.
         recorded = in_main_process(fabric, partial(_recorded_batch_size, out if resume else None))
         size = recorded or config.step_size(len(data.train), fabric.world_size)
         config = replace(config, batch_size=size)
         say(_describe_batches(size, len(data.train)))
+
+    if config.latent_dim == "auto":
+        choose = partial(_latent_dim, out if resume else None, data)
+        config = replace(config, latent_dim=in_main_process(fabric, choose))
 
     if broadcast(fabric, data.fingerprint) != data.fingerprint:
         raise StoreError(
@@ -146,6 +174,7 @@ def train(
     run = Run(in_main_process(fabric, partial(_choose_folder, data, out, is_resumed, force)))
     if is_resumed:
         in_main_process(fabric, partial(_check_noise, run, model, is_given=noise is not None))
+        in_main_process(fabric, partial(_check_continuation, run, model, config))
 
     was_there = True
 
@@ -163,6 +192,8 @@ def train(
                 if not has_checkpoint(run.checkpoints):
                     # It starts anew, and may do so with other options.
                     write_json(run.config_file, _settings(data, config, model, command))
+                elif run.is_trained() and _continued_by(run, config):
+                    say(_begin_continuation(run, config, command))
                 return
 
             # Another training may have come and gone since the folder was chosen.
@@ -178,6 +209,8 @@ def train(
         all_sinks: list[Sink] = []
         if fabric.is_global_zero:
             all_sinks = [JsonlSink(run.metrics_file), *sinks]
+            if mirror is not None:
+                mirror.take_over()
             if config.tracker != "none":
                 all_sinks.append(TRACKERS[config.tracker](run.folder, config.as_dict()))
         else:
@@ -185,7 +218,13 @@ def train(
             torch.manual_seed(stream_seed(config.seed, "process", fabric.global_rank))
 
         trainer = Trainer(
-            model, data, config, folder=run.checkpoints, sinks=all_sinks, fabric=fabric
+            model,
+            data,
+            config,
+            folder=run.checkpoints,
+            sinks=all_sinks,
+            fabric=fabric,
+            on_save=None if mirror is None else partial(_upload, mirror, say),
         )
         try:
             trainer.fit(resume=is_resumed)
@@ -213,6 +252,9 @@ def train(
 
         replaced = _describe_replaced(run, correlation_fit) if is_resumed else []
         in_main_process(fabric, partial(_save, run, model, fit, config, data, correlation_fit))
+        if mirror is not None:
+            run.mirror = mirror
+            in_main_process(fabric, mirror.upload)
         messages = _describe_fit(fit)
         if correlation_fit is not None:
             messages.insert(0, correlation_fit.message)
@@ -223,12 +265,44 @@ def train(
     return run
 
 
+def _now() -> str:
+    """Write the date and time."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _download(mirror: Mirror, say: Callable[[str], None], *, is_new: bool) -> None:
+    """Bring the folder of this machine to what the place has."""
+    if is_new and mirror.exists():
+        raise StoreError(
+            f"{mirror.place} holds a run already: resume it with --resume, or choose another "
+            "--out. '--resume auto' starts a run or goes on with it."
+        )
+    for name in mirror.download():
+        say(f"Passed over {mirror.place / name}, which was not uploaded to its end.")
+
+
+def _upload(mirror: Mirror, say: Callable[[str], None]) -> None:
+    """Upload a checkpoint. The training goes on if the place does not answer for a while."""
+    try:
+        mirror.upload()
+    except ConnectionError as error:
+        say(f"Warning: the checkpoint was not uploaded, and goes with the next one: {error}")
+
+
 def _recorded_batch_size(out: str | Path | None) -> int | None:
     """Read the size of batches that a run has; None if there is no run yet."""
     if out is None or not Run(out).config_file.exists():
         return None
     size = Run(out).settings()["options"].get("batch_size")
     return size if isinstance(size, int) else None
+
+
+def _latent_dim(out: str | Path | None, data: Data) -> int | Literal["auto"]:
+    """Choose the number of latent units as the run has it; that of a new run by what varies."""
+    if out is None or not Run(out).config_file.exists():
+        return latent_dim_of_varying(data)
+    recorded = Run(out).settings()["options"].get("latent_dim")
+    return recorded if isinstance(recorded, int) else "auto"
 
 
 def _describe_batches(size: int, n: int) -> str:
@@ -254,6 +328,51 @@ def _note_options(run: Run, config: TrainConfig) -> None:
     settings = run.settings()
     if settings["options"] != config.as_dict():
         write_json(run.config_file, {**settings, "options": config.as_dict()})
+
+
+def _continued_by(run: Run, config: TrainConfig) -> list[str]:
+    """Names of the options by which a run is continued, if these alone have other values."""
+    before = EARLIER_VALUES | run.settings()["options"]
+    changed = [name for name, value in config.as_dict().items() if before.get(name) != value]
+    return changed_epochs(before, config) if {*changed} <= {*CONTINUED, *PLACEMENT} else []
+
+
+def _check_continuation(run: Run, model: VAE, config: TrainConfig) -> None:
+    """Refuse more epochs for a run that cannot go on with them, before anything is moved."""
+    changed = _continued_by(run, config)
+    if not changed or not has_checkpoint(run.checkpoints):
+        return
+    if not run.is_trained():
+        raise StoreError(
+            f"{run.folder} is not trained to its end, which {' and '.join(changed)} would move: "
+            f"finish it first, by 'equipoise train --resume {run.folder}' alone."
+        )
+
+    plan = plan_continuation(run.history(), run.settings()["options"], config)
+    kind = run.settings()["noise_model"]["kind"]
+    if plan.stage is Stage.SHARED_VARIANCE and kind != describe_noise(model.noise)["kind"]:
+        raise StoreError(
+            f"stage 1 of {run.folder} has the noise model {kind} of your own: continue it from "
+            "Python, and give an instance with noise="
+        )
+
+
+def _begin_continuation(run: Run, config: TrainConfig, command: Sequence[str] | None) -> str:
+    """Keep the results of a finished run, and note that it goes on; return what a person reads."""
+    settings = run.settings()
+    folder = keep_earlier_results(run)
+    record: ContinuationRecord = {
+        "command": list(command or []),
+        "created": _now(),
+        "epochs_before": {name: settings["options"][name] for name in CONTINUED},
+        "earlier_results": folder.name,
+    }
+    continued = [*settings.get("continued", []), record]
+    write_json(run.config_file, {**settings, "options": config.as_dict(), "continued": continued})
+    return (
+        f"Note: the model, the mixture, the evaluations and the figures so far were moved to "
+        f"{folder}, which is a run of its own. Those of {run.folder} come anew."
+    )
 
 
 def _check_arguments(data: object, config: object) -> None:
@@ -324,7 +443,7 @@ def _find_progress(run: Run, data: Data, config: TrainConfig) -> tuple[bool, boo
     if not run.config_file.exists():
         return False, False
     run.check_data(data)
-    if not (run.model_file.is_file() and run.mixture_file.is_file()):
+    if not run.is_trained():
         return True, False
 
     options = EARLIER_VALUES | run.settings()["options"]
@@ -336,7 +455,8 @@ def _find_progress(run: Run, data: Data, config: TrainConfig) -> tuple[bool, boo
     if changed:
         raise StoreError(
             f"{run.folder} was trained with other values of {', '.join(changed)}; "
-            "give the same, or choose another --out."
+            "give the same, or choose another --out. 'equipoise train --resume RUN --set "
+            "stage_1_epochs=N' continues a run for more epochs."
         )
     try:
         run.mixture()
@@ -400,7 +520,7 @@ def _settings(
     return {
         "format": FORMAT,
         "command": list(command or []),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created": _now(),
         "data": {
             **data_record(data),
             "source": data.source,

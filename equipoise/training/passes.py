@@ -8,9 +8,10 @@ from torch import Tensor
 
 from equipoise.data import ExampleSet, batches_of
 from equipoise.gaussian import SharedGenerator
-from equipoise.model import VAE
+from equipoise.model import VAE, PowerScaling
 from equipoise.objectives import Elbo, Terms
 from equipoise.processes import Processes
+from equipoise.residuals import AllReduce
 
 EVALUATION_BATCH = 500
 """Examples per batch where nothing is trained, over all processes."""
@@ -41,6 +42,7 @@ class SplitPass:
         self.model = model
         self.processes = processes
         self.device = model.scaling.scale.device
+        self._mean_log_slope: float | None = None
         self.batches = batches_of(
             examples,
             math.ceil(batch_size / processes.size),
@@ -58,6 +60,25 @@ class SplitPass:
     def n_examples(self) -> int:
         """Number of examples, over all processes."""
         return self.batches.n
+
+    @torch.no_grad()
+    def mean_log_slope(self, all_reduce: AllReduce) -> float:
+        """Mean log-slope of the power transform, by which a bound becomes one of the raw data.
+
+        Args:
+            all_reduce: Sums over processes.
+
+        Returns:
+            Nats per example, 0 without a transform.
+        """
+        if not isinstance(self.model.scaling, PowerScaling):
+            return 0.0
+        if self._mean_log_slope is None:
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for raw in self.batches.epoch(0, 0):
+                total += self.model.scaling.log_transform_slope(raw).double().sum()
+            self._mean_log_slope = float(all_reduce(total)) / self.n_examples
+        return self._mean_log_slope
 
     def size(self, batch: int) -> int:
         """Return the number of examples in a batch, over all processes.

@@ -14,11 +14,13 @@ from equipoise.config import ConfigError, TrainConfig
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Data
 from equipoise.data.batches import examples
+from equipoise.data.varying import counted_columns
 from equipoise.gaps import column_means, column_vars, observed_values
 from equipoise.model import VAE, PowerScaling, Scaling
 from equipoise.networks import build_decoder, build_head, default_architecture
 from equipoise.noise import (
     NOISE_BUILDERS,
+    FixedNoise,
     NoiseModel,
     NoiseOptions,
     build_noise,
@@ -58,12 +60,15 @@ def make_scaling(data: Data, config: TrainConfig) -> Scaling:
         The scaling. If no column of a table is to be transformed, it is linear.
     """
     offset, scale = torch.as_tensor(data.offset), torch.as_tensor(data.scale)
-    linear = Scaling(offset, scale, data.quantum, data.columns)
+    linear = Scaling(offset, scale, data.quantum, data.columns, data.levels)
     if not config.power_transform or len(data.shape) != 1:
         return linear
 
     x = linear(examples(data.train, SCALE_EXAMPLES)).double()
-    powers = torch.from_numpy(choose_powers([column[~column.isnan()].numpy() for column in x.T]))
+    columns = [column[~column.isnan()].numpy() for column in x.T]
+    for i in data.levels:
+        columns[i] = columns[i][:0]
+    powers = torch.from_numpy(choose_powers(columns))
     if bool((powers == 1).all()):
         return linear
 
@@ -71,7 +76,9 @@ def make_scaling(data: Data, config: TrainConfig) -> Scaling:
     changed = powers != 1
     centre = torch.where(changed, column_means(transformed), 0.0)
     spread = torch.where(changed, column_vars(transformed).sqrt(), 1.0)
-    return PowerScaling(linear.offset, linear.scale, powers, centre, spread, data.columns)
+    return PowerScaling(
+        linear.offset, linear.scale, powers, centre, spread, data.columns, data.levels
+    )
 
 
 def make_model(
@@ -100,6 +107,10 @@ def make_model(
     if (encoder is None) != (decoder is None):
         raise ConfigError(["encoder and decoder go together: give both of your own, or neither"])
 
+    if data.label_names and (encoder is not None or noise is not None):
+        raise ConfigError(
+            ["networks and noise models of your own read no labels: leave out the label"]
+        )
     scaling = make_scaling(data, config)
     traits: dict[str, Any] = {
         "width": config.width,
@@ -115,6 +126,13 @@ def make_model(
         check_own_noise(noise, data, config)
 
     if encoder is not None and decoder is not None:
+        if data.levels:
+            raise ConfigError(
+                [
+                    "networks of your own read no categories: leave out the columns of text and "
+                    "flags, or give numbers in their place"
+                ]
+            )
         problem = _problem_of_tensors(nn.ModuleList([encoder, decoder]))
         if problem:
             raise ConfigError([f"the pair of encoder and decoder {problem}"])
@@ -127,10 +145,19 @@ def make_model(
     if architecture == "auto":
         architecture = default_architecture(data.shape)
     traits |= {"architecture": architecture, "noise": noise, "reads_gaps": data.has_gaps}
+    traits["label_names"] = data.label_names
     model = VAE.build(data.shape, latent_dim, **traits)
 
     sample = scaling(examples(data.train, SCALE_EXAMPLES))
-    model.start_at_data(column_means(sample).nan_to_num(0.0), observed_values(sample).std())
+    if model.categories is None:
+        model.start_at_data(column_means(sample).nan_to_num(0.0), observed_values(sample).std())
+        return model
+
+    numbers = model.categories.hide(sample)
+    observed = observed_values(numbers)
+    std = observed.std() if len(observed) > 1 else torch.ones(())
+    logits = model.categories.log_frequencies(sample)
+    model.start_at_data(column_means(numbers).nan_to_num(0.0), std, logits)
     return model
 
 
@@ -302,6 +329,9 @@ def make_noise(data: Data, config: TrainConfig) -> NoiseModel:
         The noise model.
     """
     steps_per_epoch = math.ceil(len(data.train) / config.step_size(len(data.train)))
+    if len(data.levels) == math.prod(data.shape):
+        # Probabilities of categories have no noise variance.
+        return FixedNoise(1.0)
     options = NoiseOptions(
         shape=data.shape,
         latent_dim=choose_latent_dim(data, config),
@@ -324,8 +354,31 @@ def choose_latent_dim(data: Data, config: TrainConfig) -> int:
         d: 16, or half the data's dimensions if there are fewer than 32, where it is 'auto'.
     """
     if config.latent_dim == "auto":
-        return max(1, min(16, math.prod(data.shape) // 2))
+        return max(1, min(16, _n_dimensions(data) // 2))
     return config.latent_dim
+
+
+def _n_dimensions(data: Data) -> int:
+    """Number of dimensions of an example; a category of L levels has L - 1."""
+    return math.prod(data.shape) + sum(len(levels) - 2 for levels in data.levels.values())
+
+
+def latent_dim_of_varying(data: Data) -> int | Literal["auto"]:
+    """Choose the number of latent units of a table of which some columns are constant.
+
+    They carry nothing that a code could say. Runs of earlier versions counted them, and go on so,
+    which is why :func:`choose_latent_dim` does.
+
+    Args:
+        data: The data.
+
+    Returns:
+        d: half the number of dimensions that vary, at most 16. 'auto' where all of them do.
+    """
+    counted = counted_columns(data.train)
+    if counted is None:
+        return "auto"
+    return max(1, min(16, (_n_dimensions(data) - int((~counted).sum())) // 2))
 
 
 class StageTwo(NamedTuple):
@@ -473,7 +526,13 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
     if config.objective == "wae-mmd" and config.step_size(n_train) < 2:
         problems.append("objective=wae-mmd compares the codes of a batch: batch_size is at least 2")
 
-    dimensions = math.prod(data.shape)
+    if data.levels and config.objective in ("sigma-vae", "wae-mmd", "rae-l2"):
+        problems.append(
+            f"objective={config.objective} knows squared errors alone, and the table has "
+            "categories: take objective=elbo, or leave these columns out"
+        )
+
+    dimensions = _n_dimensions(data)
     latent_dim = choose_latent_dim(data, config)
     if latent_dim >= dimensions:
         problems.append(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from equipoise.correlation import AnyGaussian
+from equipoise.categories import Likelihood
 from equipoise.digital import DigitalGaussian
 from equipoise.estimate import Estimate
 from equipoise.gaps import observed_values, row_means
@@ -215,7 +215,8 @@ def worth_of_prediction(
             counted += torch.stack([sizes.sum(), counted.new_tensor(float(len(sizes)))])
         # A missing value adds nothing to either of the likelihoods.
         size = torch.where(squared.isnan(), -normalisers, squared).flatten(1).mean(1)
-        row = torch.stack([torch.ones_like(size), terms.log_likelihood.double(), size])
+        density = terms.log_likelihood.double() - terms.log_probability
+        row = torch.stack([torch.ones_like(size), density, size])
         moments += row @ row.mT
 
     moments = all_reduce(moments)
@@ -364,7 +365,7 @@ def _errors_by_std(
     return errors
 
 
-def _reconstructions(model: VAE, held_out: SplitPass) -> Iterator[tuple[Tensor, AnyGaussian]]:
+def _reconstructions(model: VAE, held_out: SplitPass) -> Iterator[tuple[Tensor, Likelihood]]:
     """Reconstruct a split, as std and intervals are shown: of posterior means, not samples of z."""
     model.eval()
     for x in held_out.epoch():

@@ -8,7 +8,7 @@ when an epoch ends.
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from equipoise.config import EARLIER_VALUES, PLACEMENT, ConfigError, TrainConfig
+from equipoise.config import CONTINUED, EARLIER_VALUES, PLACEMENT, ConfigError, TrainConfig
 from equipoise.correlated_noise import CorrelatedNoise, marginal_of
 from equipoise.data import Data, ExampleSet
 from equipoise.data.batches import examples
@@ -26,6 +26,8 @@ from equipoise.data.varying import counted_columns, varying_mask
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.gaps import column_vars, observed_values
+from equipoise.gaussian import random_like
+from equipoise.labels import labels_of, withhold
 from equipoise.model import VAE
 from equipoise.noise import build_noise, describe_noise
 from equipoise.randomness import stream
@@ -41,6 +43,7 @@ from equipoise.training.checkpoint import (
     save_checkpoint,
 )
 from equipoise.training.compilation import compile_networks, restore_networks
+from equipoise.training.continuation import Continuation, plan_continuation
 from equipoise.training.descent import Descent
 from equipoise.training.diagnostics import range_warning, warnings_for
 from equipoise.training.engine import (
@@ -50,7 +53,13 @@ from equipoise.training.engine import (
     make_fabric,
     processes_of,
 )
-from equipoise.training.figures import RunningMeans, SplitFigures, batch_sums, split_figures
+from equipoise.training.figures import (
+    RunningMeans,
+    SplitFigures,
+    batch_sums,
+    of_raw_data,
+    split_figures,
+)
 from equipoise.training.logging import Sink
 from equipoise.training.passes import EVALUATION_BATCH, SplitPass
 from equipoise.training.preemption import Preempted, Sigterm
@@ -106,6 +115,7 @@ class Trainer:
         folder: Where checkpoints go. None keeps none.
         sinks: What takes in the figures.
         fabric: The engine, launched. None makes it from the configuration.
+        on_save: Called by the first process after each checkpoint.
 
     Raises:
         ConfigError: if the objective or the batch cannot be divided among processes.
@@ -121,6 +131,7 @@ class Trainer:
         folder: Path | None = None,
         sinks: Sequence[Sink] = (),
         fabric: Fabric | None = None,
+        on_save: Callable[[], None] | None = None,
     ) -> None:
         self.model = model
         self.data = data
@@ -128,6 +139,7 @@ class Trainer:
         self.folder = folder
         self.sinks = sinks
         self.fabric = fabric or make_fabric(config)
+        self.on_save = on_save
         self.processes = processes_of(self.fabric)
         self.all_reduce = partial(all_reduce, self.fabric)
 
@@ -139,7 +151,7 @@ class Trainer:
         # Trained with, it would take from the networks what it explains.
         self.leaves_out = isinstance(model.noise, CorrelatedNoise)
         model.noise = marginal_of(model.noise)
-        model.counted = counted_columns(data.train)
+        model.counted = counted_columns(data.train, data.levels)
         model.to(self.fabric.device)
         n = len(data.train)
         batch_size = min(config.step_size(n, self.processes.size), n)
@@ -156,13 +168,14 @@ class Trainer:
         self.stage_two = choose_stage_two(model, config)
         self.schedule = StageSchedule(
             config.stage_1_epochs,
-            config.stage_2_epochs,
+            config.stage_2_epochs if model.has_numbers else 0,
             config.tolerance,
             config.patience,
             config.early_stopping,
         )
         self.position = Position()
         self.history: list[Row] = []
+        self.data_var = math.nan
         self.optimal_var: Tensor | None = None
         self.overfitting = 1.0
         self.ratio = torch.ones((), dtype=torch.float64, device=self.fabric.device)
@@ -175,6 +188,7 @@ class Trainer:
         self.generator = self._stream("training")
         self.means = RunningMeans()
         self.sigterm = Sigterm()
+        self.continuation: Continuation | None = None
 
     def fit(self, *, resume: bool = False) -> list[Row]:
         """Train until the schedule has finished.
@@ -184,7 +198,8 @@ class Trainer:
 
         Args:
             resume: Go on from the newest whole checkpoint in the folder, or from the start if there
-                is none yet.
+                is none yet. A run that has finished goes on for more epochs if the configuration
+                has more of them, see :mod:`equipoise.training.continuation`.
 
         Returns:
             One row per epoch, including those before a resume.
@@ -227,6 +242,8 @@ class Trainer:
             Sentences that say what was done.
         """
         varying = varying_mask(self.data.train).to(self.fabric.device)
+        if self.model.categories is not None:
+            varying &= self.model.categories.is_numeric
         return recalibrate(
             self.model,
             self.validation,
@@ -241,10 +258,15 @@ class Trainer:
         if self.leaves_out:
             self._message("Training leaves out the model's correlation; fit it anew afterwards.")
         is_restored = resume and self._restore()
+        if self.continuation:
+            is_predicted = self.model.noise.depends_on_code
+            self._message(self.continuation.describe(is_predicted=is_predicted))
         if self.about_threads:
             self._message(self.about_threads)
 
         try:
+            if self.continuation:
+                self._continue(self.continuation)
             for sink in self.sinks:
                 sink.start(self._total_steps(), self.position.step, self.history)
 
@@ -285,8 +307,10 @@ class Trainer:
         sample = examples(self.data.train, RANGE_EXAMPLES, self.fabric.device)
         sample = self.model.scaling(sample)
         counted = self.model.pooled(sample)
-        self.data_var = float(column_vars(counted).nanmean())
-        self.counted_share = counted[0].numel() / sample[0].numel()
+        if self.model.has_numbers:
+            self.data_var = float(column_vars(counted).nanmean())
+        n_numeric = sample[0].numel() - len(self.data.levels)
+        self.counted_share = counted[0].numel() / n_numeric if n_numeric else 1.0
 
         observed = observed_values(sample)
         warning = range_warning(self.model.decoder, float(observed.min()), float(observed.max()))
@@ -313,6 +337,18 @@ class Trainer:
         if not self._is_judged_by_elbo():
             self.schedule.early_stopping = 0
 
+    def _continue(self, continuation: Continuation) -> None:
+        """Begin a stage once more, from the weights that the run has ended with."""
+        self.schedule.restart(continuation.stage, continuation.epochs)
+        self.position = self.position._replace(stage_step=0)
+        if continuation.stage is Stage.SHARED_VARIANCE:
+            self._share_variance(self.optimal_var)
+        elif self.model.noise.depends_on_code:
+            self.model.noise.forget_calibration()
+        else:
+            self._predict_variance()
+        self._enter_stage()
+
     def _epoch(self) -> None:
         """Train for an epoch, validate, let the schedule decide, and write it all down."""
         stage = self.schedule.stage
@@ -331,7 +367,7 @@ class Trainer:
             "seconds": round(seconds, 3),
             "examples_per_second": round(n / seconds, 1),
             **{f"train_{name}": value for name, value in train.items()},
-            **validation.row("validation"),
+            **validation.row("validation", self._log_slope(self.validation)),
             "validation_noise_std": math.sqrt(validation.noise_var),
             "validation_floor_share": validation.floor_share,
             "active_units": validation.active_units,
@@ -394,6 +430,10 @@ class Trainer:
         """Take a step on a batch, with all that the device does in it; return the batch's sums."""
         batch = self.position.batch
         draws = self.training.draws(self.generator, batch)
+        if labels_of(x) is not None:
+            uniform = x.new_empty(len(x), dtype=torch.float32)
+            uniform = random_like(uniform, lambda u, source: u.uniform_(generator=source), draws)
+            x = withhold(x, uniform < self.config.label_dropout)
         terms = self._entered().step(x, draws, self.training.size(batch))
 
         # Before the closed form moves on, because the terms refer to the variance before it.
@@ -417,6 +457,8 @@ class Trainer:
         """
         if self.fabric.device.type != "cuda" or self.processes.size > 1:
             return False
+        if self.model.label_names:
+            return False  # a recorded step reads one tensor, and not the labels that it carries
         if self.config.cuda_graphs is not None:
             return self.config.cuda_graphs
         is_own_noise = not type(self.model.noise).__module__.startswith("equipoise.")
@@ -450,7 +492,8 @@ class Trainer:
             messages += calibration + refusal if self.model.noise.depends_on_code else refusal
 
         test = self.figures(self.test)
-        messages.append(_describe_test(test))
+        slope = self._log_slope(self.test)
+        messages.append(_describe_test(test._replace(elbo=test.elbo + slope)))
         is_floor_expected = ended is Stage.PREDICTED_VARIANCE
         warnings = warnings_for(
             validation,
@@ -462,7 +505,7 @@ class Trainer:
         )
         for warning in warnings:
             messages.append(f"Warning: {warning}")
-        return figures | test.row("test"), messages
+        return figures | test.row("test", slope), messages
 
     def _is_judged_by_elbo(self) -> bool:
         """Tell whether the ELBO, which is one of densities, is what the stage descends."""
@@ -520,6 +563,8 @@ class Trainer:
         Returns figures for the epoch's row, and a sentence.
         """
         model, n_training = self.model, len(self.data.train)
+        if not model.has_numbers:
+            return {}, "The table has categories alone, which have no noise variance."
         generator = self._stream("optimal variance")
         var = exact_optimal_var(model, self.training, generator, self.all_reduce)
         figures = {"training_noise_var": float(var.mean())}
@@ -586,14 +631,22 @@ class Trainer:
                 f"Warning: the predicted variance loses {loss} nats per held-out example against "
                 "one variance; train without stage 2."
             ]
-        self.model.noise = build_noise(self.stage_1_noise, self.model.blank_variance_network)
-        self.model.noise.to(self.fabric.device)
-        self.model.noise.set_var(shared_var)
+        self._share_variance(shared_var)
         return [
             f"Warning: the predicted variance lost {loss} nats per held-out example against one "
             "variance, so that stage 2 is refused and the variance is shared again. There may be "
             "too few examples for a prediction."
         ]
+
+    def _share_variance(self, var: Tensor | None) -> None:
+        """Go back from a predicted variance to the noise model of stage 1."""
+        if not self.model.noise.depends_on_code:
+            return
+        if self.stage_1_noise is None or var is None:
+            raise RuntimeError("There is no noise model of stage 1 to go back to.")
+        self.model.noise = build_noise(self.stage_1_noise, self.model.blank_variance_network)
+        self.model.noise.to(self.fabric.device)
+        self.model.noise.set_var(var)
 
     def _agree(self, *wishes: bool) -> list[bool]:
         """Combine what each process wishes, so that all of them do the same."""
@@ -618,12 +671,17 @@ class Trainer:
     def _read_and_show(self) -> dict[str, float]:
         stage = self.schedule.stage
         figures = self.means.read(math.prod(self.model.shape), stage, self.all_reduce)
+        figures = of_raw_data(figures, self._log_slope(self.training))
 
         epoch = max(1, math.ceil(self.position.stage_step / len(self.training)))
         label = f"stage {stage:d} epoch {epoch}/{self.schedule.epochs[stage]}"
         for sink in self.sinks:
             sink.step(self.position.step, self._total_steps(), label, figures)
         return figures
+
+    def _log_slope(self, split: SplitPass) -> float:
+        """Mean log-slope of the power transform over a split, 0 without a transform."""
+        return split.mean_log_slope(self.all_reduce)
 
     def _message(self, text: str) -> None:
         for sink in self.sinks:
@@ -638,6 +696,8 @@ class Trainer:
             self.fabric,
             partial(save_checkpoint, self.folder, self.position.step, self._state()),
         )
+        if self.on_save is not None:
+            in_main_process(self.fabric, self.on_save)
 
         (is_stopped,) = self._agree(self.sigterm.received)
         if is_stopped:
@@ -770,7 +830,10 @@ class Trainer:
             for name, value in self.config.as_dict().items()
             if earlier.get(name) != value and name not in PLACEMENT
         ]
-        if changed:
+        is_finished = state["schedule"].get("stage") == Stage.FINISHED
+        if changed and is_finished and set(changed) <= set(CONTINUED):
+            self.continuation = plan_continuation(state["history"], earlier, self.config)
+        elif changed:
             raise StoreError(
                 f"{path} was trained with other values of {', '.join(changed)}; "
                 "resume with the same."

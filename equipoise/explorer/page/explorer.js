@@ -2,7 +2,7 @@
 
 const MOVES_PER_WIDTH = 100, SHIFT_MOVES = 10;
 const DRAWN = 24, FRAMES = 9;
-const RANGE_STDS = 4, SHOWN_COLUMNS = 200;
+const RANGE_STDS = 4, SHOWN_COLUMNS = 200, SHOWN_UNITS = 16;
 
 const $ = (id) => document.getElementById(id);
 const make = (tag, properties = {}, children = []) => {
@@ -17,9 +17,11 @@ const signed = (value) => value.toFixed(2).replace("-", "\u2212");
 
 const about = await ask("about").then((response) => response.json());
 const { shape, latent_dim, plane } = about;
-const isImage = shape.length === 3;
-const [channels, height, width] = isImage ? shape : [1, 1, shape[0]];
-const dimensions = channels * height * width;
+// Pictures are images and slices of volumes; signals are lines; tables are rows of numbers.
+const isPicture = shape.length >= 3, isSignal = shape.length === 2, isTable = shape.length === 1;
+const channels = isTable ? 1 : shape[0], depth = shape.length === 4 ? shape[1] : 1;
+const [height, width] = isPicture ? shape.slice(-2) : [1, shape.at(-1)];
+const dimensions = channels * depth * height * width, isColour = channels === 3;
 
 // ---- server
 
@@ -59,11 +61,16 @@ async function decoded(path, request) {
 
 const unit = (value, i) => (value - about.offset[i % about.offset.length]) / about.scale[i % about.scale.length];
 
+// What is shown of a picture: one of its bands, or all three as colours, and a slice of a volume.
+const shown = { band: 0, slice: Math.floor(depth / 2) };
+const at = (band, pixel) => (band * depth + shown.slice) * height * width + pixel;
+const bandsShown = () => (isColour ? [0, 1, 2] : [shown.band]);
+
 function paintImage(canvas, values) {
-  const picture = new ImageData(width, height), pixels = height * width;
-  for (let p = 0; p < pixels; p++) {
+  const picture = new ImageData(width, height), bands = bandsShown();
+  for (let p = 0; p < height * width; p++) {
     for (let c = 0; c < 3; c++) {
-      picture.data[4 * p + c] = 255 * unit(values[(channels === 3 ? c : 0) * pixels + p], 0);
+      picture.data[4 * p + c] = 255 * unit(values[at(bands[c % bands.length], p)], 0);
     }
     picture.data[4 * p + 3] = 255;
   }
@@ -71,11 +78,11 @@ function paintImage(canvas, values) {
 }
 
 function paintMap(canvas, values, top) {
-  const picture = new ImageData(width, height), pixels = height * width;
-  for (let p = 0; p < pixels; p++) {
+  const picture = new ImageData(width, height), bands = bandsShown();
+  for (let p = 0; p < height * width; p++) {
     let sum = 0;
-    for (let c = 0; c < channels; c++) sum += values[c * pixels + p] ** 2;
-    const level = Math.min(255, Math.round((255 * Math.sqrt(sum / channels)) / top));
+    for (const band of bands) sum += values[at(band, p)] ** 2;
+    const level = Math.min(255, Math.round((255 * Math.sqrt(sum / bands.length)) / top));
     picture.data.set([...about.std_colours.slice(3 * level, 3 * level + 3), 255], 4 * p);
   }
   put(canvas, picture);
@@ -92,7 +99,34 @@ function paintRow(canvas, values, height = unit) {
   });
 }
 
-const paint = isImage ? paintImage : paintRow;
+// A line for each channel, and one std around it where there is one.
+function paintSignal(canvas, values, std = null, height = (value) => 2 * unit(value, 0) - 1) {
+  const [wide, tall] = [320, 160];
+  Object.assign(canvas, { width: wide, height: tall });
+  const context = canvas.getContext("2d");
+  const x = (i) => ((i + 0.5) * wide) / width, y = (value) => (tall * (1 - 0.9 * height(value))) / 2;
+  for (let c = 0; c < channels; c++) {
+    const index = Array.from({ length: width }, (_, i) => i);
+    const line = (value) => index.map((i) => [x(i), y(value(c * width + i))]);
+    context.fillStyle = context.strokeStyle = c ? `hsl(${(200 + (c * 360) / channels) % 360} 70% 50%)` : colour("--accent");
+    if (std) {
+      const edges = [...line((i) => values[i] - std[i]), ...line((i) => values[i] + std[i]).reverse()];
+      context.globalAlpha = 0.3;
+      context.fill(pathThrough(edges));
+      context.globalAlpha = 1;
+    }
+    context.lineWidth = 2;
+    context.stroke(pathThrough(line((i) => values[i])));
+  }
+}
+
+function pathThrough(points) {
+  const path = new Path2D();
+  points.forEach(([x, y]) => path.lineTo(x, y));
+  return path;
+}
+
+const paint = isPicture ? paintImage : isSignal ? paintSignal : paintRow;
 
 function put(canvas, picture) {
   if (canvas.width !== picture.width || canvas.height !== picture.height) {
@@ -105,7 +139,8 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 
 function thumbnail(item, label) {
   const canvas = make("canvas");
-  paint(canvas, item.mean);
+  canvas.repaint = () => paint(canvas, item.mean);
+  canvas.repaint();
   const button = make("button", { type: "button", ariaLabel: label, title: label }, [canvas]);
   button.addEventListener("click", () => show({ codes: [[...item.code]] }));
   return button;
@@ -133,12 +168,7 @@ async function show(request) {
 
 function display(item) {
   point = item;
-  if (isImage) {
-    paintImage($("mean"), item.mean);
-    paintMap($("std"), item.std, about.highest_std);
-  } else {
-    showColumns(item);
-  }
+  paintPoint();
   for (const { range, output, u } of sliders) {
     range.value = item.code[u];
     output.value = signed(item.code[u]);
@@ -146,8 +176,56 @@ function display(item) {
   drawPlane();
 }
 
+function paintPoint() {
+  if (isTable) return showColumns(point);
+  paint($("mean"), point.mean, point.std);
+  if (isPicture) paintMap($("std"), point.std, about.highest_std);
+}
+
 function showDraws(items) {
   items.forEach((item, n) => paintImage($("draws").querySelectorAll("canvas")[n], item.mean));
+}
+
+function repaint() {
+  paintPoint();
+  for (const canvas of document.querySelectorAll("canvas")) canvas.repaint?.();
+}
+
+// Bands of images that are neither grey nor RGB, and slices of volumes.
+function startPlanes() {
+  const choices = {
+    band: isPicture && !isColour ? channels : 1,
+    slice: depth,
+  };
+  for (const [name, count] of Object.entries(choices)) {
+    const input = $(name);
+    $(`${name}-label`).hidden = count === 1;
+    Object.assign(input, { max: count, value: shown[name] + 1 });
+    const say = () => ($(`${name}-at`).value = `${shown[name] + 1} of ${count}`);
+    input.addEventListener("input", () => {
+      shown[name] = Number(input.value) - 1;
+      say();
+      repaint();
+    });
+    say();
+  }
+}
+
+// Show the first of many elements, say so, and give a way to the others.
+function showPart(container, count, noun) {
+  const elements = [...container.children], rest = elements.slice(count);
+  if (!rest.length) return;
+  rest.forEach((element) => (element.hidden = true));
+  const text = make("span", { textContent: `Showing ${count} of ${elements.length} ${noun}` });
+  const button = make("button", { type: "button", textContent: "Show all" });
+  const note = make("p", { className: "controls help" }, [text, button]);
+  button.addEventListener("click", () => {
+    const isAll = rest[0].hidden;
+    rest.forEach((element) => (element.hidden = !isAll));
+    text.textContent = `Showing ${isAll ? elements.length : count} of ${elements.length} ${noun}`;
+    button.textContent = isAll ? "Show fewer" : "Show all";
+  });
+  container.before(note);
 }
 
 const columns = [];
@@ -163,11 +241,12 @@ function showColumns({ mean, std }) {
 }
 
 function makeColumns() {
-  for (let i = 0; i < Math.min(dimensions, SHOWN_COLUMNS); i++) {
+  for (let i = 0; i < dimensions; i++) {
     const [spread, middle, output] = [make("i"), make("b"), make("output")];
     columns.push({ spread, middle, output });
     $("columns").append(make("li", {}, [`column ${i}`, make("span", { className: "bar" }, [spread, middle]), output]));
   }
+  showPart($("columns"), SHOWN_COLUMNS, "columns");
 }
 
 // ---- latent units, the widest first
@@ -195,6 +274,7 @@ const sliders = about.reach
     $("units").append(make("div", { className: "unit" }, [label, range, output]));
     return { range, output, u };
   });
+showPart($("units"), SHOWN_UNITS, "units, the widest first");
 
 // ---- the map
 
@@ -328,13 +408,21 @@ function keepEnd(i) {
 // ---- an input
 
 async function inspect(path, body) {
-  const found = await ask(path, body).then((response) => response.json());
+  showFound(await ask(path, body).then((response) => response.json()));
+}
+
+async function showFound(found) {
   const [seen] = await decoded("decode", { codes: [found.code] });
   display(seen);
-  paint($("input"), found.raw);
   const error = found.raw.map((value, i) => (value - seen.mean[i]) / seen.std[i]);
-  if (isImage) paintMap($("error"), error, RANGE_STDS);
-  else paintRow($("error"), error, (value) => value);
+  $("input").repaint = () => paint($("input"), found.raw);
+  $("error").repaint = () => {
+    if (isPicture) paintMap($("error"), error, RANGE_STDS);
+    else if (isSignal) paintSignal($("error"), error, null, (value) => value / RANGE_STDS);
+    else paintRow($("error"), error, (value) => value);
+  };
+  $("input").repaint();
+  $("error").repaint();
   $("verdict").textContent = found.odder_than === null
     ? "Without the run's data it cannot be ranked."
     : `Odder than ${Math.floor(1000 * found.odder_than) / 10} % of the validation data`;
@@ -378,8 +466,13 @@ function startInputs() {
 function describe() {
   document.title = `${about.name} · equipoise explore`;
   $("name").textContent = about.name;
-  const images = { 1: "grey images", 3: "colour images" }[channels] ?? `images of ${channels} bands (the first is shown)`;
-  const kind = isImage ? `${width} × ${height} ${images}` : `${dimensions} columns`;
+  const images = { 1: "grey images", 3: "colour images" }[channels] ?? `images of ${channels} bands`;
+  const kind = [
+    `${dimensions} columns`,
+    `signals of ${width} values and ${channels} channels`,
+    `${width} × ${height} ${images}`,
+    `volumes of ${depth} slices, ${width} × ${height} ${images}`,
+  ][shape.length - 1];
   $("summary").textContent = `${kind}, ${latent_dim} latent units, mixture of ${about.means.length}`;
   $("legend").textContent = about.n_examples
     ? "Blue: density of the aggregate posterior. Dots: training data. Ellipses: components of the mixture, one std."
@@ -392,15 +485,19 @@ function describe() {
   $("map-panel").hidden = !plane;
   $("keep-label").hidden = latent_dim === 2;
   $("example").hidden = !about.n_examples;
-  $("row-form").hidden = isImage;
+  $("row-form").hidden = isPicture;
+  if (isSignal) $("row-label").textContent = "Values of one signal, channel after channel, separated by commas";
   $("draws").hidden = !about.n_draws;
   for (let n = 0; n < about.n_draws; n++) {
     $("draws").firstElementChild.append(make("canvas", { role: "img", ariaLabel: `Draw ${n + 1}` }));
   }
-  for (const id of ["file-label", "file", "drop-help", "readout"]) $(id).hidden = !isImage;
-  for (const element of document.querySelectorAll("#decoded-panel .pictures, #input-panel .scale")) {
-    element.hidden = !isImage;
+  for (const id of ["file-label", "file", "drop-help"]) $(id).hidden = shape.length !== 3;
+  for (const element of document.querySelectorAll("#readout, #std-figure, #input-panel .scale")) {
+    element.hidden = !isPicture;
   }
+  document.querySelector("#decoded-panel .pictures").hidden = isTable;
+  document.body.classList.toggle("signals", isSignal);
+  if (isSignal) $("mean-caption").textContent = "Mean, and one std around it";
   for (const canvas of document.querySelectorAll(".colours")) {
     const ramp = new ImageData(256, 1);
     for (let i = 0; i < 256; i++) ramp.data.set([...about.std_colours.slice(3 * i, 3 * i + 3), 255], 4 * i);
@@ -413,7 +510,7 @@ function startReadout() {
     canvas.addEventListener("pointermove", (event) => {
       const column = clamp(Math.floor((event.offsetX / canvas.clientWidth) * width), 0, width - 1);
       const row = clamp(Math.floor((event.offsetY / canvas.clientHeight) * height), 0, height - 1);
-      const values = Array.from({ length: channels }, (_, c) => (c * height + row) * width + column)
+      const values = Array.from({ length: channels }, (_, c) => at(c, row * width + column))
         .map((i) => `${format(point.mean[i])} ± ${format(point.std[i], 2)}`);
       $("readout").textContent = `Row ${row}, column ${column}: ${values.join(", ")}`;
     });
@@ -421,8 +518,9 @@ function startReadout() {
 }
 
 describe();
-if (isImage) startReadout();
-else makeColumns();
+startPlanes();
+if (isPicture) startReadout();
+if (isTable) makeColumns();
 if (plane) startMap();
 startInputs();
 $("draw").addEventListener("click", draw);
@@ -434,4 +532,5 @@ const heaviest = about.weights.map((weight, k) => [weight, k]).sort(([a], [b]) =
 ends.push(heaviest[0], heaviest[1] ?? about.centre);
 await show({ codes: [heaviest[0]] });
 await Promise.all([draw(), showPath()]);
+if (about.start) await showFound(about.start);
 document.body.dataset.ready = "";
