@@ -57,7 +57,7 @@ EXPECTED_TO_FAIL = {
         "beartype, which only the tests have, checks the constructor"
     ),
     "check_outliers_train": (
-        "with contamination, the threshold is that of models which did not see the row, as new rows "
+        "with contamination, the threshold is by models that did not see the row, as new rows "
         "need it; fit_predict has exactly the share, and predict of rows trained on has not"
     ),
 }
