@@ -289,14 +289,14 @@ class MixedLikelihood(NamedTuple):
         """Log-probability of the observed categories alone, (B,), nats."""
         return (self.categories.one_hot(x) * self.log_probs).sum(1)
 
-    def nats_below_best(self, x: Float[Tensor, "batch columns"]) -> Tensor:
-        """Log-probability of the best level less that of the row's, (B, D); NaN if missing."""
+    def own_and_best(self, x: Float[Tensor, "batch columns"]) -> tuple[Tensor, Tensor]:
+        """Compare levels: log-probability of the row's, NaN if missing, and of the best, (B, D)."""
         log_probs = self.log_probs
         _, best = self.categories.most_probable(log_probs)
         _, own = self.categories.most_probable(
             log_probs.masked_fill(self.categories.one_hot(x) == 0, -torch.inf)
         )
-        return (best - own).masked_fill(x.isnan(), torch.nan)
+        return own.masked_fill(x.isnan(), torch.nan), best
 
     def log_prob(self, x: Float[Tensor, "batch columns"]) -> Float[Tensor, " batch"]:
         """Log-density of the observed numbers plus log-probability of the categories, nats."""

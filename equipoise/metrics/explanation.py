@@ -61,9 +61,8 @@ def explain(model: VAE, raw: Tensor) -> Explanation:
         numeric, numbers = numeric_part(likelihood, x)
         cost = ((numbers - numeric.mean) / numeric.std).square() / 2
         if isinstance(likelihood, MixedLikelihood):
-            cost = torch.where(
-                likelihood.categories.is_category, likelihood.nats_below_best(x), cost
-            )
+            own, best = likelihood.own_and_best(x)
+            cost = torch.where(likelihood.categories.is_category, best - own, cost)
         nats.append(torch.where(x.isnan(), 0.0, cost))
         code.append(posterior.kl())
 

@@ -221,8 +221,11 @@ def worst_columns(model: VAE, raw: Tensor, n: int = WORST_COLUMNS) -> list[str]:
         distance = (numbers - numeric.mean) / numeric.std
         size = distance.abs()
         if isinstance(reconstruction, MixedLikelihood):
-            nats, size = _of_categories(reconstruction, rows, size)
-            distance = torch.where(nats.isnan(), distance, nats)
+            own, best = reconstruction.own_and_best(rows)
+            is_category = reconstruction.categories.is_category
+            distance = torch.where(is_category, -own, distance)
+            # The best level is as near as a number at its mean.
+            size = torch.where(is_category, (2 * (best - own)).clamp_min(0).sqrt(), size)
         found.append(distance)
         sizes.append(size)
     distance = torch.cat(found)
@@ -240,19 +243,3 @@ def worst_columns(model: VAE, raw: Tensor, n: int = WORST_COLUMNS) -> list[str]:
         ]
         texts.append(", ".join(parts))
     return texts
-
-
-def _of_categories(
-    likelihood: MixedLikelihood, rows: Tensor, size: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Minus log p of each category, NaN elsewhere, and the sizes with those of categories, (B, D).
-
-    The best level is as near as a number at its mean.
-    """
-    categories, log_probs = likelihood.categories, likelihood.log_probs
-    _, best = categories.most_probable(log_probs)
-    _, own = categories.most_probable(
-        log_probs.masked_fill(categories.one_hot(rows) == 0, -torch.inf)
-    )
-    own = own.masked_fill(rows.isnan(), torch.nan)
-    return -own, torch.where(categories.is_category, (2 * (best - own)).clamp_min(0).sqrt(), size)
