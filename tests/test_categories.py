@@ -24,6 +24,7 @@ from equipoise.data import load, load_examples
 from equipoise.data.levels import encode, encode_frame
 from equipoise.gaussian import Gaussian, RowGenerators, standard_normal_log_prob
 from equipoise.imputation import impute
+from equipoise.metrics.explanation import explain
 from equipoise.metrics.rows import log_densities, worst_columns
 from equipoise.mixture_fit import fit_mixture
 from equipoise.model import VAE, Scaling, encode_all
@@ -540,3 +541,26 @@ class TestFrames:
         assert encoded.frame["level"].tolist()[:2] == [1.0, 0.0]
         with pytest.raises(ValueError, match="like names"):
             encode_frame(pandas.DataFrame({"who": list("abcdefghijkl")}))
+
+
+def test_an_explanation_counts_what_a_level_is_below_the_best():
+    model = model_of({0: ("a", "b", "c"), 2: (False, True)}, 3)
+    rows = torch.tensor([[float(k), 0.3, torch.nan] for k in range(3)] + [[torch.nan, 0.3, 1.0]])
+    nats = explain(model, rows).nats
+
+    log_probs = model.reconstruct(rows[:3]).log_probs[:, :3]
+    expected = log_probs.max(1).values - log_probs.diagonal()
+    np.testing.assert_allclose(nats[:3, 0], expected.detach(), rtol=1e-5)
+    assert (nats[:3, 2] == 0).all()
+    assert nats[3, 0] == 0
+    assert np.isfinite(nats).all()
+
+
+@pytest.mark.parametrize("kind", ["conditional", "categories"])
+def test_contamination_is_refused_where_parts_of_a_table_know_less(kind):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"x": np.arange(20.0), "y": 1.0, "kind": ["a", "b"] * 10})
+    vae = VAEEstimator(contamination=0.1, conditional=kind == "conditional")
+    x = frame[["x", "y"]] if kind == "conditional" else frame
+    with pytest.raises(ValueError, match="contamination is for numbers without labels"):
+        vae.fit(x, frame["kind"])
