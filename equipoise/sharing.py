@@ -204,6 +204,7 @@ def _usage(name: str, description: ModelDescription) -> str:
             f"{code(description['decoder'])} as they were, and pass them to `run.model`.\n"
         )
 
+    best = "mode" if description.get("levels") else "mean"
     return f"""\
 ## Use
 
@@ -218,7 +219,7 @@ import equipoise
 run = equipoise.Run("{PREFIX}{name}")
 model, mixture = run.model({networks}), run.mixture()
 drawn = model.generate(16, mixture)
-samples = model.scaling.restore_levels(drawn.mean)  # in the units of the data
+samples = model.scaling.restore_levels(drawn.{best})  # in the units of the data
 std = model.scaling.restore_std(drawn.std, drawn.mean)
 ```
 {note}"""
