@@ -29,7 +29,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
-from equipoise.categories import Level, Likelihood, joined, level_values, mode_of
+from equipoise.categories import Likelihood, joined, mode_of
 from equipoise.config import EARLIER_VALUES, TrainConfig, make_config
 from equipoise.conformal import (
     FALSE_ALARM_RATE,
@@ -49,6 +49,7 @@ from equipoise.files import StoreError
 from equipoise.gaps import column_means, column_vars
 from equipoise.gaussian import standard_normal_log_prob
 from equipoise.labels import label_number
+from equipoise.levels import Level, level_values
 from equipoise.metrics.explanation import Explanation, explain
 from equipoise.metrics.rows import MAX_REFERENCE, held_out_by_gaps, log_densities
 from equipoise.model import VAE, encode_all

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from equipoise.catalogue import ARCHITECTURES
 from equipoise.categories import Categories, Likelihood, MixedLikelihood
-from equipoise.categories import Levels as CategoryLevels
 from equipoise.correlation import AnyGaussian
 from equipoise.digital import Levels
 from equipoise.gaussian import Gaussian
 from equipoise.kernels import bounded
 from equipoise.labels import joined, labelled, labels_of, one_hot
+from equipoise.levels import Levels as CategoryLevels
 from equipoise.networks import (
     ConvDecoder,
     MLPDecoder,
@@ -641,6 +641,8 @@ class VAE(nn.Module):
         """
         code = self._decoder_input(z)
         if not self.noise.reads_features:
+            if self.categories is None:
+                return self.decode_mean(z), code
             return self._within_bounds(self.decoder(code)), code
 
         decoder = cast(MLPDecoder | ConvDecoder, self.decoder)

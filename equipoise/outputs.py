@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from equipoise import plots
-from equipoise.categories import MixedLikelihood, joined, level_values, mode_of
+from equipoise.categories import MixedLikelihood, joined, mode_of
 from equipoise.data import Data, Subset
 from equipoise.data.batches import as_tensor
 from equipoise.data.tables import is_table, write_filled, write_table
 from equipoise.files import exclusive_outputs, whole_file, write_array
 from equipoise.imputation import Imputation
 from equipoise.labels import labels_of
+from equipoise.levels import level_values
 from equipoise.model import VAE
 from equipoise.randomness import stream
 from equipoise.run import Run

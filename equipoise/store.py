@@ -22,11 +22,11 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
-from equipoise.categories import Level
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.files import StoreError, check_text, owner_of, whole_file
 from equipoise.flow_fit import CodeFlow
 from equipoise.label_mixture import LabelMixture
+from equipoise.levels import Level
 from equipoise.model import VAE, PowerScaling, Scaling, decoder_shape, encoder_shape
 from equipoise.networks import build_decoder, build_encoder
 from equipoise.noise import GlobalNoise, build_noise

@@ -159,6 +159,7 @@ def test_cost_scaling_at_its_smallest_size(run):
         assert math.isfinite(second + row["standard_error"] + row["last_two"])
 
 
+@pytest.mark.slow
 def test_distributed_at_its_smallest_size(run):
     one, two = run("distributed")["rows"].values()
     assert one["largest relative difference"] == 0
@@ -203,6 +204,7 @@ def test_em_against_scikit_learn_at_its_smallest_size(run):
     assert 0 < memory["with_codes_before_fit_mib"] <= memory["peak_mib"]
 
 
+@pytest.mark.slow
 def test_mixture_scale_at_its_smallest_size(run):
     content = run("mixture_scale")
     assert set(content["iteration"]["processes"]) == {"1", "2"}
@@ -220,6 +222,7 @@ def test_step_profile_at_its_smallest_size(run):
             assert min(shares.values()) >= 0
 
 
+@pytest.mark.slow
 def test_streaming_memory_at_its_smallest_size(run):
     kinds = ["names in a folder", "stream, its batches alone"]
     content = run("streaming_memory", "--kinds", *kinds)
@@ -229,6 +232,7 @@ def test_streaming_memory_at_its_smallest_size(run):
         assert 0 < row["anonymous_before_mib"] <= row["anonymous_peak_mib"]
 
 
+@pytest.mark.slow
 def test_streaming_training_at_its_smallest_size(run):
     content = run("streaming_training")
     assert len(content["curve"]) == len(content["examples_per_second"]) == 3
@@ -320,6 +324,19 @@ def test_correlated_noise_at_its_smallest_size(run):
     assert len(rows) == 10
     full, none = (rows[f"one variance, {form}"]["log_likelihood"] for form in ("full", "none"))
     assert full["value"] > none["value"]
+
+
+def test_contaminated_tables_at_their_smallest_size(run):
+    content = run("contaminated_tables")
+    assert {row["table"] for row in content["rows"]} == {"iris"}
+    assert all(0 <= row["auroc"] <= 1 for row in content["rows"])
+
+
+def test_false_alarms_at_their_smallest_size(run):
+    content = run("false_alarms")
+    assert {row["case"] for row in content["rows"]} == {"digits, 400 rows"}
+    for found in content["summary"].values():
+        assert 0 <= found["flagged"]["value"] <= 1
 
 
 def test_every_benchmark_has_a_test_at_its_smallest_size():

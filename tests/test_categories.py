@@ -11,19 +11,14 @@ import pytest
 import torch
 
 from equipoise import VAEEstimator, VAEImputer
-from equipoise.categories import (
-    Categories,
-    MixedLikelihood,
-    level_codes,
-    level_values,
-    sorted_levels,
-)
+from equipoise.categories import Categories, MixedLikelihood
 from equipoise.config import ConfigError, TrainConfig
 from equipoise.correlation import FullCorrelation, LowRankCorrelation, embedded
 from equipoise.data import load, load_examples
 from equipoise.data.levels import encode, encode_frame
 from equipoise.gaussian import Gaussian, RowGenerators, standard_normal_log_prob
 from equipoise.imputation import impute
+from equipoise.levels import level_codes, level_values, sorted_levels
 from equipoise.metrics.explanation import explain
 from equipoise.metrics.rows import log_densities, worst_columns
 from equipoise.mixture_fit import fit_mixture

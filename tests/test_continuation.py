@@ -39,10 +39,20 @@ class Messages:
     ("shape", "config", "more", "stages"),
     [
         (TABLE, QUICK, {"stage_1_epochs": 5}, [1, 1, 2, 2, 1, 1, 1, 2, 2]),
-        (TABLE, QUICK, {"stage_2_epochs": 4}, [1, 1, 2, 2, 2, 2]),
         (TABLE, replace(QUICK, stage_2_epochs=0), {"stage_2_epochs": 2}, [1, 1, 2, 2]),
-        (IMAGES, replace(CONFIG, n_components=2), {"stage_1_epochs": 3}, [1, 1, 2, 2, 1, 2, 2]),
         (IMAGES, replace(CONFIG, n_components=2), {"stage_2_epochs": 3}, [1, 1, 2, 2, 2]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (TABLE, QUICK, {"stage_2_epochs": 4}, [1, 1, 2, 2, 2, 2]),
+                (
+                    IMAGES,
+                    replace(CONFIG, n_components=2),
+                    {"stage_1_epochs": 3},
+                    [1, 1, 2, 2, 1, 2, 2],
+                ),
+            )
+        ),
     ],
 )
 def test_a_continuation_that_is_killed_ends_as_one_that_is_not(

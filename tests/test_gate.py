@@ -242,8 +242,8 @@ def test_a_run_finds_its_data_again_with_its_own_limits(tmp_path, monkeypatch):
 )
 def test_whatever_is_recorded_of_a_loading_can_be_read_back(function, record, own):
     """A new argument that its record lacks would make runs that no command can read."""
-    # Names of columns are given for arrays in memory, of which nothing is recorded.
-    of_the_moment = {"cache_dir", "progress", "say", "names"}
+    # Names of columns, labels and levels are given for arrays in memory, which are not recorded.
+    of_the_moment = {"cache_dir", "progress", "say", "names", "labels", "levels"}
     arguments = set(inspect.signature(function).parameters) - of_the_moment
     assert arguments | own == set(record.__annotations__)
 

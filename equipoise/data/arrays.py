@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from equipoise.categories import Level
 from equipoise.data.dataset import Array, Data, Names, Rows, Split, Subset, split
 from equipoise.data.duplicates import describe_shared
 from equipoise.data.labels import choose_names, describe_labels, names_of, number
+from equipoise.levels import Level
 
 MIN_EXAMPLES = 10
 """Smallest number of training examples."""

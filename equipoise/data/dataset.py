@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 
-from equipoise.categories import Level
+from equipoise.levels import Level
 
 Array: TypeAlias = NDArray[Any]
 Channels: TypeAlias = Literal["grey", "rgb"]

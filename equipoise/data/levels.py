@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from equipoise.categories import Level, level_codes, sorted_levels
 from equipoise.data.dataset import Array
+from equipoise.levels import Level, level_codes, sorted_levels
 from equipoise.text import visible
 
 FEW_LEVELS, MOST_LEVELS = 10, 1000

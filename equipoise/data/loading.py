@@ -14,7 +14,6 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
-from equipoise.categories import Levels
 from equipoise.data.arrays import (
     MIN_EXAMPLES,
     Found,
@@ -50,6 +49,7 @@ from equipoise.data.shards import (
 from equipoise.data.stream import Stream, first_examples, reader
 from equipoise.data.tables import SUFFIXES, is_table, read_table
 from equipoise.files import check_text, expanded
+from equipoise.levels import Levels
 from equipoise.places import is_place, locate
 from equipoise.text import parse_size, visible
 

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from equipoise.categories import Level, Levels, level_values, sorted_levels
 from equipoise.data.dataset import Array
 from equipoise.data.gate import DEFAULT_LIMITS, Limits
 from equipoise.data.levels import Categorical, describe_levels, encode, problem_of_levels
 from equipoise.files import check_regular, whole_file
+from equipoise.levels import Level, Levels, level_values, sorted_levels
 from equipoise.text import visible
 
 Frame: TypeAlias = Any  # polars has types, but is optional
