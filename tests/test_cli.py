@@ -1,7 +1,9 @@
 """The command line as a user meets it: what real processes print, write, refuse and return."""
 
+import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -272,9 +274,17 @@ def test_a_folder_of_images_from_end_to_end(tmp_path, capsys):
     assert "broken.tif" in done.stdout
     assert "PIL" not in done.stderr
     assert Run(tmp_path / "run").model().shape == (3, 16, 12)
-    for command in ("score", "impute"):
-        printed = refused(command, tmp_path / "run", folder, capsys=capsys)
-        assert "is a run of images" in printed
+    assert "is a run of images" in refused("impute", tmp_path / "run", folder, capsys=capsys)
+    one = folder / "7.png"
+    scored = run("score", tmp_path / "run", folder, one, "--false-alarm-rate", "0.3")
+    assert scored.returncode == 0, scored.stderr
+    assert "broken.png" in scored.stdout + scored.stderr
+    with (tmp_path / "run" / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[-1]["image"] == one.name
+    assert rows[-1]["source"] == str(one)
+    assert rows[-1]["score"] == next(row for row in rows if row["image"] == one.name)["score"]
+    assert re.fullmatch(r"y \d+-\d+, x \d+-\d+: [\d.]+ nats", rows[0]["worst_region"])
     strict = run(
         "train", folder, "--strict", env={"EQUIPOISE_CACHE": str(tmp_path / "cache")}, cwd=tmp_path
     )

@@ -370,8 +370,8 @@ class TestScores:
         assert found.p_value[0] == found.p_value[1] == pytest.approx(1 / 301)
         for part in (slice(2, None, 2), slice(3, None, 2)):
             assert 0.4 < found.p_value[part].mean() < 0.6
-        assert found.worst_columns[0] == "age +9.0"
-        assert found.worst_columns[1].startswith("größe -9.0, ")
+        assert found.worst[0] == "age +9.0"
+        assert found.worst[1].startswith("größe -9.0, ")
         assert worst_columns(model, torch.full((1, 3), torch.nan)) == [""]
 
         # Whatever the size of a batch does to the last digits.

@@ -1,4 +1,4 @@
-"""``equipoise score``: how odd each row of a table is, by a run."""
+"""``equipoise score``: how odd each row of a table, or each image, is by a run."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -15,7 +15,6 @@ from equipoise.cli.command import (
     open_terminal,
     other_examples,
     paragraph,
-    table_run,
     warn_of_unit,
 )
 from equipoise.config import ConfigError
@@ -25,11 +24,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
     """Describe the arguments of ``score``."""
     add_run(parser)
     parser.add_argument(
-        "table",
-        nargs="?",
-        metavar="TABLE",
-        help="Table whose rows are scored, a .csv, .tsv, .parquet, .feather or .npy file. The "
-        "default is the run's own test set.",
+        "data",
+        nargs="*",
+        metavar="DATA",
+        help="What is scored: tables (.csv, .tsv, .parquet, .feather, .npy), or images: folders, "
+        "single files or arrays. The default is the run's own test set.",
     )
     parser.add_argument(
         "--out",
@@ -41,12 +40,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
         type=float,
         default=0.05,
         metavar="RATE",
-        help="Share of ordinary rows that may be called odd. The default is 0.05.",
+        help="Share of ordinary rows or images that may be called odd. The default is 0.05.",
     )
     parser.add_argument(
         "--fail-on-odd",
         action="store_true",
-        help="End with the exit status 1 if any row is odd, for scripts.",
+        help="End with the exit status 1 if any row or image is odd, for scripts.",
     )
     add_data_dir(parser)
     add_limits(parser)
@@ -57,14 +56,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "p-value, the share of held-out rows of the run with a score as low, where they have the "
         "same gaps; a verdict, 'odd' if the p-value is at most the rate; and the columns that are "
         "furthest from their reconstruction, numbers in predicted std and categories by -log p in "
-        "nats. With categories, the score is the log-density of the numbers plus the "
-        "log-probability of the categories. The held-out rows are those of the run's validation "
-        "and test sets."
+        "nats, or the region of an image that costs most. With categories, the score is the "
+        "log-density of the numbers plus the log-probability of the categories. The held-out rows "
+        "are those of the run's validation and test sets."
     )
 
 
 def _run(options: Namespace) -> None:
-    """Score the rows of a table, and write what is found."""
+    """Score rows or images, and write what is found."""
     import numpy as np
 
     from equipoise.conformal import check_rate, fewest_held_out
@@ -72,22 +71,25 @@ def _run(options: Namespace) -> None:
     from equipoise.data.tables import write_table
     from equipoise.labels import joined
     from equipoise.metrics.rows import MIN_REFERENCE, score_rows
+    from equipoise.run import Run
 
     rate = options.false_alarm_rate
     if not 0 < rate < 1:
         raise ConfigError([f"--false-alarm-rate must be above 0 and below 1, got {rate:g}"])
 
-    run, model, mixture = table_run(options.run, "scores rows")
+    run = Run(options.run)
+    model, mixture = run.model(), run.mixture()
     path = Path(options.out) if options.out else run.folder / "scores.csv"
 
     with open_terminal(options.quiet) as terminal:
         data = data_of(run, terminal, options.data_dir)
-        validation, test = as_tensor(data.validation), as_tensor(data.test)
-        if options.table is None:
-            x, reference = test, validation
-        else:
-            x = as_tensor(other_examples(options.table, run, model, options, terminal))
-            reference = joined([validation, test])
+        held_out, parts = [as_tensor(data.validation)], [data.test]
+        if options.data:
+            held_out.append(as_tensor(data.test))
+            parts = [
+                other_examples(source, run, model, options, terminal) for source in options.data
+            ]
+        x, reference = joined([as_tensor(part) for part in parts]), joined(held_out)
 
         try:
             check_rate(rate, len(reference))
@@ -107,16 +109,23 @@ def _run(options: Namespace) -> None:
         )
         # What has no density left is odd, even if some of the held-out rows have none.
         is_odd = (found.p_value <= rate) | np.isneginf(found.score)
+        of_images = len(model.shape) > 1
         columns = {
-            "row": np.arange(len(x)),
+            "image" if of_images else "row": [name for part in parts for name in part.names()],
             "score": found.score,
             "p_value": found.p_value,
             "verdict": np.where(is_odd, "odd", "usual"),
-            "worst_columns": found.worst_columns,
+            "worst_region" if of_images else "worst_columns": found.worst,
         }
+        if len(parts) > 1:
+            sizes = [len(part) for part in parts]
+            columns = {"source": np.repeat(options.data, sizes), **columns}
+        if not of_images and all(part.name is None for part in parts):
+            columns["row"] = np.array(columns["row"], np.int64)
+        kind = "images" if of_images else "rows"
         terminal.message(
-            f"{int(is_odd.sum()):,} of {len(x):,} rows are odd, at a false-alarm rate of "
-            f"{rate:g} by {len(reference):,} held-out rows."
+            f"{int(is_odd.sum()):,} of {len(x):,} {kind} are odd, at a false-alarm rate of "
+            f"{rate:g} by {len(reference):,} held-out {kind}."
         )
         lines = list_written(lambda: [write_table(path, columns)], path.parent)
         terminal.message("\n".join(lines))
@@ -126,7 +135,7 @@ def _run(options: Namespace) -> None:
 
 
 COMMAND = Command(
-    "Score the rows of a table, and say which are odd and in which columns.",
+    "Score rows of tables or images, and say which are odd, and where.",
     _add_arguments,
     _run,
 )

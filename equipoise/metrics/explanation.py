@@ -12,6 +12,10 @@ from equipoise.model import VAE
 
 ENCODED_AT_ONCE = 256
 """Examples that are explained at once."""
+REGIONS = 8
+"""Regions along each side of an image, of which the one that costs most is named."""
+AXES = {1: ("t",), 2: ("y", "x"), 3: ("z", "y", "x")}
+"""Names of the axes of signals, images and volumes."""
 
 
 class Explanation(NamedTuple):
@@ -70,3 +74,38 @@ def explain(model: VAE, raw: Tensor) -> Explanation:
     if len(model.shape) == 1:
         names = model.scaling.columns or tuple(map(str, range(model.shape[0])))
     return Explanation(torch.cat(nats).numpy(), torch.cat(code).numpy(), names)
+
+
+def worst_regions(model: VAE, raw: Tensor) -> list[str]:
+    r"""Name the region of each image, signal or volume that costs most, of 8 along each side.
+
+    Args:
+        model: The model, in evaluation mode, of examples (C, \*).
+        raw: Examples in raw units, (n, C, \*).
+
+    Returns:
+        For each such as "y 12-15, x 4-7: 31.2 nats", with the numbers of the first and the last
+        pixel. The nats are those of :func:`explain`, summed over channels and pixels.
+
+    Example:
+        >>> vae = VAE.build((1, 16, 16), latent_dim=1, width=4).eval()
+        >>> image = torch.zeros(1, 1, 16, 16)
+        >>> image[0, 0, 12, 5] = 9.0
+        >>> worst_regions(vae, image)[0].partition(":")[0]
+        'y 12-13, x 4-5'
+    """
+    nats = explain(model, raw).nats.sum(1)
+    sides = nats.shape[1:]
+    starts = [np.arange(min(REGIONS, side)) * side // min(REGIONS, side) for side in sides]
+    for axis, its_starts in enumerate(starts, 1):
+        nats = np.add.reduceat(nats, its_starts, axis)
+
+    texts = []
+    for example in nats:
+        place = np.unravel_index(int(example.argmax()), example.shape)
+        parts = []
+        for name, k, its_starts, side in zip(AXES[len(sides)], place, starts, sides, strict=True):
+            end = its_starts[k + 1] if k + 1 < len(its_starts) else side
+            parts.append(f"{name} {its_starts[k]}-{end - 1}")
+        texts.append(f"{', '.join(parts)}: {example[place]:.1f} nats")
+    return texts

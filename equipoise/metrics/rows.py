@@ -20,6 +20,7 @@ from equipoise.data.dataset import Array
 from equipoise.gaps import missing_values
 from equipoise.gaussian import RowGenerators, sum_dimensions
 from equipoise.labels import labelled, labels_of
+from equipoise.metrics.explanation import worst_regions
 from equipoise.model import VAE
 from equipoise.objectives import LogPrior, importance_weighted_bound
 
@@ -89,13 +90,13 @@ class RowScores(NamedTuple):
         score: Bound on the log-density of the observed values, raw units, nats, (n,).
         p_value: Share of held-out rows that are as odd, (n,), see
             :func:`equipoise.conformal.conformal_p_values`.
-        worst_columns: The columns that differ most from their reconstruction, in predicted std;
-            of categories, in nats.
+        worst: The columns that differ most from their reconstruction, in predicted std; of
+            categories, in nats. Of an image, the region.
     """
 
     score: Float64[np.ndarray, " n"]
     p_value: Float64[np.ndarray, " n"]
-    worst_columns: list[str]
+    worst: list[str]
 
 
 def score_rows(
@@ -108,11 +109,11 @@ def score_rows(
     complete: Float64[np.ndarray, " m"] | None = None,
     fewest: int = MIN_REFERENCE,
 ) -> RowScores:
-    """Score rows of a table, and compare them with held-out rows that have the same gaps.
+    r"""Score rows of a table, or images, and compare them with held-out ones of the same gaps.
 
     Args:
         model: The model, in evaluation mode.
-        raw: Rows, (n, D), raw units.
+        raw: Rows or images, (n, \*), raw units.
         reference: Rows that the model was not trained on, raw units, of which 1000 are used.
         log_prior: Density of codes p(z).
         progress: Called with the number of patterns of gaps that are done, and of all.
@@ -120,7 +121,7 @@ def score_rows(
         fewest: See :func:`held_out_by_gaps`.
 
     Returns:
-        Scores, p-values and worst columns.
+        Scores, p-values, and the worst columns or regions.
     """
     score = log_densities(model, raw, log_prior)
     p_value = np.empty(len(raw))
@@ -129,7 +130,8 @@ def score_rows(
     )
     for rows, held_out in parts:
         p_value[rows] = conformal_p_values(score[rows], held_out)
-    return RowScores(score, p_value, worst_columns(model, raw))
+    name_worst = worst_columns if len(model.shape) == 1 else worst_regions
+    return RowScores(score, p_value, name_worst(model, raw))
 
 
 def held_out_by_gaps(
