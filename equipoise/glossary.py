@@ -279,6 +279,8 @@ def term(key: str) -> Term:
         'mixture at temperature 0.8'
         >>> term("some_new_figure").title
         'Some new figure'
+        >>> term("label Cat_1").title
+        'label Cat_1'
     """
     bound = re.fullmatch(r"iwae_(\d+)(?:_first_(\d+))?(_mixture)?", key)
     if bound:
@@ -305,6 +307,8 @@ def term(key: str) -> Term:
 
     if key in TERMS:
         return TERMS[key]
+    if key.startswith("label "):
+        return Term(key)
     return Term(key.replace("_", " ").capitalize())
 
 

@@ -47,7 +47,7 @@ def likelihood_section(subject: Subject) -> dict[str, Any]:
     if subject.importance_samples:
         section |= _bounds_of_all(subject)
     if test.labels is not None:
-        section["by_label"] = _by_label(subject)
+        section |= _by_label(subject)
     return section
 
 
@@ -62,7 +62,8 @@ def _by_label(subject: Subject) -> dict[str, Any]:
             continue
         batches = subject.batches(f"ELBO of {name}", examples)
         elbo = likelihood(subject.model, batches, subject.generator(f"elbo {name}"))
-        found[name] = {"elbo": elbo.elbo, "mse": elbo.mse}
+        # A label may have the name of a figure.
+        found[f"label {name}"] = {"elbo": elbo.elbo, "mse": elbo.mse}
     return found
 
 
