@@ -130,6 +130,7 @@ def test_threads_at_their_smallest_size(run):
     assert row["operations"] > row["parameters"]
 
 
+@pytest.mark.slow
 def test_streaming_scale_at_its_smallest_size(run):
     rows = run("streaming_scale")["rows"]
     read = {
@@ -147,6 +148,7 @@ def positive(figures):
     return all(math.isfinite(figure) and figure > 0 for figure in figures)
 
 
+@pytest.mark.slow
 def test_cost_scaling_at_its_smallest_size(run):
     content = run("cost_scaling")
     assert set(content["em"]) == {"N", "K", "d"}
@@ -167,6 +169,7 @@ def test_distributed_at_its_smallest_size(run):
     assert positive([*two.values()])
 
 
+@pytest.mark.slow
 def test_footprint_at_its_smallest_size(run):
     rows = run("footprint")["rows"]
     assert rows["training_of_digits"]["epochs"] == 2

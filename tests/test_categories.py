@@ -450,7 +450,7 @@ class TestFiles:
             "categorical"
         ] == ["code"]
 
-    @pytest.mark.parametrize("drop", [[], ["x"]])
+    @pytest.mark.parametrize("drop", [[], pytest.param(["x"], marks=pytest.mark.slow)])
     def test_killed_and_resumed_is_the_same_run(self, tmp_path, drop):
         path = write_people(tmp_path / "people.csv")
         data = load(path, drop=[*drop, "code"])

@@ -112,6 +112,7 @@ def test_more_importance_samples_tighten_the_bound(vae, parts):
     assert vae.score_samples(x, 1).mean() < vae.score(x) < vae.score_samples(x, 100).mean()
 
 
+@pytest.mark.slow
 def test_with_its_defaults_scores_tell_digits_from_permuted_pixels(parts):
     vae, x = VAEEstimator(random_state=0).fit(parts[0]), parts[1]
     permuted = np.random.default_rng(0).permuted(x, axis=1)
