@@ -124,6 +124,7 @@ def test_auto_components_at_its_smallest_size(run):
     assert content["summary"]["found"] == content["summary"]["runs"] == 1
 
 
+@pytest.mark.slow
 def test_threads_at_their_smallest_size(run):
     (row,) = run("threads")["rows"]
     assert 0 < row["least_milliseconds_with_one"] <= row["milliseconds_with_one"]
@@ -185,6 +186,7 @@ def test_iwae_cost_at_its_smallest_size(run):
         assert positive([row["ratio"], *row["decoder_codes_per_second"].values()])
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_and_evaluated_at_the_smallest_size(run, tmp_path):
     folder = tmp_path / "run"
     job = run("main_job", "mnist", "--run", folder)

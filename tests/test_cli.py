@@ -133,6 +133,7 @@ def test_samples(trained, tmp_path, source):
     assert (tmp_path / "a" / f"{stem}.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_flow_is_fitted_once_drawn_from_and_judged(trained, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(trained[0].folder, folder)
@@ -383,6 +384,7 @@ def test_an_empty_argument_does_not_stand_for_the_default(arguments, name, capsy
     assert f"{name} is empty" in refused(*arguments, capsys=capsys)
 
 
+@pytest.mark.slow
 def test_a_run_beside_its_data_has_a_name_of_its_own(tmp_path, monkeypatch):
     inside = tmp_path / "photos" / "inside"
     inside.mkdir(parents=True)

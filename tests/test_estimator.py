@@ -272,6 +272,7 @@ def test_a_fit_depends_on_random_state_alone_and_leaves_torchs_numbers_alone(tab
 # Streams
 
 
+@pytest.mark.slow
 def test_chunks_of_a_stream_train_one_model_in_the_unit_of_the_first(table):
     options = {"batch_size": 16, "width": 16, "learning_rate": 5e-3, "noise_correlation": "none"}
     vae = VAEEstimator(**QUICK | options)
@@ -394,6 +395,7 @@ def test_a_chunk_in_another_unit_is_refused(float_images):
 # With scikit-learn
 
 
+@pytest.mark.slow
 def test_pipelines_and_grid_searches(table):
     pipeline = make_pipeline(
         FunctionTransformer(np.cbrt), VAEEstimator(**QUICK | {"stage_1_epochs": 30})

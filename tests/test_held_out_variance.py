@@ -269,6 +269,7 @@ def test_a_split_of_fresh_examples_is_passed_over_in_order():
     assert found.measured.n == len(data.validation)
 
 
+@pytest.mark.slow
 def test_the_user_is_told_how_much_was_learned_by_heart(tmp_path):
     said = []
 
