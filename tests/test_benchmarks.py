@@ -88,6 +88,7 @@ def test_recipes_at_their_smallest_size(run):
     assert min(row["reconstructions"], row["mixture 4"]) > 0
 
 
+@pytest.mark.slow
 def test_codes_at_their_smallest_size(run):
     wide, narrow, aggregate = run("codes")["rows"]
     assert wide["n_components"] == narrow["n_components"] == 4
@@ -306,6 +307,7 @@ def test_odd_images_at_their_smallest_size(run):
         assert all(0 <= area <= 1 for area in [*row["aupr"].values(), *row["auroc"].values()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speed", [[], ["--speed"]])
 def test_stage_two_at_its_smallest_size(run, speed):
     rows = run("stage_two", "mnist", *speed)["rows"]
@@ -487,6 +489,7 @@ def test_resolutions_and_swaps(benchmark):
     assert ((swapped != x).sum(1) == 1).all()
 
 
+@pytest.mark.slow
 def test_imputation_at_its_smallest_size(run):
     content = run("imputation")
     rows = {row["method"]: row for row in content["rows"]}

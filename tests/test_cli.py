@@ -579,6 +579,7 @@ def test_evaluate_and_report_from_the_command_line(trained, tmp_path):
     assert len(page) < 5e6
 
 
+@pytest.mark.slow
 def test_evaluating_other_examples(trained, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(trained[0].folder, folder)
@@ -604,6 +605,7 @@ def test_evaluating_other_examples(trained, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_export_from_the_command_line(trained, tmp_path):
     done = run("export", trained[0].folder, "--to", "torch", "--out", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -139,6 +139,7 @@ def test_what_belongs_to_the_old_weights_is_kept_as_a_run_of_its_own(tmp_path):
     assert [record["epochs_before"]["stage_2_epochs"] for record in records] == [2, 3]
 
 
+@pytest.mark.slow
 def test_the_command_continues_and_names_what_it_refuses(tmp_path, capsys):
     folder = str(tmp_path / "run")
     values = ["latent_dim=2", "width=4", "stage_1_epochs=1", "stage_2_epochs=0", "n_components=2"]

@@ -234,6 +234,7 @@ def test_another_number_of_processes_may_go_on(by_two, tmp_path):
     assert_close_runs(run, by_two)
 
 
+@pytest.mark.slow
 def test_torchrun_is_another_way_to_start(by_two, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = run_command(*torchrun, "-m", "equipoise", "train", "--out", tmp_path / "run", *OPTIONS)

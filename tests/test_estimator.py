@@ -257,6 +257,7 @@ def test_auto_epochs_are_few_enough_for_small_tables(table):
 # Randomness
 
 
+@pytest.mark.slow
 def test_a_fit_depends_on_random_state_alone_and_leaves_torchs_numbers_alone(table):
     torch.manual_seed(1)
     expected = torch.rand(3)

@@ -65,6 +65,7 @@ def test_the_std_of_faces_is_right_for_faces_only(tmp_path):
     assert is_picture(tmp_path / "faces.png")
 
 
+@pytest.mark.slow
 def test_mnist_from_files(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (240, 28, 28), dtype=np.uint8)
     for stem in ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"):
@@ -79,6 +80,7 @@ def test_mnist_from_files(tmp_path):
     assert is_picture(tmp_path / "mnist.png")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     Path("/usr/share/datasets/mnist").exists(), reason="MNIST is installed for everyone"
 )

@@ -490,6 +490,7 @@ def test_the_order_of_a_listing(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_what_equipoise_wrote_is_not_trained_on(tmp_path, monkeypatch):
     folder = pictures(tmp_path / "photos", n=30, size=(12, 12))
     monkeypatch.chdir(folder)

@@ -207,6 +207,7 @@ def children(process):
     return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="there is no /proc")
 def test_nothing_is_unpickled_and_only_this_machine_is_listened_to(tmp_path):
     """Stopped in the middle and resumed, so that checkpoints are told, too."""

@@ -379,6 +379,7 @@ def test_resuming_with_labels_is_the_run(shape, epoch, tmp_path):
         assert read_digest(getattr(whole, file)) == read_digest(getattr(parts, file))
 
 
+@pytest.mark.slow
 def test_label_dropout_trains_the_path_without_labels():
     x, y = shifted(600)
     never = fit(x, y, label_dropout=0.0)

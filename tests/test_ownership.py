@@ -190,6 +190,7 @@ def test_an_estimator_does_not_replace_another_programs_file(tmp_path):
     assert equipoise.VAEEstimator.load(path).latent_dim == 2
 
 
+@pytest.mark.slow
 def test_two_trainings_at_once_take_two_folders_or_one_is_refused(tmp_path):
     np.save(tmp_path / "x.npy", table())
     both = [start("train", "x.npy", "--set", *OPTIONS, cwd=tmp_path) for _ in range(2)]

@@ -140,6 +140,7 @@ def test_a_model_is_made_once_whole_for_all_who_need_it(lab, monkeypatch):
     assert made == [Spec("mnist", "vae", brief=False, sources=("flow",))]
 
 
+@pytest.mark.slow
 def test_an_item_from_the_command_line_and_again(tmp_path):
     """Trains, evaluates, writes JSON and page; a second call finds all of it and trains nothing."""
     places = [

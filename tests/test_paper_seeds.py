@@ -201,6 +201,7 @@ def test_one_way_to_name_the_seeds_at_a_time(capsys):
     assert "not allowed with" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_comparison_of_two_seeds_is_made_seed_by_seed(tmp_path, monkeypatch, capsys):
     """An interruption between the seeds leaves the first one, which is used again."""
     command = ["paper", "figure-4", "--budget", "tiny", "--epochs", "2"]
