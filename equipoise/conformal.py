@@ -61,7 +61,7 @@ def fewest_held_out(rate: float) -> int:
 def conformal_threshold(held_out: Float64[np.ndarray, " m"], rate: float) -> float:
     r"""Find the score below which the p-value is at most the rate.
 
-    .. math:: p(s) \le a \iff s < s_{(k)}, \qquad k = \lfloor a (1 + m) \rfloor
+    .. math:: p(s) \le a \Leftrightarrow s < s_{(k)}, \qquad k = \lfloor a (1 + m) \rfloor
 
     Here :math:`s_{(k)}` is the k-th smallest held-out score.
 
