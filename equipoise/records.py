@@ -34,6 +34,8 @@ Side = Annotated[int, Meta(ge=0, le=10_000_000)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Shape = Annotated[list[Side], Meta(max_length=4)]
 Name = Annotated[str, Meta(max_length=4096)]
+InnerPath = Annotated[str, Meta(max_length=4096, pattern=r"^[^./\\][^/\\]*(/[^./\\][^/\\]*)*$")]
+"""Path of a file within a folder of ours, none of whose parts begins with a dot."""
 Digest = Annotated[str, Meta(max_length=128)]
 Scalar = int | float | str | None
 Whole = Annotated[int, Meta(ge=-(2**53), le=2**53)]
@@ -108,7 +110,7 @@ class StreamArguments(TypedDict):
 class PackedShard(TypedDict):
     """A file of packed examples."""
 
-    name: Name
+    name: InnerPath
     part: Literal["train", "validation", "test"]
     n: Count
     offset: Count

@@ -20,7 +20,6 @@ from equipoise.config import (
 from equipoise.data import Data, load, load_stream
 from equipoise.files import MANIFEST, StoreError, adopt, exclusive
 from equipoise.hub import RUN_FILES, run_folder
-from equipoise.mirror import Mirror, fetch
 from equipoise.model import VAE
 from equipoise.places import is_place
 from equipoise.records import (
@@ -36,6 +35,7 @@ from equipoise.records import (
     read_bytes,
     read_record,
 )
+from equipoise.remote import RemoteRun, fetch
 from equipoise.store import load_mixture, load_model, read_codes_digest, read_digest
 
 Row = dict[str, Any]
@@ -64,7 +64,7 @@ class Run:
     Args:
         folder: Path of the folder; or "hf:owner/name" of a run on the Hugging Face hub, see
             :func:`equipoise.hub.run_folder`; or the address of a run at a place such as
-            s3://bucket/run, see :mod:`equipoise.mirror`. The run is then copied here.
+            s3://bucket/run, see :mod:`equipoise.remote`. The run is then copied here.
 
     Example:
         >>> run = Run("runs/digits")
@@ -74,7 +74,7 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = fetch(str(folder)) if is_place(folder) else run_folder(folder)
-        self.mirror: Mirror | None = None
+        self.remote: RemoteRun | None = None
         """The place to which the training that made the run has uploaded it."""
         self.config_file = self.folder / "config.json"
         self.model_file = self.folder / "model.safetensors"

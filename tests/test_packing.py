@@ -233,6 +233,16 @@ def test_what_is_there_is_not_replaced(tmp_path):
         pack(source, tmp_path / "packed")
 
 
+@pytest.mark.parametrize("name", ["../other.npy", "/other.npy"])
+def test_an_index_that_names_files_outside_the_folder_is_refused(tmp_path, name):
+    pack(write_npy(tmp_path / "parts"), tmp_path / "packed")
+    index = json.loads((tmp_path / "packed" / INDEX).read_text())
+    index["shards"][0]["name"] = name
+    (tmp_path / "packed" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(StoreError, match=r"index\.json"):
+        load_stream(tmp_path / "packed")
+
+
 def test_examples_are_packed_at_a_place(place, tmp_path):  # noqa: F811 (the fixture)
     source = write_npy(tmp_path / "parts")
     pack(source, tmp_path / "here")

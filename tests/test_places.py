@@ -17,8 +17,8 @@ import pytest
 import equipoise
 from equipoise.data import load_stream
 from equipoise.files import StoreError
-from equipoise.mirror import INDEX, Mirror
 from equipoise.places import Place, is_place, locate, scrubbed
+from equipoise.remote import INDEX, RemoteRun, fetch
 from equipoise.run import Run
 from equipoise.training.trainer import Trainer
 from tests.test_shards import SIZES, values_of, whole_batches, write_npy, write_parquet
@@ -193,18 +193,30 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(place, data, monkeypatch, 
 
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    mirror = Mirror(str(place))
-    assert mirror.download() == [f"checkpoints/{newest.name}"]
-    assert len(list((mirror.folder / "checkpoints").iterdir())) == 1
+    remote = RemoteRun(str(place))
+    assert remote.download() == [f"checkpoints/{newest.name}"]
+    assert len(list((remote.folder / "checkpoints").iterdir())) == 1
     run = train(str(place))
     assert_same_files(run, whole)
+
+
+@pytest.mark.parametrize("name", ["../../mine.txt", "/mine.txt", "a/../../b", ".bashrc", "a//b"])
+def test_an_index_that_names_files_outside_the_run_is_refused(place, tmp_path, name):
+    mine = tmp_path / "runs" / "memory" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    known = {"bytes": 3, "sha256": "0"}
+    (place / INDEX).write(json.dumps({"writer": "w", "files": {name: known}}).encode())
+    with pytest.raises(StoreError, match=INDEX):
+        fetch(str(place))
+    assert mine.read_text() == "mine"
 
 
 def test_a_job_that_was_given_up_for_lost_stops(place, data, monkeypatch):
     save = Trainer._save
 
     def another_takes_over(self):
-        Mirror(str(place)).take_over()
+        RemoteRun(str(place)).take_over()
         save(self)
 
     monkeypatch.setattr(Trainer, "_save", another_takes_over)
@@ -215,7 +227,7 @@ def test_a_job_that_was_given_up_for_lost_stops(place, data, monkeypatch):
 def test_a_place_that_does_not_answer_for_a_while_does_not_stop_the_training(
     place, data, monkeypatch
 ):
-    upload, calls = Mirror.upload, []
+    upload, calls = RemoteRun.upload, []
 
     def sometimes(self):
         calls.append(0)
@@ -223,7 +235,7 @@ def test_a_place_that_does_not_answer_for_a_while_does_not_stop_the_training(
             raise ConnectionError("memory:// cannot be reached")
         upload(self)
 
-    monkeypatch.setattr(Mirror, "upload", sometimes)
+    monkeypatch.setattr(RemoteRun, "upload", sometimes)
     run = equipoise.train(data, equipoise.TrainConfig(**OPTIONS), str(place))
     assert len(calls) > 2
     assert run.model_file.read_bytes() == (place / "model.safetensors").read()
@@ -235,7 +247,7 @@ def test_what_the_place_has_is_what_counts(place, data, tmp_path):
     own = run.folder / "notes.txt"
     own.write_text("of the user")
     fsspec.filesystem("memory").store.clear()
-    assert Mirror(str(place)).download() == []
+    assert RemoteRun(str(place)).download() == []
     assert not run.config_file.exists()
     assert own.read_text() == "of the user"
     with pytest.raises(StoreError, match="is not a run"):

@@ -403,8 +403,8 @@ def _finish(run: "Run", data: "Data", terminal: "Terminal", *, is_evaluation_kep
     if "likelihood" not in evaluation:
         evaluation = evaluate(run, data, sections=["likelihood"], brief=True)
 
-    if run.mirror is not None:
-        run.mirror.upload()
+    if run.remote is not None:
+        run.remote.upload()
     terminal.close()
     terminal.message(format_section("likelihood", evaluation["likelihood"]))
     terminal.message(

@@ -30,7 +30,6 @@ from equipoise.files import (
     remove,
     write_json,
 )
-from equipoise.mirror import Mirror
 from equipoise.mixture_fit import EMStep, MixtureFit
 from equipoise.model import VAE
 from equipoise.noise import NoiseModel, describe_noise
@@ -39,6 +38,7 @@ from equipoise.places import is_place
 from equipoise.provenance import data_record, versions
 from equipoise.randomness import stream_seed
 from equipoise.records import FORMAT, ContinuationRecord
+from equipoise.remote import RemoteRun
 from equipoise.run import Run, origin_of
 from equipoise.sources import describe_mixture, fit_aggregate, mixture_warnings
 from equipoise.stages import Stage
@@ -92,7 +92,7 @@ def train(
         config: Options; the defaults if None.
         out: The run folder. None takes ``runs/NAME``, or the next free name after it. With an
             address such as s3://bucket/run, the run is uploaded there after each checkpoint, see
-            :mod:`equipoise.mirror`.
+            :mod:`equipoise.remote`.
         resume: Go on with the run in ``out``. A run that is trained to its end goes on for longer
             if ``config`` has more ``stage_1_epochs`` or ``stage_2_epochs``, and nothing else
             changed; its results are kept in ``RUN/earlier-1``. "auto" goes on if there is a run,
@@ -134,11 +134,11 @@ def train(
             sink.message(text)
 
     launch(fabric, say)
-    mirror = None
+    remote = None
     if is_place(out):
-        mirror = Mirror(str(out))
-        in_main_process(fabric, partial(_download, mirror, say, is_new=not resume))
-        out = mirror.folder
+        remote = RemoteRun(str(out))
+        in_main_process(fabric, partial(_download, remote, say, is_new=not resume))
+        out = remote.folder
     if config.batch_size == "auto":
         # Recorded as a number, so that the run goes on with it whatever the number of processes.
         recorded = in_main_process(fabric, partial(_recorded_batch_size, out if resume else None))
@@ -209,8 +209,8 @@ def train(
         all_sinks: list[Sink] = []
         if fabric.is_global_zero:
             all_sinks = [JsonlSink(run.metrics_file), *sinks]
-            if mirror is not None:
-                mirror.take_over()
+            if remote is not None:
+                remote.take_over()
             if config.tracker != "none":
                 all_sinks.append(TRACKERS[config.tracker](run.folder, config.as_dict()))
         else:
@@ -224,7 +224,7 @@ def train(
             folder=run.checkpoints,
             sinks=all_sinks,
             fabric=fabric,
-            on_save=None if mirror is None else partial(_upload, mirror, say),
+            on_save=None if remote is None else partial(_upload, remote, say),
         )
         try:
             trainer.fit(resume=is_resumed)
@@ -252,9 +252,9 @@ def train(
 
         replaced = _describe_replaced(run, correlation_fit) if is_resumed else []
         in_main_process(fabric, partial(_save, run, model, fit, config, data, correlation_fit))
-        if mirror is not None:
-            run.mirror = mirror
-            in_main_process(fabric, mirror.upload)
+        if remote is not None:
+            run.remote = remote
+            in_main_process(fabric, remote.upload)
         messages = _describe_fit(fit)
         if correlation_fit is not None:
             messages.insert(0, correlation_fit.message)
@@ -270,21 +270,21 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _download(mirror: Mirror, say: Callable[[str], None], *, is_new: bool) -> None:
+def _download(remote: RemoteRun, say: Callable[[str], None], *, is_new: bool) -> None:
     """Bring the folder of this machine to what the place has."""
-    if is_new and mirror.exists():
+    if is_new and remote.exists():
         raise StoreError(
-            f"{mirror.place} holds a run already: resume it with --resume, or choose another "
+            f"{remote.place} holds a run already: resume it with --resume, or choose another "
             "--out. '--resume auto' starts a run or goes on with it."
         )
-    for name in mirror.download():
-        say(f"Passed over {mirror.place / name}, which was not uploaded to its end.")
+    for name in remote.download():
+        say(f"Passed over {remote.place / name}, which was not uploaded to its end.")
 
 
-def _upload(mirror: Mirror, say: Callable[[str], None]) -> None:
+def _upload(remote: RemoteRun, say: Callable[[str], None]) -> None:
     """Upload a checkpoint. The training goes on if the place does not answer for a while."""
     try:
-        mirror.upload()
+        remote.upload()
     except ConnectionError as error:
         say(f"Warning: the checkpoint was not uploaded, and goes with the next one: {error}")
 

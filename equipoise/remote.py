@@ -11,16 +11,14 @@ up for lost, the earlier one stops at its next checkpoint.
 
 import hashlib
 import json
-import os
 import secrets
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
 from equipoise.files import StoreError, exclusive_outputs, whole_file, written_names
 from equipoise.places import ADDRESS, Place, locate
-from equipoise.records import Count, Digest, Name, decode_record
+from equipoise.records import Count, Digest, InnerPath, Name, decode_record
 
 INDEX = "equipoise-run.json"
 LARGE = ".safetensors"
@@ -39,14 +37,14 @@ class Index(TypedDict):
     """What lies at the place."""
 
     writer: Name
-    files: dict[str, IndexedFile]
+    files: dict[InnerPath, IndexedFile]
 
 
 class _NotWholeError(Exception):
     """A file is not what the index says."""
 
 
-class Mirror:
+class RemoteRun:
     """A run at a place, and its folder on this machine.
 
     Args:
@@ -61,7 +59,7 @@ class Mirror:
         if not isinstance(place, Place):
             raise StoreError(f"{address} is a folder of this machine: give its path, {place}")
         self.place = place
-        self.writer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.writer = secrets.token_hex(8)
         self.sent: dict[str, IndexedFile] = {}
         """What this machine knows to lie at the place."""
         self.described: dict[tuple[str, int, int], IndexedFile] = {}
@@ -194,15 +192,15 @@ def fetch(address: str, say: Callable[[str], None] = lambda text: None) -> Path:
     Raises:
         StoreError: If there is no run.
     """
-    mirror = Mirror(address)
-    if not mirror.exists():
+    remote = RemoteRun(address)
+    if not remote.exists():
         raise StoreError(
             f"{address} is not a run: it has no {INDEX}. "
             "'equipoise train --out' of an address makes one."
         )
-    for name in mirror.download():
-        say(f"Passed over {mirror.place / name}, which was not uploaded to its end.")
-    return mirror.folder
+    for name in remote.download():
+        say(f"Passed over {remote.place / name}, which was not uploaded to its end.")
+    return remote.folder
 
 
 def _describe(file: Path) -> IndexedFile:
