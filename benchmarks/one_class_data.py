@@ -136,3 +136,33 @@ TABLES = {
     "biopsy": biopsy,
     "glass": glass,
 }
+
+
+def measured(rows, names, seeds, methods, measure):
+    """Measure each method on each table and seed, unless it is in the JSON already.
+
+    Args:
+        rows: Rows of the JSON.
+        names: Names of the tables. Those whose package is missing are left out, with a word.
+        seeds: Seeds of the splits.
+        methods: Options of each method, by its name.
+        measure: Function of table, method, seed and options that returns figures.
+
+    Returns:
+        Rows of each method, for each table.
+    """
+    tables = {}
+    for name in names:
+        try:
+            data = TABLES[name]()
+        except ModuleNotFoundError as error:
+            print(f"{name} is left out: {error}")
+            continue
+
+        tables[name] = {method: [] for method in methods}
+        for seed in seeds:
+            for method, change in methods.items():
+                key = {"table": name, "seed": seed, "method": method, "options": change}
+                row = rows.find_or_make(key, measure, data, method, seed, change)
+                tables[name][method].append(row)
+    return tables

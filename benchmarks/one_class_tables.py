@@ -26,7 +26,7 @@ import warnings
 
 import numpy as np
 from experiment import Rows, arguments, one_thread, over_seeds
-from one_class_data import TABLES, resolutions, swapped
+from one_class_data import TABLES, measured, resolutions, swapped
 from scipy.special import logsumexp
 from scipy.stats import rankdata
 from sklearn.decomposition import PCA
@@ -221,20 +221,8 @@ def main():
     methods = {OURS.format(name): change for name, change in options.ours}
     methods |= {name: {} for name in METHODS}
 
-    rows, tables = Rows(options.out), {}
-    for name in options.tables:
-        try:
-            data = TABLES[name]()
-        except ModuleNotFoundError as error:
-            print(f"{name} is left out: {error}")
-            continue
-
-        tables[name] = {method: [] for method in methods}
-        for seed in options.seeds:
-            for method, change in methods.items():
-                key = {"table": name, "seed": seed, "method": method, "options": change}
-                row = rows.find_or_make(key, measure, data, method, seed, change)
-                tables[name][method].append(row)
+    rows = Rows(options.out)
+    tables = measured(rows, options.tables, options.seeds, methods, measure)
 
     summary = {method: summarise(tables, method) for method in methods if method not in METHODS}
     rows.write(summary=summary)

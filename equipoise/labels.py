@@ -52,7 +52,12 @@ class Labelled(Tensor):
         labels = self.labels.split(split_size)  # type: ignore[no-untyped-call]
         return tuple(labelled(*pair) for pair in zip(values, labels, strict=True))
 
-    def repeat_interleave(self, repeats: Any, dim: int | None = None, **more: Any) -> Tensor:  # noqa: ANN401
+    def repeat_interleave(
+        self,
+        repeats: Any,  # noqa: ANN401
+        dim: int | None = None,
+        **more: Any,  # noqa: ANN401
+    ) -> Tensor:
         """Repeat each row."""
         values = super().repeat_interleave(repeats, dim, **more)
         return labelled(values, self.labels.repeat_interleave(repeats)) if dim == 0 else values

@@ -29,6 +29,7 @@ from equipoise.objectives import importance_weighted_bound
 from equipoise.sources import sample_source
 from equipoise.store import load_model, read_digest, save_model
 from equipoise.training.job import train
+from tests.test_exact_resume import Stop
 
 SMALL = equipoise.TrainConfig(
     latent_dim=2,
@@ -344,22 +345,6 @@ def test_a_rare_label_gives_sensible_samples():
     assert np.isfinite(samples).all()
     low, high = x.min(0) - 3 * x.std(0), x.max(0) + 3 * x.std(0)
     assert ((samples > low) & (samples < high)).all()
-
-
-class Stop:
-    """Ends a training after an epoch, as a kill does."""
-
-    def __init__(self, epoch):
-        self.epoch_to_stop = epoch
-
-    def start(self, total_steps, done_steps, history): ...
-    def step(self, done_steps, total_steps, label, figures): ...
-    def message(self, text): ...
-    def close(self): ...
-
-    def epoch(self, row):
-        if row["epoch"] == self.epoch_to_stop:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("shape", "epoch"), [((5,), 3), ((1, 8, 8), 2)])

@@ -224,13 +224,7 @@ def read_npy_header(file: Any) -> NpyHeader:  # noqa: ANN401 (a binary file)
     _check_header_length(start)
     header = BytesIO(start + file.read(MAX_HEADER_BYTES))
     try:
-        version = np.lib.format.read_magic(header)
-        if version == (1, 0):
-            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(header)
-        elif version == (2, 0):
-            shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(header)
-        else:
-            raise ValueError(f"its format has the version {version}")
+        shape, is_fortran, dtype = _parse_npy_header(header)
     except Exception as error:  # a header that cannot be parsed may cause any exception
         raise ValueError(f"no .npy file that can be read ({_reason(error)})") from error
     if dtype.hasobject:
@@ -240,6 +234,16 @@ def read_npy_header(file: Any) -> NpyHeader:  # noqa: ANN401 (a binary file)
     if min(shape, default=0) < 0:
         raise ValueError(f"its header announces an array of shape {shape}")
     return NpyHeader(shape, is_fortran, dtype, header.tell())
+
+
+def _parse_npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:  # noqa: ANN401
+    """Parse shape, order of the axes and type at the start of an ``.npy`` file."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(file)
+    raise ValueError(f"its format has the version {version}")
 
 
 def read_npy_bytes(content: bytes) -> Array:
@@ -354,14 +358,7 @@ class Archive:
 
 def _check_claim(file: zipfile.ZipExtFile, size: int) -> None:
     """Refuse an array whose header announces more than its member of the archive holds."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    else:
-        raise ValueError(f"its format has the version {version}")
-
+    shape, _, dtype = _parse_npy_header(file)
     claimed = dtype.itemsize
     for side in shape:
         claimed *= side

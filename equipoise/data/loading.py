@@ -362,7 +362,8 @@ def load_stream(
         if test is None and passes.test is not None:
             test = first_examples(reader(passes.test, label)(), MAX_TEST)
     elif _is_sharded(source):
-        shards = find_shards(source, column, image_size, channels, limits)  # type: ignore[arg-type] # a path or a list of paths
+        files = cast("str | Path | Sequence[str | Path]", source)
+        shards = find_shards(files, column, image_size, channels, limits)
         total_found = sum(shard.n for shard in shards)
         if count not in (None, total_found):
             raise ValueError(f"{source}: {total_found} examples by their headers, not {count}")

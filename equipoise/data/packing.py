@@ -62,15 +62,14 @@ class Order:
         for part, most in limits.items():
             numbers = parts.get(part, np.empty(0, np.int64))
             if len(numbers):
-                kept = random.Random(0).sample(range(len(numbers)), min(most, len(numbers)))  # noqa: S311
-                chosen[part] = numbers[np.sort(np.array(kept, np.int64))]
+                kept = _drawn(len(numbers), min(most, len(numbers)))
+                chosen[part] = numbers[np.sort(kept)]
                 self.left_out[part] = len(numbers) - len(kept)
             else:
                 n_drawn[part] = min(MAX_VALIDATION, max(1, pool // 10))
 
         n_first = min(AT_HAND, max(0, pool - sum(n_drawn.values())))
-        taken = random.Random(0).sample(range(pool), sum(n_drawn.values()) + n_first)  # noqa: S311
-        drawn = np.array(taken, np.int64)
+        drawn = _drawn(pool, sum(n_drawn.values()) + n_first)
         self.taken = np.sort(drawn)
         for part, count in n_drawn.items():
             chosen[part], drawn = self._own(np.sort(drawn[:count])), drawn[count:]
@@ -100,6 +99,11 @@ class Order:
 
     def _own(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         return positions if self.own is None else self.own[positions]
+
+
+def _drawn(n: int, k: int) -> NDArray[np.int64]:
+    """Draw k of n numbers, always the same, in random order; n may be far too large to shuffle."""
+    return np.array(random.Random(0).sample(range(n), k), np.int64)  # noqa: S311 (no secret)
 
 
 class _Output:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from equipoise.files import check_regular
 from equipoise.places import SourceFile
 
 Table = Any  # pyarrow has no types
+Schema = Any
 NUMBERS = ("int", "uint", "float", "double", "halffloat", "bool")
 
 
@@ -59,19 +60,11 @@ class TableShard(Shard):
             if position >= stop:
                 return
 
-    @abstractmethod
-    def _batches(self, groups: list[int]) -> Iterator[Table]:
-        """Read some parts, a few rows at a time."""
-
-
-class ParquetShard(TableShard):
-    """A Parquet file, whose parts are its row groups."""
-
     @classmethod
     def inspect(
         cls, path: SourceFile, column: str | Sequence[str] | None, drop: Sequence[str] = ()
-    ) -> "ParquetShard":
-        """Read the footer of a file, and choose the columns.
+    ) -> Self:
+        """Read what a file says of itself, and choose the columns.
 
         Args:
             path: The file.
@@ -81,11 +74,30 @@ class ParquetShard(TableShard):
         Returns:
             The shard.
         """
+        schema, groups = cls._layout(path)
+        columns = choose_columns(schema, column, drop) if sum(groups) else ()
+        return cls(path, sum(groups), groups, columns)
+
+    @staticmethod
+    @abstractmethod
+    def _layout(path: SourceFile) -> tuple[Schema, tuple[int, ...]]:
+        """Read the schema of a file, and the numbers of examples in its parts."""
+
+    @abstractmethod
+    def _batches(self, groups: list[int]) -> Iterator[Table]:
+        """Read some parts, a few rows at a time."""
+
+
+class ParquetShard(TableShard):
+    """A Parquet file, whose parts are its row groups."""
+
+    @staticmethod
+    def _layout(path: SourceFile) -> tuple[Schema, tuple[int, ...]]:
+        """Read the footer."""
         with _parquet_file(path) as table:
-            schema, footer = table.schema_arrow, table.metadata
+            footer = table.metadata
             groups = tuple(footer.row_group(g).num_rows for g in range(footer.num_row_groups))
-        columns = choose_columns(schema, column, drop) if footer.num_rows else ()
-        return cls(path, footer.num_rows, groups, columns)
+            return table.schema_arrow, groups
 
     def _batches(self, groups: list[int]) -> Iterator[Table]:
         with _parquet_file(self.path) as table:
@@ -105,27 +117,12 @@ class ParquetShard(TableShard):
 class ArrowShard(TableShard):
     """An Arrow or Feather file, whose parts are its record batches."""
 
-    @classmethod
-    def inspect(
-        cls, path: SourceFile, column: str | Sequence[str] | None, drop: Sequence[str] = ()
-    ) -> "ArrowShard":
-        """Read the schema of a file and the lengths of its record batches, and choose the columns.
-
-        Args:
-            path: The file.
-            column: Column of lists, or columns of numbers. None chooses.
-            drop: Columns to leave out.
-
-        Returns:
-            The shard.
-        """
+    @staticmethod
+    def _layout(path: SourceFile) -> tuple[Schema, tuple[int, ...]]:
+        """Read the schema, and the lengths of the record batches."""
         with _arrow_file(path) as table:
-            groups = tuple(
-                table.get_batch(number).num_rows for number in range(table.num_record_batches)
-            )
-            schema = table.schema
-        columns = choose_columns(schema, column, drop) if sum(groups) else ()
-        return cls(path, sum(groups), groups, columns)
+            numbers = range(table.num_record_batches)
+            return table.schema, tuple(table.get_batch(number).num_rows for number in numbers)
 
     def _batches(self, groups: list[int]) -> Iterator[Table]:
         with _arrow_file(self.path) as table:
