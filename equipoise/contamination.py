@@ -14,6 +14,7 @@ from sklearn.covariance import LedoitWolf
 
 STEPS = 5
 """Number of concentration steps."""
+MOST_LEFT_OUT = 0.5
 MAX_DIMENSIONS = 1024
 """Dimensions beyond which a covariance takes too long, and no row is found far."""
 
@@ -23,7 +24,8 @@ def near_rows(x: Float[np.ndarray, "n d"], share: float) -> NDArray[np.bool_]:
 
     Args:
         x: Rows, NaN where a value is missing, which counts as the mean.
-        share: Share of the rows to leave out, from 0 to below 1.
+        share: Share of the rows to leave out, of which at most half are, because fewer rows would
+            follow themselves and not the bulk.
 
     Returns:
         True for the rows that stay, (n,).
@@ -41,7 +43,7 @@ def near_rows(x: Float[np.ndarray, "n d"], share: float) -> NDArray[np.bool_]:
     z = _standardise(x)
     for _ in range(STEPS):
         distance = LedoitWolf().fit(z[near]).mahalanobis(z)
-        near = distance <= np.quantile(distance, 1 - share)
+        near = distance <= np.quantile(distance, 1 - min(share, MOST_LEFT_OUT))
     return near
 
 

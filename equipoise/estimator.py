@@ -574,8 +574,6 @@ class VAEEstimator(
     def p_values(self, x: object) -> Float64[np.ndarray, " n"]:
         """Compare each example with held-out ones.
 
-        See :func:`equipoise.conformal.conformal_p_values`.
-
         Args:
             x: Examples as for :meth:`fit`.
 

@@ -16,6 +16,7 @@ from equipoise.conformal import (
     conformal_threshold,
     fewest_held_out,
 )
+from equipoise.contamination import near_rows
 from equipoise.data import load
 from equipoise.detector import pyod_detector
 from equipoise.files import StoreError
@@ -305,3 +306,13 @@ def test_the_estimator_is_a_detector_of_pyod(table):
     np.testing.assert_array_equal(
         detector.decision_function(far), -detector.estimator_.score_samples(far)
     )
+
+
+def test_half_of_the_rows_at_least_are_near(table):
+    for share in (0.5, 0.9, 1.0):
+        assert near_rows(table[:100], share).sum() == 50
+
+
+def test_as_many_outliers_as_may_be_supposed_leave_enough_to_train_on(table):
+    vae = VAEEstimator(**QUICK, contamination=0.5, stage_1_epochs=2).fit(table[:60])
+    assert vae.usual_.sum() == 30

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class TableShard(Shard):
     @classmethod
     def inspect(
         cls, path: SourceFile, column: str | Sequence[str] | None, drop: Sequence[str] = ()
-    ) -> Self:
+    ) -> "TableShard":
         """Read what a file says of itself, and choose the columns.
 
         Args:
