@@ -284,7 +284,9 @@ def test_a_folder_of_images_from_end_to_end(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert rows[-1]["image"] == one.name
     assert rows[-1]["source"] == str(one)
-    assert rows[-1]["score"] == next(row for row in rows if row["image"] == one.name)["score"]
+    first = next(row for row in rows if row["image"] == one.name)
+    # Equal but for rounding, which depends on the size of the batch.
+    assert float(rows[-1]["score"]) == pytest.approx(float(first["score"]), rel=1e-6)
     assert re.fullmatch(r"y \d+-\d+, x \d+-\d+: [\d.]+ nats", rows[0]["worst_region"])
     strict = run(
         "train", folder, "--strict", env={"EQUIPOISE_CACHE": str(tmp_path / "cache")}, cwd=tmp_path
