@@ -53,7 +53,12 @@ from equipoise.levels import Level, level_values
 from equipoise.metrics.explanation import Explanation, explain
 from equipoise.metrics.rows import MAX_REFERENCE, held_out_by_gaps, log_densities
 from equipoise.model import VAE, encode_all
-from equipoise.noise_fit import choose_form, fit_correlation, without_each_fold
+from equipoise.noise_fit import (
+    CorrelationFit,
+    choose_form,
+    fit_correlation,
+    without_each_fold,
+)
 from equipoise.objectives import LogPrior, importance_weighted_bounds
 from equipoise.randomness import stream, stream_seed
 from equipoise.records import EstimatorDescription
@@ -850,7 +855,7 @@ class VAEEstimator(
         """Fit the mixture to the codes of the training data."""
         model, config = trainer.model.eval(), trainer.config
         form = choose_form(config.noise_correlation, model.shape)
-        fit_correlation(model, trainer.data, form, seed=config.seed)
+        correlation_fit = fit_correlation(model, trainer.data, form, seed=config.seed)
         fit = fit_aggregate(model, trainer.data, trainer.config, trainer.fabric.device)
         for text in mixture_warnings(fit):
             warnings.warn(text, ConvergenceWarning, stacklevel=3)
@@ -858,7 +863,7 @@ class VAEEstimator(
 
         held_out = as_tensor(trainer.data.validation.take(slice(PRIOR_EXAMPLES)))
         self.prior_ = self._choose_prior(model.scaling(held_out))
-        self._calibrate_by_folds(model, trainer.data, config.seed)
+        self._calibrate_by_folds(model, trainer.data, correlation_fit)
         return self
 
     def _check_decision(self) -> None:
@@ -895,12 +900,12 @@ class VAEEstimator(
                 scores[others] = model.score_samples(examples[others])
         return scores
 
-    def _calibrate_by_folds(self, model: VAE, data: Data, seed: int) -> None:
+    def _calibrate_by_folds(self, model: VAE, data: Data, fit: CorrelationFit) -> None:
         """Set the threshold by the held-out examples, each judged without its own correlation."""
         raw = torch.from_numpy(data.validation[:MAX_REFERENCE])
         log_prior = self._log_priors()[self.prior_]
         scores = np.empty(len(raw))
-        for numbers, judge in without_each_fold(model, data, seed=seed):
+        for numbers, judge in without_each_fold(model, fit):
             rows = numbers[numbers < len(raw)]
             scores[rows] = log_densities(judge, raw[rows], log_prior)
         self._set_threshold(scores, raw)

@@ -11,7 +11,6 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -83,6 +82,8 @@ class CorrelationFit(NamedTuple):
         n_held_out: Number of held-out rows.
         n_training: Number of rows of the training set that joined in.
         is_too_wide: Whether 'auto' tried no form, because of the number of dimensions.
+        without_fold: C of the same setting, estimated without a fifth of the held-out rows each:
+            the k-th without the rows whose number is k modulo five. It judges them as new rows.
     """
 
     form: str
@@ -93,6 +94,7 @@ class CorrelationFit(NamedTuple):
     n_held_out: int
     n_training: int
     is_too_wide: bool = False
+    without_fold: tuple[Correlation, ...] = ()
 
     @property
     def message(self) -> str:
@@ -299,12 +301,15 @@ def fit_correlation(
     estimation = _Estimation(model, data, names, seed, processes)
     fit = _choose(estimation, is_given=form != "auto")
     if fit.correlation is not None:
-        correlation = fit.correlation
-        if model.categories is not None:
-            correlation = embedded(correlation.cpu(), model.categories.is_numeric.cpu())
-        correlation = correlation.to(model.scaling.scale)
-        model.noise = CorrelatedNoise(model.noise, correlation)
+        model.noise = _correlated(model, fit.correlation)
     return fit
+
+
+def _correlated(model: VAE, correlation: Correlation) -> CorrelatedNoise:
+    """Put a correlation of residuals on top of a model's noise."""
+    if model.categories is not None:
+        correlation = embedded(correlation.cpu(), model.categories.is_numeric.cpu())
+    return CorrelatedNoise(marginal_of(model.noise), correlation.to(model.scaling.scale))
 
 
 def _residual_shape(model: VAE) -> Shape:
@@ -314,35 +319,30 @@ def _residual_shape(model: VAE) -> Shape:
     return (int(model.categories.is_numeric.sum()),)
 
 
-def without_each_fold(
-    model: VAE, data: Data, *, seed: int = 0
-) -> Iterator[tuple[NDArray[np.int64], VAE]]:
-    """Estimate the correlation again without a part of the held-out rows, five times.
+def without_each_fold(model: VAE, fit: CorrelationFit) -> Iterator[tuple[NDArray[np.int64], VAE]]:
+    """Give held-out rows a model whose correlation they did not decide on.
 
     Scores of rows that the correlation was estimated on are higher than those of new rows. The
-    scores of each fold by the model that did not see it are not.
+    scores of each fold by the model that did not see it are not, but for the choice of the setting,
+    which is made once by all folds.
 
     Args:
         model: A model after :func:`fit_correlation`.
-        data: The data that it was estimated on.
-        seed: Seed of all draws.
+        fit: What that has returned.
 
     Yields:
         Numbers of the rows of a fold within the validation set, and a model for them. All rows and
         the model itself if it has no correlation, or if there are less than ten rows.
     """
-    rows = np.arange(len(data.validation))
-    if not isinstance(model.noise, CorrelatedNoise) or len(rows) < 2 * FOLDS:
+    rows = np.arange(fit.n_held_out)
+    if not fit.without_fold or len(rows) < 2 * FOLDS:
         yield rows, model
         return
 
-    form = model.noise.correlation.form
-    for k in range(FOLDS):
-        is_in = rows % FOLDS == k
-        others = replace(data, validation=data.validation.take(rows[~is_in]))
+    for k, correlation in enumerate(fit.without_fold):
         judge = copy.deepcopy(model)
-        fit_correlation(judge, others, form, seed=seed)
-        yield rows[is_in], judge
+        judge.noise = _correlated(model, correlation)
+        yield rows[rows % FOLDS == k], judge
 
 
 def _choose(estimation: "_Estimation", *, is_given: bool) -> CorrelationFit:
@@ -369,9 +369,15 @@ def _choose(estimation: "_Estimation", *, is_given: bool) -> CorrelationFit:
         return CorrelationFit("none", None, None, scores, gains, n_held_out, estimation.n_training)
 
     form = max(accepted, key=lambda name: scores[best[name]].value)
-    correlation = estimation.candidates(form)[best[form]]
     return CorrelationFit(
-        form, best[form], correlation, scores, gains, n_held_out, estimation.n_training
+        form,
+        best[form],
+        estimation.candidates(form)[best[form]],
+        scores,
+        gains,
+        n_held_out,
+        estimation.n_training,
+        without_fold=tuple(fold[best[form]] for fold in estimation.folds),
     )
 
 
@@ -420,6 +426,7 @@ class _Estimation:
         self.rounding = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
         self._sum_held_out()
 
+        self.folds: list[Candidates] = []
         self.training: dict[str, Statistic] = {}
         self.n_training = 0
         self._sum_training()
@@ -496,23 +503,20 @@ class _Estimation:
 
         The rows of several processes follow each other, in the same order for all candidates.
         """
-        folds: list[Candidates] = []
-        scales = []
+        self.folds, scales = [], []
         for k in range(self.n_folds):
             by_form = [self.candidates(form, k) for form in self.forms]
-            folds.append({name: c for group in by_form for name, c in group.items()})
+            self.folds.append({name: c for group in by_form for name, c in group.items()})
             statistic = self._statistic(self.forms[0], k)
             scales.append(statistic.var + self._floor(statistic).mean())
 
         parts: dict[str, list[Tensor]] = {}
         for batch in self._batches(self.data.validation, "held out"):
-            for name, values in self._scores_of_batch(batch, folds, torch.stack(scales)).items():
+            for name, values in self._scores_of_batch(batch, torch.stack(scales)).items():
                 parts.setdefault(name, []).append(values)
         return {name: self.processes.gather(torch.cat(values)) for name, values in parts.items()}
 
-    def _scores_of_batch(
-        self, batch: _Batch, folds: list[Candidates], scales: Tensor
-    ) -> dict[str, Tensor]:
+    def _scores_of_batch(self, batch: _Batch, scales: Tensor) -> dict[str, Tensor]:
         """Log-likelihood of each row by candidate, (B,), float64."""
         dimensions = n_observed(batch.judged)
         constant = -batch.log_std - 0.5 * dimensions * LOG_2PI
@@ -524,9 +528,9 @@ class _Estimation:
             "white": constant - 0.5 * squared,
             "white, rescaled": constant - 0.5 * (squared / scale + dimensions * scale.log()),
         }
-        for name in folds[0]:
+        for name in self.folds[0]:
             scores[name] = constant.clone()
-            for k, candidates in enumerate(folds):
+            for k, candidates in enumerate(self.folds):
                 correlation = candidates[name].to(self.device)
                 judged = batch.judged[fold == k]
                 squared, log_det = correlation.squared_norm_and_log_det(judged)
