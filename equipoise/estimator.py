@@ -1014,8 +1014,9 @@ class VAEEstimator(
         if known and len(x.columns) != self.n_features_in_:
             return x  # of which scikit-learn says what is wrong
         encoded = encode_frame(x, levels=known)
-        for note in encoded.notes:
-            if note.endswith("treated as missing"):
+        if not reset:
+            # Values that are no levels of the model's, of which each column has one note.
+            for note in encoded.notes:
                 warnings.warn(note, stacklevel=4)
         if reset and encoded.levels:
             self._levels = encoded.levels

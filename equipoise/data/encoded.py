@@ -39,7 +39,8 @@ FORMAT = "3"
 """Part of every cache key. It has to change whenever the decoded pixels change."""
 
 UNREADABLE = "files and folders that cannot be read ignored"
-"""What the note on them says."""
+SKIPPED = "unreadable files skipped"
+"""What the notes on them begin with."""
 
 FOLLOWED = "links to folders followed"
 NOT_FOLLOWED = "links to folders that are read anyway, not followed"
@@ -407,7 +408,7 @@ class ImageReader:
                 notes = plan_notes(headers, plan, for_model=self.for_model)
                 if skipped:
                     notes = (
-                        f"unreadable files skipped: {len(skipped)} ({first_names(skipped)})",
+                        f"{SKIPPED}: {len(skipped)} ({first_names(skipped)})",
                         *notes,
                     )
                 is_each_file = len(files) == images.count and set(pages) == {-1}

@@ -17,6 +17,8 @@ from equipoise.text import visible
 FEW_LEVELS, MOST_LEVELS = 10, 1000
 """Levels of a column of text that are no question, and most that it may have if nobody names it."""
 SHOWN_LEVELS = 5
+AS_MISSING = "they are treated as missing"
+"""End of the note on values that a model does not know."""
 
 Frame: TypeAlias = Any  # of pandas or polars, which are optional
 Categorical: TypeAlias = Sequence[str] | bool
@@ -77,7 +79,7 @@ def encode(
     what = f"{what}, the first is {first} in row {unseen[0]}"
     if strict:
         raise ValueError(f"{what}; it knows {_shown(levels)}")
-    return Encoded(codes, tuple(levels), f"{what}: they are treated as missing")
+    return Encoded(codes, tuple(levels), f"{what}: {AS_MISSING}")
 
 
 def problem_of_levels(n_levels: int, n_values: int) -> str | None:

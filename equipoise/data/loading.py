@@ -25,6 +25,7 @@ from equipoise.data.arrays import (
 from equipoise.data.dataset import MAX_VALIDATION, Array, Channels, Data, Fit, Pages, Subset
 from equipoise.data.encoded import (
     EXTENSIONS,
+    SKIPPED,
     UNREADABLE,
     ImageReader,
     Progress,
@@ -34,7 +35,7 @@ from equipoise.data.encoded import (
 from equipoise.data.folders import read_folder, sort_folders
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
-from equipoise.data.levels import Categorical, encode_frame
+from equipoise.data.levels import AS_MISSING, Categorical, encode_frame
 from equipoise.data.named import NAMES, celeba, digits, idx_set
 from equipoise.data.packed import is_packed, load_packed
 from equipoise.data.shard_files import Shard
@@ -605,7 +606,7 @@ def load_examples(
     for note in content.train.notes:
         if on_note is not None:
             on_note(note)
-        elif note.startswith(("unreadable", UNREADABLE)) or note.endswith("treated as missing"):
+        elif note.startswith((SKIPPED, UNREADABLE)) or note.endswith(AS_MISSING):
             warnings.warn(note, stacklevel=2)
 
     if data.shape != shape:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from equipoise.data.arrays import examples, image_unit, summarise, table_unit
 from equipoise.data.cache import in_bytes
 from equipoise.data.dataset import MAX_VALIDATION, Array, Channels, Fit
-from equipoise.data.encoded import first_names
+from equipoise.data.encoded import SKIPPED, first_names
 from equipoise.data.gate import DEFAULT_LIMITS
 from equipoise.data.loading import AT_HAND, MAX_TEST
 from equipoise.data.packed import INDEX, PARTS, UNFINISHED, Joined, read_index, shards_of
@@ -345,7 +345,7 @@ def _finish(
     notes = [*found.notes, *unit.notes]
     skipped = [name for record in records for name in record["skipped"]]
     if skipped:
-        notes.append(f"unreadable files skipped: {len(skipped)} ({first_names(skipped)})")
+        notes.append(f"{SKIPPED}: {len(skipped)} ({first_names(skipped)})")
         say(f"Note: {notes[-1]}")
     index: PackIndex = {
         "format": FORMAT,
