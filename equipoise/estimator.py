@@ -48,10 +48,10 @@ from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.gaps import column_means, column_vars
 from equipoise.gaussian import standard_normal_log_prob
+from equipoise.held_out import MAX_REFERENCE, held_out_by_gaps, judged_scores, log_densities
 from equipoise.labels import label_number
 from equipoise.levels import Level, level_values
 from equipoise.metrics.explanation import Explanation, explain
-from equipoise.metrics.rows import MAX_REFERENCE, held_out_by_gaps, log_densities
 from equipoise.model import VAE, encode_all
 from equipoise.noise_fit import (
     CorrelationFit,
@@ -904,10 +904,7 @@ class VAEEstimator(
         """Set the threshold by the held-out examples, each judged without its own correlation."""
         raw = torch.from_numpy(data.validation[:MAX_REFERENCE])
         log_prior = self._log_priors()[self.prior_]
-        scores = np.empty(len(raw))
-        for numbers, judge in without_each_fold(model, fit):
-            rows = numbers[numbers < len(raw)]
-            scores[rows] = log_densities(judge, raw[rows], log_prior)
+        scores = judged_scores(without_each_fold(model, fit), raw, log_prior)
         self._set_threshold(scores, raw)
 
     def _set_threshold(self, scores: Float64[np.ndarray, " m"], raw: Tensor) -> None:

@@ -13,7 +13,7 @@ from equipoise.files import adopt
 
 PREFIX = "hf:"
 NEEDED = ("config.json", "model.safetensors", "aggregate.safetensors")
-RUN_FILES = (*NEEDED, "metrics.jsonl", "evaluation.json")
+RUN_FILES = (*NEEDED, "held-out.safetensors", "metrics.jsonl", "evaluation.json")
 LOG_IN = "log in with 'hf auth login', or set HF_TOKEN"
 
 

@@ -34,6 +34,7 @@ from equipoise.data import Data, ExampleSet, batches_of
 from equipoise.estimate import Estimate
 from equipoise.gaps import n_observed
 from equipoise.gaussian import LOG_2PI, SharedGenerator, standard_normal_like, sum_dimensions
+from equipoise.held_out import keep_held_out
 from equipoise.model import VAE
 from equipoise.noise import describe_noise
 from equipoise.processes import ALONE, Processes, choose_device
@@ -642,4 +643,5 @@ def fit_noise(
                 codes_of=read_codes_digest(run.model_file),
                 correlation_fit=fit.record(),
             )
+            keep_held_out(run, model, run.mixture().log_prob, data, without_each_fold(model, fit))
     return fit

@@ -411,6 +411,14 @@ class MixtureDescription(TypedDict):
     mixture: NotRequired[Digest]
 
 
+class HeldOutDescription(TypedDict):
+    """The description in ``held-out.safetensors``."""
+
+    model: Digest
+    mixture: Digest
+    n_validation: Count
+
+
 class PeerConfig(TypedDict):
     """``model_config.json`` of another library's model; see ``interop.py``."""
 

@@ -79,6 +79,7 @@ class Run:
         self.config_file = self.folder / "config.json"
         self.model_file = self.folder / "model.safetensors"
         self.mixture_file = self.folder / "aggregate.safetensors"
+        self.held_out_file = self.folder / "held-out.safetensors"
         self.metrics_file = self.folder / "metrics.jsonl"
         self.evaluation_file = self.folder / "evaluation.json"
         self.checkpoints = self.folder / "checkpoints"

@@ -17,10 +17,11 @@ from equipoise.correlation import FullCorrelation, LowRankCorrelation, embedded
 from equipoise.data import load, load_examples
 from equipoise.data.levels import encode, encode_frame
 from equipoise.gaussian import Gaussian, RowGenerators, standard_normal_log_prob
+from equipoise.held_out import log_densities
 from equipoise.imputation import impute
 from equipoise.levels import level_codes, level_values, sorted_levels
 from equipoise.metrics.explanation import explain
-from equipoise.metrics.rows import log_densities, worst_columns
+from equipoise.metrics.rows import worst_columns
 from equipoise.mixture_fit import fit_mixture
 from equipoise.model import VAE, Scaling, encode_all
 from equipoise.objectives import DetachedVarianceElbo, Elbo, FrozenMeanElbo

@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
-from equipoise import VAEEstimator
+from equipoise import VAEEstimator, held_out
 from equipoise.conformal import (
     check_rate,
     conformal_p_values,
@@ -21,7 +21,6 @@ from equipoise.data import load
 from equipoise.detector import pyod_detector
 from equipoise.files import StoreError
 from equipoise.gaussian import standard_normal_log_prob
-from equipoise.metrics import rows
 from equipoise.metrics.explanation import explain
 from equipoise.model import VAE
 
@@ -232,28 +231,30 @@ def test_many_patterns_of_gaps_share_a_bounded_number_of_held_out_rows(monkeypat
     reference, raw = (torch.randn(1200, 12, generator=rng) for _ in range(2))
     raw[torch.rand(raw.shape, generator=rng) < 0.4] = torch.nan
     scored = []
-    monkeypatch.setattr(rows, "REFERENCE_SCORES", 4000)
+    monkeypatch.setattr(held_out, "REFERENCE_SCORES", 4000)
 
     def count(model, x, *_):
         scored.append(len(x))
         return np.zeros(len(x))
 
-    monkeypatch.setattr(rows, "log_densities", count)
-    parts = list(rows.held_out_by_gaps(model, raw, reference, standard_normal_log_prob, fewest=10))
+    monkeypatch.setattr(held_out, "log_densities", count)
+    parts = list(
+        held_out.held_out_by_gaps(model, raw, reference, standard_normal_log_prob, fewest=10)
+    )
     assert len(parts) > 500
     assert sum(which.sum() for which, _ in parts) == len(raw)
     assert set(scored) == {10}
 
     one = torch.randn(3, 12, generator=rng)
     scored.clear()
-    list(rows.held_out_by_gaps(model, one, reference, standard_normal_log_prob))
+    list(held_out.held_out_by_gaps(model, one, reference, standard_normal_log_prob))
     assert scored == [1000]
     scored.clear()
     known = np.zeros(7)
-    ((_, held_out),) = rows.held_out_by_gaps(
+    ((_, found),) = held_out.held_out_by_gaps(
         model, one, reference, standard_normal_log_prob, complete=known
     )
-    assert held_out is known
+    assert found is known
     assert not scored
 
 

@@ -64,13 +64,17 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> None:
     """Score rows or images, and write what is found."""
+    import functools
+
     import numpy as np
 
     from equipoise.conformal import check_rate, fewest_held_out
     from equipoise.data.batches import as_tensor
     from equipoise.data.tables import write_table
+    from equipoise.gaps import missing_values
+    from equipoise.held_out import MIN_REFERENCE, keep_held_out, read_held_out
     from equipoise.labels import joined
-    from equipoise.metrics.rows import MIN_REFERENCE, score_rows
+    from equipoise.metrics.rows import score_rows
     from equipoise.run import Run
 
     rate = options.false_alarm_rate
@@ -82,19 +86,29 @@ def _run(options: Namespace) -> None:
     path = Path(options.out) if options.out else run.folder / "scores.csv"
 
     with open_terminal(options.quiet) as terminal:
-        data = data_of(run, terminal, options.data_dir)
-        held_out, parts = [as_tensor(data.validation)], [data.test]
+        own_data = functools.cache(lambda: data_of(run, terminal, options.data_dir))
         if options.data:
-            held_out.append(as_tensor(data.test))
             parts = [
                 other_examples(source, run, model, options, terminal) for source in options.data
             ]
-        x, reference = joined([as_tensor(part) for part in parts]), joined(held_out)
+        else:
+            parts = [own_data().test]
+        x = joined([as_tensor(part) for part in parts])
 
+        held_out = read_held_out(run)
+        if held_out is None:
+            with run.exclusive("scores"):
+                held_out = keep_held_out(run, model, mixture.log_prob, own_data())
+        known = held_out.scores if options.data else held_out.scores[: held_out.n_validation]
         try:
-            check_rate(rate, len(reference))
+            check_rate(rate, len(known))
         except ValueError as error:
             raise ConfigError([f"{run.folder}: {error}"]) from error
+
+        reference = None
+        if missing_values(x) is not None:
+            held_out_parts = [own_data().validation, *([own_data().test] if options.data else [])]
+            reference = joined([as_tensor(part) for part in held_out_parts])
 
         model.scaling.check(x)
         warn_of_unit(model, x, terminal)
@@ -105,6 +119,7 @@ def _run(options: Namespace) -> None:
             reference,
             mixture.log_prob,
             lambda done, total: terminal.progress("scores", done, total, ""),
+            complete=known,
             fewest=max(MIN_REFERENCE, fewest_held_out(rate)),
         )
         # What has no density left is odd, even if some of the held-out rows have none.
@@ -125,7 +140,7 @@ def _run(options: Namespace) -> None:
         kind = "images" if of_images else "rows"
         terminal.message(
             f"{int(is_odd.sum()):,} of {len(x):,} {kind} are odd, at a false-alarm rate of "
-            f"{rate:g} by {len(reference):,} held-out {kind}."
+            f"{rate:g} by {len(known):,} held-out {kind}."
         )
         lines = list_written(lambda: [write_table(path, columns)], path.parent)
         terminal.message("\n".join(lines))

@@ -30,10 +30,16 @@ from equipoise.files import (
     remove,
     write_json,
 )
+from equipoise.held_out import keep_held_out
 from equipoise.mixture_fit import EMStep, MixtureFit
 from equipoise.model import VAE
 from equipoise.noise import NoiseModel, describe_noise
-from equipoise.noise_fit import CorrelationFit, choose_form, fit_correlation
+from equipoise.noise_fit import (
+    CorrelationFit,
+    choose_form,
+    fit_correlation,
+    without_each_fold,
+)
 from equipoise.places import is_place
 from equipoise.provenance import data_record, versions
 from equipoise.randomness import stream_seed
@@ -398,13 +404,16 @@ def _save(
     data: Data,
     correlation_fit: CorrelationFit | None,
 ) -> None:
-    """Write model and mixture, and tie them to each other and to the run."""
+    """Write model, mixture and held-out scores, and tie them to each other and to the run."""
     record = None if correlation_fit is None else correlation_fit.record()
     origin = origin_of(config.as_dict(), data.fingerprint)
     save_model(run.model_file, model, origin, correlation_fit=record)
 
     description = {**describe_mixture(fit, config), "model": read_digest(run.model_file)}
     save_mixture(run.mixture_file, fit.mixture, description)
+
+    judges = None if correlation_fit is None else without_each_fold(model, correlation_fit)
+    keep_held_out(run, model, fit.mixture.cpu().log_prob, data, judges)
 
 
 def _choose_folder(data: Data, out: str | Path | None, resume: bool, force: bool) -> str:
