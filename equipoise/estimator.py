@@ -1059,7 +1059,9 @@ class VAEEstimator(
         if labels is not None and not self.label_names_:
             raise ValueError("the model reads no labels: leave out y, or fit with conditional=True")
         names = self.label_names_
-        raw = as_tensor(load_examples(array, self.model_.shape, labels=labels, label_names=names))
+        raw = as_tensor(
+            load_examples(array, self.model_.shape, labels=labels, label_names=names, strict=True)
+        )
         self.model_.scaling.check(raw)
         _warn_of_range(self.model_.scaling.range_warning(raw))
         return raw

@@ -192,11 +192,18 @@ class Scaling(nn.Module):
             return self.restore(x)
 
         low, high = self.offset.double(), self.offset.double() + self.scale
-        fits_uint8 = bool(low.min() >= 0 and high.max() <= 255)
-        dtype = torch.uint8 if fits_uint8 else torch.int32
+        dtype = torch.int32 if self.is_wide else torch.uint8
 
         raw = (x * self.scale).double() + low
         return raw.round().clamp(min=low, max=high.clamp(max=torch.iinfo(dtype).max)).to(dtype)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the training had whole numbers beyond 8 bits, such as those of 16-bit images."""
+        if self.quantum is None:
+            return False
+        low, high = self.offset.double(), self.offset.double() + self.scale
+        return bool(low.min() < 0 or high.max() > 255)
 
     def check(self, raw: Tensor) -> None:
         r"""Refuse data that cannot be in the raw units of this model.
@@ -217,10 +224,12 @@ class Scaling(nn.Module):
         has_too_many_levels = not self.scale.ndim and float(self.scale) >= 2**24
         if is_digital == raw.is_floating_point() and not has_too_many_levels:
             numbers = "whole" if is_digital else "real"
+            advice = "in another unit. Convert them first."
+            if is_digital and bool((raw == raw.round()).all()):
+                advice = "whole numbers, too: store them as integers, as x.astype('int32') does."
             raise ValueError(
                 f"The model was trained on {numbers} numbers{self._range()}; these are {raw.dtype} "
-                f"from {float(raw.min()):g} to {float(raw.max()):g}, in another unit. Convert them "
-                "first."
+                f"from {float(raw.min()):g} to {float(raw.max()):g}, {advice}"
             )
 
         if not self.scale.ndim:

@@ -287,6 +287,21 @@ def test_a_folder_of_images_from_end_to_end(tmp_path, capsys):
     first = next(row for row in rows if row["image"] == one.name)
     # Equal but for rounding, which depends on the size of the batch.
     assert float(rows[-1]["score"]) == pytest.approx(float(first["score"]), rel=1e-6)
+    # It needs no data but its own: what is usual is kept with the run.
+    kept = tmp_path / "run" / "held-out.safetensors"
+    before = kept.read_bytes()
+    folder.rename(tmp_path / "elsewhere")
+    alone = run("score", tmp_path / "run", tmp_path / "elsewhere", "--false-alarm-rate", "0.3")
+    assert alone.returncode == 0, alone.stderr
+    with (tmp_path / "run" / "scores.csv").open() as file:
+        assert [row["p_value"] for row in csv.DictReader(file)] == [
+            row["p_value"] for row in rows[:-1]
+        ]
+    kept.unlink()
+    assert run("score", tmp_path / "run", tmp_path / "elsewhere").returncode == 2
+    (tmp_path / "elsewhere").rename(folder)
+    assert run("score", tmp_path / "run", folder, "--false-alarm-rate", "0.3").returncode == 0
+    assert kept.read_bytes() == before
     assert re.fullmatch(r"y \d+-\d+, x \d+-\d+: [\d.]+ nats", rows[0]["worst_region"])
     strict = run(
         "train", folder, "--strict", env={"EQUIPOISE_CACHE": str(tmp_path / "cache")}, cwd=tmp_path

@@ -163,7 +163,17 @@ def test_eight_bits_beside_sixteen_become_sixteen(tmp_path):
     Image.fromarray(eight).save(folder / "99.png")
     data = load(folder)
     assert np.array_equal(everything(data)[-1, 0], eight.astype(int) * 257)
-    assert "images of 8 bits beside those of 16, multiplied by 257: 1" in data.notes
+    note = "images of 8 bits taken as those of 16, multiplied by 257: 1"
+    assert note in data.notes
+
+    # A model takes them in the same way, whichever files lie beside them.
+    said = []
+    for source in (folder / "99.png", folder):
+        found = load_examples(source, data.shape, is_wide=True, on_note=said.append)
+        assert np.array_equal(found[:][-1, 0], eight.astype(int) * 257)
+    assert said.count(note) == 2
+    narrow = load_examples(folder / "99.png", data.shape)
+    assert np.array_equal(narrow[:][0, 0], eight)
 
 
 def test_images_that_do_not_go_together(tmp_path):

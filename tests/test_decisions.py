@@ -9,6 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
+import equipoise
 from equipoise import VAEEstimator, held_out
 from equipoise.conformal import (
     check_rate,
@@ -317,3 +318,38 @@ def test_half_of_the_rows_at_least_are_near(table):
 def test_as_many_outliers_as_may_be_supposed_leave_enough_to_train_on(table):
     vae = VAEEstimator(**QUICK, contamination=0.5, stage_1_epochs=2).fit(table[:60])
     assert vae.usual_.sum() == 30
+
+
+# Runs
+
+
+def test_a_run_keeps_scores_that_the_correlation_did_not_see(tmp_path):
+    x = load_digits().data
+    order = np.random.default_rng(0).permutation(len(x))
+    np.save(tmp_path / "x.npy", x[order[:450]] + np.random.default_rng(1).uniform(0, 1, (450, 64)))
+    config = equipoise.make_config(
+        {"latent_dim": 8, "width": 16, "stage_1_epochs": 10, "stage_2_epochs": 0}
+        | {"noise_correlation": "full", "batch_size": 64}
+    )
+    data = load(tmp_path / "x.npy", test_fraction=0.2, validation_fraction=0.2)
+    run = equipoise.train(data, config, tmp_path / "run")
+    found = held_out.read_held_out(run)
+    assert found.n_validation == len(data.validation)
+    assert len(found.scores) == len(data.validation) + len(data.test)
+
+    in_sample, fresh = (
+        held_out.log_densities(run.model(), torch.from_numpy(part[:]), run.mixture().log_prob)
+        for part in (data.validation, data.test)
+    )
+    assert found.scores[: found.n_validation].mean() < in_sample.mean() - 1
+    np.testing.assert_allclose(found.scores[found.n_validation :], fresh, rtol=1e-5)
+
+    before = run.held_out_file.read_bytes()
+    equipoise.fit_noise(run, data, "low-rank")
+    assert run.held_out_file.read_bytes() != before
+    assert held_out.read_held_out(run).n_validation == found.n_validation
+    run.held_out_file.write_bytes(before)
+    assert held_out.read_held_out(run) is None  # of another model
+    run.held_out_file.write_bytes(before[:-8])
+    with pytest.raises(StoreError):
+        held_out.read_held_out(run)

@@ -412,7 +412,12 @@ def test_a_table_with_a_column_of_labels(tmp_path, monkeypatch, capsys):
     )
     assert examples.label_numbers()[3] == UNKNOWN
     (tmp_path / "other.csv").write_text("u,v,kind,w\n1,2,huge,3\n")
-    refused("reconstruct", "run", "other.csv")
+    capsys.readouterr()
+    main(["score", "run", "other.csv", "--false-alarm-rate", "0.2", "--out", "o.csv"])
+    assert "1 labels are none of the model's, the first is 'huge' in row 0" in (
+        capsys.readouterr().out
+    )
+    refused("score", "run", "other.csv", "--strict")
     assert "row 0 has the label 'huge'" in capsys.readouterr().err
     (tmp_path / "bare.csv").write_text("u,v,w\n1,2,3\n1,2,4\n")
     main(["reconstruct", "run", "bare.csv", "--out", "bare-means.csv"])
@@ -451,12 +456,20 @@ def test_folders_of_classes(tmp_path, monkeypatch, capsys):
 
     main(["train", "set", "--label", "folder", "--out", "run", *TRAIN_OPTIONS])
     main(["sample", "run", "--label", "dark", "-n", "2", "--from", "aggregate"])
-    assert np.load("run/samples/aggregate-label-0-labels.npy").tolist() == ["dark", "dark"]
+    assert np.load("run/samples/aggregate-label-dark-labels.npy").tolist() == ["dark", "dark"]
     likelihood = equipoise.Run("run").evaluation()["likelihood"]
     elbos = {name: part["elbo"] for name, part in likelihood.items() if name.startswith("label ")}
     assert {name: elbo["n"] for name, elbo in elbos.items()} == {"label dark": 4, "label light": 4}
     mean = np.mean([elbo["value"] for elbo in elbos.values()])
     assert abs(mean - likelihood["elbo"]["value"]) < 5  # other draws of z
+
+    fill(tmp_path / "later" / "dark", 3, 60)
+    fill(tmp_path / "later" / "a new one", 2, 60)
+    capsys.readouterr()
+    main(["score", "run", "later", "--false-alarm-rate", "0.3"])
+    assert "2 labels are none of the model's, the first is 'a new one' in row 0: they are" in (
+        capsys.readouterr().out
+    )
 
     main(["reconstruct", "run", "set"])
     with np.load("run/reconstructions/reconstructions.npz") as archive:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import equipoise
+from equipoise.cli import main
 from equipoise.data import load, load_stream
 from equipoise.data.packed import INDEX, UNFINISHED
 from equipoise.data.packing import Order, pack
@@ -188,7 +189,31 @@ def test_a_packing_that_was_stopped_keeps_its_whole_files(tmp_path, n):
     assert (out / INDEX).read_bytes() == (tmp_path / "whole" / INDEX).read_bytes()
     assert not (out / UNFINISHED).exists()
     pack(source, out, shard_bytes=600, say=said.append)
-    assert said[-1] == f"{out} is packed already."
+    assert said[-1].startswith(f"{out} is packed already, and its ")
+
+
+def test_a_damaged_file_is_noticed_when_it_is_loaded_and_when_it_is_packed_again(tmp_path):
+    source, out = write_npy(tmp_path / "parts"), tmp_path / "packed"
+    pack(source, out, shard_bytes=600)
+    file = sorted(out.glob("train-*.npy"))[2]
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    for again in (load_stream, lambda folder: pack(source, folder, shard_bytes=600)):
+        with pytest.raises(StoreError, match=rf"1 packed files are damaged .*{file.name}"):
+            again(out)
+
+
+def test_packed_examples_are_trained_on_without_being_called_a_stream(tmp_path, capsys):
+    source, out = write_npy(tmp_path / "parts"), tmp_path / "packed"
+    pack(source, out)
+    main(["train", str(out), "--dry-run"])
+    assert "packed examples, which are read as a stream" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"load_stream"):
+        load(out)
+    with pytest.raises(ValueError, match=r"load_stream"):
+        load("memory://nowhere/x.npy")
+    assert load((tmp_path / "parts").as_uri() + "/part-000.npy").shape == load_stream(out).shape
 
 
 def test_a_packing_that_was_killed_goes_on_by_the_same_line(tmp_path):

@@ -30,9 +30,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Folder of the cache. The default is $EQUIPOISE_CACHE, or ~/.cache/equipoise.",
     )
     parser.epilog = paragraph(
-        "Folders of images are decoded once, to 8 bits, into this cache. It may be cleared at any "
-        "time: images that are needed again are decoded again. A training that runs keeps what it "
-        "has open. Other files in the folder stay."
+        "Folders of images are decoded once, at the depth of their files, into this cache. It may "
+        "be cleared at any time: images that are needed again are decoded again. A training that "
+        "runs keeps what it has open. Other files in the folder stay."
     )
 
 

@@ -170,6 +170,7 @@ def other_examples(
         max_pixels=options.max_pixels,
         max_bytes=options.max_bytes,
         progress=decoding_bar(terminal),
+        is_wide=model.scaling.is_wide,
     )
 
 

@@ -1,5 +1,6 @@
 """``equipoise sample``: draw samples from a run."""
 
+import re
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def _run(options: Namespace) -> None:
 
         name = file_stem(options.source)
         if options.label is not None:
-            name += f"-label-{label_number(model.label_names, options.label)}"
+            name += f"-label-{_in_file_name(model.label_names, options.label)}"
 
         def write() -> list[Path]:
             if table is not None:
@@ -111,6 +112,15 @@ def _run(options: Namespace) -> None:
             return write_samples(model, codes, name, folder, generator, noise=options.noise)
 
         terminal.message("\n".join(list_written(write, table.parent if table else folder)))
+
+
+def _in_file_name(names: tuple[str, ...], label: str) -> str:
+    """Write a label as part of the name of a file: letters, digits, ``_`` and ``-``."""
+    text = re.sub(r"[^\w-]+", "-", label)[:40]
+    if text == label:
+        return text
+    # Two labels may differ in other characters alone.
+    return f"{text}-{names.index(label)}"
 
 
 COMMAND = Command(

@@ -315,9 +315,12 @@ def _resolve(options: Namespace) -> tuple[TrainConfig, str]:
 
 def _load(source: str, config: TrainConfig, options: Namespace, terminal: "Terminal") -> "Data":
     """Load the data that are named on the command line."""
-    from equipoise.data import load, load_stream
+    from equipoise.data import is_packed_source, load, load_stream
 
-    if options.stream:
+    is_packed = not options.stream and is_packed_source(source)
+    if is_packed:
+        terminal.message(f"Note: {source} holds packed examples, which are read as a stream")
+    if options.stream or is_packed:
         if options.label:
             raise ConfigError(["--stream reads no labels: leave out --label, or --stream"])
         if options.columns or options.drop or options.categorical:

@@ -8,7 +8,7 @@ module ``batches`` are imported on first use, because they need torch and loadin
 from typing import TYPE_CHECKING
 
 from equipoise.data.dataset import Data, ExampleSet, Split, Subset, split
-from equipoise.data.loading import load, load_examples, load_stream
+from equipoise.data.loading import is_packed_source, load, load_examples, load_stream
 from equipoise.data.named import NAMES
 from equipoise.data.stream import Stream
 
@@ -27,6 +27,7 @@ __all__ = [
     "Subset",
     "batches_of",
     "epoch_order",
+    "is_packed_source",
     "load",
     "load_examples",
     "load_stream",

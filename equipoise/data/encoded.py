@@ -300,6 +300,7 @@ class ImageReader:
         pages: What becomes of files of several pages. None means that each page is an example.
         fit: How an image of other proportions is brought to the size.
         for_model: Whether the size is that of a model, so that a note says which images had others.
+        is_wide: Whether the model is one of 16 bits, which images of 8 become.
     """
 
     image_size: int | str | None = None
@@ -313,6 +314,7 @@ class ImageReader:
     pages: Pages | None = None
     fit: Fit = "crop"
     for_model: bool = False
+    is_wide: bool = False
 
     @property
     def folder(self) -> Path:
@@ -336,7 +338,7 @@ class ImageReader:
         # The limit is part of the key, because it decides which images are skipped.
         options = (
             f"{FORMAT} {self.image_size} {self.channels} {self.crop} {self.pages} {self.fit} "
-            f"{self.limits.max_pixels} {self.for_model} {images.stamp}"
+            f"{self.limits.max_pixels} {self.for_model} {self.is_wide} {images.stamp}"
         )
         key = hashlib.sha256(options.encode()).hexdigest()
 
@@ -386,6 +388,7 @@ class ImageReader:
                 images.source,
                 self.pages,
                 self.fit,
+                is_wide=self.is_wide,
             )
             files, pages = array("q"), array("q")
 

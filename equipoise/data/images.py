@@ -69,6 +69,8 @@ def make_plan(
     source: str,
     pages: Pages | None = None,
     fit: Fit = "crop",
+    *,
+    is_wide: bool = False,
 ) -> Plan:
     """Choose the common format of all images from their headers.
 
@@ -83,6 +85,8 @@ def make_plan(
         source: Name of the images in error messages.
         pages: What becomes of files of several pages. None means that each page is an example.
         fit: How an image of other proportions is brought to the size.
+        is_wide: Whether images of 8 bits become those of 16 in any case, because a model knows
+            those. Otherwise they do where some have 16.
 
     Returns:
         The plan.
@@ -101,12 +105,15 @@ def make_plan(
             raise ValueError(f"{source}: files of {listed} pages; as channels, all need the same")
         n_pages = numbers.pop()
 
+    # That of 16 bits, where some have 8.
+    dtype = max((header.dtype for header in headers), key=lambda name: np.dtype(name).itemsize)
+    if is_wide and dtype == "uint8":
+        dtype = "uint16"
     plan = Plan(
         (depth * n_pages, 0, 0),
         resize=False,
         fit=fit,
-        # That of 16 bits, where some have 8.
-        dtype=max((header.dtype for header in headers), key=lambda name: np.dtype(name).itemsize),
+        dtype=dtype,
         pages=pages or "examples",
         n_pages=n_pages,
     )
@@ -217,7 +224,7 @@ def plan_notes(headers: Counter[Header], plan: Plan, *, for_model: bool = False)
     counts = {
         "images with transparency, laid on white": n_transparent,
         "images of more than 8 bits, reduced to 8": n_reduced,
-        "images of 8 bits beside those of 16, multiplied by 257": n_widened,
+        "images of 8 bits taken as those of 16, multiplied by 257": n_widened,
         f"images of other sizes than the model's {size}, resized with fit={plan.fit}": n_other,
         f"images smaller than {size} pixels, enlarged": n_small,
         "images of other proportions, with black bars": n_padded,

@@ -35,6 +35,7 @@ from equipoise.data.encoded import (
 from equipoise.data.folders import read_folder, sort_folders
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
+from equipoise.data.labels import names_of
 from equipoise.data.levels import AS_MISSING, Categorical, encode_frame
 from equipoise.data.named import NAMES, celeba, digits, idx_set
 from equipoise.data.packed import is_packed, load_packed
@@ -331,7 +332,7 @@ def load_stream(
             max_pixels=max_pixels,
         )
 
-    if _is_packed(source):
+    if is_packed_source(source):
         decided = [count, validation, test, column, image_size, channels, max_pixels]
         if any(value is not None for value in decided):
             raise ValueError(
@@ -460,11 +461,20 @@ def _is_sharded(source: object) -> bool:
     return is_list and all(isinstance(part, str | Path) for part in parts)
 
 
-def _is_packed(source: object) -> bool:
-    """Tell whether a source is a folder of packed examples."""
-    if not isinstance(source, str | Path) or (
-        str(source).startswith("hf:") and not is_place(source)
-    ):
+def is_packed_source(source: object) -> bool:
+    """Tell whether a source is a folder of packed examples.
+
+    Args:
+        source: As in :func:`load_stream`.
+
+    Returns:
+        True if it is one.
+
+    Raises:
+        StoreError: If the packing was stopped and has not gone on.
+    """
+    is_hub = str(source).startswith("hf:") and not is_place(source)
+    if not isinstance(source, str | Path) or source in NAMES or is_hub:
         return False
     return is_packed(locate(source))
 
@@ -526,6 +536,7 @@ def load_examples(
     labels: Sequence[Any] | Array | None = None,
     label_names: Sequence[str] = (),
     levels: Levels | None = None,
+    is_wide: bool = False,
 ) -> Subset:
     """Load examples to which a trained model is applied, in the order of the source.
 
@@ -550,10 +561,13 @@ def load_examples(
         label: Where labels are, as in :func:`load`. A source that lacks them has unknown labels,
             and a note says so.
         labels: Labels of the examples of an array, as in :func:`load`.
-        label_names: Labels that the model knows.
+        label_names: Labels that the model knows. Others count as unknown, with a note, or are an
+            error if ``strict``.
         levels: Levels of the model's categories by the number of the column. Values of a file or a
             data frame that are none of them become missing, with a note, or are an error if
             ``strict``.
+        is_wide: Whether the model is one of images beyond 8 bits, so that image files of 8 bits
+            are multiplied by 257, with a note.
 
     Returns:
         The test part if the source has its own, otherwise all examples. Their method ``names``
@@ -579,6 +593,7 @@ def load_examples(
     reader = replace(
         _reader(image_size, channels, strict, cache_dir, progress, limits, pages, fit),
         for_model=True,
+        is_wide=is_wide,
     )
     content = _find(
         source,
@@ -596,6 +611,8 @@ def load_examples(
     if labels is not None:
         content = replace(content, train=content.train._replace(labels=labels))
     content = replace(content, label_names=tuple(label_names))
+    if not strict:
+        content = _with_known_labels(content)
     if content.pieces is not None and not len(content.pieces.test):
         content = replace(content, pieces=None)
     for axis in (1, 3):
@@ -709,6 +726,13 @@ def _find(
     levels: Levels | None = None,
     strict: bool = False,
 ) -> Found:
+    if isinstance(source, str) and source not in NAMES and is_place(source):
+        place = locate(source)
+        if not isinstance(place, Path):
+            raise ValueError(
+                f"{source} is read as a stream: equipoise.load_stream, or --stream in the command"
+            )
+        source = place
     if label is not None and for_model and not _may_have(source, label):
         found = _find(source, data_dir, reader, download, columns, drop, for_model=True, pool=pool)
         return _with_unknown(found, label)
@@ -839,6 +863,11 @@ def _load_path(
 ) -> Found:
     source = str(path)
     if path.is_dir():
+        if is_packed(path):
+            raise ValueError(
+                f"{source} holds packed examples, which equipoise.load_stream and 'equipoise "
+                "train' read; for another use give one of its .npy files"
+            )
         if label not in (None, "folder"):
             raise ValueError(f"{source}: the label of images is 'folder', not {label!r}")
         name = os.path.basename(os.path.abspath(path))  # of "..", too
@@ -884,6 +913,34 @@ def _load_path(
         train, validation, test = Part(values, labels=labels.get(key)), None, None
     found = Found(path.stem, source, train, validation, test)
     return _with_unknown(found, label) if label and not labels else found
+
+
+def _with_known_labels(content: Found) -> Found:
+    """Make labels unknown that a model does not know, with a note."""
+    parts = {
+        "train": _known(content.train, content),
+        "validation": content.validation and _known(content.validation, content),
+        "test": content.test and _known(content.test, content),
+    }
+    return replace(content, **parts)  # type: ignore[arg-type]
+
+
+def _known(part: Part, content: Found) -> Part:
+    """Those labels of a part that a model knows."""
+    if part.labels is None:
+        return part
+    names = names_of(part.labels, content.source)
+    others = [row for row, name in enumerate(names) if name not in (None, *content.label_names)]
+    if not others:
+        return part
+
+    first = visible(str(names[others[0]]), 50)
+    note = (
+        f"{len(others):,} labels are none of the model's, the first is {first!r} in row "
+        f"{others[0]}: {AS_MISSING}"
+    )
+    labels = [name if name in content.label_names else None for name in names]
+    return part._replace(labels=labels, notes=(*part.notes, note))
 
 
 def _may_have(source: object, label: str) -> bool:

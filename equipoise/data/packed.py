@@ -15,7 +15,8 @@ import numpy as np
 
 from equipoise.data.dataset import Array, Data, Subset
 from equipoise.data.duplicates import describe_shared
-from equipoise.data.shard_files import NpyShard
+from equipoise.data.encoded import first_names
+from equipoise.data.shard_files import BYTES_AT_ONCE, NpyShard, opened
 from equipoise.data.shards import READERS, ShardedStream, read_rows
 from equipoise.data.stream import first_examples
 from equipoise.files import StoreError
@@ -25,6 +26,8 @@ from equipoise.records import PackedShard, PackIndex, decode_record, read_record
 INDEX = "index.json"
 UNFINISHED = "unfinished.json"
 """What stands in the place of the index until all shards are written."""
+CHECKED = 1 << 30
+"""Bytes of packed files up to which their digests are compared whenever they are loaded."""
 PARTS = ("test", "validation", "train")
 """The parts, in the order of their examples."""
 
@@ -102,6 +105,35 @@ def shards_of(
     ]
 
 
+def check_digests(folder: SourceFile, records: list[PackedShard]) -> None:
+    """Compare the files of packed examples with their digests.
+
+    Args:
+        folder: Their folder.
+        records: What the index says of them.
+
+    Raises:
+        StoreError: If a file is missing or was altered. It names all of these.
+    """
+    damaged = []
+    for record in records:
+        path = folder / record["name"]
+        if not path.is_file():
+            damaged.append(record["name"])
+            continue
+        with opened(path) as file:
+            digest = hashlib.sha256()
+            while content := file.read(BYTES_AT_ONCE):
+                digest.update(content)
+        if digest.hexdigest() != record["sha256"]:
+            damaged.append(record["name"])
+    if damaged:
+        raise StoreError(
+            f"{folder}: {len(damaged)} packed files are damaged or missing "
+            f"({first_names(damaged)}): copy them again, or pack anew into another folder"
+        )
+
+
 def load_packed(folder: SourceFile, name: str | None, buffer_size: int, n_at_hand: int) -> Data:
     """Load packed examples as a stream.
 
@@ -115,10 +147,15 @@ def load_packed(folder: SourceFile, name: str | None, buffer_size: int, n_at_han
         The data, without their ``loading``.
 
     Raises:
-        StoreError: If the index is damaged.
+        StoreError: If the index is damaged, or one of the files. Up to 1 GiB, and on this machine,
+            all bytes are compared with their digests; otherwise 'equipoise pack' does so.
         ValueError: If a file is not what the index says.
     """
     index = read_index(folder)
+    if isinstance(folder, Path):
+        present = (folder / record["name"] for record in index["shards"])
+        if sum(path.stat().st_size for path in present if path.is_file()) <= CHECKED:
+            check_digests(folder, index["shards"])
     shape, dtype = tuple(index["shape"]), np.dtype(index["dtype"])
     shards = shards_of(folder, index["shards"], shape, np.dtype(index["stored"]))
     count = {part: sum(r["n"] for r in index["shards"] if r["part"] == part) for part in PARTS}

@@ -26,7 +26,15 @@ from equipoise.data.dataset import MAX_VALIDATION, Array, Channels, Fit
 from equipoise.data.encoded import SKIPPED, first_names
 from equipoise.data.gate import DEFAULT_LIMITS
 from equipoise.data.loading import AT_HAND, MAX_TEST
-from equipoise.data.packed import INDEX, PARTS, UNFINISHED, Joined, read_index, shards_of
+from equipoise.data.packed import (
+    INDEX,
+    PARTS,
+    UNFINISHED,
+    Joined,
+    check_digests,
+    read_index,
+    shards_of,
+)
 from equipoise.data.packing_sources import Examples, Options, Say, find_examples
 from equipoise.files import StoreError, exclusive, is_empty, is_ours, remove, whole_file, write_json
 from equipoise.places import SourceFile, locate
@@ -234,7 +242,9 @@ def _pack(
     ]
     done = _done(output, plan)
     if done is None:
-        say(f"{output.folder} is packed already.")
+        records = read_index(output.folder)["shards"]
+        check_digests(output.folder, records)
+        say(f"{output.folder} is packed already, and its {len(records):,} files are undamaged.")
         return
 
     total = sum(order.count.values())

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from equipoise.data.arrays import Unit
 from equipoise.data.cache import default_cache_dir
 from equipoise.data.dataset import Array, Channels, Fit, Subset
-from equipoise.data.encoded import list_images
+from equipoise.data.encoded import first_names, list_images
 from equipoise.data.folders import sort_folders
 from equipoise.data.gate import Limits
 from equipoise.data.images import Header, decode, make_plan, plan_notes, read_header
@@ -181,7 +181,13 @@ def _of_images(folder: Path, options: Options, say: Say) -> Examples:
 
     notes = [*plan_notes(headers, plan), *listing.notes]
     parts = None
-    of_file = sort_folders(listing.names).parts
+    folders = sort_folders(listing.names)
+    of_file = folders.parts
+    if folders.classes:
+        notes.append(
+            f"folders as of {len(folders.classes)} classes ({first_names(folders.classes)}): "
+            "packed examples have no labels ('equipoise train FOLDER --label folder' takes them)"
+        )
     if of_file:
         of_row = np.array([part or "" for part in of_file])
         parts = {part: np.flatnonzero(of_row == part).astype(np.int64) for part in PARTS}

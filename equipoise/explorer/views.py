@@ -335,7 +335,10 @@ class View:
             if header.bands in (1, 3) and channels in (1, 3):
                 convert = "grey" if channels == 1 else "rgb"
             size = f"{width}x{height}"
-            plan = make_plan(Counter([header]), size, convert, None, "the image", "first")
+            plan = make_plan(
+                *(Counter([header]), size, convert, None, "the image", "first"),
+                is_wide=self.model.scaling.is_wide,
+            )
             pixels = decode(file, plan, limits)
             if pixels.shape[1:] != self.model.shape:
                 sides = f"{pixels.shape[3]}x{pixels.shape[2]} with {pixels.shape[1]} channels"
