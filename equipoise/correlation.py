@@ -102,6 +102,9 @@ class Correlation(nn.Module, ABC):
         missing = missing_values(u)
         if missing is None:
             return sum_dimensions(self.whiten(u).square()), self.log_det
+        if torch.compiler.is_exporting():
+            # The rows of a program are complete, but for categories, which are independent of all.
+            return sum_dimensions(self.whiten(u.nan_to_num(0.0)).square()), self.log_det
 
         filled = u.masked_fill(missing, 0.0).double()
         norm, log_det = u.new_zeros(len(u)), u.new_zeros(len(u))

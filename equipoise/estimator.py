@@ -48,7 +48,14 @@ from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.gaps import column_means, column_vars
 from equipoise.gaussian import standard_normal_log_prob
-from equipoise.held_out import MAX_REFERENCE, held_out_by_gaps, judged_scores, log_densities
+from equipoise.held_out import (
+    MAX_REFERENCE,
+    held_out_by_gaps,
+    judged_scores,
+    log_densities,
+    of_complete,
+    without_gaps,
+)
 from equipoise.labels import label_number
 from equipoise.levels import Level, level_values
 from equipoise.metrics.explanation import Explanation, explain
@@ -215,7 +222,8 @@ class VAEEstimator(
             minus this number.
         false_alarm_rate_: The rate that ``offset_`` has, see ``false_alarm_rate``. NaN if
             ``contamination`` set the threshold.
-        held_out_scores_: Scores of held-out examples, at most 1,000, in ascending order.
+        held_out_scores_: Scores of held-out examples, at most 1,000, in ascending order. Where at
+            least 20 have no gaps, and enough for the rate, theirs alone.
         table_scores_: Score of each example of the table by a model that was trained on another
             part of it, (n,), if ``contamination`` is given.
         usual_: Which examples of the table were trained on, (n,), if ``contamination`` is given.
@@ -436,7 +444,7 @@ class VAEEstimator(
         mean = self.model_.scaling.restore(mode_of(likelihood))
         std = self.model_.scaling.restore_std(likelihood.std, likelihood.mean)
         return Reconstruction(
-            self.as_given(self._in_original_shape(mean)), self._in_original_shape(std)
+            self.as_given(self._in_original_shape(mean), x), self._in_original_shape(std)
         )
 
     def predict_std(self, x: object) -> Float32[np.ndarray, "n *event"]:
@@ -909,7 +917,7 @@ class VAEEstimator(
 
     def _set_threshold(self, scores: Float64[np.ndarray, " m"], raw: Tensor) -> None:
         """Set the threshold by held-out scores, and keep the examples for rows with gaps."""
-        scores = np.sort(scores)
+        scores = np.sort(of_complete(scores, without_gaps(raw), self.false_alarm_rate))
         rate = self.false_alarm_rate
         if rate is None:
             rate = max(FALSE_ALARM_RATE, 1 / (1 + len(scores)))
@@ -1008,7 +1016,8 @@ class VAEEstimator(
         if not hasattr(x, "columns") or not all(isinstance(name, str) for name in x.columns):
             return x
         known = None if reset else self._levels
-        if known and len(x.columns) != self.n_features_in_:
+        names = getattr(self, "feature_names_in_", None)
+        if known and list(x.columns) != list(names if names is not None else ()):
             return x  # of which scikit-learn says what is wrong
         encoded = encode_frame(x, levels=known)
         if not reset:
@@ -1088,11 +1097,12 @@ class VAEEstimator(
         check_is_fitted(self, "model_")
         return self._encoded_frame(x, reset=False)
 
-    def as_given(self, array: Array) -> Any:  # noqa: ANN401 (an array, or a frame)
+    def as_given(self, array: Array, like: object = None) -> Any:  # noqa: ANN401 (array or frame)
         r"""Put levels in the place of their numbers, in a data frame.
 
         Args:
             array: Examples, (n, \*). It stays as it is if there are no categories.
+            like: The rows that it comes from, whose index it gets.
 
         Returns:
             Rows in a frame of the library of those that the estimator was fitted to.
@@ -1105,7 +1115,7 @@ class VAEEstimator(
         for number, names in levels.items():
             name = self.feature_names_in_[number]
             columns[name] = level_values(columns[name].tolist(), names)
-        return new_frame(self._frame_library, columns)
+        return new_frame(self._frame_library, columns, like)
 
     def _in_original_shape(self, examples: Tensor) -> Array:
         """Convert examples of the model, (n, C, H, W) or (n, D), to the shape of the user's."""

@@ -6,30 +6,39 @@ The files are ``torch.export`` programs, or ONNX graphs (extra ``export``):
 ``encoder`` ``raw`` (n, \*)                     ``mean``, ``log_var`` of q(z|x), (n, d)
 ``decoder`` ``code`` (n, d)                     ``mean``, ``std`` of p(x|z), (n, \*)
 ``sampler`` ``uniform`` (n,), ``normal`` (n, d) ``code`` (n, d), a draw from the mixture, eq. (13)
+``scorer``  ``raw`` (n, \*), ``normal`` (n, K, d) ``score`` and ``p_value`` (n,) of each example
 =========== =================================== ==================================================
 
 Data are in the user's own unit, on the way in and out. The number n of examples may be any number
-from 1. The sampler takes its noise as inputs, independent draws from U[0, 1) and N(0, 1), so that
-whoever runs it chooses the seed. The decoder of a model with correlated noise has its std, but not
-its correlation: noise that is drawn with them is independent.
+from 1. Sampler and scorer take their noise as inputs, independent draws from U[0, 1) and N(0, 1),
+so that whoever runs them chooses the seed. The score is the bound of
+:func:`equipoise.held_out.log_densities` with K = 20, and its p-value is by the held-out scores that
+the run keeps: an example is odd if its p-value is at most the rate of false alarms. Examples are
+complete: both are NaN where a value is. The decoder of a model with correlated noise has its std,
+but not its correlation: noise that is drawn with them is independent.
 """
 
 import copy
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor, nn
 
 from equipoise.aggregate import GaussianMixture
 from equipoise.categories import MixedLikelihood
 from equipoise.correlated_noise import marginal_of
 from equipoise.files import exclusive_outputs, whole_file
+from equipoise.gaussian import Gaussian, sum_dimensions
+from equipoise.held_out import IMPORTANCE_SAMPLES
 from equipoise.model import VAE
 
 TOLERANCE = 1e-4
@@ -54,7 +63,13 @@ class Exported(NamedTuple):
 
 
 @torch.no_grad()
-def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[Exported]:
+def export(
+    model: VAE,
+    mixture: GaussianMixture,
+    to: str,
+    folder: Path,
+    scoring: "Scoring | None" = None,
+) -> list[Exported]:
     """Write the encoder, the decoder and the sampler to files.
 
     Each file is read again and compared with the model before it gets its name.
@@ -63,8 +78,9 @@ def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[
         model: The model, in evaluation mode, on the CPU.
         mixture: The mixture that was fitted to its aggregate posterior, on the CPU.
         to: "torch" for programs of ``torch.export``, "onnx" for ONNX graphs.
-        folder: The folder in which to write ``encoder``, ``decoder`` and ``sampler``, with the
-            ending .pt2 or .onnx.
+        folder: The folder in which to write ``encoder``, ``decoder``, ``sampler`` and ``scorer``,
+            with the ending .pt2 or .onnx.
+        scoring: What scores are computed by and compared with. None writes no scorer.
 
     Returns:
         The files.
@@ -78,7 +94,8 @@ def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[
         >>> import equipoise
         >>> run = equipoise.Run("runs/mnist")  # doctest: +SKIP
         >>> folder = run.folder / "export"  # doctest: +SKIP
-        >>> files = export(run.model(), run.mixture(), "onnx", folder)  # doctest: +SKIP
+        >>> scoring = Scoring(run.mixture(), read_held_out(run).known())  # doctest: +SKIP
+        >>> files = export(run.model(), run.mixture(), "onnx", folder, scoring)  # doctest: +SKIP
         >>> files[1].signature  # doctest: +SKIP
         'code float32 (n, 16) -> mean, std float32 (n, 1, 28, 28)'
     """
@@ -95,7 +112,7 @@ def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[
     form = FORMATS[to]()
     files = []
     with exclusive_outputs(folder, "export"):
-        for name, part in _parts(model, mixture).items():
+        for name, part in _parts(model, mixture, scoring).items():
             path = folder / f"{name}{form.ending}"
             # Made in memory, because torch's own writer ends the whole process where the disk is
             # full.
@@ -115,16 +132,33 @@ def export(model: VAE, mixture: GaussianMixture, to: str, folder: Path) -> list[
     return files
 
 
+class Scoring(NamedTuple):
+    """What scores are computed by, and what they are compared with.
+
+    Args:
+        mixture: p(z), the mixture under which the held-out examples were scored.
+        held_out: Scores of held-out examples, (m,), float64.
+    """
+
+    mixture: GaussianMixture
+    held_out: Float64[np.ndarray, " m"]
+
+
 class _Part(NamedTuple):
-    """The content of one file: a computation, examples of its inputs, the names of its outputs."""
+    """The content of one file: a computation, examples of its inputs, the names of its outputs.
+
+    The first ``n_compared`` outputs are compared with the model's; None means all. A p-value is a
+    step function, which rounding may move by a step.
+    """
 
     module: nn.Module
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
+    n_compared: int | None = None
 
 
-def _parts(model: VAE, mixture: GaussianMixture) -> dict[str, _Part]:
-    """The encoder, the decoder and the sampler, with examples that the model itself generates."""
+def _parts(model: VAE, mixture: GaussianMixture, scoring: Scoring | None) -> dict[str, _Part]:
+    """The content of each file, with examples that the model itself generates."""
     generator = torch.Generator().manual_seed(0)
     n, dtype = max(COMPARED), model.scaling.scale.dtype
 
@@ -135,11 +169,17 @@ def _parts(model: VAE, mixture: GaussianMixture) -> dict[str, _Part]:
 
     noise = {"uniform": uniform, "normal": normal}
     of_row = ("mean", "std") if model.categories is None else ("mean", "std", "probability")
-    return {
+    parts = {
         "encoder": _Part(_Encoder(model), {"raw": raw}, ("mean", "log_var")),
         "decoder": _Part(_Decoder(model), {"code": code}, of_row),
         "sampler": _Part(_Sampler(mixture, dtype), noise, ("code",)),
     }
+    if scoring is not None:
+        shape = (n, IMPORTANCE_SAMPLES, model.latent_dim)
+        draws = torch.randn(shape, generator=generator, dtype=dtype)
+        outputs = ("score", "p_value")
+        parts["scorer"] = _Part(_Scorer(model, scoring), {"raw": raw, "normal": draws}, outputs, 1)
+    return parts
 
 
 class _Encoder(nn.Module):
@@ -197,6 +237,37 @@ class _Sampler(nn.Module):
         component = (uniform.unsqueeze(1) >= self.boundaries).sum(1)
         shift = (self.scale_trils[component] @ normal.unsqueeze(2)).squeeze(2)
         return (self.means[component] + shift,)
+
+
+class _Scorer(nn.Module):
+    """From raw data and noise to a bound on the log-density, and its rarity."""
+
+    held_out: Tensor
+
+    def __init__(self, model: VAE, scoring: Scoring) -> None:
+        super().__init__()
+        self.model, self.mixture = copy.deepcopy(model), copy.deepcopy(scoring.mixture)
+        self.register_buffer("held_out", torch.from_numpy(np.sort(scoring.held_out)))
+
+    def forward(self, raw: Tensor, normal: Tensor) -> tuple[Tensor, ...]:
+        model, k = self.model, normal.shape[1]
+        x = model.scaling(raw)
+        posterior = model.encode(x)
+        log_var = posterior.log_var.expand_as(posterior.mean)
+        q = Gaussian(posterior.mean.repeat_interleave(k, 0), log_var.repeat_interleave(k, 0))
+        z = q.mean + q.std * normal.flatten(0, 1)
+
+        log_prob = model.decode(z).log_prob(x.repeat_interleave(k, 0)).double()
+        log_weights = log_prob + self.mixture.log_prob(z) - q.log_prob(z)
+        bound = log_weights.view(-1, k).logsumexp(1) - math.log(k)
+        score = bound + sum_dimensions(model.scaling.log_slope(raw))
+        if raw.is_floating_point():
+            has_gaps = raw.flatten(1).isnan().any(1)
+            score = score.masked_fill(has_gaps, torch.nan)
+
+        n_as_odd = (self.held_out <= score[:, None]).sum(1)
+        p_value = (1 + n_as_odd).double() / (1 + len(self.held_out))
+        return score, torch.where(score.isnan(), score, p_value)
 
 
 def _trace(part: _Part) -> torch.export.ExportedProgram:
@@ -301,7 +372,8 @@ def _deviation(computation: Computation, part: _Part) -> float:
     relative = []
     for n in COMPARED:
         inputs = {name: example[:n] for name, example in part.inputs.items()}
-        for output, expected in zip(computation(inputs), part.module(**inputs), strict=True):
+        pairs = list(zip(computation(inputs), part.module(**inputs), strict=True))
+        for output, expected in pairs[: part.n_compared]:
             tiny = torch.finfo(expected.dtype).tiny
             largest = expected.abs().max().clamp_min(tiny)  # an output may be zero
             relative.append((output - expected).abs().max() / largest)

@@ -24,7 +24,8 @@ def missing_values(x: Tensor) -> Tensor | None:
 
     Returns:
         True where a value is NaN, (B, D). None if there are no such values. On a GPU the mask is
-        returned in any case, because a question would wait for the device.
+        returned in any case, because a question would wait for the device, and so it is while a
+        program is exported, which has no values to ask.
 
     Example:
         >>> missing_values(torch.tensor([[1.0, torch.nan]]))
@@ -35,7 +36,8 @@ def missing_values(x: Tensor) -> Tensor | None:
     if x.ndim != 2 or not x.is_floating_point():
         return None
     missing = torch.isnan(x)
-    return missing if x.is_cuda or bool(missing.any()) else None
+    is_unasked = x.is_cuda or torch.compiler.is_exporting()
+    return missing if is_unasked or bool(missing.any()) else None
 
 
 def n_observed(x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:

@@ -16,6 +16,7 @@ from jaxtyping import Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from equipoise.conformal import fewest_held_out
 from equipoise.data import Data
 from equipoise.data.batches import as_tensor
 from equipoise.data.dataset import Array
@@ -113,7 +114,8 @@ def held_out_by_gaps(
             used. None if nothing but ``complete`` is known of them.
         log_prior: Density of codes p(z).
         progress: Called with the number of patterns that are done, and of all.
-        complete: Scores of the reference as it is, if they are known.
+        complete: Scores that complete examples are compared with, if they are known, see
+            :func:`of_complete`.
         fewest: Held-out rows that a pattern gets at least, where there are so many.
 
     Yields:
@@ -144,15 +146,49 @@ def held_out_by_gaps(
             yield rows, np.full(min(len(reference), MAX_REFERENCE), -np.inf)
         else:
             among = reference
-            if gaps.any():
+            if missing_values(reference) is not None:
                 # Rows that lack more would be compared by fewer columns.
                 is_enough = ~(reference.isnan() & ~gaps).any(1)
                 if int(is_enough.sum()) >= FEWEST_ALIKE:
                     among = reference[is_enough]
+            if gaps.any():
                 among = among[:each]
                 among = labelled(among.masked_fill(gaps, torch.nan), labels_of(among))
             yield rows, log_densities(model, among[:each], log_prior)
         progress(k + 1, len(patterns))
+
+
+def of_complete(
+    scores: Float64[np.ndarray, " m"], is_complete: NDArray[np.bool_], rate: float | None = None
+) -> Float64[np.ndarray, " c"]:
+    """Choose the scores that complete examples are compared with.
+
+    Examples with gaps have densities of fewer values, which are other numbers.
+
+    Args:
+        scores: Scores of held-out examples as they are.
+        is_complete: Which of these have no gaps, (m,).
+        rate: Rate of false alarms that they have to be enough for. None asks for none.
+
+    Returns:
+        Those of complete examples, where there are at least 20 and enough for the rate; all
+        otherwise.
+    """
+    fewest = max(FEWEST_ALIKE, 0 if rate is None else fewest_held_out(rate))
+    return scores[is_complete] if np.count_nonzero(is_complete) >= fewest else scores
+
+
+def without_gaps(raw: Tensor) -> NDArray[np.bool_]:
+    r"""Tell which examples are complete.
+
+    Args:
+        raw: Examples, (n, \*), raw units.
+
+    Returns:
+        True where no value is missing, (n,).
+    """
+    missing = missing_values(raw)
+    return np.ones(len(raw), bool) if missing is None else ~missing.any(1).numpy()
 
 
 class HeldOut(NamedTuple):
@@ -161,10 +197,25 @@ class HeldOut(NamedTuple):
     Args:
         scores: Those of the validation set, and then of the test set, (m,), at most 1000.
         n_validation: How many are of the validation set.
+        is_complete: Which have no gaps, (m,).
     """
 
     scores: Float64[np.ndarray, " m"]
     n_validation: int
+    is_complete: NDArray[np.bool_]
+
+    def known(self, rate: float | None = None, *, validation: bool = False) -> Array:
+        """Choose what complete examples are compared with, see :func:`of_complete`.
+
+        Args:
+            rate: Rate of false alarms that they have to be enough for.
+            validation: Whether the test set is left out, because it is what is judged.
+
+        Returns:
+            The scores.
+        """
+        n = self.n_validation if validation else len(self.scores)
+        return of_complete(self.scores[:n], self.is_complete[:n], rate)
 
 
 def judged_scores(judges: Judges, raw: Tensor, log_prior: LogPrior) -> Float64[np.ndarray, " m"]:
@@ -212,8 +263,10 @@ def keep_held_out(
         "mixture": read_digest(run.mixture_file),
         "n_validation": len(validation),
     }
-    write_tensors(run.held_out_file, KIND, {"scores": torch.from_numpy(scores)}, description)
-    return HeldOut(scores, len(validation))
+    is_complete = np.concatenate([without_gaps(validation), without_gaps(test)])
+    tensors = {"scores": torch.from_numpy(scores), "is_complete": torch.from_numpy(is_complete)}
+    write_tensors(run.held_out_file, KIND, tensors, description)
+    return HeldOut(scores, len(validation), is_complete)
 
 
 def read_held_out(run: Run) -> HeldOut | None:
@@ -237,7 +290,11 @@ def read_held_out(run: Run) -> HeldOut | None:
     if (about["model"], about["mixture"]) != of_run:
         return None
 
-    scores = tensors.pop("scores", None)
-    if scores is None or scores.dtype != torch.float64 or scores.ndim != 1 or tensors:
+    scores, is_complete = tensors.pop("scores", None), tensors.pop("is_complete", None)
+    if scores is None or is_complete is None or tensors:
         raise StoreError(f"{path} holds no scores: delete it, and they are computed anew.")
-    return HeldOut(scores.numpy(), min(about["n_validation"], len(scores)))
+    is_fitting = scores.dtype == torch.float64 and is_complete.dtype == torch.bool
+    if not is_fitting or scores.ndim != 1 or is_complete.shape != scores.shape:
+        raise StoreError(f"{path} holds no scores: delete it, and they are computed anew.")
+    n_validation = min(about["n_validation"], len(scores))
+    return HeldOut(scores.numpy(), n_validation, is_complete.numpy())

@@ -117,7 +117,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
         """
         table = self._table(x, reset=False)
         found = self._impute(table, 0)
-        filled = self._rows(np.where(np.isnan(table), found.mean.double().numpy(), table))
+        filled = self._rows(np.where(np.isnan(table), found.mean.double().numpy(), table), x)
         if not return_std:
             return filled
         return Imputed(filled, found.std.double().numpy())
@@ -160,11 +160,11 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
         result: Array = np.where(np.isnan(table), draws, table)
         if not self.estimator_.model_.scaling.levels:
             return result
-        return [self._rows(rows) for rows in result]
+        return [self._rows(rows, x) for rows in result]
 
-    def _rows(self, table: Array) -> Any:  # noqa: ANN401 (an array, or a frame)
+    def _rows(self, table: Array, like: object) -> Any:  # noqa: ANN401 (an array, or a frame)
         """Return an array as it is, or rows with categories as a data frame."""
-        return self.estimator_.as_given(table)
+        return self.estimator_.as_given(table, like)
 
     def _impute(self, table: Array, n_draws: int) -> Imputation:
         estimator = self.estimator_

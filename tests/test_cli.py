@@ -626,8 +626,8 @@ def test_evaluating_other_examples(trained, tmp_path, capsys):
 def test_export_from_the_command_line(trained, tmp_path):
     done = run("export", trained[0].folder, "--to", "torch", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.suffix for path in tmp_path.glob("[!.]*")) == [".pt2"] * 3
-    assert done.stdout.count("largest relative deviation") == 3
+    assert sorted(path.suffix for path in tmp_path.glob("[!.]*")) == [".pt2"] * 4
+    assert done.stdout.count("largest relative deviation") == 4
 
 
 def exported_sampler(run, source, folder):

@@ -353,3 +353,41 @@ def test_a_run_keeps_scores_that_the_correlation_did_not_see(tmp_path):
     run.held_out_file.write_bytes(before[:-8])
     with pytest.raises(StoreError):
         held_out.read_held_out(run)
+
+
+def planes(n, rng):
+    """Rows of six columns near a plane, which predict each other."""
+    weights = np.array([[1, 1, 0, 1, -1, 0.5], [0, 1, 1, -1, 1, 0.5]])
+    return rng.normal(size=(n, 2)) @ weights + 0.3 * rng.normal(size=(n, 6))
+
+
+def test_complete_rows_are_compared_with_complete_rows_of_a_table_with_gaps(tmp_path):
+    rng = np.random.default_rng(0)
+    x, fresh, others = planes(1200, rng), planes(2000, rng), planes(800, rng)
+    for table in (x, others):
+        table[rng.random(table.shape) < 0.15] = np.nan
+    options = QUICK | {"latent_dim": 2, "stage_1_epochs": 20, "validation_fraction": 0.3}
+    vae = VAEEstimator(**options, false_alarm_rate=0.1).fit(x)
+    n_complete = int((~np.isnan(vae._held_out.numpy()).any(1)).sum())
+    assert len(vae.held_out_scores_) == n_complete > 50
+
+    def shares():
+        p_values = vae.p_values(fresh)
+        return (p_values <= 0.1).mean(), (p_values <= 0.5).mean()
+
+    # Five standard errors of the share that so many held-out rows decide on.
+    assert np.abs(np.subtract(shares(), [0.1, 0.5])).max() < 5 * 0.5 / math.sqrt(n_complete) / 2
+    vae.calibrate(others)
+    assert np.abs(np.subtract(shares(), [0.1, 0.5])).max() < 5 * 0.5 / math.sqrt(n_complete) / 2
+    assert (vae.predict(fresh) == -1).mean() == pytest.approx(shares()[0])
+
+    np.save(tmp_path / "x.npy", x)
+    config = equipoise.make_config({"latent_dim": 2, "stage_1_epochs": 20, "stage_2_epochs": 0})
+    run = equipoise.train(load(tmp_path / "x.npy", validation_fraction=0.3), config, tmp_path / "r")
+    found = held_out.read_held_out(run)
+    assert len(found.known()) == found.is_complete.sum() < len(found.scores)
+    scores = held_out.log_densities(
+        run.model(), torch.from_numpy(fresh.astype(np.float32)), run.mixture().log_prob
+    )
+    share = (conformal_p_values(scores, found.known()) <= 0.5).mean()
+    assert abs(share - 0.5) < 5 * 0.5 / math.sqrt(found.is_complete.sum()) / 2

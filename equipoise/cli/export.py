@@ -34,16 +34,19 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
 
     parser.epilog = paragraph(
-        "Three files are written: an encoder, a decoder and a sampler. They take any number of "
-        "examples, in the unit of the data. The sampler turns uniform noise in [0, 1) and normal "
-        "noise into codes for the decoder."
+        "Four files are written: an encoder, a decoder, a sampler and a scorer. They take any "
+        "number of examples, in the unit of the data. The sampler turns uniform noise in [0, 1) "
+        "and normal noise into codes for the decoder. The scorer takes complete examples and "
+        "normal noise, and returns the score of each and its p-value by the held-out scores that "
+        "the run keeps: an example is odd if it is at most the rate of false alarms."
     )
 
 
 def _run(options: Namespace) -> None:
     """Export the model of a run, with a sampler of codes."""
     from equipoise.correlated_noise import CorrelatedNoise
-    from equipoise.export import export
+    from equipoise.export import Scoring, export
+    from equipoise.held_out import read_held_out
     from equipoise.run import Run
     from equipoise.sources import exportable_mixture
 
@@ -59,7 +62,15 @@ def _run(options: Namespace) -> None:
             lambda: data_of(run, terminal, options.data_dir),
             terminal.progress,
         )
-        for file in export(model, mixture, options.to, folder):
+        scoring, held_out = None, read_held_out(run)
+        if held_out is None:
+            terminal.message(
+                f"Note: no scorer is written, because the run keeps no held-out scores yet: "
+                f"'equipoise score {run.folder}' makes them"
+            )
+        else:
+            scoring = Scoring(run.mixture(), held_out.known())
+        for file in export(model, mixture, options.to, folder, scoring):
             deviation = f"largest relative deviation from the model: {file.deviation:.1g}"
             terminal.message(f"{file.path}\n  {file.signature}\n  {deviation}")
         if isinstance(model.noise, CorrelatedNoise):

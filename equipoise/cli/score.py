@@ -99,7 +99,7 @@ def _run(options: Namespace) -> None:
         if held_out is None:
             with run.exclusive("scores"):
                 held_out = keep_held_out(run, model, mixture.log_prob, own_data())
-        known = held_out.scores if options.data else held_out.scores[: held_out.n_validation]
+        known = held_out.known(rate, validation=not options.data)
         try:
             check_rate(rate, len(known))
         except ValueError as error:

@@ -177,6 +177,7 @@ def _run(options: Namespace) -> None:
     from equipoise.run import Run
     from equipoise.training.engine import is_main_process
     from equipoise.training.job import train
+    from equipoise.training.setup import check_fit
 
     # Fabric logs a line for each process that it starts.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
@@ -215,6 +216,7 @@ def _run(options: Namespace) -> None:
         for note in data.notes:
             terminal.message(f"Note: {note}")
         if options.dry_run:
+            check_fit(data, config)
             terminal.message("Nothing was trained: leave out --dry-run to train.")
             return
 

@@ -163,7 +163,7 @@ def prepare(
         )
 
     summaries = [
-        part.summary or summarise(view, content.source)
+        part.summary or summarise(view, content.source, content.columns)
         for part, view in zip(parts, views, strict=True)
     ]
     gaps = [summary.n_missing for summary in summaries if summary.n_missing is not None]
@@ -487,13 +487,14 @@ def channel_axis(shape: tuple[int, ...]) -> int | None:
     return None
 
 
-def summarise(values: Rows, source: str) -> Summary:
+def summarise(values: Rows, source: str, columns: Sequence[str] = ()) -> Summary:
     r"""Read an array once, in chunks, for its checksum, its range and its constant dimensions.
 
     Args:
         values: The examples, (N, \*). Floating-point values are read as float32. NaN in a table
             (N, D) is a missing value.
         source: Name of the array in error messages.
+        columns: Names of the columns of a table, for them.
 
     Returns:
         The summary.
@@ -536,9 +537,12 @@ def summarise(values: Rows, source: str) -> Summary:
 
     if n_bad:
         what = "infinite or too large" if len(values.shape) == 2 else "NaN, infinite or too large"
+        where = f"at index {first_bad}"
+        if columns:
+            where = f"in row {first_bad[0]}, column {columns[first_bad[1]]!r}"
         raise ValueError(
-            f"{source}: {n_bad} values are {what} for float32, the first at "
-            f"index {first_bad}; remove those examples or replace the values"
+            f"{source}: {n_bad} values are {what} for float32, the first {where}; remove those "
+            "examples or replace the values"
             + (", or put NaN where they are missing" if len(values.shape) == 2 else "")
         )
 

@@ -17,6 +17,8 @@ from equipoise.text import visible
 FEW_LEVELS, MOST_LEVELS = 10, 1000
 """Levels of a column of text that are no question, and most that it may have if nobody names it."""
 SHOWN_LEVELS = 5
+TIMES = ("date", "time", "duration", "period")
+"""What the types of dates, times and periods begin with, in pandas and polars."""
 AS_MISSING = "they are treated as missing"
 """End of the note on values that a model does not know."""
 
@@ -64,6 +66,7 @@ def encode(
     """
     if levels is None:
         levels = sorted_levels(values)
+        refuse_fractions(name, levels)
     found = level_codes(values, levels)
     codes: Array = np.array([np.nan if code is None else code for code in found], np.float64)
 
@@ -80,6 +83,24 @@ def encode(
     if strict:
         raise ValueError(f"{what}; it knows {_shown(levels)}")
     return Encoded(codes, tuple(levels), f"{what}: {AS_MISSING}")
+
+
+def refuse_fractions(name: str, levels: Sequence[Level]) -> None:
+    """Refuse numbers that are no whole ones as levels.
+
+    Args:
+        name: Name of the column.
+        levels: What occurs in it.
+
+    Raises:
+        ValueError: If one of them has a fraction.
+    """
+    fractions = [v for v in levels if isinstance(v, float) and not v.is_integer()]
+    if fractions:
+        raise ValueError(
+            f"the column {name!r} holds numbers with fractions, such as {fractions[0]:g}, which "
+            "are no categories: take it as it is, or round it first"
+        )
 
 
 def problem_of_levels(n_levels: int, n_values: int) -> str | None:
@@ -162,11 +183,20 @@ def encode_frame(
     if absent := sorted(asked - set(names)):
         raise ValueError(f"there is no column {absent[0]!r} among {names[:10]}")
 
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"several columns have the name {twice!r}: give each a name of its own")
+
     columns: dict[Any, Array] = {}
     found: dict[int, tuple[Level, ...]] = {}
     notes = []
     for number, name in enumerate(names):
         series = frame[name]
+        if str(series.dtype).lower().startswith(TIMES):
+            raise ValueError(
+                f"the column {name!r} holds dates or times, which are not learned: leave it out, "
+                "or give a number in its place, such as days since the first"
+            )
         is_known = levels is not None and number in levels
         is_chosen = name in asked or (categorical is not False and _is_category(series))
         if not is_known and (levels is not None or not is_chosen):
@@ -228,14 +258,18 @@ def _replaced(frame: Frame, columns: Mapping[Any, Array]) -> Frame:
     return frame
 
 
-def new_frame(library: str, columns: Mapping[str, Any]) -> Frame:
+def new_frame(library: str, columns: Mapping[str, Any], like: object = None) -> Frame:
     """Make a data frame.
 
     Args:
         library: "pandas" or "polars".
         columns: Values by column.
+        like: What the rows come from. Those of a frame of pandas keep its index.
 
     Returns:
         The frame.
     """
-    return importlib.import_module(library).DataFrame(dict(columns))
+    frame = importlib.import_module(library).DataFrame(dict(columns))
+    if library == "pandas" and isinstance(like, type(frame)) and len(like) == len(frame):
+        frame.index = like.index
+    return frame

@@ -341,7 +341,7 @@ def _finish(
         raise ValueError(f"{found.source}: none of the examples can be read")
     joined = Joined(shards, dtype)
     say(f"Reading {len(joined):,} training examples for their unit.")
-    summary = summarise(joined, found.source)
+    summary = summarise(joined, found.source, found.columns)
     kind: Literal["image", "table"] = "table" if len(shape) == 1 else "image"
     if found.unit is not None:
         unit = found.unit

@@ -24,7 +24,7 @@ from equipoise.data.images import Header, decode, make_plan, plan_notes, read_he
 from equipoise.data.loading import load
 from equipoise.data.packed import PARTS
 from equipoise.data.shard_files import Shard
-from equipoise.data.shard_tables import TableShard
+from equipoise.data.shard_tables import TableShard, flag_columns
 from equipoise.data.shards import ENDINGS, find_shards, read_rows
 from equipoise.data.tables import TEXT_FORMATS, text_to_parquet
 from equipoise.places import Place, SourceFile, is_place, locate
@@ -221,8 +221,17 @@ def _of_text(path: Path, options: Options, say: Say, stack: ExitStack) -> Exampl
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    examples = _of_shards(_shards(str(converted), options), path.name, str(path))
+    try:
+        shards = _shards(str(converted), options)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(converted), str(path))) from error
+    examples = _of_shards(shards, path.name, str(path))
     examples.stamp = stamp
+    flags = [name for name in flag_columns(converted) if name in examples.columns]
+    if flags:
+        examples.notes.append(
+            f"columns of flags become the numbers 0 and 1, and no categories: {first_names(flags)}"
+        )
     return examples
 
 

@@ -20,6 +20,19 @@ Schema = Any
 NUMBERS = ("int", "uint", "float", "double", "halffloat", "bool")
 
 
+def flag_columns(path: Path) -> list[str]:
+    """List the columns of a Parquet file that hold true and false.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Their names.
+    """
+    schema = _import("pyarrow.parquet", path).read_schema(path)
+    return [field.name for field in schema if str(field.type) == "bool"]
+
+
 @dataclass(frozen=True)
 class TableShard(Shard):
     """A table in parts that have to be read from their start.

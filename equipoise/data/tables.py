@@ -4,6 +4,7 @@ Columns of numbers are read, and empty cells become NaN. Columns of text and fla
 see ``levels.py``. Nothing else is guessed: names and dates are refused, with what to do.
 """
 
+import codecs
 import contextlib
 import csv
 import difflib
@@ -20,7 +21,13 @@ import numpy as np
 
 from equipoise.data.dataset import Array
 from equipoise.data.gate import DEFAULT_LIMITS, Limits
-from equipoise.data.levels import Categorical, describe_levels, encode, problem_of_levels
+from equipoise.data.levels import (
+    Categorical,
+    describe_levels,
+    encode,
+    problem_of_levels,
+    refuse_fractions,
+)
 from equipoise.files import check_regular, whole_file
 from equipoise.levels import Level, Levels, level_values, sorted_levels
 from equipoise.text import visible
@@ -151,6 +158,7 @@ class Table:
             if is_asked or column.kind in ("text", "true or false"):
                 values = _cells(self.frame[column.name])
                 levels = sorted_levels(values)
+                refuse_fractions(column.name, levels)
                 n_values = sum(value is not None for value in values)
                 problem = problem_of_levels(len(levels), n_values)
                 if problem and column.kind == "text" and not is_asked:
@@ -499,7 +507,13 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
     encoding = _encoding(start)
     if encoding != "utf-8":
         content = path.read_bytes() if content is None else content
-        content = content.decode(encoding, errors="strict").encode()
+        try:
+            content = content.decode(encoding, errors="strict").encode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"its text is neither UTF-8 nor {encoding}: convert it to UTF-8 first, as 'iconv "
+                "-f ENCODING -t UTF-8' does"
+            ) from error
         start = _start(io.BytesIO(content))
         notes.append(f"the text is {encoding}")
 
@@ -647,8 +661,8 @@ def _encoding(start: bytes) -> str:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
     try:
-        # The sample may end within a character.
-        start[: max(1, len(start) - 4)].decode()
+        # The sample may end within a character, which this decoder waits for.
+        codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
         return "cp1252"
     return "utf-8"

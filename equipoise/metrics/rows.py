@@ -54,7 +54,7 @@ def score_rows(
             if their scores are known, and no row has gaps.
         log_prior: Density of codes p(z).
         progress: Called with the number of patterns of gaps that are done, and of all.
-        complete: Scores of the reference as it is, if they are known.
+        complete: Scores that complete examples are compared with, if they are known.
         fewest: See :func:`held_out_by_gaps`.
 
     Returns:

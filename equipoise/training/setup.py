@@ -534,7 +534,12 @@ def check_fit(data: Data, config: TrainConfig, min_train: int = MIN_TRAIN) -> No
 
     dimensions = _n_dimensions(data)
     latent_dim = choose_latent_dim(data, config)
-    if latent_dim >= dimensions:
+    if dimensions == 1:
+        problems.append(
+            "the data have one dimension, or there is nothing to compress: give a table of two "
+            "columns or more"
+        )
+    elif latent_dim >= dimensions:
         problems.append(
             f"latent_dim={latent_dim} must be smaller than the data's {dimensions} dimensions, "
             "or there is nothing to compress"
