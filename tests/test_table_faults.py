@@ -62,17 +62,12 @@ def test_rows_keep_their_index(tmp_path):
 @pytest.mark.parametrize("library", ["pandas", "polars"])
 @pytest.mark.parametrize("value", [datetime.date(2024, 1, 1), datetime.timedelta(days=3)])
 def test_times_in_data_frames_are_refused_as_in_files(library, value):
-    frame = people()
-    frame = frame.assign(
-        when=[
-            pd.Timestamp(value)
-            if library == "pandas" and isinstance(value, datetime.date)
-            else value
-        ]
-        * len(frame)
-    )
+    columns = {"a": np.arange(50.0), "when": [value] * 50, "kind": ["x", "y"] * 25}
     if library == "polars":
-        frame = pl.DataFrame({name: frame[name].tolist() for name in frame})
+        frame = pl.DataFrame(columns)
+    else:
+        convert = pd.to_timedelta if isinstance(value, datetime.timedelta) else pd.to_datetime
+        frame = pd.DataFrame(columns | {"when": convert(columns["when"])})
     for use in (lambda: VAEEstimator(**QUICK).fit(frame), lambda: load(frame)):
         with pytest.raises(ValueError, match="the column 'when' holds dates or times"):
             use()
