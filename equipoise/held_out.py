@@ -7,6 +7,7 @@ what is observed, which is another number than that of a complete one: it is com
 examples of the same gaps, for which the data are needed.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -30,8 +31,9 @@ from equipoise.records import HeldOutDescription
 from equipoise.run import Run
 from equipoise.store import read_digest, read_tensors, write_tensors
 
-DECODED_AT_ONCE = 256
-"""Most codes that are decoded at once for a score: as many as caches of CPUs hold."""
+FEWEST_AT_ONCE, MOST_AT_ONCE, VALUES_AT_ONCE = 256, 4096, 1 << 18
+"""Codes that are decoded at once for scores: as many as have so many values, within bounds. Caches
+of CPUs hold few images, and small tables would wait for Python otherwise."""
 IMPORTANCE_SAMPLES = 20
 MAX_REFERENCE = 1000
 """Most held-out examples that others are compared with."""
@@ -76,7 +78,9 @@ def log_densities(
     log_slope: Array = sum_dimensions(log_slopes).numpy()
 
     x = model.scaling(raw)
-    rows = max(1, DECODED_AT_ONCE // importance_samples)
+    n_values = math.prod(model.shape)
+    at_once = min(MOST_AT_ONCE, max(FEWEST_AT_ONCE, VALUES_AT_ONCE // n_values))
+    rows = max(1, at_once // importance_samples)
     bounds = [
         importance_weighted_bound(
             model,
@@ -84,7 +88,7 @@ def log_densities(
             importance_samples,
             RowGenerators.of(examples),
             log_prior=log_prior,
-            max_rows=DECODED_AT_ONCE,
+            max_rows=at_once,
         )
         for examples in torch.split(x, rows)
     ]

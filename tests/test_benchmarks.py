@@ -502,3 +502,9 @@ def test_the_imputation_in_the_guide_is_that_of_the_json(benchmark):
     content = json.loads((ROOT / "results" / "benchmark-imputation.json").read_text())
     guide = (ROOT / "docs" / "guides" / "your-table.md").read_text(encoding="utf-8")
     assert benchmark("imputation").page(content["rows"]) in guide
+
+
+def test_table_speed_at_its_smallest_size(run):
+    content = run("table_speed")
+    for part in ("reading", "scoring"):
+        assert positive([*content[part]["seconds"].values(), *content[part]["ratios"].values()])

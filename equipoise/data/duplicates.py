@@ -36,13 +36,13 @@ def shared_rows(held_out: Subset, training: Subset) -> Int64[np.ndarray, " share
     width = int(np.prod(held_out.shape[1:]))
     some = np.linspace(0, width - 1, min(width, HASHED_VALUES)).astype(np.int64)
     sought, others = _hashes(held_out, some), _hashes(training, some)
-    found = np.flatnonzero(np.isin(sought, others))
+    found = np.flatnonzero(_is_in(sought, others))
     if width <= HASHED_VALUES or not len(found):
         return found
 
-    candidates = training.take(np.flatnonzero(np.isin(others, sought[found])))
+    candidates = training.take(np.flatnonzero(_is_in(others, sought[found])))
     every = np.arange(width)
-    is_shared = np.isin(_hashes(held_out.take(found), every), _hashes(candidates, every))
+    is_shared = _is_in(_hashes(held_out.take(found), every), _hashes(candidates, every))
     return found[is_shared]
 
 
@@ -68,6 +68,16 @@ def describe_shared(held_out: Subset, training: Subset, name: str) -> tuple[str 
     if share < CAUTION_SHARE:
         return text, False
     return f"{text}, so that figures over them are too good: leave the duplicates out", True
+
+
+def _is_in(values: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Tell which values are among others; for a million of them far faster than ``np.isin``."""
+    if not len(others):
+        return np.zeros(len(values), bool)
+    ordered = np.sort(others)
+    place = np.searchsorted(ordered, values).clip(max=len(ordered) - 1)
+    is_in: NDArray[np.bool_] = ordered[place] == values
+    return is_in
 
 
 def _hashes(part: Subset, columns: NDArray[np.int64]) -> NDArray[np.uint64]:

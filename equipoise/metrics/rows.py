@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equipoise.categories import MixedLikelihood, numeric_part
 from equipoise.conformal import conformal_p_values
-from equipoise.held_out import DECODED_AT_ONCE, MIN_REFERENCE, held_out_by_gaps, log_densities
+from equipoise.held_out import FEWEST_AT_ONCE, MIN_REFERENCE, held_out_by_gaps, log_densities
 from equipoise.metrics.explanation import worst_regions
 from equipoise.model import VAE
 from equipoise.objectives import LogPrior
@@ -90,7 +90,7 @@ def worst_columns(model: VAE, raw: Tensor, n: int = WORST_COLUMNS) -> list[str]:
     """
     x = model.scaling(raw)
     found, sizes = [], []
-    for rows in torch.split(x, DECODED_AT_ONCE):
+    for rows in torch.split(x, FEWEST_AT_ONCE):
         reconstruction = model.reconstruct(rows)
         numeric, numbers = numeric_part(reconstruction, rows)
         distance = (numbers - numeric.mean) / numeric.std
