@@ -504,6 +504,14 @@ def test_the_imputation_in_the_guide_is_that_of_the_json(benchmark):
     assert benchmark("imputation").page(content["rows"]) in guide
 
 
+def test_depth_cost_at_its_smallest_size(run):
+    pytest.importorskip("tifffile")
+    rows = run("depth_cost")["rows"]
+    assert len(rows) == 2
+    for row in rows.values():
+        assert positive([value for figure in row.values() for value in figure.values()])
+
+
 def test_table_speed_at_its_smallest_size(run):
     content = run("table_speed")
     for part in ("reading", "scoring"):
