@@ -65,6 +65,16 @@ TERMS: dict[str, Term] = {
         "Mean over the dimensions, with z sampled. Images have the unit 1.",
         "lower",
     ),
+    "mse_mean_example": Term(
+        "Squared error of the mean example",
+        "(model unit)²",
+        "That of the mean of the training examples, which knows nothing of an example.",
+    ),
+    "mse_pca": Term(
+        "Squared error of PCA",
+        "(model unit)²",
+        "That of as many principal components of the training as the codes have units.",
+    ),
     "noise_var": Term(
         "Noise variance", "(model unit)²", "Variance of p(x|z), mean over the dimensions."
     ),

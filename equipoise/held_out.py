@@ -71,6 +71,8 @@ def log_densities(
     Returns:
         The bounds, (n,), nats.
     """
+    if not len(raw):
+        return np.empty(0)
     log_slopes = model.scaling.log_slope(raw)
     missing = missing_values(raw)
     if missing is not None:

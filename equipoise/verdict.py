@@ -67,6 +67,8 @@ def verdict(rows: Sequence[Row], evaluation: dict[str, Any], run: str = "RUN") -
         _convergence(rows, run),
         _overfitting(rows[-1]),
         _units(rows[-1], evaluation),
+        *_reconstructions(evaluation),
+        *_samples(evaluation),
         _calibration(evaluation, run),
     ]
     bad = [finding for finding in findings if finding.is_good is False]
@@ -81,6 +83,13 @@ def verdict(rows: Sequence[Row], evaluation: dict[str, Any], run: str = "RUN") -
         )
     else:
         headline = "The model has converged, and nothing that was measured needs attention."
+        likelihood = evaluation.get("likelihood", {})
+        if "mse_pca" in likelihood:
+            share = _value(likelihood["mse"]) / _value(likelihood["mse_pca"])
+            headline = (
+                f"The model has converged, its reconstructions have {share:.0%} of the squared "
+                "error of PCA of as many numbers, and nothing that was measured needs attention."
+            )
     return Verdict(headline, findings)
 
 
@@ -142,6 +151,49 @@ def _units(last: Row, evaluation: dict[str, Any]) -> Finding:
         )
     rest = " The others are switched off, which costs nothing." if of else ""
     return Finding(True, f"Latent units: {share} carry information about the data.{rest}")
+
+
+def _value(estimate: Any) -> float:  # noqa: ANN401 (an estimate as JSON values)
+    value: float = estimate["value"]
+    return value
+
+
+def _reconstructions(evaluation: dict[str, Any]) -> list[Finding]:
+    """Are reconstructions better than what needs no network?"""
+    likelihood = evaluation.get("likelihood", {})
+    if "mse_pca" not in likelihood:
+        return []
+    mse = _value(likelihood["mse"])
+    of_mean, of_pca = (_value(likelihood[f"mse_{name}"]) for name in ("mean_example", "pca"))
+    text = (
+        f"Reconstructions: a squared error of {mse:.3g}, where the mean example has {of_mean:.3g} "
+        f"and PCA of as many numbers {of_pca:.3g}"
+    )
+    if mse >= of_mean:
+        advice = "the codes say nothing. Train longer, or lower learning_rate"
+        return [Finding(False, f"{text}: {advice}.")]
+    if mse > of_pca:
+        advice = "a linear model is nearer. Train longer, or give a larger width"
+        return [Finding(False, f"{text}: {advice}.")]
+    return [Finding(True, f"{text}.")]
+
+
+def _samples(evaluation: dict[str, Any]) -> list[Finding]:
+    """Are samples near real examples, as far as the decoder can draw them?"""
+    samples = evaluation.get("samples", {})
+    rows = ("real", "reconstructions", "prior", "mixture")
+    if not all("frechet_distance" in samples.get(row, {}) for row in rows):
+        return []
+    real, decoded, prior, mixture = (_value(samples[row]["frechet_distance"]) for row in rows)
+    text = (
+        f"Samples: those of the mixture have a Fréchet distance of {mixture:.3g} to test examples, "
+        f"those of the prior {prior:.3g}, reconstructions {decoded:.3g} and training examples "
+        f"{real:.3g}"
+    )
+    if mixture > prior:
+        return [Finding(False, f"{text}: the mixture fits badly. Give n_components=auto.")]
+    limit = "the codes" if mixture - decoded > decoded - real else "the pictures of the decoder"
+    return [Finding(True, f"{text}. What is left is more in {limit} than elsewhere.")]
 
 
 def _calibration(evaluation: dict[str, Any], run: str) -> Finding:

@@ -344,6 +344,8 @@ def test_a_run_keeps_scores_that_the_correlation_did_not_see(tmp_path):
     assert found.scores[: found.n_validation].mean() < in_sample.mean() - 1
     np.testing.assert_allclose(found.scores[found.n_validation :], fresh, rtol=1e-5)
 
+    assert len(held_out.log_densities(run.model(), torch.zeros(0, 64), run.mixture().log_prob)) == 0
+
     before = run.held_out_file.read_bytes()
     equipoise.fit_noise(run, data, "low-rank")
     assert run.held_out_file.read_bytes() != before

@@ -478,6 +478,18 @@ def test_a_good_run_needs_nothing(folder):
     assert "nothing that was measured needs attention" in found.headline
     assert verdict([], {}).findings == []
 
+    distances = {"real": 7.0, "reconstructions": 57.0, "prior": 220.0, "mixture": 59.0}
+    evaluation["samples"] = {
+        name: {"frechet_distance": estimate(value)} for name, value in distances.items()
+    }
+    for mse, is_good, text in ((0.01, True, "20%"), (0.06, False, "linear"), (0.2, False, "codes")):
+        errors = {"mse": mse, "mse_mean_example": 0.1, "mse_pca": 0.05}
+        evaluation["likelihood"] = {name: estimate(value) for name, value in errors.items()}
+        found = verdict([row], evaluation)
+        assert all(finding.is_good for finding in found.findings) == is_good
+        assert text in " ".join([found.headline, *(finding.text for finding in found.findings)])
+        assert "more in the pictures" in " ".join(finding.text for finding in found.findings)
+
 
 def test_bars_show_the_kl_of_each_unit_and_whether_it_is_active(folder):
     def change(evaluation):

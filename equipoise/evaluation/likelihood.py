@@ -10,6 +10,7 @@ from equipoise import plots
 from equipoise.estimate import Estimate
 from equipoise.evaluation.subject import Subject
 from equipoise.gaussian import standard_normal_log_prob
+from equipoise.metrics.baselines import baselines
 from equipoise.metrics.likelihood import (
     Likelihood,
     bits_per_dimension,
@@ -37,6 +38,9 @@ def likelihood_section(subject: Subject) -> dict[str, Any]:
     elbo = likelihood(model, subject.batches("ELBO", test), subject.generator("elbo"))
     section: dict[str, Any] = elbo._asdict()
     section["noise_floor_var"] = section.pop("floor_var")
+    if not subject.data.has_gaps and model.categories is None:
+        of = (subject.data.train.at_hand, test, model.scaling, model.latent_dim)
+        section |= baselines(*of)._asdict()
 
     log_priors = [standard_normal_log_prob, subject.mixture.log_prob]
     first = subject.batches("IWAE of the paper", test.take(slice(PAPER_EXAMPLES)))
