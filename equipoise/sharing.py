@@ -10,6 +10,7 @@ from equipoise.anonymity import without_paths
 from equipoise.data.hub import MIRRORS
 from equipoise.files import StoreError
 from equipoise.glossary import format_figure, leaves, measure, term, title
+from equipoise.held_out import KIND
 from equipoise.hub import PREFIX, RUN_FILES, check_name, publish
 from equipoise.markdown import code, plain
 from equipoise.noise import NoiseModel, noise_class
@@ -24,7 +25,11 @@ from equipoise.records import (
 from equipoise.run import Run
 from equipoise.store import read_tensors
 
-KINDS = {"model.safetensors": "model", "aggregate.safetensors": "mixture"}
+KINDS = {
+    "model.safetensors": "model",
+    "aggregate.safetensors": "mixture",
+    "held-out.safetensors": KIND,
+}
 """What the files of tensors that are published hold."""
 
 

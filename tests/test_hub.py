@@ -199,7 +199,7 @@ def test_only_safetensors_and_json_travel_and_no_paths_of_this_machine(trained, 
     push(trained, "ada/digits")
     files = hub.files["ada/digits"]
     tensors, texts = (
-        {"model.safetensors", "aggregate.safetensors"},
+        {"model.safetensors", "aggregate.safetensors", "held-out.safetensors"},
         {"config.json", "evaluation.json", "metrics.jsonl"},
     )
     assert set(files) == tensors | texts | {"README.md"}
