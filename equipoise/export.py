@@ -2,12 +2,12 @@ r"""A trained model as files that run without equipoise.
 
 The files are ``torch.export`` programs, or ONNX graphs (extra ``export``):
 
-=========== =================================== ==================================================
-``encoder`` ``raw`` (n, \*)                     ``mean``, ``log_var`` of q(z|x), (n, d)
-``decoder`` ``code`` (n, d)                     ``mean``, ``std`` of p(x|z), (n, \*)
-``sampler`` ``uniform`` (n,), ``normal`` (n, d) ``code`` (n, d), a draw from the mixture, eq. (13)
-``scorer``  ``raw`` (n, \*), ``normal`` (n, K, d) ``score`` and ``p_value`` (n,) of each example
-=========== =================================== ==================================================
+=========== ====================================== =============================================
+``encoder`` ``raw`` (n, \*)                        ``mean``, ``log_var`` of q(z|x), (n, d)
+``decoder`` ``code`` (n, d)                        ``mean``, ``std`` of p(x|z), (n, \*)
+``sampler`` ``uniform`` (n,), ``normal`` (n, d)    ``code`` (n, d), drawn from the mixture, eq. (13)
+``scorer``  ``raw`` (n, \*), ``normal`` (n, K, d)  ``score`` and ``p_value`` (n,)
+=========== ====================================== =============================================
 
 Data are in the user's own unit, on the way in and out. The number n of examples may be any number
 from 1. Sampler and scorer take their noise as inputs, independent draws from U[0, 1) and N(0, 1),

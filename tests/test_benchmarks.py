@@ -501,7 +501,9 @@ def test_imputation_at_its_smallest_size(run):
 def test_the_imputation_in_the_guide_is_that_of_the_json(benchmark):
     content = json.loads((ROOT / "results" / "benchmark-imputation.json").read_text())
     guide = (ROOT / "docs" / "guides" / "your-table.md").read_text(encoding="utf-8")
-    assert benchmark("imputation").page(content["rows"]) in guide
+    imputation = benchmark("imputation")
+    assert imputation.page(content["rows"]) in guide
+    assert imputation.page_of_mechanisms(content["rows"]) in guide
 
 
 def test_depth_cost_at_its_smallest_size(run):
