@@ -556,16 +556,15 @@ def make_config(values: Mapping[str, Any], over: Mapping[str, Any] | None = None
         >>> make_config({"stage_2_epochs": 5}, {"objective": "dip-vae-ii"}).stage_2_epochs
         0
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
     over = over or {}
     values = {**_options_of_objective(values), **values, **_options_of_objective(over), **over}
 
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig)
+    parser = _parser()
     names = {field.name for field in fields(TrainConfig)}
 
-    problems, parsed = [], {}
+    problems, accepted = [], {}
     for name, value in values.items():
         if name not in names:
             close = difflib.get_close_matches(str(name)[:VALUE_LENGTH], names, n=1)
@@ -579,16 +578,40 @@ def make_config(values: Mapping[str, Any], over: Mapping[str, Any] | None = None
             problems.append(f"{name} must be {type_name(name)}, got {_shown(value)}")
             continue
 
-        try:
-            parsed[name] = getattr(parser.parse_object({name: value}), name)
-        except (ArgumentError, OverflowError):
-            problems.append(f"{name} must be {type_name(name)}, got {_shown(value)}")
+        accepted[name] = value
+
+    try:
+        parsed = _parsed(parser, accepted)
+    except (ArgumentError, OverflowError):
+        # One by one, which takes longer, to find all that are wrong.
+        parsed = {}
+        for name, value in accepted.items():
+            try:
+                parsed |= _parsed(parser, {name: value})
+            except (ArgumentError, OverflowError):
+                problems.append(f"{name} must be {type_name(name)}, got {_shown(value)}")
 
     config = TrainConfig(**parsed)
     problems += config.problems()
     if problems:
         raise ConfigError(problems)
     return config
+
+
+@functools.cache
+def _parser() -> Any:  # noqa: ANN401 (a type of jsonargparse, which is imported when it is needed)
+    """Make the parser of all options."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig)
+    return parser
+
+
+def _parsed(parser: Any, values: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401 (see _parser)
+    """Convert values to the types of their options."""
+    found = parser.parse_object(values)
+    return {name: getattr(found, name) for name in values}
 
 
 def _options_of_objective(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -49,7 +49,7 @@ CASES = {
 }
 
 
-QUICK = ("full", "images")
+QUICK = ("full",)
 
 
 @pytest.mark.parametrize(

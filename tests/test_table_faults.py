@@ -112,6 +112,7 @@ def test_a_table_of_one_column_is_refused_before_training(tmp_path, capsys):
 
 
 def test_packing_names_the_file_of_the_user_and_its_flags(tmp_path):
+    pytest.importorskip("pyarrow")
     path = tmp_path / "people.csv"
     people().assign(flag=lambda frame: frame["a"] > 0).to_csv(path, index=False)
     with pytest.raises(ValueError, match=rf"{path}.*kind"):

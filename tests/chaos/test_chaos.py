@@ -13,6 +13,7 @@ def chaos(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_some_points_of_some_jobs_survive():
     done = chaos("--jobs", "train", "sample", "estimator-save", "--sample", "1", "--total", "3")
     assert done.returncode == 0, done.stdout + done.stderr
