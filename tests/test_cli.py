@@ -560,6 +560,7 @@ def test_a_full_disk_is_reported_in_one_line(tmp_path, capsys, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_evaluate_and_report_from_the_command_line(trained, tmp_path):
     """The whole protocol as a user runs it, with the features that are part of the package.
 
@@ -637,6 +638,7 @@ def exported_sampler(run, source, folder):
     return normal, sampler(uniform, normal)[0]
 
 
+@pytest.mark.slow
 def test_the_sampler_of_another_mixture_is_exported(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained[0].folder, folder)

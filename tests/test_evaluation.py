@@ -264,6 +264,7 @@ def test_progress_ends_at_its_total(run, digits):
     assert all(done == total > 0 for done, total in told.values())
 
 
+@pytest.mark.slow
 def test_a_mixture_of_one_component_per_training_example_is_found_out(run, digits, tmp_path):
     """The paper's Table 4 with K = N: such a mixture hands out the training set."""
     honest = evaluate(run, digits, sections=["latent"], features=Projections())["latent"][
@@ -285,6 +286,7 @@ def test_a_mixture_of_one_component_per_training_example_is_found_out(run, digit
     assert found["closer"]["value"] > honest["closer"]["value"]
 
 
+@pytest.mark.slow
 def test_further_sources_are_judged_beside_the_runs_own(run, digits, found):
     sources = ["mixture=3", "flow", "mixture=1455", "prior", "mixture@0.5"]
     more = evaluate(

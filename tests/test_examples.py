@@ -44,6 +44,7 @@ def test_every_example_explains_itself(path, tmp_path):
         assert option in printed
 
 
+@pytest.mark.slow
 def test_malignant_cells_are_odder_than_benign_ones(tmp_path):
     printed = run("anomalies_in_a_table.py", "--epochs", 40, cwd=tmp_path)
     area, benign, malignant = (

@@ -27,6 +27,7 @@ for to in FORMATS:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_does_not_end_the_process(tmp_path):
     """A real limit, which native code meets, too: torch's own writer aborts there."""
     done = subprocess.run(
@@ -45,6 +46,7 @@ def test_a_disk_that_takes_no_more_does_not_end_the_process(tmp_path):
     assert [path for path in tmp_path.iterdir() if not path.name.startswith(".equipoise.")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", FORMATS)
 def test_what_was_exported_before_is_kept(tmp_path, monkeypatch, to):
     model, mixture = make_images(), make_mixture()

@@ -274,6 +274,7 @@ def test_the_loss_of_a_process_at_any_time(tmp_path):
         assert re.fullmatch(r"equipoise: [^\n]*(lost another|has ended)[^\n]*--resume RUN'\n", told)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_first_process_is_told_once(tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -214,6 +214,7 @@ def trained(data, config, **options):
     return trainer, trainer.fit()
 
 
+@pytest.mark.slow
 def test_training_for_too_long_does_no_harm():
     data = small_table()
     falls, factors = {}, {}

@@ -523,6 +523,7 @@ def test_what_reads_no_labels_refuses_them(tmp_path, capsys):
     assert "reads no labels" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_its_labels(tmp_path, monkeypatch):
     """A real process, stopped by SIGTERM within training, and the command that goes on."""
     monkeypatch.chdir(tmp_path)

@@ -271,6 +271,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_real_processes(tmp_path):
     """Two processes with half of the codes each find the mixture of one process with all."""
     codes = clusters(distance=15.0).float()

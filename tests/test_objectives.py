@@ -67,6 +67,7 @@ def test_importance_weighted_bound_is_exact_with_the_exact_posterior(generator):
         torch.testing.assert_close(bound, ppca.log_prob(x[:50]), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_importance_weighted_bound_with_one_sample_is_the_elbo():
     vae = VAE.build((6,), latent_dim=2, width=2, noise=FixedNoise(0.1)).double()
     x = torch.randn(4, 6, dtype=torch.float64)

@@ -180,6 +180,7 @@ class TestReading:
         names = [column.name for column in read_table(tmp_path / "a.csv").columns]
         assert names == ['a "x"', "b\nc", "column 2", "column 3"]
 
+    @pytest.mark.slow
     def test_lines_longer_than_a_sample(self, tmp_path):
         values = np.random.default_rng(0).normal(size=(12, 30_000)).round(2)
         lines = [";".join(f"feature {i}" for i in range(30_000))]

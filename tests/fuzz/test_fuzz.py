@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.fuzz.limits import run_case
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +18,7 @@ def fuzz(*arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_every_file_is_read_or_refused():
     """By a message of a few lines, in bounded time and memory, whatever the file holds."""
     done = fuzz("--cases", "150")
