@@ -335,6 +335,7 @@ if rank == 0:
 """
 
 
+@pytest.mark.slow
 def test_gradients_of_whole_batches_are_those_of_one_process(tmp_path):
     """Over parts of 6, 6 and 5 examples, averaged by the engine."""
     script = tmp_path / "gradients.py"

@@ -219,6 +219,7 @@ def test_a_limit_that_is_raised_lets_in_what_was_skipped(tmp_path):
     assert [count(max_pixels=5000), count(), count(max_pixels=5000)] == [12, 13, 12]
 
 
+@pytest.mark.slow
 def test_a_run_finds_its_data_again_with_its_own_limits(tmp_path, monkeypatch):
     folder = pictures(tmp_path / "photos", n=30)
     Image.new("RGB", (100, 100)).save(folder / "big.png")

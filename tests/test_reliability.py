@@ -26,6 +26,7 @@ def test_the_tables_of_the_page_are_those_of_the_json():
     assert [block for block in page.split("\n\n") if block.startswith("|")] == made.split("\n\n")
 
 
+@pytest.mark.slow
 def test_damage_at_its_smallest_size(tmp_path):
     run("benchmarks/damage.py", "--every", "400", "--out", tmp_path / "damage.json")
     content = json.loads((tmp_path / "damage.json").read_text())
