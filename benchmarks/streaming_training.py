@@ -36,7 +36,7 @@ def start(parts, run, options):
     """Start the training, as a user does."""
     line = [sys.executable, "-m", "equipoise", "train", str(parts), "--stream", "--quiet"]
     line += ["--devices", str(options.processes), "--out", str(run), "--resume", "auto", "--set"]
-    line += [*OPTIONS, f"batch_size={BATCH * options.processes}", "stage_2_epochs=0"]
+    line += [*OPTIONS, f"batch_size={options.batch}", "stage_2_epochs=0"]
     line += [f"stage_1_epochs={options.epochs}", f"checkpoint_seconds={options.seconds:g}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL)
@@ -96,12 +96,13 @@ def main():
     parser.add_argument("--examples", type=int, default=3_000_000)
     parser.add_argument("--parts", type=int, default=64)
     parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=8 * BATCH, help="of all processes")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0, help="between checkpoints")
     options = parser.parse_args()
     if options.tiny:
         options.examples, options.parts, options.processes = 20_000, 4, 1
-        options.epochs, options.seconds = 3, 1.0
+        options.batch, options.epochs, options.seconds = BATCH, 3, 1.0
 
     with tempfile.TemporaryDirectory() as place:
         parts = Path(place) / "parts"
@@ -124,6 +125,7 @@ def main():
         "examples": options.examples,
         "bytes_of_the_data": n_bytes,
         "processes": options.processes,
+        "batch_size": options.batch,
         "bytes_read_per_epoch_over_bytes_of_the_data": ratios,
         "anonymous_mib_of_the_largest_process": [row["mib"] for row in epochs],
         "examples_per_second": [row["examples_per_second"] for row in whole],
