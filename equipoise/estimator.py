@@ -6,7 +6,7 @@ Training, bounds and mixture are those of the other modules.
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -50,13 +50,14 @@ from equipoise.gaps import column_means, column_vars
 from equipoise.gaussian import standard_normal_log_prob
 from equipoise.held_out import (
     MAX_REFERENCE,
+    Reference,
     held_out_by_gaps,
     judged_scores,
     log_densities,
     of_complete,
     without_gaps,
 )
-from equipoise.labels import label_number
+from equipoise.labels import has_label, label_number, labels_of, unlabelled
 from equipoise.levels import Level, level_values
 from equipoise.metrics.explanation import Explanation, explain
 from equipoise.model import VAE, encode_all
@@ -73,6 +74,7 @@ from equipoise.run import Row
 from equipoise.sources import fit_aggregate, mixture_warnings, ready_source, sample_source
 from equipoise.store import (
     read_tensors,
+    restore_labels,
     restore_mixture,
     restore_model,
     write_tensors,
@@ -225,8 +227,10 @@ class VAEEstimator(
         held_out_scores_: Scores of held-out examples, at most 1,000, in ascending order. Where at
             least 20 have no gaps, and enough for the rate, theirs alone.
         table_scores_: Score of each example of the table by a model that was trained on another
-            part of it, (n,), if ``contamination`` is given.
+            part of it, (n,), if ``contamination`` is given: log p(x), or log p(x|y) where a label
+            is known. Not in the file of :meth:`save`.
         usual_: Which examples of the table were trained on, (n,), if ``contamination`` is given.
+            Not in the file of :meth:`save`.
         history_: Figures of each epoch, as in ``metrics.jsonl`` of a run.
         n_features_in_: Number of features or of pixel values of an example.
         feature_names_in_: Names of the columns of a data frame, if they are strings.
@@ -313,17 +317,21 @@ class VAEEstimator(
         if self.conditional and y is None:
             raise ValueError("conditional=True needs a label for each example: give y")
         self._check_decision()
-        usual = examples
-        if self.contamination is not None:
-            self._check_contamination()
-            self.table_scores_ = self._cross_fitted(examples, self.contamination)
-            offset = float(np.quantile(self.table_scores_, self.contamination))
-            self.usual_ = self.table_scores_ >= offset
-            usual = examples[self.usual_]
+        labels = _as_labels(y) if self.conditional else None
+        if self.contamination is None:
+            return self._fit_array(examples, labels)
 
-        config = self._config(len(usual))
+        plain, self.table_scores_ = self._cross_fitted(examples, labels, self.contamination)
+        self.usual_ = self.table_scores_ >= np.quantile(self.table_scores_, self.contamination)
+        self._fit_array(examples[self.usual_], _chosen(labels, self.usual_))
+        self._set_offset(float(np.quantile(plain, self.contamination)), math.nan)
+        return self
+
+    def _fit_array(self, examples: Array, labels: list[Any] | None) -> "VAEEstimator":
+        """Train on examples that are checked, with the numbers of levels for categories."""
+        config = self._config(len(examples))
         self.history_: list[Row] = []
-        trainer = self._train(usual, config, None, y if self.conditional else None)
+        trainer = self._train(examples, config, None, labels)
 
         figures = trainer.figures(trainer.validation)
         depends_on_code = trainer.model.noise.depends_on_code
@@ -331,26 +339,22 @@ class VAEEstimator(
         for text in warnings_for(
             figures, trainer.data_var, depends_on_code, overfitting, trainer.counted_share
         ):
-            warnings.warn(text, ConvergenceWarning, stacklevel=2)
-
-        self._finish(trainer)
-        if self.contamination is not None:
-            self._set_offset(offset, math.nan)
-        return self
+            warnings.warn(text, ConvergenceWarning, stacklevel=3)
+        return self._finish(trainer)
 
     def fit_predict(self, x: object, y: object = None) -> NDArray[np.int64]:
         """Fit to a table, and call each of its rows odd or usual.
 
         Args:
             x: Examples as for :meth:`fit`.
-            y: Ignored.
+            y: Label of each example if ``conditional``, for the training. Ignored otherwise.
 
         Returns:
             -1 for odd examples and 1 for usual ones, (n,). With ``contamination`` it is by the
             scores of models that were trained on other parts of the table, and otherwise by
             :meth:`predict`.
         """
-        self.fit(x)
+        self.fit(x, y)
         if self.contamination is None:
             return self.predict(x)
         return np.where(self.usual_, 1, -1)
@@ -550,14 +554,16 @@ class VAEEstimator(
             )
         return float(scores.mean())
 
-    def decision_function(self, x: object) -> Float64[np.ndarray, " n"]:
+    def decision_function(self, x: object, *, y: object = None) -> Float64[np.ndarray, " n"]:
         """Subtract the threshold from :meth:`score_samples`. Odd examples are below zero.
 
         A row with gaps has the density of what is observed, which is another number than that of a
-        complete row. Its threshold is therefore that of held-out rows with the same gaps.
+        complete row. Its threshold is therefore that of held-out rows with the same gaps. So is
+        that of an example whose label is known: it is odd if it is odd for its label.
 
         Args:
             x: Examples as for :meth:`fit`.
+            y: Labels of the examples if ``conditional``. None means that they are unknown.
 
         Returns:
             Differences, (n,), nats; minus infinity for an example whose density is too small for a
@@ -567,41 +573,43 @@ class VAEEstimator(
             ValueError: If rows have gaps, and the estimator was loaded from a file and fitted to a
                 table without.
         """
-        raw = self._raw(x)
+        raw = self._raw(x, y)
         scores = self._scores(raw)
         for rows, held_out in self._by_gaps(raw):
             scores[rows] -= self._threshold_of(held_out)
         return scores
 
-    def predict(self, x: object) -> NDArray[np.int64]:
+    def predict(self, x: object, *, y: object = None) -> NDArray[np.int64]:
         """Call each example odd or usual by the threshold.
 
         Args:
             x: Examples as for :meth:`fit`.
+            y: Labels of the examples if ``conditional``. None means that they are unknown.
 
         Returns:
             -1 for odd examples and 1 for usual ones, (n,).
         """
-        return np.where(self.decision_function(x) < 0, -1, 1)
+        return np.where(self.decision_function(x, y=y) < 0, -1, 1)
 
-    def p_values(self, x: object) -> Float64[np.ndarray, " n"]:
+    def p_values(self, x: object, *, y: object = None) -> Float64[np.ndarray, " n"]:
         """Compare each example with held-out ones.
 
         Args:
             x: Examples as for :meth:`fit`.
+            y: Labels of the examples if ``conditional``. None means that they are unknown.
 
         Returns:
             Conformal p-values, (n,), see :func:`equipoise.conformal.conformal_p_values`. Rows with
-            gaps are compared with rows of the same gaps.
+            gaps are compared with rows of the same gaps, and examples with a label by log p(x|y).
         """
-        raw = self._raw(x)
+        raw = self._raw(x, y)
         scores = self._scores(raw)
         p_values = np.empty(len(raw))
         for rows, held_out in self._by_gaps(raw):
             p_values[rows] = conformal_p_values(scores[rows], held_out)
         return p_values
 
-    def calibrate(self, x: object) -> "VAEEstimator":
+    def calibrate(self, x: object, y: object = None) -> "VAEEstimator":
         """Set the threshold by examples of your own that had no part in the training.
 
         The held-out examples of :meth:`fit` also decide on the noise variance, the mixture and the
@@ -610,6 +618,8 @@ class VAEEstimator(
 
         Args:
             x: Ordinary examples as for :meth:`fit`, at least 1 / ``false_alarm_rate`` - 1.
+            y: Labels of the examples if ``conditional``. Without them, examples with a label are
+                compared with nothing, and cannot be judged.
 
         Returns:
             The estimator.
@@ -617,22 +627,23 @@ class VAEEstimator(
         Raises:
             ValueError: If there are too few examples for the rate.
         """
-        raw = self._raw(x)[:MAX_REFERENCE]
-        self._set_threshold(self._scores(raw), raw)
+        raw = self._raw(x, y)[:MAX_REFERENCE]
+        self._set_threshold(self._scores, raw)
         return self
 
-    def explain(self, x: object) -> Explanation:
+    def explain(self, x: object, *, y: object = None) -> Explanation:
         r"""Say in which values an example is odd.
 
         .. math:: \tfrac12 \frac{(x_i - m_i(\mu(x)))^2}{\sigma_i^2}
 
         Args:
             x: Examples as for :meth:`fit`.
+            y: Labels of the examples if ``conditional``. None means that they are unknown.
 
         Returns:
             Nats that each value costs, in the shape of the examples, with the names of the columns.
         """
-        raw = self._raw(x)
+        raw = self._raw(x, y)
         found = explain(self.model_, raw)
         return found._replace(nats=self._in_original_shape(torch.from_numpy(found.nats)))
 
@@ -669,8 +680,14 @@ class VAEEstimator(
             if not math.isnan(self.false_alarm_rate_):
                 description |= {"rate": self.false_alarm_rate_}
             tensors[f"{DECISION}scores"] = torch.from_numpy(self.held_out_scores_)
-            if self._held_out is not None and bool(self._held_out.isnan().any()):
-                tensors[f"{DECISION}rows"] = self._held_out
+            if len(self._labelled_scores) > 0:
+                tensors[f"{DECISION}labelled"] = torch.from_numpy(self._labelled_scores)
+            rows = self._held_out
+            if rows is not None and bool(rows.isnan().any()):
+                tensors[f"{DECISION}rows"] = unlabelled(rows)
+                labels = labels_of(rows)
+                if labels is not None:
+                    tensors[f"{DECISION}labels"] = labels
         write_tensors(Path(path), "estimator", tensors, description)
 
     @classmethod
@@ -793,7 +810,11 @@ class VAEEstimator(
         return int(check_random_state(self.random_state).randint(2**31))
 
     def _train(
-        self, examples: Array, config: TrainConfig, model: VAE | None, y: object = None
+        self,
+        examples: Array,
+        config: TrainConfig,
+        model: VAE | None,
+        labels: list[Any] | None = None,
     ) -> Trainer:
         """Train a new model, or continue with the given one, and extend the history."""
         validation_fraction = max(config.validation_fraction, MIN_VALIDATION / len(examples))
@@ -803,7 +824,7 @@ class VAEEstimator(
             test_fraction=0.0,
             validation_fraction=validation_fraction,
             names=None if names is None or examples.ndim > 2 else [str(name) for name in names],
-            labels=_as_labels(y),
+            labels=labels,
             levels=self._levels,
         )
         # The caller tests the estimator on data of their own. The trainer needs a test set, so it
@@ -886,43 +907,62 @@ class VAEEstimator(
                 f"contamination must be above 0 and at most 0.5, got {contamination:g}"
             )
 
-    def _check_contamination(self) -> None:
-        """Refuse what the models of parts of a table do not know."""
-        if self.conditional or self._levels:
-            raise ValueError(
-                "contamination is for numbers without labels: leave out conditional and columns "
-                "of categories, or set the threshold by false_alarm_rate"
-            )
+    def _cross_fitted(
+        self, examples: Array, labels: list[Any] | None, contamination: float
+    ) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
+        """Score a table by models of other parts of it, without what looks odd to a Gaussian.
 
-    def _cross_fitted(self, examples: Array, contamination: float) -> Float64[np.ndarray, " n"]:
-        """Score a table by models of other parts of it, without what looks odd to a Gaussian."""
-        model = clone(self).set_params(contamination=None, random_state=self._seed())
-        folds = KFold(CONTAMINATION_FOLDS, shuffle=True, random_state=model.random_state)
-        near = near_rows(examples.reshape(len(examples), -1), LEFT_OUT * contamination)
-        scores = np.empty(len(examples))
+        Returns the bounds on log p(x), and those with the labels that are known, log p(x|y).
+        """
+        judge = clone(self).set_params(contamination=None, random_state=self._seed())
+        judge._read_as(self)
+        numbers = np.delete(examples.reshape(len(examples), -1), list(self._levels), axis=1)
+        near = near_rows(numbers, LEFT_OUT * contamination)
+        folds = KFold(CONTAMINATION_FOLDS, shuffle=True, random_state=judge.random_state)
+        plain, scores = np.empty(len(examples)), np.empty(len(examples))
         for given, others in folds.split(examples):
+            rows = given[near[given]]
             with warnings.catch_warnings():
                 # What there is to say will be said of the model that is kept.
                 warnings.simplefilter("ignore")
-                model.fit(examples[given[near[given]]])
-                scores[others] = model.score_samples(examples[others])
-        return scores
+                judge._fit_array(examples[rows], _chosen(labels, rows))
+                raw = judge._loaded(examples[others], _chosen(labels, others))
+            scores[others] = plain[others] = judge._scores(unlabelled(raw))
+            if labels is not None:
+                scores[others] = judge._scores(raw)
+        return plain, scores
+
+    def _read_as(self, other: "VAEEstimator") -> None:
+        """Take examples for what another estimator, which is not fitted yet, takes them for."""
+        for name in ("example_shape_", "n_features_in_", "feature_names_in_"):
+            if hasattr(other, name):
+                setattr(self, name, getattr(other, name))
+        self._levels = other._levels
 
     def _calibrate_by_folds(self, model: VAE, data: Data, fit: CorrelationFit) -> None:
         """Set the threshold by the held-out examples, each judged without its own correlation."""
-        raw = torch.from_numpy(data.validation[:MAX_REFERENCE])
+        judges = list(without_each_fold(model, fit))
         log_prior = self._log_priors()[self.prior_]
-        scores = judged_scores(without_each_fold(model, fit), raw, log_prior)
-        self._set_threshold(scores, raw)
+        raw = as_tensor(data.validation.take(slice(MAX_REFERENCE)))
+        self._set_threshold(lambda x: judged_scores(judges, x, log_prior), raw)
 
-    def _set_threshold(self, scores: Float64[np.ndarray, " m"], raw: Tensor) -> None:
+    def _set_threshold(
+        self, scores_of: Callable[[Tensor], Float64[np.ndarray, " m"]], raw: Tensor
+    ) -> None:
         """Set the threshold by held-out scores, and keep the examples for rows with gaps."""
-        scores = np.sort(of_complete(scores, without_gaps(raw), self.false_alarm_rate))
+        is_complete, given = without_gaps(raw), has_label(raw).numpy()
+
+        scores = of_complete(scores_of(unlabelled(raw)), is_complete, self.false_alarm_rate)
+        self.held_out_scores_ = np.sort(scores)
         rate = self.false_alarm_rate
         if rate is None:
             rate = max(FALSE_ALARM_RATE, 1 / (1 + len(scores)))
-        self._set_offset(conformal_threshold(scores, rate), rate)
-        self.held_out_scores_ = scores
+        self._set_offset(conformal_threshold(self.held_out_scores_, rate), rate)
+
+        self._labelled_scores = np.empty(0)
+        if given.any():
+            scores = of_complete(scores_of(raw)[given], is_complete[given])
+            self._labelled_scores = np.sort(scores)
         self._held_out = raw if raw.ndim == 2 else None
 
     def _set_offset(self, offset: float, rate: float) -> None:
@@ -932,13 +972,22 @@ class VAEEstimator(
     def _take_held_out(self, tensors: dict[str, Tensor], what: str) -> None:
         """Take the held-out scores and rows of a file."""
         scores, rows = tensors.pop("scores", None), tensors.pop("rows", None)
-        shape = self.model_.shape
-        if scores is None or scores.dtype != torch.float64 or scores.ndim != 1 or tensors:
+        # Files of earlier releases, and of models without labels, have no such scores.
+        with_label = tensors.pop("labelled", torch.empty(0, dtype=torch.float64))
+        labels = tensors.pop("labels", None)
+        if scores is None or tensors:
             raise StoreError(f"{what} has no held-out scores beside its threshold.")
-        if rows is not None and (rows.dtype != torch.float32 or rows.shape[1:] != shape):
+        if any(part.dtype != torch.float64 or part.ndim != 1 for part in (scores, with_label)):
+            raise StoreError(f"{what} has no held-out scores beside its threshold.")
+        if rows is not None and (
+            rows.dtype != torch.float32 or rows.shape[1:] != self.model_.shape
+        ):
             raise StoreError(f"{what} has held-out rows of another shape than the model's.")
         self.held_out_scores_ = np.sort(scores.numpy())
-        self._held_out = rows
+        self._labelled_scores = np.sort(with_label.numpy())
+        self._held_out = None
+        if rows is not None:
+            self._held_out = restore_labels(rows, labels, self.label_names_, what)
 
     def _by_gaps(self, raw: Tensor) -> Iterator[tuple[NDArray[np.bool_], Array]]:
         """Find the held-out scores that each example is compared with."""
@@ -947,12 +996,17 @@ class VAEEstimator(
                 "this file is of an earlier release, and has no threshold; "
                 "set one by calibrate(x) with ordinary examples that were not trained on"
             )
+        if len(self._labelled_scores) == 0 and bool(has_label(raw).any()):
+            raise ValueError(
+                "no held-out example has a label to compare with: leave out y, or set the "
+                "threshold by calibrate(x, y) with examples that have one"
+            )
         yield from held_out_by_gaps(
             self.model_,
             raw,
             self._held_out,
             self._log_priors()[self.prior_],
-            complete=self.held_out_scores_,
+            complete=Reference(self.held_out_scores_, self._labelled_scores),
         )
 
     def _scores(self, raw: Tensor, importance_samples: int = 20) -> Float64[np.ndarray, " n"]:
@@ -1067,12 +1121,17 @@ class VAEEstimator(
         labels = _as_labels(y)
         if labels is not None and not self.label_names_:
             raise ValueError("the model reads no labels: leave out y, or fit with conditional=True")
+        raw = self._loaded(array, labels)
+        _warn_of_range(self.model_.scaling.range_warning(raw))
+        return raw
+
+    def _loaded(self, array: Array, labels: list[Any] | None) -> Tensor:
+        """Bring an array and its labels to the model's form."""
         names = self.label_names_
         raw = as_tensor(
             load_examples(array, self.model_.shape, labels=labels, label_names=names, strict=True)
         )
         self.model_.scaling.check(raw)
-        _warn_of_range(self.model_.scaling.range_warning(raw))
         return raw
 
     def _encode(self, x: object, y: object = None) -> Tensor:
@@ -1134,6 +1193,11 @@ def _as_labels(y: object) -> list[Any] | None:
     if isinstance(y, str) or not hasattr(y, "__len__"):
         raise ValueError("expected one label for each example, in a list, an array or a column")
     return list(as_array(y).ravel().tolist() if isinstance(y, Tensor) else np.asarray(y).tolist())
+
+
+def _chosen(labels: list[Any] | None, rows: Array) -> list[Any] | None:
+    """Choose the labels of some examples, by numbers or by a mask."""
+    return None if labels is None else [labels[i] for i in np.arange(len(labels))[rows]]
 
 
 def _warn_of_range(text: str | None) -> None:

@@ -94,7 +94,7 @@ def export(
         >>> import equipoise
         >>> run = equipoise.Run("runs/mnist")  # doctest: +SKIP
         >>> folder = run.folder / "export"  # doctest: +SKIP
-        >>> scoring = Scoring(run.mixture(), read_held_out(run).known())  # doctest: +SKIP
+        >>> scoring = Scoring(run.mixture(), read_held_out(run, model).known().plain)  # doctest: +SKIP
         >>> files = export(run.model(), run.mixture(), "onnx", folder, scoring)  # doctest: +SKIP
         >>> files[1].signature  # doctest: +SKIP
         'code float32 (n, 16) -> mean, std float32 (n, 1, 28, 28)'
@@ -137,7 +137,7 @@ class Scoring(NamedTuple):
 
     Args:
         mixture: p(z), the mixture under which the held-out examples were scored.
-        held_out: Scores of held-out examples, (m,), float64.
+        held_out: Scores of held-out examples without their labels, (m,), float64.
     """
 
     mixture: GaussianMixture

@@ -10,7 +10,7 @@ Both are therefore records of two tensors, the mean and the logarithm of the var
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -21,6 +21,11 @@ from equipoise.gaps import missing_values, observed_difference
 from equipoise.labels import labelled, labels_of
 
 LOG_2PI = math.log(2 * math.pi)
+
+DRAWN_TOGETHER = 16
+"""Numbers that torch draws together on the CPU: blocks of so many are as one long draw."""
+VALUES_AT_ONCE = 1 << 22
+"""Values that processes draw at once for a whole batch, of which each uses its own."""
 
 
 def sum_dimensions(values: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
@@ -105,8 +110,8 @@ def random_like(
         The random numbers, (B, \*).
     """
     if isinstance(generator, SharedGenerator):
-        whole = values.new_empty(generator.batch_size, *values.shape[1:])
-        return draw(whole, generator.generator)[generator.rank :: generator.world_size]
+        shares = list(_shares(values, draw, generator))
+        return shares[0] if len(shares) == 1 else torch.cat(shares)
 
     if isinstance(generator, RowGenerators):
         k = len(values) // len(generator.generators)
@@ -114,6 +119,25 @@ def random_like(
         return torch.cat(parts)
 
     return draw(torch.empty_like(values), generator)
+
+
+def _shares(
+    values: Tensor,
+    draw: Callable[[Tensor, torch.Generator | None], Tensor],
+    generator: SharedGenerator,
+) -> Iterator[Tensor]:
+    """Draw the numbers of a whole batch block by block, and yield this process's part of each.
+
+    On the CPU, the blocks have the numbers of one draw.
+    """
+    n, rank, world_size = generator.batch_size, generator.rank, generator.world_size
+    n_values = max(1, math.prod(values.shape[1:]))
+    at_once = max(1, VALUES_AT_ONCE // n_values // DRAWN_TOGETHER) * DRAWN_TOGETHER
+    starts = list(range(0, max(1, n - DRAWN_TOGETHER), at_once))
+    for first, last in zip(starts, [*starts[1:], n], strict=True):
+        block = draw(values.new_empty(last - first, *values.shape[1:]), generator.generator)
+        part = block[(rank - first) % world_size :: world_size]
+        yield part if len(starts) == 1 else part.clone()  # or the block would be kept
 
 
 def standard_normal_like(values: Tensor, generator: Randomness = None) -> Tensor:

@@ -4,11 +4,14 @@ The score of an example is a bound on its log-density. What a usual score is, he
 tell. They are scored at the end of a training and kept with the model, so that later examples are
 judged without the data, see :mod:`equipoise.conformal`. An example with gaps has the density of
 what is observed, which is another number than that of a complete one: it is compared with held-out
-examples of the same gaps, for which the data are needed.
+examples of the same gaps. These themselves are needed for that, and are kept in a file of their
+own, which is not published, if the table has gaps. An example whose label is known has the density
+log p(x|y), and is compared with those of held-out examples with labels.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,12 +27,12 @@ from equipoise.data.dataset import Array
 from equipoise.files import StoreError
 from equipoise.gaps import missing_values
 from equipoise.gaussian import RowGenerators, sum_dimensions
-from equipoise.labels import labelled, labels_of
+from equipoise.labels import has_label, joined, labelled, labels_of, unlabelled
 from equipoise.model import VAE
 from equipoise.objectives import LogPrior, importance_weighted_bound
 from equipoise.records import HeldOutDescription
 from equipoise.run import Run
-from equipoise.store import read_digest, read_tensors, write_tensors
+from equipoise.store import read_digest, read_tensors, restore_labels, write_tensors
 
 FEWEST_AT_ONCE, MOST_AT_ONCE, VALUES_AT_ONCE = 256, 4096, 1 << 18
 """Codes that are decoded at once for scores: as many as have so many values, within bounds. Caches
@@ -44,10 +47,26 @@ FEWEST_ALIKE = 20
 REFERENCE_SCORES = 100_000
 """Held-out rows that are scored for all patterns of gaps together, if each gets its fewest."""
 
-KIND = "table of held-out scores"
+KIND, KIND_OF_ROWS = "table of held-out scores", "table of held-out rows"
 
 Judges = Iterable[tuple[NDArray[np.int64], VAE]]
 """Numbers of validation examples, and a model whose noise they did not decide on."""
+
+
+class Reference(NamedTuple):
+    """Scores that complete examples are compared with.
+
+    Args:
+        plain: Bounds on log p(x), (m,), for examples without a label.
+        labelled: Bounds on log p(x|y), for examples with one. None if the model reads no labels.
+    """
+
+    plain: Float64[np.ndarray, " m"]
+    labelled: Float64[np.ndarray, " k"] | None = None
+
+    def of(self, *, has_label: bool) -> Array:
+        """Choose the scores for examples with or without a label."""
+        return self.labelled if has_label and self.labelled is not None else self.plain
 
 
 @torch.no_grad()
@@ -105,12 +124,12 @@ def held_out_by_gaps(
     log_prior: LogPrior,
     progress: Callable[[int, int], None] = lambda done, total: None,
     *,
-    complete: Float64[np.ndarray, " m"] | None = None,
+    complete: Reference | None = None,
     fewest: int = MIN_REFERENCE,
 ) -> Iterator[tuple[NDArray[np.bool_], Float64[np.ndarray, " m"]]]:
     r"""Score held-out examples with the gaps of each pattern that occurs.
 
-    Each pattern takes scores of its own. The more patterns there are, the fewer held-out rows each
+    Each pattern takes scores of its own, and so do examples whose label is known. The more patterns there are, the fewer held-out rows each
     is compared with, so that 100,000 are scored in all, but at least ``fewest``.
 
     Args:
@@ -133,13 +152,14 @@ def held_out_by_gaps(
     missing = missing_values(raw)
     if missing is None:
         missing = torch.zeros(len(raw), 1, dtype=torch.bool)
-    patterns, number = torch.unique(missing, dim=0, return_inverse=True)
+    of_row = torch.cat([has_label(raw)[:, None], missing], 1)
+    patterns, number = torch.unique(of_row, dim=0, return_inverse=True)
     each = min(MAX_REFERENCE, max(fewest, REFERENCE_SCORES // max(1, len(patterns))))
 
-    for k, gaps in enumerate(patterns):
-        rows = (number == k).numpy()
+    for k, (with_label, *_) in enumerate(patterns.tolist()):
+        gaps, rows = patterns[k, 1:], (number == k).numpy()
         if not gaps.any() and complete is not None:
-            yield rows, complete
+            yield rows, complete.of(has_label=with_label)
         elif reference is None:
             raise ValueError(
                 f"{int(rows.sum())} rows have gaps, the first is row {int(rows.argmax())}: they "
@@ -151,12 +171,12 @@ def held_out_by_gaps(
             # Rows without any value are all alike, and only rounding tells their scores apart.
             yield rows, np.full(min(len(reference), MAX_REFERENCE), -np.inf)
         else:
-            among = reference
-            if missing_values(reference) is not None:
+            among = reference[has_label(reference)] if with_label else unlabelled(reference)
+            if missing_values(among) is not None:
                 # Rows that lack more would be compared by fewer columns.
-                is_enough = ~(reference.isnan() & ~gaps).any(1)
+                is_enough = ~(among.isnan() & ~gaps).any(1)
                 if int(is_enough.sum()) >= FEWEST_ALIKE:
-                    among = reference[is_enough]
+                    among = among[is_enough]
             if gaps.any():
                 among = among[:each]
                 among = labelled(among.masked_fill(gaps, torch.nan), labels_of(among))
@@ -201,16 +221,20 @@ class HeldOut(NamedTuple):
     """Scores of examples that a model was not trained on.
 
     Args:
-        scores: Those of the validation set, and then of the test set, (m,), at most 1000.
+        scores: Bounds on log p(x) of the validation set, and then of the test set, (m,), at most
+            1000.
         n_validation: How many are of the validation set.
         is_complete: Which have no gaps, (m,).
+        labelled: Bounds on log p(x|y), (m,), NaN where no label is known. None if the model reads
+            none.
     """
 
     scores: Float64[np.ndarray, " m"]
     n_validation: int
     is_complete: NDArray[np.bool_]
+    labelled: Float64[np.ndarray, " m"] | None = None
 
-    def known(self, rate: float | None = None, *, validation: bool = False) -> Array:
+    def known(self, rate: float | None = None, *, validation: bool = False) -> Reference:
         """Choose what complete examples are compared with, see :func:`of_complete`.
 
         Args:
@@ -221,7 +245,12 @@ class HeldOut(NamedTuple):
             The scores.
         """
         n = self.n_validation if validation else len(self.scores)
-        return of_complete(self.scores[:n], self.is_complete[:n], rate)
+        plain = of_complete(self.scores[:n], self.is_complete[:n], rate)
+        if self.labelled is None:
+            return Reference(plain)
+        scores = self.labelled[:n]
+        given = ~np.isnan(scores)
+        return Reference(plain, of_complete(scores[given], self.is_complete[:n][given], rate))
 
 
 def judged_scores(judges: Judges, raw: Tensor, log_prior: LogPrior) -> Float64[np.ndarray, " m"]:
@@ -247,6 +276,8 @@ def keep_held_out(
 ) -> HeldOut:
     """Score held-out examples of a run, and write the scores into its folder.
 
+    If rows of a table have gaps, the held-out rows are written, too, into a second file.
+
     Args:
         run: A run that has its model and its mixture.
         model: The model, in evaluation mode, on the CPU.
@@ -257,50 +288,122 @@ def keep_held_out(
     Returns:
         The scores.
     """
-    if judges is None:
-        judges = [(np.arange(len(data.validation)), model)]
+    judges = [(np.arange(len(data.validation)), model)] if judges is None else list(judges)
     validation = as_tensor(data.validation.take(slice(MAX_REFERENCE)))
     test = as_tensor(data.test.take(slice(MAX_REFERENCE - len(validation))))
-    parts = [judged_scores(judges, validation, log_prior), log_densities(model, test, log_prior)]
-    scores = np.concatenate(parts)
+    both = joined([validation, test])
 
-    description: HeldOutDescription = {
-        "model": read_digest(run.model_file),
-        "mixture": read_digest(run.mixture_file),
-        "n_validation": len(validation),
+    def scores_of(validation: Tensor, test: Tensor) -> Array:
+        judged = judged_scores(judges, validation, log_prior)
+        return np.concatenate([judged, log_densities(model, test, log_prior)])
+
+    labelled_scores = None
+    if model.label_names:
+        given = has_label(both).numpy()
+        labelled_scores = np.where(given, scores_of(validation, test), np.nan)
+    scores = scores_of(unlabelled(validation), unlabelled(test))
+    found = HeldOut(scores, len(validation), without_gaps(both), labelled_scores)
+
+    tensors = {
+        "scores": torch.from_numpy(scores),
+        "is_complete": torch.from_numpy(found.is_complete),
     }
-    is_complete = np.concatenate([without_gaps(validation), without_gaps(test)])
-    tensors = {"scores": torch.from_numpy(scores), "is_complete": torch.from_numpy(is_complete)}
+    if labelled_scores is not None:
+        tensors["labelled"] = torch.from_numpy(labelled_scores)
+    description = _description(run) | {"n_validation": found.n_validation}
     write_tensors(run.held_out_file, KIND, tensors, description)
-    return HeldOut(scores, len(validation), is_complete)
+
+    run.held_out_rows_file.unlink(missing_ok=True)
+    if not found.is_complete.all():
+        rows = {"rows": unlabelled(both).float().contiguous()}
+        labels = labels_of(both)
+        if labels is not None:
+            rows["labels"] = labels
+        write_tensors(run.held_out_rows_file, KIND_OF_ROWS, rows, description)
+    return found
 
 
-def read_held_out(run: Run) -> HeldOut | None:
-    """Read what :func:`keep_held_out` wrote.
+def read_held_out(run: Run, model: VAE) -> HeldOut | None:
+    """Read the scores that :func:`keep_held_out` wrote.
 
     Args:
         run: The run.
+        model: Its model.
 
     Returns:
-        The scores. None if there is no such file, or if it is of another model or mixture.
+        The scores. None if there is no such file, if it is of another model or mixture, or if it is
+        of an earlier release, which did not tell densities with a label from those without.
 
     Raises:
         StoreError: If the file is damaged.
     """
-    path = run.held_out_file
+    found = _read(run, run.held_out_file, KIND)
+    if found is None:
+        return None
+    tensors, n_validation = found
+    scores, is_complete = tensors.pop("scores", None), tensors.pop("is_complete", None)
+    labelled_scores = tensors.pop("labelled", None)
+    damaged = StoreError(f"{run.held_out_file} holds no scores: delete it, and they are made anew.")
+    if scores is None or is_complete is None or tensors or is_complete.dtype != torch.bool:
+        raise damaged
+    for values in (scores, labelled_scores):
+        if values is not None and (values.dtype != torch.float64 or values.ndim != 1):
+            raise damaged
+        if values is not None and values.shape != is_complete.shape:
+            raise damaged
+
+    if (labelled_scores is None) != (not model.label_names):
+        return None
+    return HeldOut(
+        scores.numpy(),
+        min(n_validation, len(scores)),
+        is_complete.numpy(),
+        None if labelled_scores is None else labelled_scores.numpy(),
+    )
+
+
+def read_held_out_rows(run: Run, model: VAE, *, validation: bool = False) -> Tensor | None:
+    """Read the held-out rows that :func:`keep_held_out` wrote, for rows with gaps.
+
+    Args:
+        run: The run.
+        model: Its model.
+        validation: Whether the test set is left out, because it is what is judged.
+
+    Returns:
+        The rows, (m, D), raw units, with their labels if the model reads some. None if there is no
+        such file, or if it is of another model or mixture.
+
+    Raises:
+        StoreError: If the file is damaged.
+    """
+    path = run.held_out_rows_file
+    found = _read(run, path, KIND_OF_ROWS)
+    if found is None:
+        return None
+    tensors, n_validation = found
+    rows, labels = tensors.pop("rows", None), tensors.pop("labels", None)
+    if rows is None or rows.shape[1:] != model.shape or rows.dtype != torch.float32 or tensors:
+        raise StoreError(f"{path} holds no rows of the model's: delete it.")
+    restored = restore_labels(rows, labels, model.label_names, str(path))
+    return restored[slice(n_validation if validation else None)]
+
+
+def _description(run: Run) -> HeldOutDescription:
+    """Tell which model and mixture a file belongs to."""
+    return {
+        "model": read_digest(run.model_file),
+        "mixture": read_digest(run.mixture_file),
+        "n_validation": 0,
+    }
+
+
+def _read(run: Run, path: Path, kind: str) -> tuple[dict[str, Tensor], int] | None:
+    """Read a file of the run's model and mixture: its tensors, and the number of validation."""
     if not path.is_file():
         return None
-
-    tensors, about = read_tensors(path, KIND, HeldOutDescription)
-    of_run = (read_digest(run.model_file), read_digest(run.mixture_file))
-    if (about["model"], about["mixture"]) != of_run:
+    tensors, about = read_tensors(path, kind, HeldOutDescription)
+    own = _description(run)
+    if (about["model"], about["mixture"]) != (own["model"], own["mixture"]):
         return None
-
-    scores, is_complete = tensors.pop("scores", None), tensors.pop("is_complete", None)
-    if scores is None or is_complete is None or tensors:
-        raise StoreError(f"{path} holds no scores: delete it, and they are computed anew.")
-    is_fitting = scores.dtype == torch.float64 and is_complete.dtype == torch.bool
-    if not is_fitting or scores.ndim != 1 or is_complete.shape != scores.shape:
-        raise StoreError(f"{path} holds no scores: delete it, and they are computed anew.")
-    n_validation = min(about["n_validation"], len(scores))
-    return HeldOut(scores.numpy(), n_validation, is_complete.numpy())
+    return tensors, about["n_validation"]

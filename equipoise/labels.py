@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 UNKNOWN = -1
@@ -113,6 +113,38 @@ def labels_of(values: Tensor) -> Tensor | None:
         Their numbers, (B,), or None if they carry none.
     """
     return values.labels if isinstance(values, Labelled) else None
+
+
+def unlabelled(values: Tensor) -> Tensor:
+    r"""Take the labels off.
+
+    Args:
+        values: Examples or codes, (B, \*).
+
+    Returns:
+        The same values, which carry no labels.
+
+    Example:
+        >>> z = labelled(torch.zeros(3, 2), torch.tensor([0, 1, UNKNOWN]))
+        >>> labels_of(unlabelled(z)) is None
+        True
+    """
+    return values.as_subclass(Tensor)
+
+
+def has_label(values: Tensor) -> Bool[Tensor, " batch"]:
+    r"""Tell whose label is known.
+
+    Args:
+        values: Examples or codes, (B, \*).
+
+    Returns:
+        True where there is a label, (B,).
+    """
+    labels = labels_of(values)
+    if labels is None:
+        return torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    return labels >= 0
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

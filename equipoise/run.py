@@ -49,6 +49,7 @@ OUTPUTS = (
     "evaluation-*.json",
     "figures/**/*.*",
     "flow.safetensors",
+    "held-out-rows.safetensors",
     "imputed/*.*",
     "mixture-*.safetensors",
     "report.html",
@@ -80,6 +81,7 @@ class Run:
         self.model_file = self.folder / "model.safetensors"
         self.mixture_file = self.folder / "aggregate.safetensors"
         self.held_out_file = self.folder / "held-out.safetensors"
+        self.held_out_rows_file = self.folder / "held-out-rows.safetensors"
         self.metrics_file = self.folder / "metrics.jsonl"
         self.evaluation_file = self.folder / "evaluation.json"
         self.checkpoints = self.folder / "checkpoints"

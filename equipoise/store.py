@@ -26,6 +26,7 @@ from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.files import StoreError, check_text, owner_of, whole_file
 from equipoise.flow_fit import CodeFlow
 from equipoise.label_mixture import LabelMixture
+from equipoise.labels import UNKNOWN, labelled
 from equipoise.levels import Level
 from equipoise.model import VAE, PowerScaling, Scaling, decoder_shape, encoder_shape
 from equipoise.networks import build_decoder, build_encoder
@@ -580,6 +581,32 @@ def restore_mixture(tensors: dict[str, Tensor], what: str) -> GaussianMixture:
         return LabelMixture(**tensors) if has_labels else GaussianMixture(**tensors)
     except (ValueError, RuntimeError) as error:
         raise StoreError(f"{what} does not hold a mixture: {error}") from error
+
+
+def restore_labels(
+    rows: Tensor, labels: Tensor | None, names: tuple[str, ...], what: str
+) -> Tensor:
+    r"""Let examples of a file carry the labels that lie beside them.
+
+    Args:
+        rows: Examples, (m, \*).
+        labels: Their numbers, (m,), -1 where there is none. None leaves the examples as they are.
+        names: The labels of the model.
+        what: Name of the source, for error messages.
+
+    Returns:
+        The examples.
+
+    Raises:
+        StoreError: If the labels are not those of the examples, or not the model's.
+    """
+    if labels is None:
+        return rows
+    if labels.dtype != torch.int64 or labels.shape != rows.shape[:1]:
+        raise StoreError(f"{what} does not hold one label for each of its rows.")
+    if bool(((labels < UNKNOWN) | (labels >= len(names))).any()):
+        raise StoreError(f"{what} holds labels that the model does not know.")
+    return labelled(rows, labels)
 
 
 def save_flow(path: Path, flow: CodeFlow, description: dict[str, Any]) -> None:

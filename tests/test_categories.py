@@ -550,13 +550,3 @@ def test_an_explanation_counts_what_a_level_is_below_the_best():
     assert (nats[:3, 2] == 0).all()
     assert nats[3, 0] == 0
     assert np.isfinite(nats).all()
-
-
-@pytest.mark.parametrize("kind", ["conditional", "categories"])
-def test_contamination_is_refused_where_parts_of_a_table_know_less(kind):
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame({"x": np.arange(20.0), "y": 1.0, "kind": ["a", "b"] * 10})
-    vae = VAEEstimator(contamination=0.1, conditional=kind == "conditional")
-    x = frame[["x", "y"]] if kind == "conditional" else frame
-    with pytest.raises(ValueError, match="contamination is for numbers without labels"):
-        vae.fit(x, frame["kind"])

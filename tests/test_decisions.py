@@ -333,7 +333,7 @@ def test_a_run_keeps_scores_that_the_correlation_did_not_see(tmp_path):
     )
     data = load(tmp_path / "x.npy", test_fraction=0.2, validation_fraction=0.2)
     run = equipoise.train(data, config, tmp_path / "run")
-    found = held_out.read_held_out(run)
+    found = held_out.read_held_out(run, run.model())
     assert found.n_validation == len(data.validation)
     assert len(found.scores) == len(data.validation) + len(data.test)
 
@@ -349,12 +349,12 @@ def test_a_run_keeps_scores_that_the_correlation_did_not_see(tmp_path):
     before = run.held_out_file.read_bytes()
     equipoise.fit_noise(run, data, "low-rank")
     assert run.held_out_file.read_bytes() != before
-    assert held_out.read_held_out(run).n_validation == found.n_validation
+    assert held_out.read_held_out(run, run.model()).n_validation == found.n_validation
     run.held_out_file.write_bytes(before)
-    assert held_out.read_held_out(run) is None  # of another model
+    assert held_out.read_held_out(run, run.model()) is None  # of another model
     run.held_out_file.write_bytes(before[:-8])
     with pytest.raises(StoreError):
-        held_out.read_held_out(run)
+        held_out.read_held_out(run, run.model())
 
 
 def planes(n, rng):
@@ -386,10 +386,10 @@ def test_complete_rows_are_compared_with_complete_rows_of_a_table_with_gaps(tmp_
     np.save(tmp_path / "x.npy", x)
     config = equipoise.make_config({"latent_dim": 2, "stage_1_epochs": 20, "stage_2_epochs": 0})
     run = equipoise.train(load(tmp_path / "x.npy", validation_fraction=0.3), config, tmp_path / "r")
-    found = held_out.read_held_out(run)
-    assert len(found.known()) == found.is_complete.sum() < len(found.scores)
+    found = held_out.read_held_out(run, run.model())
+    assert len(found.known().plain) == found.is_complete.sum() < len(found.scores)
     scores = held_out.log_densities(
         run.model(), torch.from_numpy(fresh.astype(np.float32)), run.mixture().log_prob
     )
-    share = (conformal_p_values(scores, found.known()) <= 0.5).mean()
+    share = (conformal_p_values(scores, found.known().plain) <= 0.5).mean()
     assert abs(share - 0.5) < 5 * 0.5 / math.sqrt(found.is_complete.sum()) / 2

@@ -60,7 +60,7 @@ def test_scores_are_those_of_the_run_but_for_the_draws(tmp_path, name):
     make, options = CASES[name]
     data = load(make(tmp_path))
     run = equipoise.train(data, equipoise.make_config(SMALL | options), tmp_path / "run")
-    held_out = read_held_out(run).scores
+    held_out = read_held_out(run, run.model()).scores
     model, mixture = run.model(), run.mixture()
     raw = torch.from_numpy(data.test[:10])
     file = export(model, mixture, "onnx", tmp_path, Scoring(mixture, held_out))[-1]

@@ -4,7 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from equipoise.gaussian import Gaussian, standard_normal_log_prob
+from equipoise import gaussian as module
+from equipoise.gaussian import (
+    Gaussian,
+    SharedGenerator,
+    standard_normal_like,
+    standard_normal_log_prob,
+)
 
 shapes = st.sampled_from([(3, 4), (2, 1, 5, 5), (1, 7)])
 seeds = st.integers(0, 2**16)
@@ -83,3 +89,29 @@ def test_gradients():
 def test_standard_normal():
     z = torch.randn(5, 3)
     torch.testing.assert_close(standard_normal_log_prob(z), Normal(0.0, 1.0).log_prob(z).sum(1))
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+@pytest.mark.parametrize("shape", [(1000, 3), (997, 4), (160, 1), (161, 1, 5, 5), (31,), (3, 2)])
+def test_processes_draw_long_rows_of_numbers_block_by_block(shape, world_size, monkeypatch):
+    def shares():
+        for rank in range(world_size):
+            values = torch.empty(len(range(rank, shape[0], world_size)), *shape[1:])
+            shared = SharedGenerator(torch.Generator().manual_seed(3), shape[0], rank, world_size)
+            yield standard_normal_like(values, shared)
+
+    whole = torch.empty(shape).normal_(generator=torch.Generator().manual_seed(3))
+    sizes = []
+    draw = torch.Tensor.normal_
+
+    def counted(numbers, **options):
+        sizes.append(numbers.numel())
+        return draw(numbers, **options)
+
+    monkeypatch.setattr(module, "VALUES_AT_ONCE", 64)
+    monkeypatch.setattr(torch.Tensor, "normal_", counted)
+    for rank, share in enumerate(shares()):
+        assert torch.equal(share, whole[rank::world_size])
+    row = max(1, whole[0].numel())
+    assert max(sizes) <= max(64, 16 * row) + 16 * row
+    assert share.untyped_storage().nbytes() <= 4 * max(share.numel(), max(sizes))

@@ -62,14 +62,14 @@ def _run(options: Namespace) -> None:
             lambda: data_of(run, terminal, options.data_dir),
             terminal.progress,
         )
-        scoring, held_out = None, read_held_out(run)
+        scoring, held_out = None, read_held_out(run, model)
         if held_out is None:
             terminal.message(
                 f"Note: no scorer is written, because the run keeps no held-out scores yet: "
                 f"'equipoise score {run.folder}' makes them"
             )
         else:
-            scoring = Scoring(run.mixture(), held_out.known())
+            scoring = Scoring(run.mixture(), held_out.known().plain)
         for file in export(model, mixture, options.to, folder, scoring):
             deviation = f"largest relative deviation from the model: {file.deviation:.1g}"
             terminal.message(f"{file.path}\n  {file.signature}\n  {deviation}")

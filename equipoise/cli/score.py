@@ -72,8 +72,13 @@ def _run(options: Namespace) -> None:
     from equipoise.data.batches import as_tensor
     from equipoise.data.tables import write_table
     from equipoise.gaps import missing_values
-    from equipoise.held_out import MIN_REFERENCE, keep_held_out, read_held_out
-    from equipoise.labels import joined
+    from equipoise.held_out import (
+        MIN_REFERENCE,
+        keep_held_out,
+        read_held_out,
+        read_held_out_rows,
+    )
+    from equipoise.labels import has_label, joined
     from equipoise.metrics.rows import score_rows
     from equipoise.run import Run
 
@@ -95,18 +100,22 @@ def _run(options: Namespace) -> None:
             parts = [own_data().test]
         x = joined([as_tensor(part) for part in parts])
 
-        held_out = read_held_out(run)
+        held_out = read_held_out(run, model)
         if held_out is None:
             with run.exclusive("scores"):
                 held_out = keep_held_out(run, model, mixture.log_prob, own_data())
         known = held_out.known(rate, validation=not options.data)
+        n_known = [len(known.of(has_label=kind)) for kind in set(has_label(x).tolist())]
         try:
-            check_rate(rate, len(known))
+            for n in n_known:
+                check_rate(rate, n)
         except ValueError as error:
             raise ConfigError([f"{run.folder}: {error}"]) from error
 
         reference = None
         if missing_values(x) is not None:
+            reference = read_held_out_rows(run, model, validation=not options.data)
+        if missing_values(x) is not None and reference is None:
             held_out_parts = [own_data().validation, *([own_data().test] if options.data else [])]
             reference = joined([as_tensor(part) for part in held_out_parts])
 
@@ -140,7 +149,7 @@ def _run(options: Namespace) -> None:
         kind = "images" if of_images else "rows"
         terminal.message(
             f"{int(is_odd.sum()):,} of {len(x):,} {kind} are odd, at a false-alarm rate of "
-            f"{rate:g} by {len(known):,} held-out {kind}."
+            f"{rate:g} by {max(n_known, default=0):,} held-out {kind}."
         )
         lines = list_written(lambda: [write_table(path, columns)], path.parent)
         terminal.message("\n".join(lines))

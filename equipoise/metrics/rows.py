@@ -10,7 +10,13 @@ from torch import Tensor
 
 from equipoise.categories import MixedLikelihood, numeric_part
 from equipoise.conformal import conformal_p_values
-from equipoise.held_out import FEWEST_AT_ONCE, MIN_REFERENCE, held_out_by_gaps, log_densities
+from equipoise.held_out import (
+    FEWEST_AT_ONCE,
+    MIN_REFERENCE,
+    Reference,
+    held_out_by_gaps,
+    log_densities,
+)
 from equipoise.metrics.explanation import worst_regions
 from equipoise.model import VAE
 from equipoise.objectives import LogPrior
@@ -42,7 +48,7 @@ def score_rows(
     log_prior: LogPrior,
     progress: Callable[[int, int], None] = lambda done, total: None,
     *,
-    complete: Float64[np.ndarray, " m"] | None = None,
+    complete: Reference | None = None,
     fewest: int = MIN_REFERENCE,
 ) -> RowScores:
     r"""Score rows of a table, or images, and compare them with held-out ones of the same gaps.
