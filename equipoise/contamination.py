@@ -7,6 +7,8 @@ covariance determinant estimator*, here with the shrunk covariance of Ledoit and
 well-conditioned estimator for large-dimensional covariance matrices*.
 """
 
+import warnings
+
 import numpy as np
 from jaxtyping import Float, Float64
 from numpy.typing import NDArray
@@ -23,7 +25,8 @@ def near_rows(x: Float[np.ndarray, "n d"], share: float) -> NDArray[np.bool_]:
     """Find the rows of a table that are nearest to a Gaussian that is fitted to them alone.
 
     Args:
-        x: Rows, NaN where a value is missing, which counts as the mean.
+        x: Rows, NaN where a value is missing, which counts as the mean. Without columns, all rows
+            are near.
         share: Share of the rows to leave out, of which at most half are, because fewer rows would
             follow themselves and not the bulk.
 
@@ -37,7 +40,7 @@ def near_rows(x: Float[np.ndarray, "n d"], share: float) -> NDArray[np.bool_]:
         np.False_
     """
     near: NDArray[np.bool_] = np.ones(len(x), bool)
-    if x.shape[1] > MAX_DIMENSIONS:
+    if not 0 < x.shape[1] <= MAX_DIMENSIONS:
         return near
 
     z = _standardise(x)
@@ -50,7 +53,9 @@ def near_rows(x: Float[np.ndarray, "n d"], share: float) -> NDArray[np.bool_]:
 def _standardise(x: Float[np.ndarray, "n d"]) -> Float64[np.ndarray, "n d"]:
     """Bring columns to the median 0 and the mean absolute deviation 1, and fill their gaps."""
     z = np.asarray(x, np.float64)
-    with np.errstate(invalid="ignore"):
+    with warnings.catch_warnings():
+        # Of columns without any value.
+        warnings.simplefilter("ignore", RuntimeWarning)
         z = z - np.nanmedian(z, 0)
         z = z / np.maximum(np.nanmean(np.abs(z), 0), np.finfo(np.float32).tiny)
     filled: Float64[np.ndarray, "n d"] = np.nan_to_num(z)

@@ -43,7 +43,7 @@ from equipoise.data.arrays import MIN_EXAMPLES, as_array, refuse_hidden
 from equipoise.data.batches import as_tensor
 from equipoise.data.dataset import Array
 from equipoise.data.labels import name_of
-from equipoise.data.levels import encode_frame, new_frame
+from equipoise.data.levels import as_frame, encode_frame, new_frame
 from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.gaps import column_means, column_vars
@@ -1063,6 +1063,7 @@ class VAEEstimator(
 
     def _encoded_frame(self, x: object, *, reset: bool) -> object:
         """Put codes in the place of the categories of a data frame."""
+        x = as_frame(x)
         if not reset:
             self._levels = self.model_.scaling.levels
         else:

@@ -94,8 +94,10 @@ def export(
         >>> import equipoise
         >>> run = equipoise.Run("runs/mnist")  # doctest: +SKIP
         >>> folder = run.folder / "export"  # doctest: +SKIP
-        >>> scoring = Scoring(run.mixture(), read_held_out(run, model).known().plain)  # doctest: +SKIP
-        >>> files = export(run.model(), run.mixture(), "onnx", folder, scoring)  # doctest: +SKIP
+        >>> model, mixture = run.model(), run.mixture()  # doctest: +SKIP
+        >>> known = read_held_out(run, model).known()  # doctest: +SKIP
+        >>> scoring = Scoring(mixture, known.plain)  # doctest: +SKIP
+        >>> files = export(model, mixture, "onnx", folder, scoring)  # doctest: +SKIP
         >>> files[1].signature  # doctest: +SKIP
         'code float32 (n, 16) -> mean, std float32 (n, 1, 28, 28)'
     """

@@ -129,8 +129,9 @@ def held_out_by_gaps(
 ) -> Iterator[tuple[NDArray[np.bool_], Float64[np.ndarray, " m"]]]:
     r"""Score held-out examples with the gaps of each pattern that occurs.
 
-    Each pattern takes scores of its own, and so do examples whose label is known. The more patterns there are, the fewer held-out rows each
-    is compared with, so that 100,000 are scored in all, but at least ``fewest``.
+    Each pattern takes scores of its own, and so do examples whose label is known. The more patterns
+    there are, the fewer held-out rows each is compared with, so that 100,000 are scored in all, but
+    at least ``fewest``.
 
     Args:
         model: The model, in evaluation mode.

@@ -66,7 +66,7 @@ def test_data_that_have_changed_are_refused(tmp_path):
 
 def test_an_array_cannot_come_back(tmp_path):
     run = equipoise.train(equipoise.load_data(levels(60, 8, 8)), CONFIG, tmp_path / "run")
-    with pytest.raises(ConfigError, match="was trained from Python, on an object of type ndarray"):
+    with pytest.raises(ConfigError, match="was trained from Python, on an array"):
         run.data()
 
 

@@ -5,6 +5,7 @@ import datetime
 
 import numpy as np
 import pytest
+import torch
 
 import equipoise
 from equipoise import VAEEstimator, VAEImputer
@@ -121,3 +122,36 @@ def test_packing_names_the_file_of_the_user_and_its_flags(tmp_path):
     pack(path, tmp_path / "packed", drop=["kind"], say=said.append)
     assert any("columns of flags become the numbers 0 and 1" in text for text in said)
     assert equipoise.load_stream(tmp_path / "packed").columns == ("a", "b", "flag")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tables_of_arrow_are_frames_and_lazy_ones_are_refused():
+    arrow = pytest.importorskip("pyarrow")
+    frame = people(60)
+    table = arrow.Table.from_pandas(frame, preserve_index=False)
+    assert load(table).columns == load(frame).columns
+    ours, theirs = VAEEstimator(**QUICK).fit(table), VAEEstimator(**QUICK).fit(frame)
+    np.testing.assert_array_equal(ours.score_samples(table), theirs.score_samples(frame))
+    for use in (load, VAEEstimator(**QUICK).fit):
+        with pytest.raises(ValueError, match=r"a lazy frame; give what its method collect\(\)"):
+            use(pl.from_pandas(frame).lazy())
+
+
+def test_arrays_of_objects_are_read_by_their_values():
+    numbers = people(40)[["a", "b"]].to_numpy(copy=True)
+    objects = numbers.astype(object)
+    objects[3, 1] = None
+    numbers[3, 1] = np.nan
+    np.testing.assert_array_equal(load(objects).train[:], load(numbers).train[:])
+    objects[5, 0] = "abc"
+    with pytest.raises(ValueError, match=r"columns 0 \(such as 'abc'\) hold no numbers"):
+        load(objects)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(np.asarray, "an array"), (torch.from_numpy, "a tensor"), (pd.DataFrame, "a data frame")],
+)
+def test_messages_name_data_in_memory_by_what_they_are(make, kind):
+    with pytest.raises(ValueError, match=f"^{kind}: "):
+        load(make(np.ones((40, 2))))

@@ -350,8 +350,40 @@ class TestNames:
         values = np.array([[9.0, 9.0], [4.1, 9.0]], np.float32)
         filled = np.array([[False, False], [True, False]])
         write_filled(tmp_path / "b.csv", source, ["n", "x"], values, filled)
-        assert (tmp_path / "b.csv").read_text() == "who,n,x\na,3.0,0.1\nb,4.1,0.2\n"
+        assert (tmp_path / "b.csv").read_text() == "who,n,x\na,3,0.1\nb,4.1,0.2\n"
         assert beside(source, "std").name == "a-std.csv"
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("id,x,day\n007,1.50,1/2/24\n008,NA,\n", "id,x,day\n007,1.50,1/2/24\n008,2.5,\n"),
+            ("id;x;y\n1;1,50;2,0\n2;;1e3\n", "id;x;y\n1;1,50;2,0\n2;2,5;1e3\n"),
+            ("1,1.50\n2,\n", "1,1.50\n2,2.5\n"),
+            ('"i d","x"\n"a, b",1.0\n"say ""x""",\n', 'i d,x\n"a, b",1.0\n"say ""x""",2.5\n'),
+        ],
+    )
+    @pytest.mark.parametrize("packed", ["", ".gz"])
+    def test_filled_tables_of_text_keep_their_characters(self, tmp_path, text, expected, packed):
+        source, target = tmp_path / f"a.csv{packed}", tmp_path / f"b.csv{packed}"
+        opened = gzip.open if packed else open
+        with opened(source, "wt") as file:
+            file.write(text)
+        names = ["x"] if "x" in text else ["column 0", "column 1"]
+        values, filled = np.full((2, len(names)), 2.5, np.float32), np.zeros((2, len(names)), bool)
+        filled[1, -1] = True
+        write_filled(target, source, names, values, filled)
+        with opened(target, "rt") as file:
+            assert file.read() == expected
+
+    def test_filled_levels_are_spelled_as_in_the_file(self, tmp_path):
+        source = tmp_path / "a.csv"
+        source.write_text("x,kind,flag\n1, red,true\n2,?,false\n3,blue,\n")
+        values = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], np.float32)
+        filled = np.array([[False, False], [True, False], [False, True]])
+        levels = {0: ("blue", "red"), 1: (False, True)}
+        write_filled(tmp_path / "b.csv", source, ["kind", "flag"], values, filled, levels)
+        expected = "x,kind,flag\n1, red,true\n2, red,false\n3,blue,true\n"
+        assert (tmp_path / "b.csv").read_text() == expected
 
 
 class TestScores:

@@ -156,6 +156,31 @@ class EncodedFrame(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def as_frame(source: Any) -> Any:  # noqa: ANN401 (whatever holds data)
+    """Make a data frame of what only stands for one.
+
+    Args:
+        source: Anything.
+
+    Returns:
+        A table of Arrow as a frame of polars, or of pandas if polars is not installed. All else as
+        it is.
+
+    Raises:
+        ValueError: If it is a lazy frame, which has no values yet.
+    """
+    kind = type(source)
+    if kind.__name__ == "LazyFrame":
+        raise ValueError("a lazy frame; give what its method collect() returns")
+    if kind.__module__.partition(".")[0] != "pyarrow" or not hasattr(source, "column_names"):
+        return source
+    try:
+        import polars
+    except ImportError:
+        return source.to_pandas()
+    return polars.from_arrow(source)
+
+
 def encode_frame(
     frame: Frame,
     categorical: Categorical = True,

@@ -36,7 +36,7 @@ from equipoise.data.folders import read_folder, sort_folders
 from equipoise.data.gate import DEFAULT_LIMITS, Limits, open_npz, read_npy
 from equipoise.data.hub import MIRRORS, hub_passes, hub_set, is_hub_table
 from equipoise.data.labels import names_of
-from equipoise.data.levels import AS_MISSING, Categorical, encode_frame
+from equipoise.data.levels import AS_MISSING, Categorical, as_frame, encode_frame
 from equipoise.data.named import NAMES, celeba, digits, idx_set
 from equipoise.data.packed import is_packed, load_packed
 from equipoise.data.shard_files import Shard
@@ -726,6 +726,7 @@ def _find(
     levels: Levels | None = None,
     strict: bool = False,
 ) -> Found:
+    source = as_frame(source)
     if isinstance(source, str) and source not in NAMES and is_place(source):
         place = locate(source)
         if not isinstance(place, Path):
@@ -756,7 +757,7 @@ def _find(
         )
 
     if not isinstance(source, str | Path):
-        kind = f"an object of type {type(source).__name__}"
+        kind = _kind_of(source)
         if label is not None and not for_model:
             raise ValueError(f"{kind} has no label {label!r}; give the labels as labels=")
         names = _names_of(source)
@@ -1028,13 +1029,24 @@ def _npz_part(
     return None
 
 
+def _kind_of(source: object) -> str:
+    """Say what data in memory are."""
+    if isinstance(source, np.ndarray):
+        return "an array"
+    if hasattr(source, "detach"):
+        return "a tensor"
+    if hasattr(source, "columns"):
+        return "a data frame"
+    return f"an object of type {type(source).__name__}"
+
+
 def _as_array(source: object) -> Array:
     """Convert an array, tensor, data frame, nested list or map-style data set to an array."""
     is_sequence = isinstance(source, np.ndarray | list | tuple)
     if is_sequence or hasattr(source, "detach") or hasattr(source, "__array__"):
         array = as_array(source)
-        is_frame = hasattr(source, "columns") and array.dtype == object and array.ndim == 2
-        return _numbers(array, _names_of(source)) if is_frame else array
+        of_objects = array.dtype == object and array.ndim == 2
+        return _numbers(array, _names_of(source)) if of_objects else array
 
     if isinstance(source, Mapping):
         keys = _listed([str(key) for key in source])
@@ -1049,7 +1061,7 @@ def _as_array(source: object) -> Array:
 
 
 def _numbers(values: Array, names: tuple[str, ...]) -> Array:
-    """Make numbers of a data frame whose columns differ in type, and NaN of what is missing."""
+    """Make numbers of a table whose columns differ in type, and NaN of what is missing."""
     numbers = np.full(values.shape, np.nan)
     bad = []
     for j, column in enumerate(values.T):

@@ -322,7 +322,8 @@ def read_table(path: Path, limits: Limits = DEFAULT_LIMITS) -> Table:
         elif kind in BINARY_FORMATS:
             frame = pl.read_ipc(path)
         else:
-            frame, has_names, notes = _read_text(path, kind, limits)
+            frame, layout, notes = _read_text(path, kind, limits)
+            has_names = layout.has_names
     except (pl.exceptions.PolarsError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"it is damaged, or no {kind[1:]} file ({reason})") from error
@@ -405,6 +406,9 @@ def write_filled(
 ) -> Path:
     """Write a table again, with other values in some cells.
 
+    From text to text, the other cells keep their characters, so that 007 does not become 7, and the
+    new cells are written as the file writes them: with its separator and its decimal commas.
+
     Args:
         path: Path of the new file.
         source: Path of the table. Its order of columns, and those that are not named, stay.
@@ -422,34 +426,73 @@ def write_filled(
     if not table.has_names or not set(names) <= set(frame.columns):
         names = [column.name for column in table.columns]
 
+    is_text = _format(path) in TEXT_FORMATS and _format(source) in TEXT_FORMATS
+    if is_text:
+        raw, layout, _ = _read_text(source, _format(source), DEFAULT_LIMITS, is_raw=True)
+    written = raw if is_text else frame
     triples = zip(names, values.T, filled.T, strict=True)
     for number, (name, column, gaps) in enumerate(triples):
-        if gaps.any() and number in (levels or {}):
-            cells = _cells(frame[name])
-            found = level_values(column.tolist(), (levels or {})[number])
-            cells = [new if gap else old for old, new, gap in zip(cells, found, gaps, strict=True)]
-            series = pl.Series(name, cells, strict=False)
-            if frame[name].dtype not in (pl.Null, pl.Categorical, pl.Enum):
-                # A level of text does not fit into numbers, and a column without values is of none.
-                with contextlib.suppress(pl.exceptions.PolarsError):
-                    series = series.cast(frame[name].dtype)
-            frame = frame.with_columns(series)
-        elif gaps.any():
-            # Whole numbers and flags become real numbers where a gap is filled.
-            old = frame[name].cast(pl.Float64)
+        if not gaps.any():
+            continue
+        if number in (levels or {}):
+            found = level_values(column[gaps].tolist(), (levels or {})[number])
+        else:
             # The shortest decimals of a float32, and not all of those of its float64.
             found = [float(str(value)) for value in column[gaps]]
-            new = old.scatter(np.flatnonzero(gaps), found)
-            frame = frame.with_columns(new.alias(name))
-    return write_frame(path, frame)
+        old = frame[name]
+        if is_text:
+            spelled = _spelled(found, old, raw[name], with_commas=layout.has_commas)
+            series = raw[name].scatter(np.flatnonzero(gaps), spelled)
+        elif number in (levels or {}):
+            series = _with_levels(old, np.flatnonzero(gaps), found)
+        else:
+            # Whole numbers and flags become real numbers where a gap is filled.
+            series = old.cast(pl.Float64).scatter(np.flatnonzero(gaps), found)
+        written = written.with_columns(series.alias(name))
+    if is_text:
+        return write_frame(path, written, layout.separator, has_names=layout.has_names)
+    return write_frame(path, written)
 
 
-def write_frame(path: Path, frame: Frame) -> Path:
+def _spelled(
+    values: list[Any],
+    column: Any,  # noqa: ANN401 (polars)
+    raw: Any,  # noqa: ANN401 (polars)
+    *,
+    with_commas: bool,
+) -> list[str]:
+    """Write values as a column of text writes them, where it has the same ones."""
+    if column.dtype.is_numeric():
+        texts = [str(value) for value in values]
+        return [text.replace(".", ",") for text in texts] if with_commas else texts
+    known = dict(zip(_cells(column), raw.to_list(), strict=True))
+    return [known.get(value, str(value)) for value in values]
+
+
+def _with_levels(series: Any, rows: Array, values: list[Any]) -> Any:  # noqa: ANN401 (polars)
+    """Put levels into some cells of a column."""
+    pl = _polars()
+    cells = _cells(series)
+    for row, value in zip(rows.tolist(), values, strict=True):
+        cells[row] = value
+    filled = pl.Series(series.name, cells, strict=False)
+    if series.dtype not in (pl.Null, pl.Categorical, pl.Enum):
+        # A level of text does not fit into numbers, and a column without values is of none.
+        with contextlib.suppress(pl.exceptions.PolarsError):
+            return filled.cast(series.dtype)
+    return filled
+
+
+def write_frame(
+    path: Path, frame: Frame, separator: str | None = None, *, has_names: bool = True
+) -> Path:
     """Write a polars frame, of the format that the ending of the file names.
 
     Args:
         path: Path of the file, with an ending of :data:`SUFFIXES`.
         frame: The frame. NaN becomes an empty cell in files of text.
+        separator: Separator of columns in files of text. None takes that of the format.
+        has_names: Whether the first line of files of text holds the names of the columns.
 
     Returns:
         The path.
@@ -470,7 +513,8 @@ def write_frame(path: Path, frame: Frame) -> Path:
             frame.write_ipc(temporary)
         else:
             frame = frame.with_columns(pl.selectors.float().fill_nan(None))
-            text = frame.write_csv(separator=TEXT_FORMATS[kind]).encode()
+            separator = separator or TEXT_FORMATS[kind]
+            text = frame.write_csv(separator=separator, include_header=has_names).encode()
             is_packed = path.name.lower().endswith(".gz")
             content = gzip.compress(text) if is_packed else text
             Path(temporary).write_bytes(content)
@@ -494,8 +538,10 @@ def _format(path: Path) -> str:
     return "" if is_packed and suffix not in TEXT_FORMATS else suffix
 
 
-def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list[str]]:
-    """Read a file of text; return whether it names its columns, and notes."""
+def _read_text(
+    path: Path, kind: str, limits: Limits, *, is_raw: bool = False
+) -> tuple[Frame, "_Layout", list[str]]:
+    """Read a file of text, or its cells as they are; return how it is laid out, and notes."""
     pl = _polars()
     content = _unpacked(path, limits) if path.name.lower().endswith(".gz") else None
     with path.open("rb") if content is None else io.BytesIO(content) as file:
@@ -517,7 +563,8 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
         start = _start(io.BytesIO(content))
         notes.append(f"the text is {encoding}")
 
-    separator, has_names, has_commas, names = _layout(start, kind)
+    layout = _layout(start, kind)
+    separator, has_names, has_commas, names = layout
     if separator != TEXT_FORMATS[kind]:
         notes.append(f"columns are separated by {separator!r}")
     if has_commas:
@@ -533,6 +580,8 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
         "try_parse_dates": True,
         "eol_char": "\n" if b"\n" in start else "\r",
     }
+    if is_raw:
+        options |= {"infer_schema": False, "null_values": None, "decimal_comma": False}
     source: Any = path if content is None else content
     try:
         frame = pl.read_csv(source, infer_schema_length=INFERRED_ROWS, **options)
@@ -552,7 +601,7 @@ def _read_text(path: Path, kind: str, limits: Limits) -> tuple[Frame, bool, list
     frame.columns = names
     note = _cut_off(source, separator, len(names))
     frame, note_of_end = _without_end(frame, source)
-    return frame, has_names, [*notes, *note, *note_of_end]
+    return frame, layout, [*notes, *note, *note_of_end]
 
 
 class _Layout(NamedTuple):
