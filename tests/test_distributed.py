@@ -94,12 +94,19 @@ def test_two_processes_give_the_curve_of_one(by_two, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_stopped_and_killed_resume_bit_for_bit(by_two, tmp_path):
+@pytest.mark.parametrize("processes", ["2", "4"])
+def test_processes_stopped_and_killed_resume_bit_for_bit(request, processes, tmp_path):
     """Training goes on where it ended, after SIGTERM in stage 1 and SIGKILL in stage 2.
 
-    SIGTERM ends both processes with a checkpoint at the current step.
+    SIGTERM ends all processes with a checkpoint at the current step. A sum of two numbers has one
+    order, and one of four has several.
     """
-    run, arguments = Run(tmp_path / "run"), ["--out", tmp_path / "run", *OPTIONS, "--devices", "2"]
+    if processes == "2":
+        whole = request.getfixturevalue("by_two")
+    else:
+        whole = trained(tmp_path / "whole", "--devices", processes)
+    run = Run(tmp_path / "run")
+    arguments = ["--out", run.folder, *OPTIONS, "--devices", processes]
     for rows, number, code in ((1, signal.SIGTERM, 143), (4, signal.SIGKILL, -signal.SIGKILL)):
         with subprocess.Popen(
             [*TRAIN, *map(str, arguments)],
@@ -120,8 +127,8 @@ def test_processes_stopped_and_killed_resume_bit_for_bit(by_two, tmp_path):
         arguments = ["--quiet", "--resume", run.folder]
     done = run_command(*TRAIN, *arguments)
     assert done.returncode == 0, done.stderr
-    assert_same_files(run, by_two)
-    assert without_times(run.history()) == without_times(by_two.history())
+    assert_same_files(run, whole)
+    assert without_times(run.history()) == without_times(whole.history())
 
 
 def workers_of(process):

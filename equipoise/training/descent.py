@@ -11,13 +11,16 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from equipoise.config import TrainConfig
-from equipoise.gaussian import Randomness
+from equipoise.gaussian import Randomness, SharedGenerator
 from equipoise.model import VAE
 from equipoise.objectives import Terms
 from equipoise.stages import Stage
 from equipoise.training.clipping import RelativeClipping
 from equipoise.training.engine import all_reduce_with_gradient
 from equipoise.training.setup import choose_stage_two, make_objective, parameter_groups
+
+PASSED = 2
+"""Examples of a process in the pass from which the order of gradients is learned."""
 
 
 class Descent:
@@ -68,6 +71,8 @@ class Descent:
         self.optimizer: torch.optim.Optimizer
         self.objective, self.optimizer = fabric.setup(objective, optimizer)
         self.parameters = list(self.objective.parameters())
+        if fabric.world_size > 1:
+            self._settle()
         self.rates: list[Tensor] | None = None
         if is_on_gpu:
             self.rates = [torch.zeros((), device=fabric.device) for _ in groups]
@@ -184,6 +189,29 @@ class Descent:
         self._tell_rates()
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+    def _settle(self) -> None:
+        """Let the processes find the order in which gradients arrive, before the first step.
+
+        They sum gradients in blocks of this order, which they learn from their first pass, and the
+        order in which numbers are added follows from their place in the block. Otherwise the first
+        step of a training that goes on would round other sums than that of one that never stopped.
+        """
+        model, device = self.model, self.fabric.device
+        buffers = {name: value.clone() for name, value in model.named_buffers()}
+        x = torch.zeros(PASSED, *model.shape, device=device)
+        if model.memory_format is torch.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        n, rank = PASSED * self.fabric.world_size, self.fabric.global_rank
+        drawn = torch.Generator(device).manual_seed(0)
+
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # which dropout draws from
+            terms = self.objective(x, SharedGenerator(drawn, n, rank, self.fabric.world_size))
+            self.fabric.backward(terms.loss.sum())
+        self.optimizer.zero_grad()
+        for name, value in model.named_buffers():
+            value.copy_(buffers[name])
 
     def _update(self) -> None:
         """Let the optimiser step, on a GPU with the rates that are there."""
