@@ -67,6 +67,12 @@ def test_one_class_tables_at_their_smallest_size(run):
     assert content["summary"]["equipoise, default"]["tables"] in (1, 2)
 
 
+def test_small_tables_at_their_smallest_size(run):
+    content = run("small_tables")
+    assert all(0 <= row["within"]["1"] <= row["within"]["1.96"] <= 1 for row in content["rows"])
+    assert content["summary"]["three factors, 30 x 5"]["gain per column"]["n"] == 2
+
+
 def test_mixture_gpu_at_its_smallest_size(run):
     rows = run("mixture_gpu")["rows"]
     assert [row["place"] for row in rows] == ["on the device", "on disk", "on disk"]
