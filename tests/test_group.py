@@ -381,7 +381,8 @@ def test_processes_of_srun_take_their_ranks_from_slurm(monkeypatch):
     fabric = engine_within(monkeypatch, TASK | tasks, devices=2, num_nodes=2)
     environment = fabric.strategy.cluster_environment
     assert isinstance(environment, SLURMEnvironment)
-    assert (environment.world_size(), environment.global_rank(), environment.node_rank()) == (4, 3, 1)
+    ranks = environment.global_rank(), environment.local_rank(), environment.node_rank()
+    assert (environment.world_size(), *ranks) == (4, 3, 1, 1)
 
 
 @pytest.mark.parametrize("more", [{}, {"SLURM_NTASKS_PER_NODE": "2"}])
