@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
-from equipoise.config import ConfigError
+from equipoise.config import ConfigError, TrainConfig
 from equipoise.files import StoreError
 from equipoise.run import Run
 from equipoise.training import engine
@@ -343,3 +346,48 @@ def test_a_port_that_is_taken_is_named(tmp_path):
     assert done.returncode == 1
     assert f"cannot meet at 127.0.0.1, port {port}: " in done.stderr
     assert "Address already in use" in done.stderr
+
+
+# ---- Slurm
+
+TASK = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+TASK |= {"SLURM_NODEID": "0", "SLURM_NTASKS": "1"}
+
+
+def engine_within(monkeypatch, variables, **options):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return engine.make_fabric(TrainConfig(accelerator="cpu", **options))
+
+
+def test_a_machine_that_has_srun_trains_without_it_and_without_a_word(monkeypatch, tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\n")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert engine_within(monkeypatch, {}).world_size == 1
+
+
+def test_the_shell_of_a_batch_job_starts_its_processes_itself(monkeypatch):
+    fabric = engine_within(monkeypatch, TASK, devices=2)
+    assert isinstance(fabric.strategy.cluster_environment, LightningEnvironment)
+
+
+def test_processes_of_srun_take_their_ranks_from_slurm(monkeypatch):
+    tasks = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}
+    tasks |= {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NNODES": "2"}
+    fabric = engine_within(monkeypatch, TASK | tasks, devices=2, num_nodes=2)
+    environment = fabric.strategy.cluster_environment
+    assert isinstance(environment, SLURMEnvironment)
+    ranks = environment.global_rank(), environment.local_rank(), environment.node_rank()
+    assert (environment.world_size(), *ranks) == (4, 3, 1, 1)
+
+
+@pytest.mark.parametrize("more", [{}, {"SLURM_NTASKS_PER_NODE": "2"}])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_another_number_of_processes_than_srun_has_started_is_refused(monkeypatch, more, devices):
+    tasks = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"} | more
+    with pytest.raises(ConfigError, match=rf"started 2 processes.*--ntasks-per-node={devices}"):
+        engine_within(monkeypatch, TASK | tasks, devices=devices)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -272,11 +273,35 @@ def server():
     server.stop()
 
 
+@pytest.fixture(scope="module")
+def google():
+    """A stand-in for Google's object store on this machine, with a bucket."""
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        # Read as gcsfs is imported. Otherwise it asks Google of what kind each bucket is.
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        pytest.importorskip("gcsfs")
+        server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+        server.start()
+        yield "gs://bucket"
+        server.stop()
+
+
+@pytest.fixture
+def store(request):
+    """The object store that a test names."""
+    return request.getfixturevalue(request.param)
+
+
 def start(folder, address, *more, inside=(), **variables):
     """Train from the object store into it, on a machine that has only this folder."""
     folder.mkdir(exist_ok=True)
     options = [f"{name}={value}" for name, value in OPTIONS.items()]
-    line = [sys.executable, "-m", "equipoise", "train", "s3://bucket/parts", "--stream", "--quiet"]
+    source = f"{address.rpartition('/')[0]}/parts"
+    line = [sys.executable, "-m", "equipoise", "train", source, "--stream", "--quiet"]
     line += [*more, "--resume", "auto", "--out", address, "--set", *options, "stage_1_epochs=8"]
     return subprocess.Popen(
         [*inside, *line],
@@ -302,20 +327,22 @@ def ended(*processes):
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_from_an_object_store(server, tmp_path):
+@pytest.mark.parametrize("store", ["server", "google"], indirect=True)
+def test_a_killed_process_goes_on_from_an_object_store(store, tmp_path):
     """SIGKILL at any moment, and another machine without the folder of the first."""
-    copy(table(tmp_path / "parts"), Place(f"{server}/parts"))
-    with start(tmp_path / "one", f"{server}/run") as killed:
-        wait_for_checkpoint(f"{server}/run", [killed])
+    copy(table(tmp_path / "parts"), Place(f"{store}/parts"))
+    with start(tmp_path / "one", f"{store}/run") as killed:
+        wait_for_checkpoint(f"{store}/run", [killed])
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
     assert killed.returncode == -signal.SIGKILL
 
-    told = ended(start(tmp_path / "two", f"{server}/run"))
-    told += ended(start(tmp_path / "whole", f"{server}/whole"))
+    told = ended(start(tmp_path / "two", f"{store}/run"))
+    told += ended(start(tmp_path / "whole", f"{store}/whole"))
     assert "Resumed step-" in told
     assert "loopback-secret" not in told
-    runs = [Run(tmp_path / "two/runs/s3/bucket/run"), Run(tmp_path / "whole/runs/s3/bucket/whole")]
+    copies = f"runs/{store.partition(':')[0]}/bucket"
+    runs = [Run(tmp_path / "two" / copies / "run"), Run(tmp_path / "whole" / copies / "whole")]
     assert_same_files(*runs)
     assert b"loopback" not in b"".join(
         file.read_bytes() for file in runs[0].folder.rglob("*.json*") if file.is_file()

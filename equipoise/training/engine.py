@@ -12,10 +12,12 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from equipoise.config import TrainConfig
+from equipoise.config import ConfigError, TrainConfig
 from equipoise.processes import Processes, choose_device
 from equipoise.training.exchange import MAX_BYTES, Message, blank_tensors, pack, unpack
 from equipoise.training.group import STARTER, Group
@@ -29,11 +31,13 @@ def make_fabric(config: TrainConfig) -> Fabric:
     Args:
         config: Options ``accelerator``, ``precision``, ``devices`` and ``num_nodes``. ``torchrun``
             and ``fabric run`` have started the processes already, and decide on their number.
+            ``srun`` has started them, too, and their number must be that of the options.
 
     Returns:
         Fabric, with distributed data parallelism if there are several processes.
 
     Raises:
+        ConfigError: If ``srun`` has started another number of processes.
         ValueError: If the configuration needs CUDA, and there is no CUDA device.
     """
     accelerator = choose_device(config.accelerator).type
@@ -46,16 +50,47 @@ def make_fabric(config: TrainConfig) -> Fabric:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         num_nodes = int(os.environ["WORLD_SIZE"]) // devices
 
+    plugins = None
     with warnings.catch_warnings():
-        # Where Slurm is installed, it may be used by other programs.
-        warnings.filterwarnings("ignore", message="The `srun` command is available")
+        # Whoever trains without srun on a machine that has it has a reason.
+        warnings.filterwarnings("ignore", "The `srun` command is available")
+        if _is_within_slurm():
+            # The shell of a batch job is one task, and starts processes as on any machine.
+            if "SLURM_STEP_ID" in os.environ:
+                _check_tasks(devices, num_nodes)
+            else:
+                plugins = LightningEnvironment()
+
         return Fabric(
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
             precision=config.precision,
             strategy=Group() if devices * num_nodes > 1 else "auto",
+            plugins=plugins,
         )
+
+
+def _is_within_slurm() -> bool:
+    """Tell whether Fabric would take the number and the ranks of the processes from Slurm."""
+    is_launched = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    return SLURMEnvironment.detect() and not is_launched and "LT_CLI_USED" not in os.environ
+
+
+def _check_tasks(devices: int, num_nodes: int) -> None:
+    """Refuse another number of processes than srun has started."""
+    tasks = int(os.environ["SLURM_NTASKS"])
+    per_node = os.environ.get("SLURM_NTASKS_PER_NODE", "1" if tasks == 1 else "")
+    if (per_node, tasks) == (str(devices), devices * num_nodes):
+        return
+
+    raise ConfigError(
+        [
+            f"srun has started {tasks} processes, and devices={devices} with "
+            f"num_nodes={num_nodes} are {devices * num_nodes}: give srun --nodes={num_nodes} and "
+            f"--ntasks-per-node={devices}, or the options that go with its tasks"
+        ]
+    )
 
 
 def launch(fabric: Fabric, say: Callable[[str], None] = lambda text: None) -> None:
