@@ -49,7 +49,7 @@ def measure(table, n, seed, options):
 
     cross_fitted, scores = model.held_out_scores_, model.score_samples(fresh)
     separate, scores = np.split(scores, [len(cross_fitted)])
-    validation = model.score_samples(model._held_out.numpy())
+    validation = model.score_samples(model._threshold.rows.numpy())
     held_out = {"validation": validation, "cross-fitted": cross_fitted, "separate": separate}
     return {
         "n_validation": len(validation),

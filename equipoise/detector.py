@@ -44,8 +44,13 @@ def _detector_class() -> Any:  # noqa: ANN401 (a class of PyOD)
             self.estimator = estimator
 
         def fit(self, X: object, y: object = None) -> "VAEDetector":
-            """Fit to a table, and score its rows."""
+            """Fit to a table, and score its rows. As in PyOD, y is not learned from."""
             model = clone(VAEEstimator() if self.estimator is None else self.estimator)
+            if model.conditional:
+                raise ValueError(
+                    "detectors of PyOD read no labels of rows: take an estimator without "
+                    "conditional, or VAEEstimator(contamination=...).fit_predict(x, y)"
+                )
             model.set_params(contamination=self.contamination, false_alarm_rate=None)
             self.estimator_ = model.fit(X)
             self._set_n_classes(y)

@@ -6,8 +6,9 @@ Training, bounds and mixture are those of the other modules.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,11 +32,7 @@ from torch import Tensor, nn
 from equipoise.aggregate import GaussianMixture
 from equipoise.categories import Likelihood, joined, mode_of
 from equipoise.config import EARLIER_VALUES, TrainConfig, make_config
-from equipoise.conformal import (
-    FALSE_ALARM_RATE,
-    conformal_p_values,
-    conformal_threshold,
-)
+from equipoise.conformal import conformal_p_values
 from equipoise.contamination import near_rows
 from equipoise.correlated_noise import CorrelatedNoise
 from equipoise.data import Data, load, load_examples
@@ -48,16 +45,8 @@ from equipoise.estimate import Estimate
 from equipoise.files import StoreError
 from equipoise.gaps import column_means, column_vars
 from equipoise.gaussian import standard_normal_log_prob
-from equipoise.held_out import (
-    MAX_REFERENCE,
-    Reference,
-    held_out_by_gaps,
-    judged_scores,
-    log_densities,
-    of_complete,
-    without_gaps,
-)
-from equipoise.labels import has_label, label_number, labels_of, unlabelled
+from equipoise.held_out import MAX_REFERENCE, judged_scores, log_densities
+from equipoise.labels import has_label, label_number, unlabelled
 from equipoise.levels import Level, level_values
 from equipoise.metrics.explanation import Explanation, explain
 from equipoise.model import VAE, encode_all
@@ -74,11 +63,11 @@ from equipoise.run import Row
 from equipoise.sources import fit_aggregate, mixture_warnings, ready_source, sample_source
 from equipoise.store import (
     read_tensors,
-    restore_labels,
     restore_mixture,
     restore_model,
     write_tensors,
 )
+from equipoise.threshold import Threshold
 from equipoise.training.diagnostics import warnings_for
 from equipoise.training.passes import EVALUATION_BATCH
 from equipoise.training.setup import (
@@ -220,8 +209,8 @@ class VAEEstimator(
         noise_correlation_: Form of the correlation of the errors, "none", "full", "low-rank" or
             "bands": what was chosen if ``noise_correlation`` is "auto" or None.
         label_names_: Names of the labels of a conditional model, otherwise empty.
-        offset_: Score below which an example is odd, nats. ``decision_function`` is the score
-            minus this number.
+        offset_: Score below which an example without gaps and label is odd, nats.
+            ``decision_function`` is the score minus this number, or one that is found likewise.
         false_alarm_rate_: The rate that ``offset_`` has, see ``false_alarm_rate``. NaN if
             ``contamination`` set the threshold.
         held_out_scores_: Scores of held-out examples, at most 1,000, in ascending order. Where at
@@ -324,8 +313,11 @@ class VAEEstimator(
         plain, self.table_scores_ = self._cross_fitted(examples, labels, self.contamination)
         self.usual_ = self.table_scores_ >= np.quantile(self.table_scores_, self.contamination)
         self._fit_array(examples[self.usual_], _chosen(labels, self.usual_))
-        self._set_offset(float(np.quantile(plain, self.contamination)), math.nan)
-        return self
+        offset, labelled = (
+            float(np.quantile(scores, self.contamination)) for scores in (plain, self.table_scores_)
+        )
+        labelled_offset = None if labels is None else labelled
+        return self._judge_by(self._threshold.moved_to(offset, labelled_offset))
 
     def _fit_array(self, examples: Array, labels: list[Any] | None) -> "VAEEstimator":
         """Train on examples that are checked, with the numbers of levels for categories."""
@@ -575,8 +567,9 @@ class VAEEstimator(
         """
         raw = self._raw(x, y)
         scores = self._scores(raw)
-        for rows, held_out in self._by_gaps(raw):
-            scores[rows] -= self._threshold_of(held_out)
+        for rows, held_out in self._kinds(raw):
+            with_label = bool(has_label(raw)[torch.from_numpy(rows)].any())
+            scores[rows] -= self._threshold.below(held_out, with_label=with_label)
         return scores
 
     def predict(self, x: object, *, y: object = None) -> NDArray[np.int64]:
@@ -605,7 +598,7 @@ class VAEEstimator(
         raw = self._raw(x, y)
         scores = self._scores(raw)
         p_values = np.empty(len(raw))
-        for rows, held_out in self._by_gaps(raw):
+        for rows, held_out in self._kinds(raw):
             p_values[rows] = conformal_p_values(scores[rows], held_out)
         return p_values
 
@@ -628,8 +621,7 @@ class VAEEstimator(
             ValueError: If there are too few examples for the rate.
         """
         raw = self._raw(x, y)[:MAX_REFERENCE]
-        self._set_threshold(self._scores, raw)
-        return self
+        return self._judge_by(Threshold.of(self._scores, raw, self.false_alarm_rate))
 
     def explain(self, x: object, *, y: object = None) -> Explanation:
         r"""Say in which values an example is odd.
@@ -675,19 +667,15 @@ class VAEEstimator(
 
         parts = nn.ModuleDict({"model": self.model_, "mixture": self.mixture_})
         tensors = parts.state_dict()
-        if hasattr(self, "offset_"):
-            description |= {"offset": self.offset_}
-            if not math.isnan(self.false_alarm_rate_):
-                description |= {"rate": self.false_alarm_rate_}
-            tensors[f"{DECISION}scores"] = torch.from_numpy(self.held_out_scores_)
-            if len(self._labelled_scores) > 0:
-                tensors[f"{DECISION}labelled"] = torch.from_numpy(self._labelled_scores)
-            rows = self._held_out
-            if rows is not None and bool(rows.isnan().any()):
-                tensors[f"{DECISION}rows"] = unlabelled(rows)
-                labels = labels_of(rows)
-                if labels is not None:
-                    tensors[f"{DECISION}labels"] = labels
+        threshold = getattr(self, "_threshold", None)
+        if threshold is not None:
+            description["offset"] = threshold.offset
+            if not math.isnan(threshold.rate):
+                description["rate"] = threshold.rate
+            if threshold.labelled_offset is not None:
+                description["labelled_offset"] = threshold.labelled_offset
+            for name, tensor in threshold.tensors().items():
+                tensors[f"{DECISION}{name}"] = tensor
         write_tensors(Path(path), "estimator", tensors, description)
 
     @classmethod
@@ -753,8 +741,15 @@ class VAEEstimator(
         # Estimators of earlier releases have no other.
         estimator._adopt(model, mixture, description.get("prior", "prior"))
         if "offset" in description:
-            estimator._set_offset(description["offset"], description.get("rate", math.nan))
-            estimator._take_held_out(decision, str(path))
+            threshold = Threshold.restore(
+                description["offset"],
+                description.get("rate", math.nan),
+                decision,
+                model,
+                str(path),
+                description.get("labelled_offset"),
+            )
+            estimator._judge_by(threshold)
         return estimator
 
     @property
@@ -900,6 +895,9 @@ class VAEEstimator(
         rate, contamination = self.false_alarm_rate, self.contamination
         if rate is not None and contamination is not None:
             raise ValueError("give one of false_alarm_rate and contamination, which sets it too")
+        for name, value in (("false_alarm_rate", rate), ("contamination", contamination)):
+            if value is not None and not isinstance(value, Real):
+                raise ValueError(f"{name} must be a number or None, got {value!r}")
         if rate is not None and not 0 < rate < 1:
             raise ValueError(f"false_alarm_rate must be above 0 and below 1, got {rate:g}")
         if contamination is not None and not 0 < contamination <= 0.5:
@@ -944,84 +942,29 @@ class VAEEstimator(
         judges = list(without_each_fold(model, fit))
         log_prior = self._log_priors()[self.prior_]
         raw = as_tensor(data.validation.take(slice(MAX_REFERENCE)))
-        self._set_threshold(lambda x: judged_scores(judges, x, log_prior), raw)
+        self._judge_by(
+            Threshold.of(lambda x: judged_scores(judges, x, log_prior), raw, self.false_alarm_rate)
+        )
 
-    def _set_threshold(
-        self, scores_of: Callable[[Tensor], Float64[np.ndarray, " m"]], raw: Tensor
-    ) -> None:
-        """Set the threshold by held-out scores, and keep the examples for rows with gaps."""
-        is_complete, given = without_gaps(raw), has_label(raw).numpy()
+    def _judge_by(self, threshold: Threshold) -> "VAEEstimator":
+        """Set the attributes of a threshold."""
+        self._threshold = threshold
+        self.offset_, self.false_alarm_rate_ = threshold.offset, threshold.rate
+        self.held_out_scores_ = threshold.known.plain
+        return self
 
-        scores = of_complete(scores_of(unlabelled(raw)), is_complete, self.false_alarm_rate)
-        self.held_out_scores_ = np.sort(scores)
-        rate = self.false_alarm_rate
-        if rate is None:
-            rate = max(FALSE_ALARM_RATE, 1 / (1 + len(scores)))
-        self._set_offset(conformal_threshold(self.held_out_scores_, rate), rate)
-
-        self._labelled_scores = np.empty(0)
-        if given.any():
-            scores = of_complete(scores_of(raw)[given], is_complete[given])
-            self._labelled_scores = np.sort(scores)
-        self._held_out = raw if raw.ndim == 2 else None
-
-    def _set_offset(self, offset: float, rate: float) -> None:
-        self.offset_ = offset
-        self.false_alarm_rate_ = rate
-
-    def _take_held_out(self, tensors: dict[str, Tensor], what: str) -> None:
-        """Take the held-out scores and rows of a file."""
-        scores, rows = tensors.pop("scores", None), tensors.pop("rows", None)
-        # Files of earlier releases, and of models without labels, have no such scores.
-        with_label = tensors.pop("labelled", torch.empty(0, dtype=torch.float64))
-        labels = tensors.pop("labels", None)
-        if scores is None or tensors:
-            raise StoreError(f"{what} has no held-out scores beside its threshold.")
-        if any(part.dtype != torch.float64 or part.ndim != 1 for part in (scores, with_label)):
-            raise StoreError(f"{what} has no held-out scores beside its threshold.")
-        if rows is not None and (
-            rows.dtype != torch.float32 or rows.shape[1:] != self.model_.shape
-        ):
-            raise StoreError(f"{what} has held-out rows of another shape than the model's.")
-        self.held_out_scores_ = np.sort(scores.numpy())
-        self._labelled_scores = np.sort(with_label.numpy())
-        self._held_out = None
-        if rows is not None:
-            self._held_out = restore_labels(rows, labels, self.label_names_, what)
-
-    def _by_gaps(self, raw: Tensor) -> Iterator[tuple[NDArray[np.bool_], Array]]:
+    def _kinds(self, raw: Tensor) -> Iterator[tuple[NDArray[np.bool_], Array]]:
         """Find the held-out scores that each example is compared with."""
-        if not hasattr(self, "offset_"):
+        if not hasattr(self, "_threshold"):
             raise ValueError(
                 "this file is of an earlier release, and has no threshold; "
                 "set one by calibrate(x) with ordinary examples that were not trained on"
             )
-        if len(self._labelled_scores) == 0 and bool(has_label(raw).any()):
-            raise ValueError(
-                "no held-out example has a label to compare with: leave out y, or set the "
-                "threshold by calibrate(x, y) with examples that have one"
-            )
-        yield from held_out_by_gaps(
-            self.model_,
-            raw,
-            self._held_out,
-            self._log_priors()[self.prior_],
-            complete=Reference(self.held_out_scores_, self._labelled_scores),
-        )
+        yield from self._threshold.by_kind(self.model_, raw, self._log_priors()[self.prior_])
 
     def _scores(self, raw: Tensor, importance_samples: int = 20) -> Float64[np.ndarray, " n"]:
         log_prior = self._log_priors()[self.prior_]
         return log_densities(self.model_, raw, log_prior, importance_samples)
-
-    def _threshold_of(self, held_out: Float64[np.ndarray, " m"]) -> float:
-        """Set a threshold on other scores as ``offset_`` is set on those of complete rows."""
-        if held_out is self.held_out_scores_:
-            return self.offset_
-        if math.isnan(self.false_alarm_rate_):
-            share = (self.held_out_scores_ < self.offset_).mean()
-            return float(np.quantile(held_out, share))
-        rate = max(self.false_alarm_rate_, 1 / (1 + len(held_out)))
-        return conformal_threshold(held_out, rate)
 
     def _log_priors(self) -> dict[str, LogPrior]:
         return {"prior": standard_normal_log_prob, "mixture": self.mixture_.log_prob}

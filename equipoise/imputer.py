@@ -10,7 +10,7 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from equipoise.data.dataset import Array
-from equipoise.data.levels import encode_frame
+from equipoise.data.levels import as_frame, encode_frame
 from equipoise.estimator import VAEEstimator
 from equipoise.imputation import Imputation, impute
 
@@ -91,6 +91,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
         Raises:
             ValueError: If the table cannot be used, such as one with a column that has no value.
         """
+        x = as_frame(x)
         self._table(encode_frame(x).frame if _has_names(x) else x, reset=True)
         estimator = self.estimator
         if estimator is None:

@@ -440,6 +440,7 @@ class EstimatorDescription(TypedDict):
     feature_names: list[str]
     frames: NotRequired[Literal["pandas", "polars"]]
     offset: NotRequired[float]
+    labelled_offset: NotRequired[float]
     rate: NotRequired[Annotated[float, Meta(gt=0, lt=1)]]
 
 

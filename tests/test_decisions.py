@@ -1,5 +1,6 @@
 """Thresholds that go with a model: their false alarms, and what they say of odd examples."""
 
+import dataclasses
 import math
 import warnings
 
@@ -22,6 +23,7 @@ from equipoise.data import load
 from equipoise.detector import pyod_detector
 from equipoise.files import StoreError
 from equipoise.gaussian import standard_normal_log_prob
+from equipoise.held_out import Reference
 from equipoise.metrics.explanation import explain
 from equipoise.model import VAE
 
@@ -143,7 +145,7 @@ def test_scores_are_cross_fitted_over_the_correlation_of_the_errors():
     order = np.random.default_rng(0).permutation(len(x))
     options = QUICK | {"latent_dim": 8, "width": 16}
     vae = VAEEstimator(**options, stage_1_epochs=10, noise_correlation="full").fit(x[order[:400]])
-    in_sample = np.sort(vae.score_samples(vae._held_out.numpy()))
+    in_sample = np.sort(vae.score_samples(vae._threshold.rows.numpy()))
     fresh = vae.score_samples(x[order[400:]])
     assert vae.held_out_scores_.mean() < in_sample.mean() - 1
     bias = [
@@ -164,6 +166,12 @@ def test_scores_are_cross_fitted_over_the_correlation_of_the_errors():
 def test_options_out_of_their_domain_are_refused(options, text, table):
     with pytest.raises(ValueError, match=text):
         VAEEstimator(**QUICK, **options).fit(table)
+
+
+def test_a_share_is_a_number(table):
+    # As of scikit-learn's detectors, set as a grid search sets it.
+    with pytest.raises(ValueError, match="contamination must be a number or None, got 'auto'"):
+        VAEEstimator(**QUICK).set_params(contamination="auto").fit(table)
 
 
 def test_outliers_in_the_table_are_left_out_of_the_training(table):
@@ -251,11 +259,11 @@ def test_many_patterns_of_gaps_share_a_bounded_number_of_held_out_rows(monkeypat
     list(held_out.held_out_by_gaps(model, one, reference, standard_normal_log_prob))
     assert scored == [1000]
     scored.clear()
-    known = np.zeros(7)
+    known = Reference(np.zeros(7))
     ((_, found),) = held_out.held_out_by_gaps(
         model, one, reference, standard_normal_log_prob, complete=known
     )
-    assert found is known
+    assert found is known.plain
     assert not scored
 
 
@@ -291,7 +299,8 @@ def test_an_explanation_has_the_shape_and_names_of_the_data(vae, table):
 
 
 def test_a_file_with_a_damaged_threshold_is_refused(vae, tmp_path, monkeypatch):
-    monkeypatch.setattr(vae, "held_out_scores_", vae.held_out_scores_.astype(np.float32))
+    known = Reference(vae.held_out_scores_.astype(np.float32))
+    monkeypatch.setattr(vae, "_threshold", dataclasses.replace(vae._threshold, known=known))
     vae.save(tmp_path / "vae.safetensors")
     with pytest.raises(StoreError, match="no held-out scores"):
         VAEEstimator.load(tmp_path / "vae.safetensors")
@@ -370,7 +379,7 @@ def test_complete_rows_are_compared_with_complete_rows_of_a_table_with_gaps(tmp_
         table[rng.random(table.shape) < 0.15] = np.nan
     options = QUICK | {"latent_dim": 2, "stage_1_epochs": 20, "validation_fraction": 0.3}
     vae = VAEEstimator(**options, false_alarm_rate=0.1).fit(x)
-    n_complete = int((~np.isnan(vae._held_out.numpy()).any(1)).sum())
+    n_complete = int((~np.isnan(vae._threshold.rows.numpy()).any(1)).sum())
     assert len(vae.held_out_scores_) == n_complete > 50
 
     def shares():

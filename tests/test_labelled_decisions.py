@@ -91,7 +91,7 @@ def test_without_held_out_labels_an_example_with_one_is_not_judged():
     assert vae.predict(x, y=NAMES[y]).shape == (300,)
 
 
-def test_what_is_odd_for_its_label_is_left_out():
+def test_what_is_odd_for_its_label_is_left_out(tmp_path):
     x, y = shifted(300)
     is_odd = np.arange(300) < 15
     labels = NAMES[np.where(is_odd, (y + 1) % 3, y)]
@@ -104,6 +104,13 @@ def test_what_is_odd_for_its_label_is_left_out():
     assert (found == -1).sum() == 15
     assert roc_auc_score(is_odd, -vae.table_scores_) > 0.85
     assert vae.label_names_ == ("a", "b", "c")
+    # The threshold of examples with a label is the quantile of the scores with labels.
+    edge = np.quantile(vae.table_scores_, 0.05)
+    scores = vae.score_samples(x, y=labels)
+    np.testing.assert_allclose(vae.decision_function(x, y=labels), scores - edge, rtol=1e-6)
+    vae.save(tmp_path / "vae.safetensors")
+    loaded = VAEEstimator.load(tmp_path / "vae.safetensors")
+    np.testing.assert_array_equal(loaded.predict(x, y=labels), vae.predict(x, y=labels))
     # Without their labels, they are usual.
     assert abs((vae.predict(x[is_odd]) == -1).mean() - (vae.predict(x) == -1).mean()) < 0.15
 

@@ -132,7 +132,17 @@ def test_tables_of_arrow_are_frames_and_lazy_ones_are_refused():
     assert load(table).columns == load(frame).columns
     ours, theirs = VAEEstimator(**QUICK).fit(table), VAEEstimator(**QUICK).fit(frame)
     np.testing.assert_array_equal(ours.score_samples(table), theirs.score_samples(frame))
-    for use in (load, VAEEstimator(**QUICK).fit):
+    of_arrow = table.to_pandas(types_mapper=pd.ArrowDtype)
+    np.testing.assert_array_equal(ours.score_samples(of_arrow), theirs.score_samples(frame))
+    np.testing.assert_array_equal(
+        VAEEstimator(**QUICK).fit(of_arrow).score_samples(frame), theirs.score_samples(frame)
+    )
+    frame.loc[3, "kind"] = None
+    table = arrow.Table.from_pandas(frame, preserve_index=False)
+    filled = VAEImputer(VAEEstimator(**QUICK), random_state=0).fit(table).transform(table)
+    assert filled["kind"].is_null().sum() == 0
+
+    for use in (load, VAEEstimator(**QUICK).fit, VAEImputer().fit):
         with pytest.raises(ValueError, match=r"a lazy frame; give what its method collect\(\)"):
             use(pl.from_pandas(frame).lazy())
 

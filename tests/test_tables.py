@@ -377,12 +377,12 @@ class TestNames:
 
     def test_filled_levels_are_spelled_as_in_the_file(self, tmp_path):
         source = tmp_path / "a.csv"
-        source.write_text("x,kind,flag\n1, red,true\n2,?,false\n3,blue,\n")
-        values = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], np.float32)
-        filled = np.array([[False, False], [True, False], [False, True]])
-        levels = {0: ("blue", "red"), 1: (False, True)}
-        write_filled(tmp_path / "b.csv", source, ["kind", "flag"], values, filled, levels)
-        expected = "x,kind,flag\n1, red,true\n2, red,false\n3,blue,true\n"
+        source.write_text("x,kind,flag,zip\n1, red,true,01\n2,?,false,02\n3,blue,,\n")
+        values = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 1]], np.float32)
+        filled = np.array([[False, False, False], [True, False, False], [False, True, True]])
+        levels = {0: ("blue", "red"), 1: (False, True), 2: (1, 2)}
+        write_filled(tmp_path / "b.csv", source, ["kind", "flag", "zip"], values, filled, levels)
+        expected = "x,kind,flag,zip\n1, red,true,01\n2, red,false,02\n3,blue,true,02\n"
         assert (tmp_path / "b.csv").read_text() == expected
 
 

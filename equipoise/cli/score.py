@@ -102,6 +102,12 @@ def _run(options: Namespace) -> None:
 
         held_out = read_held_out(run, model)
         if held_out is None:
+            if run.held_out_file.exists():
+                terminal.message(
+                    f"Note: {run.held_out_file.name} is not of this model and mixture, or of an "
+                    "earlier release: held-out examples are scored anew, for which their data are "
+                    "needed"
+                )
             with run.exclusive("scores"):
                 held_out = keep_held_out(run, model, mixture.log_prob, own_data())
         known = held_out.known(rate, validation=not options.data)

@@ -251,7 +251,7 @@ def encode_frame(
 def _is_category(series: Any) -> bool:  # noqa: ANN401 (of pandas or polars)
     """Whether a column holds text or flags, or has the type of categories."""
     kind = str(series.dtype).lower()
-    if kind.startswith(("bool", "categor", "enum", "str", "utf8")):
+    if kind.startswith(("bool", "categor", "enum", "str", "utf8", "large_string", "dictionary")):
         return True
     if kind != "object":
         return False

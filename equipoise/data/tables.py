@@ -441,7 +441,7 @@ def write_filled(
             found = [float(str(value)) for value in column[gaps]]
         old = frame[name]
         if is_text:
-            spelled = _spelled(found, old, raw[name], with_commas=layout.has_commas)
+            spelled = _spelled(found, old, raw[name], layout, is_level=number in (levels or {}))
             series = raw[name].scatter(np.flatnonzero(gaps), spelled)
         elif number in (levels or {}):
             series = _with_levels(old, np.flatnonzero(gaps), found)
@@ -458,15 +458,16 @@ def _spelled(
     values: list[Any],
     column: Any,  # noqa: ANN401 (polars)
     raw: Any,  # noqa: ANN401 (polars)
+    layout: "_Layout",
     *,
-    with_commas: bool,
+    is_level: bool,
 ) -> list[str]:
-    """Write values as a column of text writes them, where it has the same ones."""
-    if column.dtype.is_numeric():
-        texts = [str(value) for value in values]
-        return [text.replace(".", ",") for text in texts] if with_commas else texts
-    known = dict(zip(_cells(column), raw.to_list(), strict=True))
-    return [known.get(value, str(value)) for value in values]
+    """Write values as a column of text writes them, and levels as it has them."""
+    if is_level:
+        known = dict(zip(_cells(column), raw.to_list(), strict=True))
+        return [known.get(value, str(value)) for value in values]
+    texts = [str(value) for value in values]
+    return [text.replace(".", ",") for text in texts] if layout.has_commas else texts
 
 
 def _with_levels(series: Any, rows: Array, values: list[Any]) -> Any:  # noqa: ANN401 (polars)
