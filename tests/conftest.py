@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: determinism, and data small enough that training takes a second."""
 
+import gc
 import signal
 
 import numpy as np
@@ -17,6 +18,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # in every run, so that a failure comes from a change of the code and not from chance.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector the modules and tests, which stay until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
