@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning_fabric import Fabric
 
-from equipoise.config import ConfigError
+from equipoise.config import ConfigError, TrainConfig
 from equipoise.files import StoreError
 from equipoise.run import Run
 from equipoise.training import engine
 from equipoise.training.checkpoint import Checkpoint
-from equipoise.training.engine import broadcast, in_main_process
+from equipoise.training.engine import broadcast, in_main_process, make_fabric
 from equipoise.training.exchange import Message, blank_tensors, pack, unpack
 from equipoise.training.figures import NotFiniteError
 
@@ -140,6 +140,15 @@ class SecondOfTwo(Fabric):
         content = torch.frombuffer(bytearray(message.text), dtype=torch.uint8)
         sent = iter([torch.tensor([len(content)]), content, *message.tensors])
         monkeypatch.setattr(engine, "_send", lambda fabric, tensor: next(sent))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("devices", [1, 2])
+def test_srun_is_not_proposed_where_it_is_installed(devices, tmp_path, monkeypatch):
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert make_fabric(TrainConfig(accelerator="cpu", devices=devices)).world_size == devices
 
 
 def test_an_error_of_the_main_process_is_raised_in_all(monkeypatch):

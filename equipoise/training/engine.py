@@ -5,6 +5,7 @@ All functions work in the same way with a single process, where they cost nothin
 
 import atexit
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -45,13 +46,16 @@ def make_fabric(config: TrainConfig) -> Fabric:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         num_nodes = int(os.environ["WORLD_SIZE"]) // devices
 
-    return Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        precision=config.precision,
-        strategy=Group() if devices * num_nodes > 1 else "auto",
-    )
+    with warnings.catch_warnings():
+        # Fabric proposes srun wherever it is installed, whoever starts the processes.
+        warnings.filterwarnings("ignore", "The `srun` command is available", UserWarning)
+        return Fabric(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=config.precision,
+            strategy=Group() if devices * num_nodes > 1 else "auto",
+        )
 
 
 def launch(fabric: Fabric, say: Callable[[str], None] = lambda text: None) -> None:
