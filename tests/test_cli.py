@@ -137,8 +137,7 @@ def test_samples(trained, tmp_path, source):
 def test_a_flow_is_fitted_once_drawn_from_and_judged(trained, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(trained[0].folder, folder)
-    done = run("sample", folder, "--from", "flow", "-n", 7, "--out", tmp_path / "a")
-    assert done.returncode == 0, done.stderr
+    main(["sample", str(folder), "--from", "flow", "-n", "7", "--out", str(tmp_path / "a")])
     assert np.load(tmp_path / "a" / "flow.npy").shape == (7, 1, 8, 8)
     fitted = (folder / "flow.safetensors").read_bytes()
     main(["evaluate", str(folder), "--from", "mixture=4", "flow", "--sections", "latent"])
@@ -553,7 +552,7 @@ def test_a_full_disk_is_reported_in_one_line(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_evaluate_and_report_from_the_command_line(trained, tmp_path):
+def test_evaluate_and_report_from_the_command_line(trained, tmp_path, monkeypatch, capsys):
     """The whole protocol as a user runs it, with the features that are part of the package.
 
     The other data set is the same digits, upside down.
@@ -562,9 +561,9 @@ def test_evaluate_and_report_from_the_command_line(trained, tmp_path):
     shutil.copytree(trained[0].folder, folder)
     other = tmp_path / "upside-down.npy"
     np.save(other, load_digits().images[:60, ::-1].astype(np.uint8))
-    cache = {"EQUIPOISE_CACHE": str(tmp_path / "cache")}
-    done = run("evaluate", folder, "-n", "40", "--against", other, env=cache)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
+    main(["evaluate", str(folder), "-n", "40", "--against", str(other)])
+    printed = capsys.readouterr().out
     for part in (
         "Bits per dimension",
         "Fréchet distance, mixture",
@@ -573,7 +572,7 @@ def test_evaluate_and_report_from_the_command_line(trained, tmp_path):
         "AUROC",
         "180",
     ):
-        assert part in done.stdout
+        assert part in printed
     found = json.loads((folder / "evaluation.json").read_text())
     assert found["samples"]["features"] == "efficientnet-lite0"
     assert found["samples"]["mixture"]["frechet_distance"]["n"] == 40
@@ -581,10 +580,9 @@ def test_evaluate_and_report_from_the_command_line(trained, tmp_path):
     assert (
         len(list((tmp_path / "cache" / "features").iterdir())) == 2
     )  # of test and of training data
-    done = run("report", folder)
-    assert done.returncode == 0, done.stderr
+    main(["report", str(folder)])
     page = (folder / "report.html").read_text()
-    assert done.stdout.strip() == str(folder / "report.html")
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
     assert "Bits per dimension" in page
     assert len(page) < 5e6
 
@@ -616,11 +614,10 @@ def test_evaluating_other_examples(trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_export_from_the_command_line(trained, tmp_path):
-    done = run("export", trained[0].folder, "--to", "torch", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_export_from_the_command_line(trained, tmp_path, capsys):
+    main(["export", str(trained[0].folder), "--to", "torch", "--out", str(tmp_path)])
     assert sorted(path.suffix for path in tmp_path.glob("[!.]*")) == [".pt2"] * 4
-    assert done.stdout.count("largest relative deviation") == 4
+    assert capsys.readouterr().out.count("largest relative deviation") == 4
 
 
 def exported_sampler(run, source, folder):
