@@ -133,7 +133,6 @@ def test_samples(trained, tmp_path, source):
     assert (tmp_path / "a" / f"{stem}.png").is_file()
 
 
-@pytest.mark.slow
 def test_a_flow_is_fitted_once_drawn_from_and_judged(trained, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(trained[0].folder, folder)
@@ -392,7 +391,6 @@ def test_an_empty_argument_does_not_stand_for_the_default(arguments, name, capsy
     assert f"{name} is empty" in refused(*arguments, capsys=capsys)
 
 
-@pytest.mark.slow
 def test_a_run_beside_its_data_has_a_name_of_its_own(tmp_path, monkeypatch):
     inside = tmp_path / "photos" / "inside"
     inside.mkdir(parents=True)
@@ -551,7 +549,6 @@ def test_a_full_disk_is_reported_in_one_line(tmp_path, capsys, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.slow
 def test_evaluate_and_report_from_the_command_line(trained, tmp_path, monkeypatch, capsys):
     """The whole protocol as a user runs it, with the features that are part of the package.
 
@@ -587,7 +584,6 @@ def test_evaluate_and_report_from_the_command_line(trained, tmp_path, monkeypatc
     assert len(page) < 5e6
 
 
-@pytest.mark.slow
 def test_evaluating_other_examples(trained, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(trained[0].folder, folder)

@@ -241,10 +241,7 @@ def resume(data, config, folder, recorder=None):
     "extra",
     [
         {},
-        pytest.param(
-            {"ema_decay": 0.9, "noise": "dimension", "stage_2_gradients": "stop"},
-            marks=pytest.mark.slow,
-        ),
+        {"ema_decay": 0.9, "noise": "dimension", "stage_2_gradients": "stop"},
     ],
     ids=["plain", "average"],
 )
