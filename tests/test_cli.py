@@ -559,7 +559,9 @@ def test_evaluate_and_report_from_the_command_line(trained, tmp_path, monkeypatc
     other = tmp_path / "upside-down.npy"
     np.save(other, load_digits().images[:60, ::-1].astype(np.uint8))
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
-    main(["evaluate", str(folder), "-n", "40", "--against", str(other)])
+    line = ["evaluate", str(folder), "-n", "40", "--against", str(other)]
+    monkeypatch.setattr(sys, "argv", ["equipoise", *line])
+    main(line)
     printed = capsys.readouterr().out
     for part in (
         "Bits per dimension",
