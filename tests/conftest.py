@@ -10,6 +10,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from beartype import BeartypeConf
 from hypothesis import settings
 
 torch.set_num_threads(1)
@@ -42,13 +43,13 @@ def check_types(fn=None, *, typechecker):
 
     hints = getattr(fn, "__annotations__", {}).values()
     if inspect.isfunction(fn) and not any(map(names_shapes, hints)):
-        return typechecker(fn)
+        return typechecker(fn, conf=AS_JAXTYPING)
 
     return check_shapes(fn, typechecker=typechecker)
 
 
 # Modules of equipoise are decorated as they are imported, which is later than this.
-ARRAY = jaxtyping.AbstractArray
+ARRAY, AS_JAXTYPING = jaxtyping.AbstractArray, BeartypeConf(violation_type=TypeError)
 check_shapes, jaxtyping.jaxtyped = jaxtyping.jaxtyped, check_types
 
 
