@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy import linalg, optimize
+from scipy import linalg
 from torch import Tensor, nn
 
 from equipoise.gaps import missing_values
@@ -361,6 +361,8 @@ class LowRankCorrelation(Correlation):
         Returns:
             The correlation, float64.
         """
+        from scipy.optimize import minimize
+
         floor = _per_dimension(floor, shape)
         covariance = statistic.covariance + floor.diag()
         var = covariance.diagonal()
@@ -370,7 +372,7 @@ class LowRankCorrelation(Correlation):
         matrix = covariance.numpy()
         bounds = list(zip(floor.log().tolist(), var.log().tolist(), strict=True))
         start = (1 - 0.5 * n_factors / len(var)) / np.diag(np.linalg.inv(matrix))
-        found = optimize.minimize(
+        found = minimize(
             _factor_loss, np.log(start), (matrix, n_factors), "L-BFGS-B", jac=True, bounds=bounds
         )
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 from torch import Tensor
 
 from equipoise.config import ConfigError
@@ -386,7 +386,7 @@ def _is_beyond_error(gain: Estimate) -> bool:
     """Tell whether a gain is larger than chance makes it, which two rows hardly ever know."""
     if gain.standard_error is None:
         return False
-    errors = stats.t.ppf(special.ndtr(ERRORS), gain.n - 1)
+    errors = special.stdtrit(gain.n - 1, special.ndtr(ERRORS))
     return bool(gain.value > errors * gain.standard_error)
 
 

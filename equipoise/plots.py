@@ -17,7 +17,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import roc_auc_score
 
 from equipoise.files import whole_file
 
@@ -765,6 +764,8 @@ def outlier_scores(
     Returns:
         The figure.
     """
+    from sklearn.metrics import roc_auc_score
+
     scores = np.concatenate([inliers, outliers])
     is_outlier = np.repeat([0, 1], [len(inliers), len(outliers)])
     auroc = roc_auc_score(is_outlier, scores)

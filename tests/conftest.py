@@ -1,13 +1,17 @@
 """Fixtures shared by the tests: determinism, and data small enough that training takes a second."""
 
+import functools
+import gc
+import inspect
 import signal
+import typing
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
+from beartype import BeartypeConf
 from hypothesis import settings
-
-from equipoise.data import load
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -17,6 +21,42 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # in every run, so that a failure comes from a change of the code and not from chance.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
+
+
+def names_shapes(hint):
+    """Tell whether an annotation may contain a shape; names of types are not looked up."""
+    if isinstance(hint, str) or (inspect.isclass(hint) and issubclass(hint, ARRAY)):
+        return True
+
+    parts = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else ()
+    return any(map(names_shapes, parts))
+
+
+def check_types(fn=None, *, typechecker):
+    """Check shapes where a function names some, and else types alone.
+
+    jaxtyping checks the arguments of each call twice and binds them, too, which takes as long as
+    all else that a training of the tests does.
+    """
+    if fn is None:
+        return functools.partial(check_types, typechecker=typechecker)
+
+    hints = getattr(fn, "__annotations__", {}).values()
+    if inspect.isfunction(fn) and not any(map(names_shapes, hints)):
+        return typechecker(fn, conf=AS_JAXTYPING)
+
+    return check_shapes(fn, typechecker=typechecker)
+
+
+# Modules of equipoise are decorated as they are imported, which is later than this.
+ARRAY, AS_JAXTYPING = jaxtyping.AbstractArray, BeartypeConf(violation_type=TypeError)
+check_shapes, jaxtyping.jaxtyped = jaxtyping.jaxtyped, check_types
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector the modules and tests, which stay until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -38,6 +78,8 @@ def generator():
 
 @pytest.fixture(scope="session")
 def digits():
+    from equipoise.data import load  # not before the checks of types are chosen
+
     return load("digits")
 
 

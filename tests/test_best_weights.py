@@ -83,7 +83,7 @@ def test_the_last_weights_can_be_kept():
     assert best[-1]["test_elbo"] > last[-1]["test_elbo"]
 
 
-@pytest.mark.parametrize("stop_after", [20, pytest.param(38, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop_after", [20, 38])
 def test_the_best_weights_survive_an_interruption(tmp_path, stop_after):
     data = load(examples("images"), test_fraction=0.2, validation_fraction=0.3)
     config = replace(LEARNS_BY_HEART, stage_1_epochs=40)

@@ -9,7 +9,6 @@ import shutil
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import warnings
 import zipfile
@@ -20,6 +19,7 @@ import pytest
 from PIL import Image
 
 import equipoise
+from equipoise.cli import main
 from equipoise.data import load, load_stream
 from equipoise.data.cache import one_writer, read_part
 from equipoise.data.encoded import ImageReader, list_images
@@ -219,16 +219,13 @@ def test_a_limit_that_is_raised_lets_in_what_was_skipped(tmp_path):
     assert [count(max_pixels=5000), count(), count(max_pixels=5000)] == [12, 13, 12]
 
 
-@pytest.mark.slow
 def test_a_run_finds_its_data_again_with_its_own_limits(tmp_path, monkeypatch):
     folder = pictures(tmp_path / "photos", n=30)
     Image.new("RGB", (100, 100)).save(folder / "big.png")
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
-    call = [sys.executable, "-m", "equipoise", "train", folder, "--out", tmp_path / "run"]
-    call += ["--max-pixels", "5000", "--max-bytes", "1000000", "--set", "image_size=8", "width=1"]
-    call += ["latent_dim=2", "stage_1_epochs=1", "stage_2_epochs=0", "n_components=1"]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    call = ["train", str(folder), "--out", str(tmp_path / "run"), "--max-pixels", "5000"]
+    call += ["--max-bytes", "1000000", "--set", "image_size=8", "width=1", "latent_dim=2"]
+    main([*call, "stage_1_epochs=1", "stage_2_epochs=0", "n_components=1"])
 
     run = equipoise.Run(tmp_path / "run")
     data = run.data()
@@ -260,12 +257,13 @@ def test_a_stream_of_batches_has_no_limit_on_pixels():
         load_stream(lambda: iter([np.zeros((20, 3))]), max_pixels=10)
 
 
-def test_a_limit_that_a_stream_does_not_have_is_refused():
-    call = [sys.executable, "-m", "equipoise", "train", "hf:x", "--stream", "--max-bytes", "5"]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--max-bytes is for .npz and .gz files" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_limit_that_a_stream_does_not_have_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "hf:x", "--stream", "--max-bytes", "5"])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "--max-bytes is for .npz and .gz files" in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.filterwarnings("default")
@@ -491,20 +489,17 @@ def test_the_order_of_a_listing(tmp_path):
     ]
 
 
-@pytest.mark.slow
-def test_what_equipoise_wrote_is_not_trained_on(tmp_path, monkeypatch):
+def test_what_equipoise_wrote_is_not_trained_on(tmp_path, monkeypatch, capsys):
     folder = pictures(tmp_path / "photos", n=30, size=(12, 12))
     monkeypatch.chdir(folder)
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
-    call = [sys.executable, "-m", "equipoise", "train", ".", "--set", "width=1", "latent_dim=2"]
-    call += ["stage_1_epochs=1", "stage_2_epochs=0", "n_components=1", "batch_size=8"]
+    call = ["train", ".", "--set", "width=1", "latent_dim=2", "stage_1_epochs=1"]
     for _ in range(2):
-        done = subprocess.run(call, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        main([*call, "stage_2_epochs=0", "n_components=1", "batch_size=8"])
     first, second = (equipoise.Run(folder / "runs" / name) for name in ("photos", "photos-2"))
     assert list(first.figures.glob("*.png"))
     assert second.settings()["data"]["fingerprint"] == first.settings()["data"]["fingerprint"]
-    assert "files that equipoise has written ignored" in done.stdout
+    assert capsys.readouterr().out.count("files that equipoise has written ignored") == 1
 
 
 def test_a_users_file_in_a_folder_of_ours_is_data(tmp_path):

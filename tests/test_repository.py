@@ -6,9 +6,13 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from equipoise.gaussian import standard_normal_log_prob
+from equipoise.noise import GlobalNoise
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -67,3 +71,10 @@ def test_the_readme_command_is_what_ci_runs():
 
 def test_the_package_carries_its_marker_of_types():
     assert (resources.files("equipoise") / "py.typed").is_file()
+
+
+def test_types_and_shapes_are_checked_while_the_tests_run():
+    with pytest.raises(TypeError, match="newton"):
+        GlobalNoise("newton")
+    with pytest.raises(TypeError, match="batch latent"):
+        standard_normal_log_prob(torch.zeros(3))

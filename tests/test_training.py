@@ -1,6 +1,7 @@
 """The loop, the stages it obeys, and what a kill leaves behind."""
 
 import errno
+import functools
 import json
 import math
 import os
@@ -91,6 +92,18 @@ def fit(data, config, **kwargs):
     return model.eval(), trainer
 
 
+@pytest.fixture(scope="module")
+def whole(digits):
+    """Fits that nothing interrupts, and where they end. Each is made once, and is only read."""
+
+    @functools.cache
+    def fit_once(config):
+        model, trainer = fit(digits, config)
+        return model, standing(trainer)
+
+    return fit_once
+
+
 PAPERS_STAGE_2 = {
     "floor": 1.0,
     "stage_2_network": "decoder",
@@ -135,8 +148,8 @@ def test_training_improves_the_bound_and_the_floor_is_the_exact_closed_form(digi
     )
 
 
-def test_same_seed_same_model(digits):
-    models = [fit(digits, QUICK)[0] for _ in range(2)]
+def test_same_seed_same_model(digits, whole):
+    models = [whole(QUICK)[0], fit(digits, QUICK)[0]]
     for name, tensor in models[0].state_dict().items():
         assert torch.equal(tensor, models[1].state_dict()[name]), name
 
@@ -145,10 +158,9 @@ def test_same_seed_same_model(digits):
 @pytest.mark.parametrize(
     "extra", [{}, {"ema_decay": 0.9, "stage_2_gradients": "joint"}], ids=["plain", "average"]
 )
-def test_a_killed_run_resumes_bit_for_bit(digits, tmp_path, killed_after, extra):
+def test_a_killed_run_resumes_bit_for_bit(digits, whole, tmp_path, killed_after, extra):
     """Kills fall within stage 1, at the switch, and within stage 2."""
     config = replace(QUICK, **extra)
-    whole, _ = fit(digits, config)
     torch.manual_seed(0)
     folder = tmp_path / "checkpoints"
     with pytest.raises(KeyboardInterrupt):
@@ -164,7 +176,7 @@ def test_a_killed_run_resumes_bit_for_bit(digits, tmp_path, killed_after, extra)
     trainer = Trainer(resumed, digits, config, folder=folder)
     trainer.fit(resume=True)
     assert [row["epoch"] for row in trainer.history] == [1, 2, 3, 4, 5]
-    for name, tensor in whole.state_dict().items():
+    for name, tensor in whole(config)[0].state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
@@ -229,19 +241,15 @@ def resume(data, config, folder, recorder=None):
     "extra",
     [
         {},
-        pytest.param(
-            {"ema_decay": 0.9, "noise": "dimension", "stage_2_gradients": "stop"},
-            marks=pytest.mark.slow,
-        ),
+        {"ema_decay": 0.9, "noise": "dimension", "stage_2_gradients": "stop"},
     ],
     ids=["plain", "average"],
 )
 def test_a_preempted_run_stops_at_a_step_and_resumes_bit_for_bit(
-    digits, tmp_path, every_step, extra
+    digits, whole, tmp_path, every_step, extra
 ):
     """SIGTERM comes in both stages, in the last step of each, and in validations."""
     config = replace(QUICK, **extra)
-    whole = standing(fit(digits, config)[1])
     for signalled, stopped, epoch, batch in (
         (1, 2, 0, 2),
         (16, 17, 1, 5),
@@ -260,7 +268,7 @@ def test_a_preempted_run_stops_at_a_step_and_resumes_bit_for_bit(
         assert signal.getsignal(signal.SIGTERM) is before
         position = load_checkpoint(folder).state["position"]
         assert (position[0], position[1], position[3]) == (epoch, stopped, batch)
-        assert_same_standing(standing(resume(digits, config, folder)), whole)
+        assert_same_standing(standing(resume(digits, config, folder)), whole(config)[1])
 
 
 def test_sigterm_in_the_last_validation_stops_before_the_mixture_is_fitted(
@@ -293,7 +301,7 @@ def test_sigterm_is_left_alone_where_it_cannot_be_taken(digits, tmp_path, every_
 
 @pytest.mark.parametrize("is_torn", [False, True])
 def test_checkpoints_within_an_epoch_save_all_steps_but_the_last_from_a_kill(
-    digits, tmp_path, every_step, is_torn
+    digits, whole, tmp_path, every_step, is_torn
 ):
     config = replace(QUICK, checkpoint_seconds=1e-9)
     with pytest.raises(KeyboardInterrupt):
@@ -306,12 +314,12 @@ def test_checkpoints_within_an_epoch_save_all_steps_but_the_last_from_a_kill(
     told = "\n".join(recorder.messages)
     assert f"after 3 epochs and {2 if is_torn else 3} of 12 batches" in told
     assert ("Passed over a damaged checkpoint" in told) == is_torn
-    assert_same_standing(resumed, standing(fit(digits, QUICK)[1]))
+    assert_same_standing(resumed, whole(QUICK)[1])
 
 
 @pytest.mark.parametrize("trouble", ["full disk", "not finite"])
 def test_sigterm_in_trouble_keeps_the_checkpoint_before(
-    digits, tmp_path, every_step, monkeypatch, trouble
+    digits, whole, tmp_path, every_step, monkeypatch, trouble
 ):
     torch.manual_seed(0)
     model = make_model(digits, QUICK)
@@ -336,7 +344,7 @@ def test_sigterm_in_trouble_keeps_the_checkpoint_before(
         trainer.fit()
     monkeypatch.undo()
     assert [file.stem for file in tmp_path.glob("[!.]*")] == ["step-000000012"]
-    assert_same_standing(standing(resume(digits, QUICK, tmp_path)), standing(fit(digits, QUICK)[1]))
+    assert_same_standing(standing(resume(digits, QUICK, tmp_path)), whole(QUICK)[1])
 
 
 def test_resuming_within_an_epoch_goes_on_with_the_dropout_of_own_networks(

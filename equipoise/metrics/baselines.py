@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.decomposition import PCA
 
 from equipoise.data import Subset
 from equipoise.data.batches import as_tensor
@@ -47,6 +46,8 @@ def baselines(train: Subset, test: Subset, scaling: Scaling, n_components: int) 
     Returns:
         The errors.
     """
+    from sklearn.decomposition import PCA
+
     shape = train.shape[1:]
     width = int(np.prod(shape))
     n = min(len(train), MOST_FITTED, max(n_components + 1, FITTED_VALUES // width))

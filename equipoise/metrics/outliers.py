@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from equipoise.aggregate import GaussianMixture
@@ -345,6 +344,8 @@ def average_precision(
         >>> average_precision(np.array([0.0, 2.0]), np.array([1.0, 3.0])).value  # (1 + 2/3) / 2
         0.8333333333333333
     """
+    from sklearn.metrics import average_precision_score
+
     _check_both(inliers, outliers)
     scores = np.concatenate([inliers, outliers])
     is_outlier = np.arange(len(scores)) >= len(inliers)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from equipoise.estimate import Estimate
 
@@ -144,6 +143,8 @@ def kernel_distance(
     Raises:
         ValueError: if there are too few examples, or the dimensions differ.
     """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     _check(features, reference, minimum=4)
     n = min(len(features), len(reference))
     subset_size = min(SUBSET_SIZE, n // 2)

@@ -323,9 +323,11 @@ class Trainer:
         if self.config.compile:
             compile_networks(self.model)
 
-        # Hooks of the stage before, which synchronise gradients, go with its objective.
+        # Hooks of the stage before, which synchronise gradients, go with its objective. Reference
+        # cycles hold them; one process has none, and is spared a search through all of its objects.
         self.descent = None
-        gc.collect()
+        if self.processes.size > 1:
+            gc.collect()
 
         stage = self.schedule.stage
         n_steps = self.schedule.epochs[stage] * len(self.training)
