@@ -243,6 +243,11 @@ class TestReading:
     def test_an_index_is_noticed(self, tmp_path):
         write_table(tmp_path / "a.csv", {"": range(60), "x": ROWS[:, 0], "y": ROWS[:, 1]})
         assert any("counts the rows" in note for note in load(tmp_path / "a.csv").notes)
+        dropped = load(tmp_path / "a.csv", drop=["column 0"])
+        assert not any("counts the rows" in note for note in dropped.notes)
+        notes = []
+        load_examples(tmp_path / "a.csv", (2,), columns=("x", "y"), on_note=notes.append)
+        assert not any("counts the rows" in note for note in notes)
 
     def test_a_description_shows_all_there_is_to_know(self, tmp_path):
         (tmp_path / "a.csv").write_text(text_of())

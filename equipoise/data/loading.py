@@ -49,7 +49,7 @@ from equipoise.data.shards import (
     read_rows,
 )
 from equipoise.data.stream import Stream, first_examples, reader
-from equipoise.data.tables import SUFFIXES, is_table, read_table
+from equipoise.data.tables import SUFFIXES, index_notes, is_table, read_table
 from equipoise.files import check_text, expanded
 from equipoise.levels import Levels
 from equipoise.places import is_place, locate
@@ -809,6 +809,7 @@ def _load_table(
                 "rename one, or add an empty column if its values are missing"
             )
         table = table.select(columns or None, drop)
+        notes = [] if for_model else index_notes(table)
         if levels is None:
             table = table.with_categories(categorical)
         else:
@@ -819,7 +820,7 @@ def _load_table(
 
     names = tuple(column.name for column in table.columns) if table.has_names else ()
     name = path.name.partition(".")[0] or path.stem
-    part = Part(values, notes=table.notes, labels=labels)
+    part = Part(values, notes=(*table.notes, *notes), labels=labels)
     if label is not None and labels is None:
         part = part._replace(notes=(*part.notes, _note_on_unknown(label)))
     return Found(name, str(path), part, columns=names, levels=table.levels)

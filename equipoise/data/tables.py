@@ -275,7 +275,7 @@ class Table:
         for row in cells:
             padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
             lines.append(" ".join(("  " + "  ".join(padded)).splitlines()))
-        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"Note: {note}" for note in (*self.notes, *index_notes(self)))])
 
 
 def is_table(path: str | Path) -> bool:
@@ -331,7 +331,7 @@ def read_table(path: Path, limits: Limits = DEFAULT_LIMITS) -> Table:
     if not frame.width or not frame.height:
         raise ValueError(f"it has {frame.height} rows and {frame.width} columns")
     frame, columns = _columns_of(frame)
-    return Table(frame, columns, has_names, (*notes, *_index_notes(frame, columns)))
+    return Table(frame, columns, has_names, tuple(notes))
 
 
 def text_to_parquet(path: Path, target: Path) -> None:
@@ -836,9 +836,16 @@ def _described(name: str, series: Any, kind: str, note: str) -> Column:  # noqa:
     return Column(name, kind, n_missing, float(series.min()), float(series.max()), note)
 
 
-def _index_notes(frame: Frame, columns: tuple[Column, ...]) -> list[str]:
-    """Notice a column that only counts the rows, which spreadsheets and pandas write."""
-    first = columns[0]
+def index_notes(table: Table) -> list[str]:
+    """Notice a column that only counts the rows, which spreadsheets and pandas write.
+
+    Args:
+        table: A table, of the columns that are learned.
+
+    Returns:
+        What there is to say.
+    """
+    frame, first = table.frame, table.columns[0]
     n = frame.height
     if first.kind != "whole numbers" or first.n_missing or n < 2:
         return []
