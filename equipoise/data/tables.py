@@ -275,7 +275,7 @@ class Table:
         for row in cells:
             padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
             lines.append(" ".join(("  " + "  ".join(padded)).splitlines()))
-        return "\n".join([*lines, *(f"Note: {note}" for note in (*self.notes, *index_notes(self)))])
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
 def is_table(path: str | Path) -> bool:
