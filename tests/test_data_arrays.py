@@ -295,7 +295,7 @@ def with_value(value: float) -> np.ndarray:
         (with_value(1e300), "too large for float32"),
         (TABLE.astype(complex), "complex128"),
         (TABLE.astype(str), "<U32"),
-        (TABLE.astype(object), "object"),
+        (TABLE.astype(object)[:, 0], "object"),
         (TABLE.astype("M8[s]"), "datetime64"),
     ],
 )

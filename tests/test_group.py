@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from equipoise.config import ConfigError, TrainConfig
 from equipoise.files import StoreError
@@ -355,6 +356,8 @@ TASK |= {"SLURM_NODEID": "0", "SLURM_NTASKS": "1"}
 
 
 def engine_within(monkeypatch, variables, **options):
+    # Fabric keeps the rank for the rest of the process.
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return engine.make_fabric(TrainConfig(accelerator="cpu", **options))
