@@ -94,7 +94,6 @@ def test_recipes_at_their_smallest_size(run):
     assert min(row["reconstructions"], row["mixture 4"]) > 0
 
 
-@pytest.mark.slow
 def test_codes_at_their_smallest_size(run):
     wide, narrow, aggregate = run("codes")["rows"]
     assert wide["n_components"] == narrow["n_components"] == 4
@@ -131,14 +130,12 @@ def test_auto_components_at_its_smallest_size(run):
     assert content["summary"]["found"] == content["summary"]["runs"] == 1
 
 
-@pytest.mark.slow
 def test_threads_at_their_smallest_size(run):
     (row,) = run("threads")["rows"]
     assert 0 < row["least_milliseconds_with_one"] <= row["milliseconds_with_one"]
     assert row["operations"] > row["parameters"]
 
 
-@pytest.mark.slow
 def test_streaming_scale_at_its_smallest_size(run):
     rows = run("streaming_scale")["rows"]
     read = {
@@ -156,7 +153,6 @@ def positive(figures):
     return all(math.isfinite(figure) and figure > 0 for figure in figures)
 
 
-@pytest.mark.slow
 def test_cost_scaling_at_its_smallest_size(run):
     content = run("cost_scaling")
     assert set(content["em"]) == {"N", "K", "d"}
@@ -169,7 +165,6 @@ def test_cost_scaling_at_its_smallest_size(run):
         assert math.isfinite(second + row["standard_error"] + row["last_two"])
 
 
-@pytest.mark.slow
 def test_distributed_at_its_smallest_size(run):
     one, two = run("distributed")["rows"].values()
     assert one["largest relative difference"] == 0
@@ -177,7 +172,6 @@ def test_distributed_at_its_smallest_size(run):
     assert positive([*two.values()])
 
 
-@pytest.mark.slow
 def test_footprint_at_its_smallest_size(run):
     rows = run("footprint")["rows"]
     assert rows["training_of_digits"]["epochs"] == 2
@@ -193,7 +187,6 @@ def test_iwae_cost_at_its_smallest_size(run):
         assert positive([row["ratio"], *row["decoder_codes_per_second"].values()])
 
 
-@pytest.mark.slow
 def test_a_run_is_trained_and_evaluated_at_the_smallest_size(run, tmp_path):
     folder = tmp_path / "run"
     job = run("main_job", "mnist", "--run", folder)
@@ -216,7 +209,6 @@ def test_em_against_scikit_learn_at_its_smallest_size(run):
     assert 0 < memory["with_codes_before_fit_mib"] <= memory["peak_mib"]
 
 
-@pytest.mark.slow
 def test_mixture_scale_at_its_smallest_size(run):
     content = run("mixture_scale")
     assert set(content["iteration"]["processes"]) == {"1", "2"}
@@ -234,7 +226,6 @@ def test_step_profile_at_its_smallest_size(run):
             assert min(shares.values()) >= 0
 
 
-@pytest.mark.slow
 def test_streaming_memory_at_its_smallest_size(run):
     kinds = ["names in a folder", "stream, its batches alone"]
     content = run("streaming_memory", "--kinds", *kinds)
@@ -244,8 +235,8 @@ def test_streaming_memory_at_its_smallest_size(run):
         assert 0 < row["anonymous_before_mib"] <= row["anonymous_peak_mib"]
 
 
-@pytest.mark.slow
 def test_streaming_training_at_its_smallest_size(run):
+    pytest.importorskip("pyarrow")
     content = run("streaming_training")
     assert len(content["curve"]) == len(content["examples_per_second"]) == 3
     assert content["largest_relative_difference_of_the_curves"] < 1e-6
@@ -313,7 +304,6 @@ def test_odd_images_at_their_smallest_size(run):
         assert all(0 <= area <= 1 for area in [*row["aupr"].values(), *row["auroc"].values()])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("speed", [[], ["--speed"]])
 def test_stage_two_at_its_smallest_size(run, speed):
     rows = run("stage_two", "mnist", *speed)["rows"]
@@ -495,7 +485,6 @@ def test_resolutions_and_swaps(benchmark):
     assert ((swapped != x).sum(1) == 1).all()
 
 
-@pytest.mark.slow
 def test_imputation_at_its_smallest_size(run):
     content = run("imputation")
     rows = {row["method"]: row for row in content["rows"]}

@@ -49,13 +49,7 @@ CASES = {
 }
 
 
-QUICK = ("full",)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_scores_are_those_of_the_run_but_for_the_draws(tmp_path, name):
     make, options = CASES[name]
     data = load(make(tmp_path))
@@ -87,7 +81,6 @@ def test_scores_are_those_of_the_run_but_for_the_draws(tmp_path, name):
         assert not np.isnan([score[1], p_value[1]]).any()
 
 
-@pytest.mark.slow
 def test_the_command_writes_a_scorer_of_a_run_that_keeps_scores(tmp_path, capsys):
     config = equipoise.make_config(SMALL)
     run = equipoise.train(load(table()), config, tmp_path / "run")
