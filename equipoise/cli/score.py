@@ -110,6 +110,7 @@ def _run(options: Namespace) -> None:
                 )
             with run.exclusive("scores"):
                 held_out = keep_held_out(run, model, mixture.log_prob, own_data())
+
         known = held_out.known(rate, validation=not options.data)
         n_known = [len(known.of(has_label=kind)) for kind in set(has_label(x).tolist())]
         try:
@@ -147,11 +148,13 @@ def _run(options: Namespace) -> None:
             "verdict": np.where(is_odd, "odd", "usual"),
             "worst_region" if of_images else "worst_columns": found.worst,
         }
+
         if len(parts) > 1:
             sizes = [len(part) for part in parts]
             columns = {"source": np.repeat(options.data, sizes), **columns}
         if not of_images and all(part.name is None for part in parts):
             columns["row"] = np.array(columns["row"], np.int64)
+
         kind = "images" if of_images else "rows"
         terminal.message(
             f"{int(is_odd.sum()):,} of {len(x):,} {kind} are odd, at a false-alarm rate of "
