@@ -24,7 +24,7 @@ from equipoise.conformal import fewest_held_out
 from equipoise.data import Data
 from equipoise.data.batches import as_tensor
 from equipoise.data.dataset import Array
-from equipoise.files import StoreError
+from equipoise.files import StoreError, remove
 from equipoise.gaps import missing_values
 from equipoise.gaussian import RowGenerators, sum_dimensions
 from equipoise.labels import has_label, joined, labelled, labels_of, unlabelled
@@ -64,9 +64,9 @@ class Reference(NamedTuple):
     plain: Float64[np.ndarray, " m"]
     labelled: Float64[np.ndarray, " k"] | None = None
 
-    def of(self, *, has_label: bool) -> Array:
+    def of(self, *, with_label: bool) -> Array:
         """Choose the scores for examples with or without a label."""
-        return self.labelled if has_label and self.labelled is not None else self.plain
+        return self.labelled if with_label and self.labelled is not None else self.plain
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def held_out_by_gaps(
     for k, (with_label, *_) in enumerate(patterns.tolist()):
         gaps, rows = patterns[k, 1:], (number == k).numpy()
         if not gaps.any() and complete is not None:
-            yield rows, complete.of(has_label=with_label)
+            yield rows, complete.of(with_label=with_label)
         elif reference is None:
             raise ValueError(
                 f"{int(rows.sum())} rows have gaps, the first is row {int(rows.argmax())}: they "
@@ -311,10 +311,15 @@ def keep_held_out(
     }
     if labelled_scores is not None:
         tensors["labelled"] = torch.from_numpy(labelled_scores)
-    description = _description(run) | {"n_validation": found.n_validation}
+    model_digest, mixture_digest = _digests(run)
+    description: HeldOutDescription = {
+        "model": model_digest,
+        "mixture": mixture_digest,
+        "n_validation": found.n_validation,
+    }
     write_tensors(run.held_out_file, KIND, tensors, description)
 
-    run.held_out_rows_file.unlink(missing_ok=True)
+    remove(run.held_out_rows_file)  # those of an earlier model
     if not found.is_complete.all():
         rows = {"rows": unlabelled(both).float().contiguous()}
         labels = labels_of(both)
@@ -390,13 +395,9 @@ def read_held_out_rows(run: Run, model: VAE, *, validation: bool = False) -> Ten
     return restored[slice(n_validation if validation else None)]
 
 
-def _description(run: Run) -> HeldOutDescription:
-    """Tell which model and mixture a file belongs to."""
-    return {
-        "model": read_digest(run.model_file),
-        "mixture": read_digest(run.mixture_file),
-        "n_validation": 0,
-    }
+def _digests(run: Run) -> tuple[str, str]:
+    """Tell which model and mixture a file of the run belongs to."""
+    return read_digest(run.model_file), read_digest(run.mixture_file)
 
 
 def _read(run: Run, path: Path, kind: str) -> tuple[dict[str, Tensor], int] | None:
@@ -404,7 +405,6 @@ def _read(run: Run, path: Path, kind: str) -> tuple[dict[str, Tensor], int] | No
     if not path.is_file():
         return None
     tensors, about = read_tensors(path, kind, HeldOutDescription)
-    own = _description(run)
-    if (about["model"], about["mixture"]) != (own["model"], own["mixture"]):
+    if (about["model"], about["mixture"]) != _digests(run):
         return None
     return tensors, about["n_validation"]

@@ -181,7 +181,7 @@ class Threshold:
                 return self.offset
             return conformal_threshold(held_out, max(self.rate, 1 / (1 + len(held_out))))
 
-        complete, offset = self.known.of(has_label=with_label), self.offset
+        complete, offset = self.known.of(with_label=with_label), self.offset
         if with_label and self.labelled_offset is not None:
             offset = self.labelled_offset
         if held_out is complete:

@@ -15,6 +15,7 @@ from equipoise.data import load
 from equipoise.data.batches import as_tensor
 from equipoise.files import StoreError
 from equipoise.labels import has_label, labelled, labels_of, unlabelled
+from equipoise.store import write_tensors
 from tests.test_labels import fit, shifted
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -218,6 +219,23 @@ def test_files_of_held_out_examples_are_whole_or_refused(tmp_path):
         held_out.read_held_out_rows(run, model)
     run.held_out_rows_file.unlink()
     assert held_out.read_held_out_rows(run, model) is None
+
+
+def test_rows_of_an_earlier_model_go_and_a_file_of_somebody_else_stays(tmp_path):
+    pytest.importorskip("polars")
+    run, data = trained(tmp_path, labels=False, gaps=False)
+    model, log_prior = run.model(), run.mixture().log_prob
+    run.held_out_rows_file.write_bytes(b"mine")
+    held_out.keep_held_out(run, model, log_prior, data)
+    assert run.held_out_rows_file.read_bytes() == b"mine"
+
+    run.held_out_rows_file.unlink()
+    rows = {"rows": torch.zeros(3, 5)}
+    about = {"model": "0" * 64, "mixture": "0" * 64, "n_validation": 3}
+    write_tensors(run.held_out_rows_file, held_out.KIND_OF_ROWS, rows, about)
+    assert held_out.read_held_out_rows(run, model) is None
+    held_out.keep_held_out(run, model, log_prior, data)
+    assert not run.held_out_rows_file.exists()
 
 
 def test_labels_are_taken_off_and_asked_for():

@@ -112,7 +112,7 @@ def _run(options: Namespace) -> None:
                 held_out = keep_held_out(run, model, mixture.log_prob, own_data())
 
         known = held_out.known(rate, validation=not options.data)
-        n_known = [len(known.of(has_label=kind)) for kind in set(has_label(x).tolist())]
+        n_known = [len(known.of(with_label=kind)) for kind in set(has_label(x).tolist())]
         try:
             for n in n_known:
                 check_rate(rate, n)
