@@ -307,6 +307,8 @@ class VAEEstimator(
             raise ValueError("conditional=True needs a label for each example: give y")
         self._check_decision()
         labels = _as_labels(y) if self.conditional else None
+        if labels is not None and len(labels) != len(examples):
+            raise ValueError(f"{len(labels)} labels for {len(examples)} examples; give one each")
         if self.contamination is None:
             return self._fit_array(examples, labels)
 
@@ -323,7 +325,7 @@ class VAEEstimator(
         """Train on examples that are checked, with the numbers of levels for categories."""
         config = self._config(len(examples))
         self.history_: list[Row] = []
-        trainer = self._train(examples, config, None, labels)
+        trainer = self._train(examples, config, None, labels, stacklevel=4)
 
         figures = trainer.figures(trainer.validation)
         depends_on_code = trainer.model.noise.depends_on_code
@@ -332,7 +334,7 @@ class VAEEstimator(
             figures, trainer.data_var, depends_on_code, overfitting, trainer.counted_share
         ):
             warnings.warn(text, ConvergenceWarning, stacklevel=3)
-        return self._finish(trainer)
+        return self._finish(trainer, stacklevel=4)
 
     def fit_predict(self, x: object, y: object = None) -> NDArray[np.int64]:
         """Fit to a table, and call each of its rows odd or usual.
@@ -810,6 +812,8 @@ class VAEEstimator(
         config: TrainConfig,
         model: VAE | None,
         labels: list[Any] | None = None,
+        *,
+        stacklevel: int = 3,
     ) -> Trainer:
         """Train a new model, or continue with the given one, and extend the history."""
         validation_fraction = max(config.validation_fraction, MIN_VALIDATION / len(examples))
@@ -826,7 +830,7 @@ class VAEEstimator(
         # gets the validation set once more.
         data = replace(data, test=data.validation)
         for text in data.cautions:
-            warnings.warn(text[0].upper() + text[1:] + ".", stacklevel=3)
+            warnings.warn(text[0].upper() + text[1:] + ".", stacklevel=stacklevel)
         if config.latent_dim == "auto":
             latent_dim = latent_dim_of_varying(data) if model is None else model.latent_dim
             config = replace(config, latent_dim=latent_dim)
@@ -875,14 +879,14 @@ class VAEEstimator(
                 stacklevel=4,
             )
 
-    def _finish(self, trainer: Trainer) -> "VAEEstimator":
+    def _finish(self, trainer: Trainer, *, stacklevel: int = 3) -> "VAEEstimator":
         """Fit the mixture to the codes of the training data."""
         model, config = trainer.model.eval(), trainer.config
         form = choose_form(config.noise_correlation, model.shape)
         correlation_fit = fit_correlation(model, trainer.data, form, seed=config.seed)
         fit = fit_aggregate(model, trainer.data, trainer.config, trainer.fabric.device)
         for text in mixture_warnings(fit):
-            warnings.warn(text, ConvergenceWarning, stacklevel=3)
+            warnings.warn(text, ConvergenceWarning, stacklevel=stacklevel)
         self._adopt(model.cpu(), fit.mixture.cpu(), "prior")
 
         held_out = as_tensor(trainer.data.validation.take(slice(PRIOR_EXAMPLES)))
@@ -924,7 +928,12 @@ class VAEEstimator(
                 # What there is to say will be said of the model that is kept.
                 warnings.simplefilter("ignore")
                 judge._fit_array(examples[rows], _chosen(labels, rows))
-                raw = judge._loaded(examples[others], _chosen(labels, others))
+                asked = _chosen(labels, others)
+                if asked is not None:
+                    # A rare label may be in this part alone.
+                    known = judge.label_names_
+                    asked = [label if name_of(label) in known else None for label in asked]
+                raw = judge._loaded(examples[others], asked)
             scores[others] = plain[others] = judge._scores(unlabelled(raw))
             if labels is not None:
                 scores[others] = judge._scores(raw)

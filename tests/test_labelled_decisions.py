@@ -116,6 +116,20 @@ def test_what_is_odd_for_its_label_is_left_out(tmp_path):
     assert abs((vae.predict(x[is_odd]) == -1).mean() - (vae.predict(x) == -1).mean()) < 0.15
 
 
+def test_a_label_that_parts_of_the_table_lack_is_unknown_to_their_models():
+    x, y = shifted(90)
+    labels = [*NAMES[y[:-2]].tolist(), "rare", None]
+    vae = VAEEstimator(
+        latent_dim=2, width=4, stage_1_epochs=2, stage_2_epochs=0, n_components=1,
+        noise_correlation="none", random_state=0, conditional=True, contamination=0.1,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert (vae.fit_predict(x, labels) == -1).sum() == 9
+    with pytest.raises(ValueError, match="89 labels for 90 examples; give one each"):
+        vae.fit(x, labels[:-1])
+
+
 @pytest.mark.parametrize("library", ["pandas", "polars"])
 def test_outliers_of_a_table_with_categories_are_left_out(library):
     frames = pytest.importorskip(library)
